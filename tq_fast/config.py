@@ -1,0 +1,161 @@
+"""`DecodeConfig`: every setting of a decode, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from typing import Any, Literal
+
+from .errors import InvalidArgument
+
+Strategy = Literal["sample", "greedy"]
+Rollout = Literal["sample", "greedy"]
+Role = Literal["sft", "baseline"]
+Transfer = Literal["direct", "indirect"]
+Weights = Literal["log_ratio", "reward_gap", "published"]
+Estimator = Literal["mean", "soft"]
+Backend = Literal["auto", "cuda", "triton", "cpu", "ref"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Settings of Transfer Q* decoding (arXiv 2405.20495, Algorithm 1).
+
+    Attributes:
+        k: candidates per step, the k largest of the proposing policy.
+        alpha: decoding temperature, in units of the reward; small follows the reward.
+        beta: KL weight that the baseline was trained with, in units of the reward. Needed for
+            indirect transfer, and for the certificate's bound under the baseline prior.
+        num_rollouts: roll-outs per candidate (n). Greedy roll-outs are all the same, so one runs.
+        horizon: tokens per roll-out (L) after the candidate; 0 scores the partial text; None
+            rolls out until the response would reach `max_new_tokens`.
+        max_new_tokens: response length (T), the EOS token included.
+        strategy: how the next token is chosen from pi_alg.
+        rollout: how roll-outs are drawn: from the baseline's law (the paper's expectation) or
+            by arg max (the published code).
+        rollout_temperature: temperature of sampled roll-outs.
+        rollout_top_k: keep this many tokens in sampled roll-outs; 0 keeps all. Before top-p.
+        rollout_top_p: keep the smallest set of at least this mass; 1.0 keeps all.
+        prior: the policy that is reweighted; None: "sft" when an SFT model is given, else
+            "baseline".
+        candidates_from: the policy that proposes the candidates.
+        transfer: "direct" (the baseline was aligned to the target reward) or "indirect".
+        weights: how indirect transfer weighs its roll-outs (method of section 2, point 4).
+        estimator: "mean" of the weighed rewards, or "soft", alpha log mean exp(r / alpha).
+        eos_token_id: ids that end a response; None: the baseline's own; (): never stop.
+        seed: of every random draw; the same seed gives the same responses.
+        backend: "auto", or the one backend that every op must use.
+
+    Raises:
+        InvalidArgument: a value is out of its range; the message names field and value.
+    """
+
+    k: int = 10
+    alpha: float = 1.0
+    beta: float | None = None
+    num_rollouts: int = 1
+    horizon: int | None = 20
+    max_new_tokens: int = 128
+    strategy: Strategy = "sample"
+    rollout: Rollout = "sample"
+    rollout_temperature: float = 1.0
+    rollout_top_k: int = 0
+    rollout_top_p: float = 1.0
+    prior: Role | None = None
+    candidates_from: Role = "baseline"
+    transfer: Transfer = "direct"
+    weights: Weights = "log_ratio"
+    estimator: Estimator = "mean"
+    eos_token_id: int | tuple[int, ...] | None = None
+    seed: int = 0
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("k", "num_rollouts", "max_new_tokens"):
+            _require_int(name, getattr(self, name), low=1)
+        if self.horizon is not None:
+            _require_int("horizon", self.horizon, low=0)
+        _require_int("rollout_top_k", self.rollout_top_k, low=0)
+        _require_int("seed", self.seed, low=None)
+        for name in ("alpha", "rollout_temperature"):
+            _require_positive(name, getattr(self, name))
+        if self.beta is not None:
+            _require_positive("beta", self.beta)
+        top_p = self.rollout_top_p
+        if not _is_real(top_p) or not 0.0 < top_p <= 1.0:
+            raise InvalidArgument(f"rollout_top_p must be in (0, 1], got {top_p!r}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                expected = ", ".join(repr(choice) for choice in choices)
+                raise InvalidArgument(f"{name} must be one of {expected}, got {value!r}")
+        if self.eos_token_id is not None:
+            ids = (self.eos_token_id,) if _is_int(self.eos_token_id) else self.eos_token_id
+            if not isinstance(ids, (tuple, list)) or not all(_is_int(i) and i >= 0 for i in ids):
+                raise InvalidArgument(
+                    "eos_token_id must be a token id, a tuple of token ids or None, "
+                    f"got {self.eos_token_id!r}"
+                )
+            object.__setattr__(self, "eos_token_id", tuple(ids))
+        if self.transfer == "indirect" and self.beta is None:
+            raise InvalidArgument(
+                "beta must be given for transfer='indirect': the KL weight that the baseline was "
+                "trained with, got None"
+            )
+
+    @classmethod
+    def from_options(cls, base: DecodeConfig | None = None, /, **options: Any) -> DecodeConfig:
+        """Return `base` (or the defaults) with `options` replaced.
+
+        Raises:
+            InvalidArgument: an option is unknown (the message names the nearest known one).
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise InvalidArgument(f"unknown option {name!r}; {hint}")
+        return dataclasses.replace(base or cls(), **options)
+
+    @property
+    def rollouts_per_candidate(self) -> int:
+        """Roll-outs that really run for a candidate: greedy ones are all the same."""
+        return 1 if self.rollout == "greedy" else self.num_rollouts
+
+
+def _choices() -> dict[str, tuple[Any, ...]]:
+    return {
+        "strategy": typing.get_args(Strategy),
+        "rollout": typing.get_args(Rollout),
+        "prior": (*typing.get_args(Role), None),
+        "candidates_from": typing.get_args(Role),
+        "transfer": typing.get_args(Transfer),
+        "weights": typing.get_args(Weights),
+        "estimator": typing.get_args(Estimator),
+        "backend": typing.get_args(Backend),
+    }
+
+
+_CHOICES = _choices()
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require_int(name: str, value: object, *, low: int | None) -> None:
+    if not _is_int(value) or (low is not None and value < low):
+        bound = "" if low is None else f" of at least {low}"
+        raise InvalidArgument(f"{name} must be an integer{bound}, got {value!r}")
+
+
+def _require_positive(name: str, value: object) -> None:
+    if not _is_real(value) or not math.isfinite(value) or value <= 0:
+        raise InvalidArgument(f"{name} must be a finite number above 0, got {value!r}")

@@ -1,0 +1,46 @@
+"""The exceptions that tq_fast raises, all below `TqFastError`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TqFastError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class InvalidArgument(TqFastError, ValueError):
+    """An argument is wrong; the message names it, its value and what was expected."""
+
+
+class UnsupportedModel(TqFastError, ValueError):
+    """A model uses a feature that the forest cannot honour; the message names the feature."""
+
+
+class BackendRefused(TqFastError, RuntimeError):
+    """A backend that was pinned by the caller cannot run the op on these inputs."""
+
+
+class DecodingError(TqFastError, RuntimeError):
+    """Decoding failed for one prompt.
+
+    Attributes:
+        prompt_idx: position of the prompt that failed, within the call.
+        step: index of the response token that was being chosen, from 0.
+        finished: responses already complete when the error struck, as new token ids `[T]`
+            by prompt position. Nothing that was finished is lost.
+    """
+
+    def __init__(self, message: str, *, prompt_idx: int, step: int) -> None:
+        super().__init__(f"prompt {prompt_idx}, step {step}: {message}")
+        self.prompt_idx = prompt_idx
+        self.step = step
+        self.finished: Mapping[int, torch.Tensor] = {}
+
+
+class RewardError(DecodingError):
+    """A reward returned the wrong number of scores, or NaN, or raised."""
