@@ -1,0 +1,112 @@
+"""Thin entry of the build: runs CMake, whose CMakeLists.txt is the one list of sources and flags.
+
+TQ_FAST_BUILD chooses what is built:
+  auto  (default) the CPU library, and the CUDA one where torch is a CUDA build and nvcc is found;
+        without torch's headers, CMake or a compiler the package installs as pure Python and says so
+  none  nothing: pure Python
+  cpu   the CPU library; anything missing is an error
+  cuda  the CPU and the CUDA libraries, a GPU or a CUDA build of torch not needed
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD_FOLDER = ROOT / "build" / "native"
+BUILD_CHOICES = ("auto", "none", "cpu", "cuda")
+# An isolated build hides the environment's packages behind PYTHONPATH; -I looks past it, at the
+# torch that the package will run with. Its headers are all that is needed (stable ABI).
+FIND_TORCH = (
+    "import importlib.util as u; s = u.find_spec('torch'); "
+    "print(s.submodule_search_locations[0] if s else '')"
+)
+
+
+def read_build_choice() -> str:
+    choice = os.environ.get("TQ_FAST_BUILD", "auto").lower()
+    if choice not in BUILD_CHOICES:
+        raise SystemExit(f"TQ_FAST_BUILD is {choice!r}; expected one of {', '.join(BUILD_CHOICES)}")
+    return choice
+
+
+def find_torch() -> Path:
+    for flags in ([], ["-I"]):
+        found = subprocess.run(
+            [sys.executable, *flags, "-c", FIND_TORCH], capture_output=True, text=True, cwd="/"
+        ).stdout.strip()
+        if found:
+            return Path(found)
+    raise FileNotFoundError(
+        "torch is not installed in this environment, and its headers are needed: "
+        "install torch first, then this package again"
+    )
+
+
+def search_path() -> str:
+    """PATH with the environment's own scripts first: pip does not activate an environment."""
+    return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
+
+def run_cmake(*arguments: str) -> None:
+    cmake = shutil.which("cmake", path=search_path())
+    if cmake is None:
+        raise FileNotFoundError("cmake was not found")
+    subprocess.run([cmake, *arguments], check=True, env={**os.environ, "PATH": search_path()})
+
+
+class BuildNative(build_ext):
+    """Configures, builds and installs the libraries beside the package's Python files."""
+
+    def run(self) -> None:
+        choice = read_build_choice()
+        try:
+            self.configure(choice)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if choice != "auto":
+                raise
+            warnings.warn(
+                f"tq-fast: no native library was built ({error}); the package works on its "
+                "PyTorch references, slower. `tq-fast info` says what is missing.",
+                stacklevel=1,
+            )
+            return
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        run_cmake("--build", str(BUILD_FOLDER), "--parallel", jobs)
+        in_source = self.inplace or self.editable_mode
+        prefix = ROOT if in_source else Path(self.build_lib).resolve()
+        run_cmake("--install", str(BUILD_FOLDER), "--prefix", str(prefix))
+
+    def configure(self, choice: str) -> None:
+        has_ninja = shutil.which("ninja", path=search_path()) is not None
+        # --fresh: the tools of an earlier isolated build are gone, and its cache names them.
+        run_cmake(
+            "--fresh",
+            *("-S", str(ROOT), "-B", str(BUILD_FOLDER)),
+            *(("-G", "Ninja") if has_ninja else ()),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DTQ_FAST_TORCH_ROOT={find_torch()}",
+            f"-DTQ_FAST_CUDA={ {'auto': 'AUTO', 'cpu': 'OFF', 'cuda': 'ON'}[choice] }",
+        )
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+# One name with no sources: it only makes setuptools run BuildNative and tag the wheel as binary.
+extensions = [] if read_build_choice() == "none" else [Extension("tq_fast._common", sources=[])]
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})

@@ -1,0 +1,61 @@
+"""Finds and loads the native libraries, once, on first use; a missing one is a reason, not an error.
+
+``tq_fast/_tq_fast_cpu.so`` holds the schemas and the CPU kernels, ``tq_fast/_tq_fast_cuda.so`` the CUDA
+kernels (loaded only where a GPU is visible), and ``tq_fast._common`` the shared headers as a Python module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+LibraryName = Literal["cpu", "cuda"]
+_PACKAGE_FOLDER = Path(__file__).resolve().parent
+
+
+def _load(name: LibraryName) -> str | None:
+    path = _PACKAGE_FOLDER / f"_tq_fast_{name}.so"
+    if not path.is_file():
+        return (
+            f"the {name} library was not built ({path.name} is not in the package); "
+            "reinstall with a C++ compiler and torch present and TQ_FAST_BUILD=" + name
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} could not be loaded: {error}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def cpu_refusal() -> str | None:
+    """Why the CPU library cannot serve: a sentence, or None once it is loaded."""
+    return _load("cpu")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def cuda_refusal() -> str | None:
+    """Why the CUDA library cannot serve: a sentence, or None once it is loaded."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    # The schemas live in the CPU library.
+    return cpu_refusal() or _load("cuda")
+
+
+@functools.cache
+def load_common() -> ModuleType:
+    """The module over csrc/common; ImportError with the reason where it was not built."""
+    try:
+        return importlib.import_module("tq_fast._common")
+    except ImportError as error:
+        raise ImportError(
+            f"tq_fast._common was not built or cannot be loaded ({error}); reinstall with a C++ "
+            "compiler and Python's development headers present"
+        ) from error
