@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -74,10 +73,9 @@ class BuildNative(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if choice != "auto":
                 raise
-            warnings.warn(
-                f"tq-fast: no native library was built ({error}); the package works on its "
-                "PyTorch references, slower. `tq-fast info` says what is missing.",
-                stacklevel=1,
+            self.warn(
+                f"no native library was built ({error}); tq-fast works on its PyTorch "
+                "references, slower. `tq-fast info` says what is missing."
             )
             return
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)

@@ -1,7 +1,7 @@
-"""Finds and loads the native libraries, once, on first use; a missing one is a reason, not an error.
+"""Finds and loads the native libraries, once, on first use; what is missing is said in words.
 
-``tq_fast/_tq_fast_cpu.so`` holds the schemas and the CPU kernels, ``tq_fast/_tq_fast_cuda.so`` the CUDA
-kernels (loaded only where a GPU is visible), and ``tq_fast._common`` the shared headers as a Python module.
+``_tq_fast_cpu.so`` holds the schemas and the CPU kernels, ``_tq_fast_cuda.so`` the CUDA kernels
+(loaded only where a GPU is visible), ``tq_fast._common`` the shared headers as a Python module.
 """
 
 from __future__ import annotations
