@@ -1,0 +1,214 @@
+"""`ForestCache`: one prefix KV a tree, one branch KV a row, as a `transformers` cache.
+
+A forest holds G trees. A tree's prefix (prompt and emitted tokens) is stored once, whatever the
+number of branches; a row (one roll-out of one candidate of one tree) stores only its own tokens.
+
+    prefix_k, prefix_v   [G, H_kv, P, d] a layer, `prefix_len` [G] of it in use
+    branch_k, branch_v   [N, H_kv, S, d] a layer, the same number of tokens in use for every row
+
+Buffers are made once, at the first forward pass, and keep their addresses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import Cache
+
+
+@dataclasses.dataclass
+class _Layer:
+    """KV buffers of one decoder layer."""
+
+    prefix_k: torch.Tensor
+    prefix_v: torch.Tensor
+    branch_k: torch.Tensor
+    branch_v: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillPass:
+    """One forward pass over the whole prompt of one tree, `[1, T]`."""
+
+    tree: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchPass:
+    """One forward pass over T new tokens of the first `num_rows` rows.
+
+    Attributes:
+        num_rows: rows in this pass, the first of the branch buffers.
+        start: branch tokens that every row holds already.
+        num_tokens: T.
+        tree: tree of each row, int64 `[N]`, ascending; None: `row // (N // G)`.
+        prefix_len: prefix tokens of each tree, int64 `[G]`.
+        branch_len: branch tokens of each row after the pass, int64 `[N]`.
+    """
+
+    num_rows: int
+    start: int
+    num_tokens: int
+    tree: torch.Tensor | None
+    prefix_len: torch.Tensor
+    branch_len: torch.Tensor
+
+
+class ForestCache(Cache):
+    """KV of G prefixes and N branches of one model.
+
+    Args:
+        num_trees: G, trees at most.
+        num_rows: N, rows at most.
+        prefix_capacity: tokens that a prefix can hold.
+        branch_capacity: tokens that a branch can hold.
+    """
+
+    def __init__(
+        self, *, num_trees: int, num_rows: int, prefix_capacity: int, branch_capacity: int
+    ) -> None:
+        super().__init__(layers=[])
+        self.num_trees = num_trees
+        self.num_rows = num_rows
+        self.prefix_capacity = prefix_capacity
+        self.branch_capacity = branch_capacity
+        self.prefix_len = [0] * num_trees
+        self.current_pass: PrefillPass | BranchPass | None = None
+        self.current_layer: _Layer | None = None
+        self._kv: dict[int, _Layer] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all KV buffers."""
+        return sum(
+            buffer.nbytes
+            for layer in self._kv.values()
+            for buffer in (layer.prefix_k, layer.prefix_v, layer.branch_k, layer.branch_v)
+        )
+
+    def branch_pass(
+        self,
+        *,
+        num_rows: int,
+        start: int,
+        num_tokens: int,
+        tree: torch.Tensor | None,
+        device: torch.device,
+    ) -> BranchPass:
+        """Describe a pass of `num_tokens` new tokens for the first `num_rows` rows."""
+        assert num_rows <= self.num_rows, (num_rows, self.num_rows)
+        assert start + num_tokens <= self.branch_capacity, (start, num_tokens)
+        prefix_len = torch.tensor(self.prefix_len[: self.num_trees], device=device)
+        branch_len = torch.full((num_rows,), start + num_tokens, device=device)
+        return BranchPass(num_rows, start, num_tokens, tree, prefix_len, branch_len)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new keys and values `[rows, H_kv, T, d]` where the current pass puts them."""
+        layer = self._kv.get(layer_idx)
+        if layer is None:
+            layer = self._kv[layer_idx] = self._allocate(key_states, value_states)
+        now = self.current_pass
+        if isinstance(now, PrefillPass):
+            num_tokens = key_states.shape[2]
+            layer.prefix_k[now.tree, :, :num_tokens] = key_states[0]
+            layer.prefix_v[now.tree, :, :num_tokens] = value_states[0]
+        else:
+            assert isinstance(now, BranchPass), "a forward pass outside of the forest"
+            end = now.start + now.num_tokens
+            layer.branch_k[: now.num_rows, :, now.start : end] = key_states
+            layer.branch_v[: now.num_rows, :, now.start : end] = value_states
+        self.current_layer = layer
+        return key_states, value_states
+
+    def commit(self, trees: Sequence[int], rows: Sequence[int], num_tokens: int = 1) -> None:
+        """Move the first `num_tokens` branch tokens of `rows[i]` to the prefix of `trees[i]`."""
+        if not trees:
+            return
+        device = next(iter(self._kv.values())).prefix_k.device
+        tree_idx = torch.tensor(trees, device=device)
+        row_idx = torch.tensor(rows, device=device)
+        start = torch.tensor([self.prefix_len[tree] for tree in trees], device=device)
+        for layer in self._kv.values():
+            for offset in range(num_tokens):
+                at = (tree_idx, slice(None), start + offset)
+                layer.prefix_k[at] = layer.branch_k[row_idx, :, offset]
+                layer.prefix_v[at] = layer.branch_v[row_idx, :, offset]
+        for tree in trees:
+            self.prefix_len[tree] += num_tokens
+
+    def truncate(self, tree: int, num_tokens: int) -> None:
+        """Keep the first `num_tokens` prefix tokens of `tree`."""
+        assert num_tokens <= self.prefix_len[tree]
+        self.prefix_len[tree] = num_tokens
+
+    def permute_rows(self, order: torch.Tensor, num_tokens: int) -> None:
+        """Row i becomes row `order[i]` (int64 `[n]`), for their first `num_tokens` tokens."""
+        num_rows = order.shape[0]
+        for layer in self._kv.values():
+            for buffer in (layer.branch_k, layer.branch_v):
+                used = buffer[:num_rows, :, :num_tokens]
+                used.copy_(used.index_select(0, order))
+
+    def drop_tree(self, tree: int) -> None:
+        """Take `tree` out of the forest; the last tree takes over its place."""
+        last = self.num_trees - 1
+        if tree != last:
+            num_tokens = self.prefix_len[last]
+            for layer in self._kv.values():
+                for buffer in (layer.prefix_k, layer.prefix_v):
+                    buffer[tree, :, :num_tokens] = buffer[last, :, :num_tokens]
+            self.prefix_len[tree] = self.prefix_len[last]
+        self.prefix_len.pop()
+        self.num_trees = last
+
+    def reserve(self, *, prefix_capacity: int, branch_capacity: int) -> None:
+        """Grow the buffers to hold at least so many tokens; what they hold is kept."""
+        grow_prefix = prefix_capacity > self.prefix_capacity
+        grow_branch = branch_capacity > self.branch_capacity
+        self.prefix_capacity = max(prefix_capacity, self.prefix_capacity)
+        self.branch_capacity = max(branch_capacity, self.branch_capacity)
+        for layer in self._kv.values():
+            if grow_prefix:
+                layer.prefix_k = _grown(layer.prefix_k, self.prefix_capacity)
+                layer.prefix_v = _grown(layer.prefix_v, self.prefix_capacity)
+            if grow_branch:
+                layer.branch_k = _grown(layer.branch_k, self.branch_capacity)
+                layer.branch_v = _grown(layer.branch_v, self.branch_capacity)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen; positions are passed to the model explicitly, so nothing reads this."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> _Layer:
+        def zeros(like: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
+            # Zeros, not empty: a NaN in an unused position would survive a mask (0 * NaN).
+            return like.new_zeros(rows, like.shape[1], tokens, like.shape[3])
+
+        return _Layer(
+            zeros(key_states, self.num_trees, self.prefix_capacity),
+            zeros(value_states, self.num_trees, self.prefix_capacity),
+            zeros(key_states, self.num_rows, self.branch_capacity),
+            zeros(value_states, self.num_rows, self.branch_capacity),
+        )
+
+
+def _grown(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
+    rows, heads, tokens, size = buffer.shape
+    grown = buffer.new_zeros(rows, heads, capacity, size)
+    grown[:, :, :tokens] = buffer
+    return grown

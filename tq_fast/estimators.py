@@ -1,0 +1,112 @@
+"""Pure functions between rewards and the next token: weights, divergences, the certificate.
+
+The values Q, their errors and their effective sample sizes come from `ops.reweight_sample`; what
+goes in (the log-weights of indirect transfer) and what is reported beside it stands here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .config import DecodeConfig
+
+
+def log_weights(
+    config: DecodeConfig,
+    rewards: torch.Tensor,
+    baseline_rewards: torch.Tensor | None,
+    log_ratio: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Return the log-weight of each roll-out, before it is normalised within its candidate.
+
+    Equals, for indirect transfer, `(r - r_BL) / beta` (weights="reward_gap") or
+    `r / beta + log pi_sft(tau) - log q(tau)` (weights="log_ratio"); None, all weights equal, for
+    direct transfer. Natural log.
+
+    Args:
+        config: `transfer`, `weights` and `beta` are read.
+        rewards: r `[G, k, n]`.
+        baseline_rewards: r_BL `[G, k, n]`.
+        log_ratio: `log pi_sft(tau) - log q(tau)` `[G, k, n]`.
+    """
+    if config.transfer == "direct":
+        return None
+    if config.weights == "log_ratio":
+        return rewards / config.beta + log_ratio
+    return (rewards - baseline_rewards) / config.beta
+
+
+def published_values(
+    config: DecodeConfig,
+    rewards: torch.Tensor,
+    baseline_rewards: torch.Tensor,
+    lengths: torch.Tensor,
+) -> torch.Tensor:
+    """Return Q `[G, k]` as the published indirect code computes it, for comparison only.
+
+    Equals `mean_i exp((r_i - r_BL,i) / beta) r_i`, with weights that are not normalised, over the
+    first `lengths` `[G, k]` roll-outs.
+    """
+    weighed = torch.exp((rewards - baseline_rewards) / config.beta) * rewards
+    used = torch.arange(rewards.shape[2], device=rewards.device) < lengths[..., None]
+    return torch.where(used, weighed, 0.0).sum(-1) / lengths
+
+
+def kl_divergence(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
+    """Return KL(p || q) in nats over the last axis; exact, since p lives on the k candidates.
+
+    Args:
+        logprobs: log p `[..., k]`, -inf allowed.
+        reference_logprobs: log q `[..., k]` under q's full vocabulary.
+    """
+    probs = logprobs.exp()
+    terms = torch.where(probs > 0, probs * (logprobs - reference_logprobs), 0.0)
+    return terms.sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What one response cost in divergence, and the bound of the prior that was used.
+
+    Theorem 1 of arXiv 2405.20495 holds for exact Q and the full vocabulary; truncation to k
+    candidates adds `-log(prior mass of the k)` a step, which `kl_bound` contains. Finite roll-outs
+    and horizons and imperfect baselines are not covered.
+
+    Attributes:
+        kl_to_sft: sum over the steps of KL(pi_alg || pi_sft), nats; None without an SFT model.
+        kl_to_baseline: the same to pi_BL.
+        log_prior_mass: sum over the steps of the log prior mass of the k candidates.
+        prior: the prior in use, "sft" or "baseline".
+        kl_bound: bound on KL(rho_alg || rho_sft) in nats: `T r_max / alpha` under the SFT prior,
+            `(1 / beta + T / alpha) r_max` under the baseline prior, `-log_prior_mass` added. None
+            where the reward's bounds, or the beta that it needs, were not given.
+    """
+
+    kl_to_sft: float | None
+    kl_to_baseline: float
+    log_prior_mass: float
+    prior: str
+    kl_bound: float | None
+
+
+def certify(
+    config: DecodeConfig,
+    *,
+    prior: str,
+    num_steps: int,
+    kl_to_sft: float | None,
+    kl_to_baseline: float,
+    log_prior_mass: float,
+    reward_bounds: tuple[float, float] | None,
+) -> Certificate:
+    """Return the certificate of a response of `num_steps` tokens."""
+    bound = None
+    if reward_bounds is not None and (prior == "sft" or config.beta is not None):
+        # The theorem takes 0 <= r <= r_max; a reward moved by a constant chooses the same tokens.
+        r_max = reward_bounds[1] - reward_bounds[0]
+        bound = num_steps * r_max / config.alpha - log_prior_mass
+        if prior == "baseline":
+            bound += r_max / config.beta
+    return Certificate(kl_to_sft, kl_to_baseline, log_prior_mass, prior, bound)

@@ -1,0 +1,1 @@
+"""Models over a forest: the language models that propose and roll out, and the rewards."""

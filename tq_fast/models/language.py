@@ -1,0 +1,222 @@
+"""`LanguageForest`: a causal language model of transformers over a forest of shared prefixes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cache import ForestCache
+from ..cache.attention import running
+from ..cache.forest import BranchPass, PrefillPass
+from ..errors import UnsupportedModel
+
+# Logits that one scoring pass may hold, in bytes.
+_LOGITS_BYTES = 256 << 20
+
+
+class Forest:
+    """A model's backbone and its cache: positions, passes and counts, for any head.
+
+    Attributes:
+        cache: the KV of every tree and row.
+        num_token_forwards: tokens that went through the model so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_trees: int,
+        num_rows: int,
+        prefix_capacity: int,
+        branch_capacity: int,
+        backend: str,
+    ) -> None:
+        self.model = model
+        self.backend = backend
+        self.device = model.device
+        self.cache = ForestCache(
+            num_trees=num_trees,
+            num_rows=num_rows,
+            prefix_capacity=prefix_capacity,
+            branch_capacity=branch_capacity,
+        )
+        self.num_token_forwards = 0
+
+    @property
+    def peak_kv_bytes(self) -> int:
+        """Most bytes of KV held so far; buffers only ever grow."""
+        return self.cache.num_bytes
+
+    def run_prefill(
+        self, module: PreTrainedModel, tree: int, token_ids: Sequence[int], **options: object
+    ) -> object:
+        """Encode the prompt of `tree`, whose prefix is empty, with `module`; return its output."""
+        assert self.cache.prefix_len[tree] == 0
+        tokens = torch.tensor([token_ids], device=self.device)
+        positions = torch.arange(len(token_ids), device=self.device)[None]
+        output = self._run(module, tokens, positions, PrefillPass(tree), options)
+        self.cache.prefix_len[tree] = len(token_ids)
+        return output
+
+    def run_branches(
+        self,
+        module: PreTrainedModel,
+        tokens: torch.Tensor,
+        *,
+        start: int,
+        tree: torch.Tensor | None,
+        **options: object,
+    ) -> object:
+        """Push `tokens` `[n, T]` through the first n rows, which hold `start` tokens already.
+
+        `tree` is the tree of each row (int64 `[n]`, ascending); None: n is a multiple of G and row
+        i belongs to tree `i // (n // G)`.
+        """
+        num_rows, num_tokens = tokens.shape
+        branch_pass = self.cache.branch_pass(
+            num_rows=num_rows, start=start, num_tokens=num_tokens, tree=tree, device=self.device
+        )
+        prefix_len = branch_pass.prefix_len
+        if tree is None:
+            first = prefix_len.repeat_interleave(num_rows // self.cache.num_trees)
+        else:
+            first = prefix_len[tree]
+        offsets = torch.arange(start, start + num_tokens, device=self.device)
+        return self._run(module, tokens, first[:, None] + offsets, branch_pass, options)
+
+    def _run(
+        self,
+        module: PreTrainedModel,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        forward_pass: PrefillPass | BranchPass,
+        options: dict[str, object],
+    ) -> object:
+        self.num_token_forwards += tokens.numel()
+        with running(module, self.cache, forward_pass, self.backend):
+            return module(
+                input_ids=tokens,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+                **options,
+            )
+
+
+class LanguageForest(Forest):
+    """Next-token logits for the tips of G trees and for N rows.
+
+    Attributes:
+        tip: logits `[G, V]` of the token after each tree's prefix.
+    """
+
+    def __init__(self, model: PreTrainedModel, **sizes: object) -> None:
+        super().__init__(model, **sizes)
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.tip = torch.empty(
+            self.cache.num_trees, self.vocab_size, dtype=model.dtype, device=self.device
+        )
+
+    def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
+        """Encode the prompt of `tree`; its tip is ready afterwards."""
+        output = self.run_prefill(self.model, tree, token_ids, **self._last_only())
+        self.tip[tree] = output.logits[0, -1]
+
+    def forward_rows(
+        self, tokens: torch.Tensor, *, start: int, tree: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Push one token a row (int64 `[n]`); return the logits `[n, V]` after it."""
+        output = self.run_branches(
+            self.model, tokens[:, None], start=start, tree=tree, **self._last_only()
+        )
+        return output.logits[:, -1]
+
+    def score_rows(
+        self, rows: Sequence[Sequence[int]], trees: Sequence[int], *, vocab_size: int
+    ) -> list[float]:
+        """Sum of log p of every token of `rows[i]` but its first, after the prefix of `trees[i]`.
+
+        Natural log; ids from `vocab_size` on do not take part. Rows go through the model in as few
+        forward passes as `_LOGITS_BYTES` allows.
+        """
+        width = max(map(len, rows))
+        per_pass = max(1, _LOGITS_BYTES // (4 * self.vocab_size * (width - 1)))
+        per_pass = min(per_pass, self.cache.num_rows)
+        self.cache.reserve(prefix_capacity=0, branch_capacity=width - 1)
+        sums: list[float] = []
+        for start in range(0, len(rows), per_pass):
+            chunk = rows[start : start + per_pass]
+            tokens = torch.tensor(
+                [[*row, *[0] * (width - len(row))] for row in chunk], device=self.device
+            )
+            tree = torch.tensor(trees[start : start + per_pass], device=self.device)
+            output = self.run_branches(self.model, tokens[:, :-1], start=0, tree=tree)
+            logprobs = output.logits[..., :vocab_size].float().log_softmax(-1)
+            picked = logprobs.gather(2, tokens[:, 1:, None]).squeeze(2)
+            lengths = torch.tensor([len(row) - 1 for row in chunk], device=self.device)
+            used = torch.arange(width - 1, device=self.device) < lengths[:, None]
+            sums += torch.where(used, picked, 0.0).sum(1).tolist()
+        return sums
+
+    def commit(self, trees: Sequence[int], rows: Sequence[int], tips: torch.Tensor) -> None:
+        """Move the first token of `rows[i]` into the prefix of `trees[i]`; `tips[i]` follow it."""
+        self.cache.commit(trees, rows)
+        self.tip[torch.tensor(trees, device=self.device)] = tips
+
+    def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
+        """Append `tokens[i]` to the prefix of `trees[i]` (ascending) by one forward pass."""
+        tree = None if len(trees) == self.cache.num_trees else torch.tensor(trees)
+        ids = torch.tensor(tokens, device=self.device)
+        tips = self.forward_rows(ids, start=0, tree=tree if tree is None else tree.to(self.device))
+        self.commit(trees, range(len(trees)), tips)
+
+    def drop_tree(self, tree: int) -> None:
+        """Take `tree` out; the last tree takes over its place."""
+        last = self.cache.num_trees - 1
+        self.cache.drop_tree(tree)
+        self.tip[tree] = self.tip[last]
+        self.tip = self.tip[:last]
+
+    def _last_only(self) -> dict[str, object]:
+        takes = inspect.signature(self.model.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+
+def check_supported(model: PreTrainedModel, role: str) -> None:
+    """Refuse a model that the forest cannot run, before any forward pass.
+
+    Raises:
+        UnsupportedModel: the message names the role, the model type and the feature.
+    """
+    config = model.config.get_text_config()
+    name = f"{role}: model type {model.config.model_type!r}"
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name} is an encoder-decoder; a decoder-only model is needed")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModel(
+            f"{name} does not use the attention interface of transformers, through which the "
+            "shared-prefix cache works"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if kinds:
+        raise UnsupportedModel(
+            f"{name} has layers of kind {', '.join(sorted(kinds))}; only full_attention and "
+            "sliding_attention are honoured"
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModel(f"{name} attends in both directions (use_bidirectional_attention)")
+    if getattr(config, "is_decoder", True) is False and hasattr(config, "type_vocab_size"):
+        raise UnsupportedModel(f"{name} is an encoder (is_decoder=False)")
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest sequence the model was made for, or None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

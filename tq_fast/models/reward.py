@@ -1,0 +1,417 @@
+"""Rewards: whole responses in, one score each out.
+
+A reward is opened for the prompts of a forest (`open`); the session that it returns scores rows of
+new token ids and forgets a tree when its response is complete. Three kinds:
+
+    CausalReward     a causal sequence classifier over its own forest: what was encoded stays
+    EncoderReward    any other sequence classifier: whole texts, in batches
+    CallableReward   a function `(prompts, responses) -> floats`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InvalidArgument
+from ..prompts import Prompt, chat_token_ids
+from .language import Forest, max_positions
+
+RewardFunction = Callable[[list[Any], list[Any]], Sequence[float]]
+
+# Tokens of the prompt that are decoded together with a response, so that a tokenizer which drops
+# the space at the start of a text does not drop it at the join.
+_JOIN_CONTEXT = 8
+# Whole texts that an encoder scores at a time.
+_TEXT_BATCH = 32
+
+
+class RewardSession(Protocol):
+    """A reward at work on the prompts of one forest."""
+
+    num_token_forwards: int
+    peak_kv_bytes: int
+
+    def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
+        """Score `responses[i]` (new token ids) to the prompt of `trees[i]` (ascending)."""
+        ...
+
+    def drop_tree(self, tree: int) -> None:
+        """Forget `tree`; the last tree takes over its place."""
+        ...
+
+
+class Reward(Protocol):
+    """Something that scores responses."""
+
+    def open(
+        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str
+    ) -> RewardSession:
+        """Start on a forest with one tree a prompt.
+
+        Args:
+            prompts: one a tree.
+            num_rows: responses in one call of `score`, at most.
+            max_new: tokens of a response, at most.
+            backend: which backend the ops of a forest use.
+        """
+        ...
+
+
+class Texts:
+    """Turns prompts and new token ids into the texts that rewards read."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.tokenizer = tokenizer
+
+    def response(self, token_ids: Sequence[int]) -> str:
+        """The response on its own, special tokens left out."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def continuation(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
+        """The response as it continues the prompt, with the space at the join if there is one."""
+        context = list(prompt.token_ids[-_JOIN_CONTEXT:])
+        before = self.response(context)
+        whole = self.response([*context, *token_ids])
+        return whole[len(before) :] if whole.startswith(before) else self.response(token_ids)
+
+    def whole(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
+        """Prompt and response as one text."""
+        given = prompt.given
+        before = given if isinstance(given, str) else self.response(prompt.token_ids)
+        return before + self.continuation(prompt, token_ids)
+
+
+class CallableReward:
+    """A plain function `(prompts, responses) -> floats`.
+
+    It gets the prompts as they were given (token ids as text) and the responses as text, special
+    tokens left out. Without a tokenizer both are lists of token ids.
+    """
+
+    def __init__(self, function: RewardFunction, texts: Texts) -> None:
+        self.function = function
+        self.texts = texts
+
+    def open(
+        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str
+    ) -> RewardSession:
+        return _CallableSession(self, prompts)
+
+
+class _CallableSession:
+    num_token_forwards = 0
+    peak_kv_bytes = 0
+
+    def __init__(self, reward: CallableReward, prompts: Sequence[Prompt]) -> None:
+        self.reward = reward
+        self.prompts = list(prompts)
+
+    def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
+        texts = self.reward.texts
+        if texts.tokenizer is None:
+            shown: list[Any] = [list(ids) for ids in responses]
+        else:
+            shown = [texts.response(ids) for ids in responses]
+        scores = self.reward.function([self.prompts[tree].given for tree in trees], shown)
+        if isinstance(scores, torch.Tensor):
+            scores = scores.reshape(-1)
+        return [float(score) for score in scores]
+
+    def drop_tree(self, tree: int) -> None:
+        drop_from(self.prompts, tree)
+
+
+class ClassifierReward:
+    """What both kinds of sequence classifier share: how a text becomes token ids.
+
+    Args:
+        model: a sequence classifier.
+        tokenizer: its own tokenizer; None where it reads the baseline's token ids.
+        texts: decodes with the baseline's tokenizer.
+        label: which label is the reward; None where there is one label.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        texts: Texts,
+        label: int | None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.texts = texts
+        self.label = check_label(model, label)
+        self._shares_ids = tokenizer is None or _encode_alike(tokenizer, texts.tokenizer)
+
+    def shares_ids(self, prompt: Prompt) -> bool:
+        """Whether the baseline's token ids of `prompt` and response are the reward's own."""
+        if not self._shares_ids or self.tokenizer is None or self.texts.tokenizer is None:
+            return self._shares_ids
+        is_chat = not isinstance(prompt.given, str)
+        same_template = self.tokenizer.chat_template == self.texts.tokenizer.chat_template
+        return not is_chat or same_template
+
+    def encode(self, prompt: Prompt, token_ids: Sequence[int]) -> list[int]:
+        """Token ids, under the reward's tokenizer, of prompt and response together."""
+        if self.shares_ids(prompt):
+            return [*prompt.token_ids, *token_ids]
+        if not isinstance(prompt.given, str) and self.tokenizer.chat_template:
+            answer = {"role": "assistant", "content": self.texts.response(token_ids)}
+            chat = [*prompt.given, answer]
+            return chat_token_ids(self.tokenizer, chat, add_generation_prompt=False)
+        return self.tokenizer(self.texts.whole(prompt, token_ids))["input_ids"]
+
+    def check_length(self, num_tokens: int) -> None:
+        """Refuse a sequence that is longer than the model allows."""
+        limit = max_positions(self.model)
+        if limit is not None and num_tokens > limit:
+            raise InvalidArgument(
+                f"prompt and response make {num_tokens} tokens for the reward model, which allows "
+                f"{limit}"
+            )
+
+
+class CausalReward(ClassifierReward):
+    """A causal sequence classifier over its own forest.
+
+    The prompt and the emitted text are encoded once; a step encodes only what is new. Equals
+    `model(input_ids).logits[0, label]` on the whole sequence, with the head computed in fp32. As in
+    transformers, the score is read at the last token that is not padding.
+    """
+
+    def open(
+        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str
+    ) -> RewardSession:
+        for prompt in prompts:
+            if self.shares_ids(prompt):
+                self.check_length(len(prompt.token_ids) + max_new)
+        return _CausalSession(self, prompts, num_rows=num_rows, max_new=max_new, backend=backend)
+
+
+class _CausalSession:
+    """Keeps, for each tree, the encoded prefix and the rows of the last call.
+
+    What the new rows of a tree have in common is its prefix now. It is compared with what is
+    stored: a stored prefix that went too far is cut back, and one that fell short takes over the
+    tokens that a row of the last call encoded already.
+    """
+
+    def __init__(
+        self,
+        reward: CausalReward,
+        prompts: Sequence[Prompt],
+        *,
+        num_rows: int,
+        max_new: int,
+        backend: str,
+    ) -> None:
+        self.reward = reward
+        self.prompts = list(prompts)
+        model = reward.model
+        self.backbone = getattr(model, model.base_model_prefix)
+        self.pad = model.config.get_text_config().pad_token_id
+        self.forest = Forest(
+            model,
+            num_trees=len(prompts),
+            num_rows=num_rows,
+            prefix_capacity=max(len(prompt.token_ids) for prompt in prompts) + max_new,
+            branch_capacity=1,
+            backend=backend,
+        )
+        self.prefixes: list[list[int]] = [[] for _ in prompts]
+        self.last_rows: list[list[tuple[int, list[int]]]] = [[] for _ in prompts]
+
+    @property
+    def num_token_forwards(self) -> int:
+        return self.forest.num_token_forwards
+
+    @property
+    def peak_kv_bytes(self) -> int:
+        return self.forest.cache.num_bytes
+
+    def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
+        rows = [
+            self._without_padding(self.reward.encode(self.prompts[tree], response))
+            for tree, response in zip(trees, responses, strict=True)
+        ]
+        longest = max(map(len, rows))
+        self.reward.check_length(longest)
+        self.forest.cache.reserve(prefix_capacity=longest, branch_capacity=1)
+        for tree in sorted(set(trees)):
+            self._extend_prefix(tree, [rows[i] for i, t in enumerate(trees) if t == tree])
+        suffixes = [row[len(self.prefixes[tree]) :] for tree, row in zip(trees, rows, strict=True)]
+        for tree in range(len(self.prefixes)):
+            self.last_rows[tree] = [(i, suffixes[i]) for i, t in enumerate(trees) if t == tree]
+        return self._forward(trees, suffixes)
+
+    def drop_tree(self, tree: int) -> None:
+        self.forest.cache.drop_tree(tree)
+        for entries in (self.prompts, self.prefixes, self.last_rows):
+            drop_from(entries, tree)
+
+    def _without_padding(self, row: list[int]) -> list[int]:
+        end = len(row)
+        while end > 1 and row[end - 1] == self.pad:
+            end -= 1
+        return row[:end]
+
+    def _extend_prefix(self, tree: int, rows: list[list[int]]) -> None:
+        # Every row keeps a token of its own, since its score is read there.
+        common = rows[0][: min(common_length(rows), min(map(len, rows)) - 1)]
+        stored = self.prefixes[tree]
+        if not stored:
+            if common:
+                self.forest.run_prefill(self.backbone, tree, common)
+            self.prefixes[tree] = common
+            return
+        kept = common_length([stored, common])
+        if kept < len(stored):
+            self.forest.cache.truncate(tree, kept)
+            self.prefixes[tree] = stored[:kept]
+            return
+        num_encoded, best_row = 0, 0
+        for row, suffix in self.last_rows[tree]:
+            length = common_length([common[kept:], suffix])
+            if length > num_encoded:
+                num_encoded, best_row = length, row
+        if num_encoded:
+            self.forest.cache.commit([tree], [best_row], num_encoded)
+        self.prefixes[tree] = common[: kept + num_encoded]
+
+    def _forward(self, trees: Sequence[int], suffixes: list[list[int]]) -> list[float]:
+        forest = self.forest
+        width = max(map(len, suffixes))
+        forest.cache.reserve(prefix_capacity=0, branch_capacity=width)
+        tokens = torch.tensor(
+            [suffix + [0] * (width - len(suffix)) for suffix in suffixes], device=forest.device
+        )
+        last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=forest.device)
+        output = forest.run_branches(
+            self.backbone, tokens, start=0, tree=torch.tensor(trees, device=forest.device)
+        )
+        hidden = output.last_hidden_state
+        pooled = hidden[torch.arange(len(suffixes), device=forest.device), last]
+        return self._head(pooled)[:, self.reward.label].tolist()
+
+    def _head(self, pooled: torch.Tensor) -> torch.Tensor:
+        head = self.reward.model.score
+        if isinstance(head, torch.nn.Linear):
+            bias = None if head.bias is None else head.bias.float()
+            return functional.linear(pooled.float(), head.weight.float(), bias)
+        return head(pooled).float()
+
+
+class EncoderReward(ClassifierReward):
+    """A sequence classifier that reads whole texts, `_TEXT_BATCH` at a time."""
+
+    def open(
+        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str
+    ) -> RewardSession:
+        return _EncoderSession(self, prompts)
+
+
+class _EncoderSession:
+    peak_kv_bytes = 0
+
+    def __init__(self, reward: EncoderReward, prompts: Sequence[Prompt]) -> None:
+        self.reward = reward
+        self.prompts = list(prompts)
+        self.num_token_forwards = 0
+        self.pad = reward.model.config.get_text_config().pad_token_id
+
+    def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
+        rows = [
+            self.reward.encode(self.prompts[tree], response)
+            for tree, response in zip(trees, responses, strict=True)
+        ]
+        self.reward.check_length(max(map(len, rows)))
+        # Rows of like length together, so that little is padded.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        size = 1 if self.pad is None else _TEXT_BATCH
+        scores = [math.nan] * len(rows)
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
+            for i, score in zip(chunk, self._forward([rows[i] for i in chunk]), strict=True):
+                scores[i] = score
+        return scores
+
+    def drop_tree(self, tree: int) -> None:
+        drop_from(self.prompts, tree)
+
+    def _forward(self, rows: list[list[int]]) -> list[float]:
+        device = self.reward.model.device
+        width = max(map(len, rows))
+        self.num_token_forwards += len(rows) * width
+        pad = 0 if self.pad is None else self.pad
+        tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
+        )
+        logits = self.reward.model(input_ids=tokens, attention_mask=mask).logits
+        return logits.float()[:, self.reward.label].tolist()
+
+
+def is_causal_classifier(model: PreTrainedModel) -> bool:
+    """Whether `model` is a causal backbone with a `score` head, as transformers builds them."""
+    return isinstance(getattr(model, "score", None), torch.nn.Module) and hasattr(
+        model, model.base_model_prefix
+    )
+
+
+def check_label(model: PreTrainedModel, label: int | None) -> int:
+    """Return the label that is the reward.
+
+    Raises:
+        InvalidArgument: several labels and no index, or an index out of range.
+    """
+    num_labels = model.config.num_labels
+    if label is None and num_labels > 1:
+        raise InvalidArgument(
+            f"the reward model has {num_labels} labels; reward_index must say which one is the "
+            "reward, got None"
+        )
+    if label is not None and not 0 <= label < num_labels:
+        raise InvalidArgument(
+            f"reward_index must be in [0, {num_labels}) for this reward model, got {label!r}"
+        )
+    return label or 0
+
+
+def common_length(rows: Sequence[list[int]]) -> int:
+    """Return how many tokens all `rows` start with in common."""
+    # What the least and the greatest row share, all rows in between share too.
+    low, high = min(rows), max(rows)
+    known, unknown = 0, min(len(low), len(high))
+    while known < unknown:
+        middle = (known + unknown + 1) // 2
+        if low[known:middle] == high[known:middle]:
+            known = middle
+        else:
+            unknown = middle - 1
+    return known
+
+
+def drop_from(entries: list[Any], idx: int) -> None:
+    """Remove `entries[idx]`; the last entry takes over its place."""
+    entries[idx] = entries[-1]
+    entries.pop()
+
+
+def _encode_alike(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None
+) -> bool:
+    """Whether both tokenizers give the same ids for every text."""
+    if other is None:
+        return False
+    probe = "One text, and 2 more."
+    return (
+        tokenizer.get_vocab() == other.get_vocab()
+        and tokenizer(probe)["input_ids"] == other(probe)["input_ids"]
+    )

@@ -1,0 +1,115 @@
+"""What a decode returns: responses, traces, certificates and counts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import torch
+
+from .estimators import Certificate
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTrace:
+    """How one token was chosen. Tensors are on the CPU; log-probs are natural logs, fp32.
+
+    Attributes:
+        candidates: token ids `[k]`, by falling proposal probability.
+        rewards: rewards of the roll-outs `[k, n]`; NaN where a candidate has fewer than n.
+        q: values Q `[k]`.
+        q_stderr: Monte-Carlo standard error of Q `[k]`; NaN with a single roll-out.
+        ess: effective sample size of each candidate's weights `[k]`.
+        prior_logprobs: log pi_prior `[k]`, under the full vocabulary.
+        final_logprobs: log pi_alg `[k]`.
+        kl_to_sft: KL(pi_alg || pi_sft) of this step, nats; None without an SFT model.
+        kl_to_baseline: KL(pi_alg || pi_BL) of this step, nats.
+        choice: index of the chosen candidate.
+    """
+
+    candidates: torch.Tensor
+    rewards: torch.Tensor
+    q: torch.Tensor
+    q_stderr: torch.Tensor
+    ess: torch.Tensor
+    prior_logprobs: torch.Tensor
+    final_logprobs: torch.Tensor
+    kl_to_sft: float | None
+    kl_to_baseline: float
+    choice: int
+
+    @property
+    def token_id(self) -> int:
+        """The token that was chosen."""
+        return int(self.candidates[self.choice])
+
+    @property
+    def prior_mass(self) -> float:
+        """Prior probability of the k candidates together."""
+        return float(self.prior_logprobs.logsumexp(-1).exp())
+
+
+@dataclasses.dataclass
+class DecodeStats:
+    """Counts of one decode.
+
+    Attributes:
+        token_forwards: tokens that went through each model, by role ("baseline", "sft",
+            "reward", "baseline_reward"); a reward that is a plain callable counts none.
+        num_steps: tokens chosen, over all prompts.
+        rollout_steps: forward passes of the baseline for roll-outs, each for all rows.
+        rollouts_run: roll-outs that were run.
+        rollouts_skipped: roll-outs that were not needed (candidates that end the response).
+        peak_kv_bytes: most bytes of KV held at a time, by role.
+        seconds: wall time by phase ("prefill", "candidates", "rollout", "reward", "reweight",
+            "commit"), in seconds.
+    """
+
+    token_forwards: dict[str, int] = dataclasses.field(default_factory=dict)
+    num_steps: int = 0
+    rollout_steps: int = 0
+    rollouts_run: int = 0
+    rollouts_skipped: int = 0
+    peak_kv_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of the block to `seconds[name]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def add(self, other: DecodeStats) -> None:
+        """Add the counts of another forest; peaks are not added, the larger one stays."""
+        for name in ("num_steps", "rollout_steps", "rollouts_run", "rollouts_skipped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for role, count in other.token_forwards.items():
+            self.token_forwards[role] = self.token_forwards.get(role, 0) + count
+        for name, seconds in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        for role, num_bytes in other.peak_kv_bytes.items():
+            self.peak_kv_bytes[role] = max(self.peak_kv_bytes.get(role, 0), num_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeResult:
+    """Responses of one call, one entry a prompt, in the order of the prompts.
+
+    Attributes:
+        texts: responses as text, special tokens left out; None where there is no tokenizer.
+        sequences: new token ids, int64 `[T]` on the CPU, the EOS token included.
+        traces: a `StepTrace` for every token of every response.
+        certificate: divergence and bound of every response.
+        stats: counts over the whole call.
+    """
+
+    texts: list[str] | None
+    sequences: list[torch.Tensor]
+    traces: list[list[StepTrace]]
+    certificate: list[Certificate]
+    stats: DecodeStats
