@@ -7,14 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from .config import DecodeConfig
 from .decoding import ForestDecoder, Players, Response
@@ -31,6 +23,7 @@ from .models.loading import (
     load_tokenizer,
 )
 from .models.reward import RewardFunction, Texts
+from .progress import TokenBar
 from .prompts import Prompt, PromptLike, read_prompts
 from .results import DecodeResult, DecodeStats
 
@@ -182,9 +175,11 @@ class TransferDecoder:
         def note(response: Response, is_finished: bool) -> None:
             if is_finished:
                 finished[response.idx] = torch.tensor(response.token_ids)
-            show(response, is_finished)
+            unused = config.max_new_tokens - len(response.token_ids) if is_finished else 0
+            bar.advance(1 + unused)
 
-        with _progress_bar(progress, len(read), config.max_new_tokens) as show:
+        num_tokens = len(read) * config.max_new_tokens
+        with TokenBar(num_tokens, visible=progress) as bar:
             for start in range(0, len(responses), batch_size):
                 group = responses[start : start + batch_size]
                 try:
@@ -305,34 +300,6 @@ class TransferDecoder:
             log_prior_mass=sum(float(step.prior_logprobs.logsumexp(-1)) for step in trace),
             reward_bounds=self.reward_bounds,
         )
-
-
-class _progress_bar:  # noqa: N801
-    """Context manager: a bar over the tokens of all prompts, or nothing."""
-
-    def __init__(self, visible: bool, num_prompts: int, max_new_tokens: int) -> None:
-        self.max_new_tokens = max_new_tokens
-        self.bar = Progress(
-            TextColumn("decoding"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            disable=not visible,
-        )
-        self.task = self.bar.add_task("decoding", total=num_prompts * max_new_tokens)
-
-    def __enter__(self) -> Callable[[Response, bool], None]:
-        self.bar.start()
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def _show(self, response: Response, is_finished: bool) -> None:
-        unused = self.max_new_tokens - len(response.token_ids) if is_finished else 0
-        self.bar.update(self.task, advance=1 + unused)
 
 
 def _check_bounds(bounds: Any) -> tuple[float, float] | None:
