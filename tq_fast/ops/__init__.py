@@ -1,0 +1,37 @@
+"""The ops: one file each, with the public function and its PyTorch reference.
+
+Axis letters: N rows, G trees, T new tokens, P prefix, S branch tokens, H_q and H_kv heads, d head
+size, V vocabulary, D hidden, k candidates, n roll-outs. All logarithms are natural.
+"""
+
+from ._dispatch import describe_backends
+from .advance_rollouts import advance_rollouts_, advance_rollouts_ref
+from .merge_attention_states import (
+    AttentionState,
+    merge_attention_states,
+    merge_attention_states_ref,
+)
+from .reweight_sample import ReweightedSample, reweight_sample, reweight_sample_ref
+from .sample_tokens import SampledTokens, sample_tokens, sample_tokens_ref
+from .shared_prefix_attention import shared_prefix_attention, shared_prefix_attention_ref
+from .topk_logprobs import TopKLogprobs, topk_logprobs, topk_logprobs_ref
+
+__all__ = [
+    "AttentionState",
+    "ReweightedSample",
+    "SampledTokens",
+    "TopKLogprobs",
+    "advance_rollouts_",
+    "advance_rollouts_ref",
+    "describe_backends",
+    "merge_attention_states",
+    "merge_attention_states_ref",
+    "reweight_sample",
+    "reweight_sample_ref",
+    "sample_tokens",
+    "sample_tokens_ref",
+    "shared_prefix_attention",
+    "shared_prefix_attention_ref",
+    "topk_logprobs",
+    "topk_logprobs_ref",
+]

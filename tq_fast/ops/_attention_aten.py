@@ -1,0 +1,249 @@
+"""shared_prefix_attention for CPU tensors, as two calls of ATen's flash-attention kernel.
+
+ATen's kernel returns the log-sum-exp, so attention can be split: the prefix part runs once for
+all rows of a tree, the rows (and the query heads that share a key-value head) folded into the
+query axis, and the branch part runs once for all rows; the two are merged by log-sum-exp.
+
+The kernel's habits, found by trying it on torch 2.13: lse is fp32 `[B, H, q]` whatever the
+inputs; a mask is added and must be floating point; `is_causal` aligns at the top left; a row that
+is masked out whole gets lse 0; and a call with any axis of size 0 kills the process.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .merge_attention_states import merge_attention_states_ref
+
+_State = tuple[Tensor, Tensor]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Run(NamedTuple):
+    """Neighbouring trees of equally many rows and equally long prefixes: one call serves them."""
+
+    first_tree: int
+    end_tree: int
+    first_row: int
+    end_row: int
+    prefix_len: int
+
+
+def refuse_aten(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_len: Tensor,
+    branch_k: Tensor,
+    branch_v: Tensor,
+    branch_len: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    tree: Tensor | None,
+) -> str | None:
+    """None when ATen's kernel serves, else why it does not."""
+    if softcap is not None:
+        return "ATen's CPU flash attention has no soft-cap on the scores"
+    if torch.compiler.is_compiling():
+        return "the calls are laid out by the values of the lengths, which torch.compile hides"
+    if q.dtype not in _DTYPES:
+        return f"q is {q.dtype}, and ATen's log-sum-exp would not be fp32"
+    for tensor in (q, prefix_k, prefix_v, branch_k, branch_v):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return "the last axis of an input is strided"
+    return None
+
+
+def shared_prefix_attention_aten(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_len: Tensor,
+    branch_k: Tensor,
+    branch_v: Tensor,
+    branch_len: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    tree: Tensor | None,
+) -> _State:
+    """(out, lse) of `shared_prefix_attention_ref`; see there for the arguments."""
+    rows, num_heads, num_queries, head_size = q.shape
+    shape = (rows, num_heads, num_queries)
+    if q.numel() == 0:
+        return q.new_zeros((*shape, head_size)), q.new_full(shape, -torch.inf, dtype=torch.float32)
+    branch_lens = branch_len.tolist()
+    longest, shortest = max(branch_lens), min(branch_lens)
+    runs = _runs(prefix_len.tolist(), rows, tree)
+
+    states: list[_State] = []
+    may_be_empty = False
+    if longest > 0:
+        states.append(
+            _branch_part(q, branch_k, branch_v, branch_len, longest, shortest, scale, window)
+        )
+        may_be_empty = shortest < num_queries
+    if any(run.prefix_len > 0 for run in runs):
+        states.append(
+            _prefix_part(q, prefix_k, prefix_v, branch_len, longest, shortest, scale, window, runs)
+        )
+        may_be_empty |= window is not None or any(run.prefix_len == 0 for run in runs)
+    if not states:
+        return q.new_zeros((*shape, head_size)), q.new_full(shape, -torch.inf, dtype=torch.float32)
+    out, lse = states[0] if len(states) == 1 else _merge(*states, may_be_empty)
+    return out.reshape(q.shape), lse.reshape(shape)
+
+
+def _runs(prefix_lens: list[int], rows: int, tree: Tensor | None) -> list[_Run]:
+    """Cut the forest into runs; one tree, or trees of one length, make a single run."""
+    trees = len(prefix_lens)
+    if tree is None:
+        counts = [rows // trees] * trees
+    else:
+        counts = torch.bincount(tree, minlength=trees).tolist()
+    runs: list[_Run] = []
+    row = 0
+    for idx, (count, length) in enumerate(zip(counts, prefix_lens, strict=True)):
+        if count == 0:
+            continue
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and last.end_tree == idx
+            and last.prefix_len == length
+            and (last.end_row - last.first_row) == count * (last.end_tree - last.first_tree)
+        ):
+            runs[-1] = last._replace(end_tree=idx + 1, end_row=row + count)
+        else:
+            runs.append(_Run(idx, idx + 1, row, row + count, length))
+        row += count
+    return runs
+
+
+def _branch_part(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    longest: int,
+    shortest: int,
+    scale: float,
+    window: int | None,
+) -> _State:
+    """Every row's queries over its own branch; shapes `[N, H_kv, group, T, d]` and without d."""
+    rows, num_heads, num_queries, head_size = q.shape
+    num_kv_heads = keys.shape[1]
+    shape = (rows, num_kv_heads, num_heads // num_kv_heads, num_queries)
+    keys, values = keys[:, :, :longest], values[:, :, :longest]
+    windowed = window is not None and longest > window
+    ragged = shortest < longest
+    if num_queries == longest and not windowed and not ragged:
+        # The kernel reads grouped heads by itself, and skips what is above the diagonal.
+        out, lse = _flash(q, keys, values, scale, causal=True)
+        return out.view(*shape, head_size), lse.view(shape)
+
+    folded = q.reshape(rows, num_kv_heads, -1, head_size)
+    if num_queries == 1 and not windowed and not ragged:
+        out, lse = _flash(folded, keys, values, scale)
+        return out.unsqueeze(3), lse.unsqueeze(3)
+
+    position = torch.arange(longest)
+    query = torch.arange(num_queries)[:, None] + (lengths[:, None, None] - num_queries)
+    visible = position <= query
+    if windowed:
+        visible &= position > query - window
+    if ragged:
+        # Memory beyond a branch may hold NaN, which adding a mask does not remove.
+        within = (position < lengths[:, None])[:, None, :, None]
+        keys, values = torch.where(within, keys, 0), torch.where(within, values, 0)
+    visible = visible.repeat(1, shape[2], 1).unsqueeze(1)
+    out, lse = _masked_flash(folded, keys, values, scale, visible)
+    return out.unflatten(2, shape[2:]), lse.unflatten(2, shape[2:])
+
+
+def _prefix_part(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    branch_len: Tensor,
+    longest: int,
+    shortest: int,
+    scale: float,
+    window: int | None,
+    runs: list[_Run],
+) -> _State:
+    """All rows of a tree over its prefix, folded; shapes `[N, H_kv, group, T, d]`, without d."""
+    rows, num_heads, num_queries, head_size = q.shape
+    num_kv_heads = keys.shape[1]
+    shape = (num_kv_heads, num_heads // num_kv_heads, num_queries)
+    outs, lses = [], []
+    for run in runs:
+        trees = run.end_tree - run.first_tree
+        run_rows = run.end_row - run.first_row
+        start, end, visible = 0, run.prefix_len, None
+        if window is not None and end > 0 and end + longest > window:
+            if num_queries == 1 and shortest == longest:
+                # All queries stand at one position, so the window is a slice.
+                start = end + longest - window
+            else:
+                visible = _window_mask(branch_len, run, num_queries, window, shape[1])
+        if start >= end:
+            outs.append(q.new_zeros((run_rows, *shape, head_size)))
+            lses.append(q.new_full((run_rows, *shape), -torch.inf, dtype=torch.float32))
+            continue
+        folded = q[run.first_row : run.end_row].reshape(trees, -1, *shape, head_size)
+        folded = folded.transpose(1, 2).reshape(trees, num_kv_heads, -1, head_size)
+        cut = (slice(run.first_tree, run.end_tree), slice(None), slice(start, end))
+        if visible is None:
+            out, lse = _flash(folded, keys[cut], values[cut], scale)
+        else:
+            out, lse = _masked_flash(folded, keys[cut], values[cut], scale, visible)
+        per_tree = (trees, num_kv_heads, run_rows // trees, *shape[1:])
+        outs.append(out.view(*per_tree, head_size).transpose(1, 2).flatten(0, 1))
+        lses.append(lse.view(per_tree).transpose(1, 2).flatten(0, 1))
+    if len(runs) == 1:
+        return outs[0], lses[0]
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _window_mask(
+    branch_len: Tensor, run: _Run, num_queries: int, window: int, group: int
+) -> Tensor:
+    """Bool `[trees, 1, rows * group * T, prefix_len]`: which prefix keys the window leaves."""
+    lengths = branch_len[run.first_row : run.end_row, None, None]
+    position = run.prefix_len + lengths - num_queries + torch.arange(num_queries)[:, None]
+    visible = torch.arange(run.prefix_len) > position - window
+    visible = visible.unsqueeze(1).expand(-1, group, -1, -1)
+    return visible.reshape(run.end_tree - run.first_tree, 1, -1, run.prefix_len)
+
+
+def _flash(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, *, causal: bool = False
+) -> _State:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+        q, keys, values, 0.0, causal, scale=scale
+    )
+
+
+def _masked_flash(q: Tensor, keys: Tensor, values: Tensor, scale: float, visible: Tensor) -> _State:
+    bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+        q, keys, values, 0.0, False, attn_mask=bias, scale=scale
+    )
+    return out, lse.masked_fill(~visible.any(dim=-1), -torch.inf)
+
+
+def _merge(a: _State, b: _State, may_be_empty: bool) -> _State:
+    if may_be_empty:
+        return merge_attention_states_ref(a, b)
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    share_b = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)
+    out = torch.lerp(out_a.to(torch.float32), out_b.to(torch.float32), share_b)
+    return out.to(out_a.dtype), torch.logaddexp(lse_a, lse_b)

@@ -1,0 +1,212 @@
+"""Score the candidates of each prompt from their roll-outs, and choose the next token.
+
+For each prompt g and candidate z, over its valid roll-outs i (method.md section 2, steps 5 to 7):
+
+    w = softmax_i(log_weights)                           within each candidate
+    Q = sum_i w_i r_i                                    estimator "mean"
+    Q = alpha log sum_i w_i exp(r_i / alpha)             estimator "soft"
+    score(z) = prior_logprobs(z) + Q / alpha
+    final_logprobs = log_softmax_z(score)
+    choice = arg max_z score(z), plus standard Gumbel noise keyed by token id unless greedy
+
+Everything inside is float64; `3 * G * k * n` numbers are read.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from . import _checks, philox
+from ._dispatch import Op
+
+Estimator = Literal["mean", "soft"]
+
+
+class ReweightedSample(NamedTuple):
+    """`choice` int64 `[G]`, an index into the k candidates; the others fp32 `[G, k]`.
+
+    final_logprobs in natural log; q and q_stderr in units of the reward; ess in roll-outs.
+    """
+
+    choice: Tensor
+    final_logprobs: Tensor
+    q: Tensor
+    q_stderr: Tensor
+    ess: Tensor
+
+
+def reweight_sample(
+    prior_logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    log_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    alpha: float,
+    estimator: Estimator = "mean",
+    greedy: bool = False,
+    seed: int | Tensor = 0,
+    keys: Tensor | None = None,
+    step: int | Tensor = 0,
+    backend: str | None = None,
+) -> ReweightedSample:
+    """`(prior_logprobs + q / alpha).softmax(-1).multinomial(1)`, with Q's error beside it.
+
+    Steps 5 to 7 of Transfer Q* (arXiv 2405.20495, Algorithm 1 and eq. 5 or 12, by the prior).
+
+    Args:
+        prior_logprobs: `[G, k]`, floating point, natural log; -inf for a missing candidate.
+        token_ids: int64 or int32 `[G, k]`; key the Gumbel noise and break ties.
+        rewards: `[G, k, n]`, floating point.
+        log_weights: `[G, k, n]`, natural log, up to a constant a candidate; None weighs evenly.
+        lengths: int64 or int32 `[G, k]`, how many of the n are valid; None: all n.
+        alpha: decoding temperature, above 0, in units of the reward.
+        estimator: "mean" or "soft".
+        greedy: arg max of the score, the lower token id on ties.
+        seed: any int64, or a one-element int64 tensor.
+        keys: int64 `[G]`, the key of each prompt's noise; None: 0 .. G-1.
+        step: int, or a one-element integer tensor.
+        backend: pins one of cuda, triton, cpu, ref; None lets TQ_FAST_BACKEND decide.
+
+    Returns:
+        ReweightedSample. q_stderr = sqrt(n/(n-1) sum_i w_i^2 (r_i - Q)^2) (for "soft", its delta
+        method), NaN with fewer than two roll-outs: one roll-out says nothing of the spread.
+        ess = 1 / sum_i w_i^2. A candidate whose score is NaN (no roll-out, a NaN reward, weights
+        that are all -inf) counts as -inf and is never chosen while another can be.
+
+    Raises:
+        InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
+        BackendRefused: the pinned backend does not take these inputs.
+    """
+    _check(prior_logprobs, token_ids, rewards, log_weights, lengths, alpha, estimator, keys)
+    result = _OP(
+        backend,
+        prior_logprobs,
+        token_ids,
+        rewards,
+        log_weights,
+        lengths,
+        alpha=alpha,
+        estimator=estimator,
+        greedy=greedy,
+        seed=seed,
+        keys=keys,
+        step=step,
+    )
+    return ReweightedSample(*result)
+
+
+def reweight_sample_ref(
+    prior_logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    log_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    alpha: float,
+    estimator: Estimator = "mean",
+    greedy: bool = False,
+    seed: int | Tensor = 0,
+    keys: Tensor | None = None,
+    step: int | Tensor = 0,
+) -> ReweightedSample:
+    """The reference of `reweight_sample`: plain PyTorch in float64."""
+    num_rollouts = rewards.shape[-1]
+    if lengths is None:
+        lengths = torch.full_like(token_ids, num_rollouts)
+    weights = _weights(rewards, log_weights, lengths)
+    q, q_stderr = _estimate(rewards.to(torch.float64), weights, lengths, alpha, estimator)
+    ess = torch.where(lengths > 0, weights.square().sum(dim=-1).reciprocal(), torch.nan)
+
+    scores = prior_logprobs.to(torch.float64) + q / alpha
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    final_logprobs = scores - scores.logsumexp(dim=-1, keepdim=True)
+    final_logprobs = torch.where(scores == -torch.inf, -torch.inf, final_logprobs)
+    if not greedy:
+        if keys is None:
+            keys = torch.arange(scores.shape[0], device=scores.device)
+        scores = scores + philox.gumbel(seed, keys.unsqueeze(-1), step, token_ids)
+    return ReweightedSample(
+        _first_largest(scores, token_ids),
+        final_logprobs.to(torch.float32),
+        q.to(torch.float32),
+        q_stderr.to(torch.float32),
+        ess.to(torch.float32),
+    )
+
+
+def _weights(rewards: Tensor, log_weights: Tensor | None, lengths: Tensor) -> Tensor:
+    """Normalised weights `[G, k, n]` in float64, 0 beyond `lengths`; NaN where none is left."""
+    rollout = torch.arange(rewards.shape[-1], device=rewards.device)
+    valid = rollout < lengths.unsqueeze(-1)
+    if log_weights is None:
+        return valid / valid.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    return torch.where(valid, log_weights.to(torch.float64), -torch.inf).softmax(dim=-1)
+
+
+def _estimate(
+    rewards: Tensor, weights: Tensor, lengths: Tensor, alpha: float, estimator: Estimator
+) -> tuple[Tensor, Tensor]:
+    """Q and its standard error, `[G, k]` in float64."""
+    # A weight of 0 drops a reward whatever it is, NaN and infinities included.
+    rewards = torch.where(weights == 0, 0.0, rewards)
+    if estimator == "mean":
+        q = (weights * rewards).sum(dim=-1)
+        deviation = rewards - q.unsqueeze(-1)
+    else:
+        q = alpha * (weights.log() + rewards / alpha).logsumexp(dim=-1)
+        deviation = alpha * torch.expm1((rewards - q.unsqueeze(-1)) / alpha)
+    spread = torch.where(weights == 0, 0.0, weights * deviation).square().sum(dim=-1)
+    num = lengths.to(torch.float64)
+    correction = torch.where(num > 1, num / (num - 1), torch.nan)
+    return torch.where(num > 0, q, torch.nan), (correction * spread).sqrt()
+
+
+def _first_largest(scores: Tensor, token_ids: Tensor) -> Tensor:
+    """Index `[G]` of the largest score of each row; of the lowest token id among equals."""
+    largest = scores.amax(dim=-1, keepdim=True)
+    last = torch.iinfo(token_ids.dtype).max
+    return torch.where(scores == largest, token_ids, last).argmin(dim=-1)
+
+
+def _check(
+    prior_logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    log_weights: Tensor | None,
+    lengths: Tensor | None,
+    alpha: float,
+    estimator: str,
+    keys: Tensor | None,
+) -> None:
+    op = "reweight_sample"
+    _checks.require_dim(op, "prior_logprobs", prior_logprobs, 2, "[G, k]")
+    _checks.require_float(op, "prior_logprobs", prior_logprobs)
+    trees, k = prior_logprobs.shape
+    _checks.require_count(op, "k, the last axis of prior_logprobs,", k, 1, 2**31)
+    _checks.require_shape(op, "token_ids", token_ids, (trees, k), "[G, k]")
+    _checks.require_integer(op, "token_ids", token_ids)
+    _checks.require_dim(op, "rewards", rewards, 3, "[G, k, n]")
+    _checks.require_shape(op, "rewards", rewards, (trees, k, rewards.shape[-1]), "[G, k, n]")
+    _checks.require_float(op, "rewards", rewards)
+    if log_weights is not None:
+        _checks.require_shape(op, "log_weights", log_weights, tuple(rewards.shape), "[G, k, n]")
+        _checks.require_float(op, "log_weights", log_weights)
+    if lengths is not None:
+        _checks.require_shape(op, "lengths", lengths, (trees, k), "[G, k]")
+        _checks.require_integer(op, "lengths", lengths)
+    if keys is not None:
+        _checks.require_shape(op, "keys", keys, (trees,), "[G]")
+        _checks.require_integer(op, "keys", keys)
+    if not 0 < alpha < float("inf"):
+        raise InvalidArgument(f"{op}: alpha is {alpha}, expected a number above 0")
+    if estimator not in ("mean", "soft"):
+        raise InvalidArgument(f'{op}: estimator is {estimator!r}, expected "mean" or "soft"')
+    _checks.refuse_grad(op, prior_logprobs=prior_logprobs, rewards=rewards, log_weights=log_weights)
+
+
+_OP = Op("reweight_sample", reweight_sample_ref)

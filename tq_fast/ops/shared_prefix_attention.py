@@ -1,0 +1,219 @@
+"""Attention of the branches of a forest: one shared prefix a tree, a few own tokens a row.
+
+Row i belongs to tree g; its T queries are the last T of its branch_len[i] branch tokens.
+
+    keys(i, t) = prefix[g, :prefix_len[g]]  then  branch[i, : branch_len[i] - T + t + 1]
+    score = scale * q . k                   softcap: softcap * tanh(score / softcap)
+    window w: only keys whose position is above (position of the query) - w
+    out = softmax(scores) @ values,  lse = logsumexp(scores)      natural log
+
+Bytes: every prefix key and value once a tree, not once a row: `2 * G * H_kv * P * d * itemsize`,
+and each row's branch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from . import _checks
+from ._attention_aten import refuse_aten, shared_prefix_attention_aten
+from ._dispatch import Backend, Op
+from .merge_attention_states import AttentionState
+
+
+def shared_prefix_attention(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_len: Tensor,
+    branch_k: Tensor,
+    branch_v: Tensor,
+    branch_len: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    tree: Tensor | None = None,
+    backend: str | None = None,
+) -> AttentionState:
+    """`F.scaled_dot_product_attention` over every row's prefix and branch, the prefix read once.
+
+    Queries causal among themselves. Grouped queries: head h reads key-value head
+    `h // (H_q // H_kv)`.
+
+    Args:
+        q: `[N, H_q, T, d]`, floating point; the last T branch tokens of each row.
+        prefix_k, prefix_v: `[G, H_kv, P, d]`, the dtype of q; views of larger buffers are fine.
+        prefix_len: int64 or int32 `[G]`, valid prefix tokens of each tree, 0 to P.
+        branch_k, branch_v: `[N, H_kv, S, d]`, the dtype of q.
+        branch_len: int64 or int32 `[N]`, valid branch tokens of each row, the T new ones among
+            them, so T to S.
+        scale: factor on the scores; None: `d ** -0.5`.
+        softcap: bounds the scores, above 0; None: not bounded.
+        window: a query sees only the last `window` positions, its own among them; None: all.
+        tree: int64 `[N]`, ascending, the tree of each row; None: row i is of tree i // (N // G).
+        backend: pins one of cuda, triton, cpu, ref; None lets TQ_FAST_BACKEND decide.
+
+    Returns:
+        AttentionState: out `[N, H_q, T, d]` in the dtype of q, lse fp32 `[N, H_q, T]`. A query
+        that sees no key has out 0 and lse -inf.
+
+    Raises:
+        InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
+        BackendRefused: the pinned backend does not take these inputs.
+    """
+    _check(q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len, tree)
+    if softcap is not None and not softcap > 0:
+        raise InvalidArgument(f"{_NAME}: softcap is {softcap}, expected a number above 0")
+    if window is not None and window < 1:
+        raise InvalidArgument(f"{_NAME}: window is {window}, expected at least 1")
+    result = _OP(
+        backend,
+        q,
+        prefix_k,
+        prefix_v,
+        prefix_len,
+        branch_k,
+        branch_v,
+        branch_len,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        window=window,
+        tree=tree,
+    )
+    return AttentionState(*result)
+
+
+def shared_prefix_attention_ref(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_len: Tensor,
+    branch_k: Tensor,
+    branch_v: Tensor,
+    branch_len: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    tree: Tensor | None = None,
+) -> AttentionState:
+    """The reference of `shared_prefix_attention`: prefixes expanded to rows, fp32 inside."""
+    rows, num_heads, num_queries, head_size = q.shape
+    trees, num_kv_heads = prefix_k.shape[:2]
+    if tree is None:
+        tree = torch.arange(rows, device=q.device) // max(rows // max(trees, 1), 1)
+    group = num_heads // num_kv_heads
+    keys = torch.cat((prefix_k[tree], branch_k), dim=2).to(torch.float32)
+    values = torch.cat((prefix_v[tree], branch_v), dim=2).to(torch.float32)
+    keys = keys.repeat_interleave(group, dim=1)
+    values = values.repeat_interleave(group, dim=1)
+
+    scores = q.to(torch.float32) @ keys.transpose(-1, -2)
+    scores = scores * (head_size**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = _visible(
+        prefix_len[tree], branch_len, prefix_k.shape[2], branch_k.shape[2], num_queries, window
+    )
+    scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
+    lse = scores.logsumexp(dim=-1)
+    shares = (scores - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)).exp()
+    # What lies beyond a length may be NaN, and 0 times NaN is NaN.
+    seen = visible.any(dim=1)[:, None, :, None]
+    out = shares @ torch.where(seen, values, 0.0)
+    return AttentionState(out.to(q.dtype), lse)
+
+
+def _visible(
+    prefix_len: Tensor,
+    branch_len: Tensor,
+    num_prefix: int,
+    num_branch: int,
+    num_queries: int,
+    window: int | None,
+) -> Tensor:
+    """Bool `[N, T, P + S]`: which key each query of each row sees. Lengths are `[N]`."""
+    device = branch_len.device
+    prefix_len, branch_len = prefix_len[:, None, None], branch_len[:, None, None]
+    in_prefix = torch.arange(num_prefix, device=device)
+    in_branch = torch.arange(num_branch, device=device)
+    query = torch.arange(num_queries, device=device)[:, None] + branch_len - num_queries
+    sees_prefix = (in_prefix < prefix_len) & torch.ones_like(query, dtype=torch.bool)
+    sees_branch = in_branch <= query
+    if window is not None:
+        sees_prefix = sees_prefix & (in_prefix > prefix_len + query - window)
+        sees_branch = sees_branch & (in_branch > query - window)
+    return torch.cat((sees_prefix, sees_branch), dim=-1)
+
+
+_NAME = "shared_prefix_attention"
+
+
+def _check(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_len: Tensor,
+    branch_k: Tensor,
+    branch_v: Tensor,
+    branch_len: Tensor,
+    tree: Tensor | None,
+) -> None:
+    """Comparisons of shapes and dtypes, a microsecond or two: this runs once a layer."""
+    if not (q.dim() == prefix_k.dim() == branch_k.dim() == 4):
+        _checks.require_dim(_NAME, "q", q, 4, "[N, H_q, T, d]")
+        _checks.require_dim(_NAME, "prefix_k", prefix_k, 4, "[G, H_kv, P, d]")
+        _checks.require_dim(_NAME, "branch_k", branch_k, 4, "[N, H_kv, S, d]")
+    rows, num_heads, _, head_size = q.shape
+    trees, num_kv_heads, num_prefix, _ = prefix_k.shape
+    shape = (trees, num_kv_heads, num_prefix, head_size)
+    if prefix_k.shape != shape:
+        _checks.require_shape(_NAME, "prefix_k", prefix_k, shape, "[G, H_kv, P, d of q]")
+    if prefix_v.shape != shape:
+        _checks.require_shape(_NAME, "prefix_v", prefix_v, shape, "the shape of prefix_k")
+    shape = (rows, num_kv_heads, branch_k.shape[2], head_size)
+    if branch_k.shape != shape:
+        _checks.require_shape(_NAME, "branch_k", branch_k, shape, "[N of q, H_kv, S, d of q]")
+    if branch_v.shape != shape:
+        _checks.require_shape(_NAME, "branch_v", branch_v, shape, "the shape of branch_k")
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise InvalidArgument(
+            f"{_NAME}: q has {num_heads} heads, expected a multiple of prefix_k's {num_kv_heads}"
+        )
+    for name, lengths, size in (
+        ("prefix_len", prefix_len, trees),
+        ("branch_len", branch_len, rows),
+        ("tree", tree, rows),
+    ):
+        if lengths is not None and (lengths.shape != (size,) or lengths.dtype != torch.int64):
+            _checks.require_shape(_NAME, name, lengths, (size,), "[G]" if size == trees else "[N]")
+            _checks.require_integer(_NAME, name, lengths)
+    if tree is None and (rows % trees if trees else rows):
+        raise InvalidArgument(
+            f"{_NAME}: q has {rows} rows, expected a multiple of the {trees} trees of prefix_k "
+            "unless tree= says which row is whose"
+        )
+    dtype = q.dtype
+    for name, tensor in (
+        ("q", q),
+        ("prefix_k", prefix_k),
+        ("prefix_v", prefix_v),
+        ("branch_k", branch_k),
+        ("branch_v", branch_v),
+    ):
+        if tensor.dtype != dtype:
+            _checks.require_dtype(_NAME, name, tensor, dtype)
+        if tensor.requires_grad:
+            _checks.refuse_grad(_NAME, **{name: tensor})
+    if dtype not in _checks.FLOATS:
+        _checks.require_float(_NAME, "q", q)
+
+
+_OP = Op(
+    _NAME,
+    shared_prefix_attention_ref,
+    Backend("cpu", lambda: shared_prefix_attention_aten, refuse_aten),
+)

@@ -1,0 +1,119 @@
+"""The k most likely tokens of each row, with their log-probabilities.
+
+    y = logits[:, :vocab_size] / temperature
+    ids = the k largest of y, by (value descending, id ascending)
+    logprobs = y[ids] - logsumexp(y)            natural log
+
+Bytes: the logits are read once, `N * V * itemsize`; the rest is k numbers a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from ._checks import PerRow
+from ._dispatch import Op
+
+
+class TopKLogprobs(NamedTuple):
+    """`ids` int64 `[N, k]`, `logprobs` fp32 `[N, k]`, `lse` fp32 `[N]`; natural log."""
+
+    ids: Tensor
+    logprobs: Tensor
+    lse: Tensor
+
+
+def topk_logprobs(
+    logits: Tensor,
+    k: int,
+    *,
+    temperature: PerRow = 1.0,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> TopKLogprobs:
+    """`torch.log_softmax(logits / temperature, -1).topk(k)`, ties to the lower id.
+
+    Step 1 of Algorithm 1 of Transfer Q* (arXiv 2405.20495): the candidates.
+
+    Args:
+        logits: `[N, V]`, floating point; NaN counts as -inf.
+        k: 1 to vocab_size.
+        temperature: above 0; a number or `[N]`.
+        vocab_size: columns from here on are padding and take no part.
+        backend: pins one of cuda, triton, cpu, ref; None lets TQ_FAST_BACKEND decide.
+
+    Returns:
+        TopKLogprobs. A row without any finite logit has ids 0 .. k-1 and -inf everywhere. A row
+        that holds +inf has no distribution: its lse and log-probs are not finite.
+
+    Raises:
+        InvalidArgument: wrong axes, dtype, k, temperature or vocab_size, or an input with grad.
+        BackendRefused: the pinned backend does not take these inputs.
+    """
+    name = "topk_logprobs"
+    _checks.require_dim(name, "logits", logits, 2, "[N, V]")
+    _checks.require_float(name, "logits", logits)
+    _checks.refuse_grad(name, logits=logits)
+    vocab_size = _checks.bound_vocab(name, logits, vocab_size)
+    _checks.require_count(name, "k", k, 1, vocab_size)
+    _checks.require_per_row(name, "temperature", temperature, logits.shape[0], _SMALLEST)
+    result = _OP(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
+    return TopKLogprobs(*result)
+
+
+def topk_logprobs_ref(
+    logits: Tensor, k: int, *, temperature: PerRow = 1.0, vocab_size: int | None = None
+) -> TopKLogprobs:
+    """The reference of `topk_logprobs`: plain PyTorch, fp32 inside."""
+    values = clean_logits(logits, vocab_size) / _checks.as_column(temperature, torch.float32)
+    ids = order_topk(values, k)
+    log_norm, peak = shifted_logsumexp(values)
+    logprobs = logprobs_at(values, ids, log_norm, peak)
+    return TopKLogprobs(ids, logprobs, (peak + log_norm).squeeze(-1))
+
+
+def clean_logits(logits: Tensor, vocab_size: int | None) -> Tensor:
+    """The real columns of `[..., V]` logits in fp32, NaN as -inf; never writes its input."""
+    values = logits[..., :vocab_size].to(torch.float32)
+    return torch.nan_to_num(values, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def order_topk(values: Tensor, k: int) -> Tensor:
+    """Ids of the k largest of fp32 `[N, V]`, by (value descending, id ascending), int64 `[N, k]`.
+
+    torch.topk leaves the order of ties open, so it sorts unique integer keys instead: the bits
+    of the value made monotone in the high word, the id, descending, in the low one.
+    """
+    # Adding 0 turns -0.0 into +0.0: the two compare equal but their bits do not.
+    bits = (values + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ids = torch.arange(values.shape[-1], device=values.device)
+    keys = (ordered.to(torch.int64) << 32) | (0xFFFFFFFF - ids)
+    return 0xFFFFFFFF - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+
+
+def shifted_logsumexp(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(logsumexp(values) - peak, peak), both `[..., 1]`; (-inf, 0) for a row of -inf.
+
+    Kept apart because `value - peak - log_norm` keeps its digits where logits are huge, and is
+    never above 0.
+    """
+    peak = values.amax(dim=-1, keepdim=True)
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    return (values - peak).exp().sum(dim=-1, keepdim=True).log(), peak
+
+
+def logprobs_at(values: Tensor, ids: Tensor, log_norm: Tensor, peak: Tensor) -> Tensor:
+    """log_softmax(values)[ids] `[..., k]` from `shifted_logsumexp`; -inf where the value is."""
+    chosen = values.gather(-1, ids)
+    return torch.where(chosen == -torch.inf, -torch.inf, chosen - peak - log_norm)
+
+
+# The smallest temperature that a number may have here: 0 has no log-probabilities.
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+_OP = Op("topk_logprobs", topk_logprobs_ref)
