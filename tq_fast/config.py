@@ -46,7 +46,8 @@ class DecodeConfig:
         estimator: "mean" of the weighed rewards, or "soft", alpha log mean exp(r / alpha).
         eos_token_id: ids that end a response; None: the baseline's own; (): never stop.
         seed: of every random draw; the same seed gives the same responses.
-        backend: "auto", or the one backend that every op must use.
+        backend: the one backend that every op must use; None: TQ_FAST_BACKEND, else "auto", the
+            first of cuda, triton, cpu and ref that accepts the inputs.
 
     Raises:
         InvalidArgument: a value is out of its range; the message names field and value.
@@ -70,7 +71,7 @@ class DecodeConfig:
     estimator: Estimator = "mean"
     eos_token_id: int | tuple[int, ...] | None = None
     seed: int = 0
-    backend: Backend = "auto"
+    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         for name in ("k", "num_rollouts", "max_new_tokens"):
@@ -135,7 +136,7 @@ def _choices() -> dict[str, tuple[Any, ...]]:
         "transfer": typing.get_args(Transfer),
         "weights": typing.get_args(Weights),
         "estimator": typing.get_args(Estimator),
-        "backend": typing.get_args(Backend),
+        "backend": (*typing.get_args(Backend), None),
     }
 
 

@@ -23,7 +23,7 @@ from .forest import BranchPass, ForestCache, PrefillPass
 
 NAME = "tq_fast_forest"
 
-_active: ContextVar[tuple[ForestCache, str]] = ContextVar("tq_fast_active_forest")
+_active: ContextVar[tuple[ForestCache, str | None]] = ContextVar("tq_fast_active_forest")
 
 # Arguments of attention functions that change nothing for a causal forward pass without gradient.
 _HARMLESS = frozenset(
@@ -46,7 +46,10 @@ _HARMLESS = frozenset(
 
 @contextlib.contextmanager
 def running(
-    model: PreTrainedModel, cache: ForestCache, forward_pass: PrefillPass | BranchPass, backend: str
+    model: PreTrainedModel,
+    cache: ForestCache,
+    forward_pass: PrefillPass | BranchPass,
+    backend: str | None,
 ) -> Iterator[None]:
     """Within the block, `model` attends through `cache`; afterwards it is as it was."""
     _register()

@@ -33,7 +33,7 @@ class Forest:
         num_rows: int,
         prefix_capacity: int,
         branch_capacity: int,
-        backend: str,
+        backend: str | None,
     ) -> None:
         self.model = model
         self.backend = backend

@@ -50,7 +50,7 @@ class Reward(Protocol):
     """Something that scores responses."""
 
     def open(
-        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str
+        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str | None
     ) -> RewardSession:
         """Start on a forest with one tree a prompt.
 
@@ -99,7 +99,7 @@ class CallableReward:
         self.texts = texts
 
     def open(
-        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str
+        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str | None
     ) -> RewardSession:
         return _CallableSession(self, prompts)
 
@@ -187,7 +187,7 @@ class CausalReward(ClassifierReward):
     """
 
     def open(
-        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str
+        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str | None
     ) -> RewardSession:
         for prompt in prompts:
             if self.shares_ids(prompt):
@@ -210,7 +210,7 @@ class _CausalSession:
         *,
         num_rows: int,
         max_new: int,
-        backend: str,
+        backend: str | None,
     ) -> None:
         self.reward = reward
         self.prompts = list(prompts)
@@ -312,7 +312,7 @@ class EncoderReward(ClassifierReward):
     """A sequence classifier that reads whole texts, `_TEXT_BATCH` at a time."""
 
     def open(
-        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str
+        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str | None
     ) -> RewardSession:
         return _EncoderSession(self, prompts)
 

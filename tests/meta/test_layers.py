@@ -1,0 +1,142 @@
+"""The house of the package: who may import whom, and one stem for each op."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tq_fast
+
+ROOT = Path(tq_fast.__file__).parent
+REPOSITORY = ROOT.parent
+
+# Imports go down: a module imports modules of a lower rank, or of its own folder.
+RANKS = {
+    "_version": 0,
+    "errors": 0,
+    "env": 0,
+    "config": 1,
+    "_native": 1,
+    "progress": 1,
+    "prompts": 1,
+    "kernels": 1,
+    "ops": 2,
+    "cache": 3,
+    "models": 4,
+    "estimators": 5,
+    "rollouts": 5,
+    "results": 6,
+    "decoding": 7,
+    "decoder": 8,
+    "__init__": 9,
+    "commands": 10,
+    "evaluation": 10,
+    "presets": 10,
+    "cli": 11,
+}
+OPS = (
+    "topk_logprobs",
+    "sample_tokens",
+    "advance_rollouts",
+    "trajectory_log_ratio",
+    "linear_trajectory_logprob",
+    "reweight_sample",
+    "shared_prefix_attention",
+    "merge_attention_states",
+)
+SOURCES = sorted(ROOT.rglob("*.py"))
+
+
+def _unit(path: Path) -> str:
+    """The file or folder directly below the package to which `path` belongs."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def _imported_units(path: Path) -> set[str]:
+    """Units of the package that `path` imports, type-only imports included."""
+    package = ("tq_fast", *path.relative_to(ROOT).parent.parts)
+    units: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            targets = [f"{stem}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            parts = target.split(".")
+            if parts[0] == "tq_fast":
+                units.add(parts[1] if len(parts) > 1 and parts[1] in RANKS else "__init__")
+    return units
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_modules_of_lower_rank(path: Path) -> None:
+    unit = _unit(path)
+    assert unit in RANKS, f"{unit} has no rank yet: give it one"
+    for imported in _imported_units(path) - {unit}:
+        assert RANKS[imported] < RANKS[unit], f"{unit} imports {imported}, which stands above it"
+
+
+def test_the_check_of_imports_sees_both_kinds_of_import(tmp_path: Path) -> None:
+    source = ROOT / "decoding.py"
+    units = _imported_units(source)
+    assert {"ops", "config", "models"} <= units
+    assert "decoder" not in units
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_one_file_and_one_reference(op: str) -> None:
+    assert (ROOT / "ops" / f"{op}.py").is_file()
+    public = op + "_" if op == "advance_rollouts" else op
+    assert callable(getattr(tq_fast.ops, public))
+    assert callable(getattr(tq_fast.ops, f"{public.removesuffix('_')}_ref"))
+    assert (REPOSITORY / "tests" / "ops" / f"test_{op}.py").is_file()
+
+
+def test_kernels_are_named_after_their_op() -> None:
+    stems = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__"}
+    native = REPOSITORY / "csrc"
+    stems |= {path.stem for folder in ("cpu", "cuda") for path in (native / folder).glob("*.c*")}
+    shared = {stem for stem in stems if stem.startswith(("_", "registration"))}
+    assert stems - shared <= set(OPS), f"not named after an op: {stems - shared - set(OPS)}"
+
+
+def test_public_names() -> None:
+    assert set(tq_fast.__all__) >= {
+        "decode",
+        "TransferDecoder",
+        "DecodeConfig",
+        "DecodeResult",
+        "ops",
+        "__version__",
+    }
+    for name in tq_fast.__all__:
+        assert getattr(tq_fast, name) is not None
+
+
+def test_the_package_reads_two_environment_variables_and_in_one_place() -> None:
+    readers = [path for path in SOURCES if "os.environ" in path.read_text()]
+    assert [path.name for path in readers] == ["env.py"]
+    names = {
+        node.value
+        for node in ast.walk(ast.parse(readers[0].read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.startswith("TQ_FAST_")
+        and node.value.isupper()
+    }
+    assert names == {"TQ_FAST_BUILD", "TQ_FAST_BACKEND"}
+
+
+def test_nothing_prints_but_the_commands() -> None:
+    for path in SOURCES:
+        if _unit(path) in ("commands", "cli"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_print = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+            assert not is_print, f"{path}:{node.lineno} prints"
