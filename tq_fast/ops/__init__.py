@@ -6,6 +6,7 @@ size, V vocabulary, D hidden, k candidates, n roll-outs. All logarithms are natu
 
 from ._dispatch import describe_backends
 from .advance_rollouts import advance_rollouts_, advance_rollouts_ref
+from .linear_trajectory_logprob import linear_trajectory_logprob, linear_trajectory_logprob_ref
 from .merge_attention_states import (
     AttentionState,
     merge_attention_states,
@@ -15,6 +16,7 @@ from .reweight_sample import ReweightedSample, reweight_sample, reweight_sample_
 from .sample_tokens import SampledTokens, sample_tokens, sample_tokens_ref
 from .shared_prefix_attention import shared_prefix_attention, shared_prefix_attention_ref
 from .topk_logprobs import TopKLogprobs, topk_logprobs, topk_logprobs_ref
+from .trajectory_log_ratio import trajectory_log_ratio, trajectory_log_ratio_ref
 
 __all__ = [
     "AttentionState",
@@ -24,6 +26,8 @@ __all__ = [
     "advance_rollouts_",
     "advance_rollouts_ref",
     "describe_backends",
+    "linear_trajectory_logprob",
+    "linear_trajectory_logprob_ref",
     "merge_attention_states",
     "merge_attention_states_ref",
     "reweight_sample",
@@ -34,4 +38,6 @@ __all__ = [
     "shared_prefix_attention_ref",
     "topk_logprobs",
     "topk_logprobs_ref",
+    "trajectory_log_ratio",
+    "trajectory_log_ratio_ref",
 ]

@@ -180,7 +180,7 @@ def _prefix_part(
     runs: list[_Run],
 ) -> _State:
     """All rows of a tree over its prefix, folded; shapes `[N, H_kv, group, T, d]`, without d."""
-    rows, num_heads, num_queries, head_size = q.shape
+    _, num_heads, num_queries, head_size = q.shape
     num_kv_heads = keys.shape[1]
     shape = (num_kv_heads, num_heads // num_kv_heads, num_queries)
     outs, lses = [], []

@@ -28,7 +28,7 @@ def require_dim(op: str, name: str, tensor: Tensor, num_axes: int, axes: str) ->
     """Raise InvalidArgument unless `tensor` has `num_axes` axes."""
     if tensor.dim() != num_axes:
         raise InvalidArgument(
-            f"{op}: {name} has {tensor.dim()} axes {list(tensor.shape)}, expected {num_axes}: {axes}"
+            f"{op}: {name} has shape {list(tensor.shape)}, expected {num_axes} axes, {axes}"
         )
 
 
