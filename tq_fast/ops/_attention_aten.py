@@ -137,35 +137,31 @@ def _branch_part(
     scale: float,
     window: int | None,
 ) -> _State:
-    """Every row's queries over its own branch; shapes `[N, H_kv, group, T, d]` and without d."""
-    rows, num_heads, num_queries, head_size = q.shape
+    """Every row's queries over its own branch: `[N, H_kv, group * T, d]` and `[N, H_kv, group * T]`."""
+    rows, _, num_queries, head_size = q.shape
     num_kv_heads = keys.shape[1]
-    shape = (rows, num_kv_heads, num_heads // num_kv_heads, num_queries)
-    keys, values = keys[:, :, :longest], values[:, :, :longest]
-    windowed = window is not None and longest > window
-    ragged = shortest < longest
-    if num_queries == longest and not windowed and not ragged:
+    if keys.shape[2] != longest:
+        keys, values = keys.narrow(2, 0, longest), values.narrow(2, 0, longest)
+    plain = shortest == longest and (window is None or longest <= window)
+    if plain and num_queries == longest > 1:
         # The kernel reads grouped heads by itself, and skips what is above the diagonal.
         out, lse = _flash(q, keys, values, scale, causal=True)
-        return out.view(*shape, head_size), lse.view(shape)
-
+        return out.reshape(rows, num_kv_heads, -1, head_size), lse.reshape(rows, num_kv_heads, -1)
     folded = q.reshape(rows, num_kv_heads, -1, head_size)
-    if num_queries == 1 and not windowed and not ragged:
-        out, lse = _flash(folded, keys, values, scale)
-        return out.unsqueeze(3), lse.unsqueeze(3)
+    if plain and num_queries == 1:
+        return _flash(folded, keys, values, scale)
 
     position = torch.arange(longest)
     query = torch.arange(num_queries)[:, None] + (lengths[:, None, None] - num_queries)
     visible = position <= query
-    if windowed:
+    if window is not None:
         visible &= position > query - window
-    if ragged:
+    if shortest < longest:
         # Memory beyond a branch may hold NaN, which adding a mask does not remove.
         within = (position < lengths[:, None])[:, None, :, None]
         keys, values = torch.where(within, keys, 0), torch.where(within, values, 0)
-    visible = visible.repeat(1, shape[2], 1).unsqueeze(1)
-    out, lse = _masked_flash(folded, keys, values, scale, visible)
-    return out.unflatten(2, shape[2:]), lse.unflatten(2, shape[2:])
+    group = q.shape[1] // num_kv_heads
+    return _masked_flash(folded, keys, values, scale, visible.repeat(1, group, 1).unsqueeze(1))
 
 
 def _prefix_part(
@@ -179,46 +175,75 @@ def _prefix_part(
     window: int | None,
     runs: list[_Run],
 ) -> _State:
-    """All rows of a tree over its prefix, folded; shapes `[N, H_kv, group, T, d]`, without d."""
-    _, num_heads, num_queries, head_size = q.shape
-    num_kv_heads = keys.shape[1]
-    shape = (num_kv_heads, num_heads // num_kv_heads, num_queries)
-    outs, lses = [], []
-    for run in runs:
-        trees = run.end_tree - run.first_tree
-        run_rows = run.end_row - run.first_row
-        start, end, visible = 0, run.prefix_len, None
-        if window is not None and end > 0 and end + longest > window:
-            if num_queries == 1 and shortest == longest:
-                # All queries stand at one position, so the window is a slice.
-                start = end + longest - window
-            else:
-                visible = _window_mask(branch_len, run, num_queries, window, shape[1])
-        if start >= end:
-            outs.append(q.new_zeros((run_rows, *shape, head_size)))
-            lses.append(q.new_full((run_rows, *shape), -torch.inf, dtype=torch.float32))
-            continue
-        folded = q[run.first_row : run.end_row].reshape(trees, -1, *shape, head_size)
-        folded = folded.transpose(1, 2).reshape(trees, num_kv_heads, -1, head_size)
-        cut = (slice(run.first_tree, run.end_tree), slice(None), slice(start, end))
-        if visible is None:
-            out, lse = _flash(folded, keys[cut], values[cut], scale)
+    """All rows of a tree over its prefix, folded into its queries; shapes as `_branch_part`."""
+    if len(runs) == 1 and runs[0].end_tree - runs[0].first_tree == keys.shape[0]:
+        return _run_part(q, keys, values, branch_len, longest, shortest, scale, window, runs[0])
+    states = [
+        _run_part(
+            q[run.first_row : run.end_row],
+            keys[run.first_tree : run.end_tree],
+            values[run.first_tree : run.end_tree],
+            branch_len[run.first_row : run.end_row],
+            longest,
+            shortest,
+            scale,
+            window,
+            run,
+        )
+        for run in runs
+    ]
+    return torch.cat([out for out, _ in states]), torch.cat([lse for _, lse in states])
+
+
+def _run_part(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    branch_len: Tensor,
+    longest: int,
+    shortest: int,
+    scale: float,
+    window: int | None,
+    run: _Run,
+) -> _State:
+    """The prefix part of the rows and trees of one run."""
+    rows, num_heads, num_queries, head_size = q.shape
+    trees, num_kv_heads = keys.shape[:2]
+    width = num_heads // num_kv_heads * num_queries
+    start, end, visible = 0, run.prefix_len, None
+    if window is not None and end > 0 and end + longest > window:
+        if num_queries == 1 and shortest == longest:
+            # All queries stand at one position, so the window is a slice.
+            start = end + longest - window
         else:
-            out, lse = _masked_flash(folded, keys[cut], values[cut], scale, visible)
-        per_tree = (trees, num_kv_heads, run_rows // trees, *shape[1:])
-        outs.append(out.view(*per_tree, head_size).transpose(1, 2).flatten(0, 1))
-        lses.append(lse.view(per_tree).transpose(1, 2).flatten(0, 1))
-    if len(runs) == 1:
-        return outs[0], lses[0]
-    return torch.cat(outs), torch.cat(lses)
+            visible = _window_mask(branch_len, run, num_queries, window, width // num_queries)
+    if start >= end:
+        shape = (rows, num_kv_heads, width)
+        return q.new_zeros((*shape, head_size)), q.new_full(shape, -torch.inf, dtype=torch.float32)
+    if end - start != keys.shape[2]:
+        keys, values = keys.narrow(2, start, end - start), values.narrow(2, start, end - start)
+    per_tree = rows // trees
+    folded = q.reshape(trees, per_tree, num_kv_heads, width, head_size).transpose(1, 2)
+    folded = folded.reshape(trees, num_kv_heads, per_tree * width, head_size)
+    if visible is None:
+        out, lse = _flash(folded, keys, values, scale)
+    else:
+        out, lse = _masked_flash(folded, keys, values, scale, visible)
+    if per_tree == 1:
+        return out, lse
+    shape = (trees, num_kv_heads, per_tree, width)
+    return (
+        out.view(*shape, head_size).transpose(1, 2).flatten(0, 1),
+        lse.view(shape).transpose(1, 2).flatten(0, 1),
+    )
 
 
 def _window_mask(
     branch_len: Tensor, run: _Run, num_queries: int, window: int, group: int
 ) -> Tensor:
     """Bool `[trees, 1, rows * group * T, prefix_len]`: which prefix keys the window leaves."""
-    lengths = branch_len[run.first_row : run.end_row, None, None]
-    position = run.prefix_len + lengths - num_queries + torch.arange(num_queries)[:, None]
+    query = torch.arange(num_queries)[:, None] + (branch_len[:, None, None] - num_queries)
+    position = run.prefix_len + query
     visible = torch.arange(run.prefix_len) > position - window
     visible = visible.unsqueeze(1).expand(-1, group, -1, -1)
     return visible.reshape(run.end_tree - run.first_tree, 1, -1, run.prefix_len)
