@@ -49,6 +49,11 @@ def cuda_refusal() -> str | None:
     return cpu_refusal() or _load("cuda")
 
 
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use here: base, avx2 or avx512; None without them."""
+    return None if cpu_refusal() else torch.ops.tq_fast.cpu_isa()
+
+
 @functools.cache
 def load_common() -> ModuleType:
     """The module over csrc/common; ImportError with the reason where it was not built."""

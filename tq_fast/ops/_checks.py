@@ -98,3 +98,16 @@ def require_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> Non
     """Raise InvalidArgument unless `tensor` has exactly this dtype."""
     if tensor.dtype != dtype:
         raise InvalidArgument(f"{op}: {name} is {tensor.dtype}, expected {dtype}")
+
+
+def split_per_row(value: PerRow) -> tuple[float | int, Tensor | None]:
+    """A per-row parameter as the pair that a C++ schema takes: a number, or a tensor beside 0."""
+    return (0, value) if isinstance(value, Tensor) else (value, None)
+
+
+def refuse_float64(**tensors: Tensor | None) -> str | None:
+    """The refusal of the C++ kernels, which take fp32, bf16 and fp16 only; None when they do."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype == torch.float64:
+            return f"{name} is float64; the C++ kernel takes float32, bfloat16 and float16"
+    return None

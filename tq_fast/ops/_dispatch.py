@@ -6,7 +6,7 @@ An op file declares one `Op`, with one line for each backend beyond the referenc
         "topk_logprobs",
         topk_logprobs_ref,
         Backend("triton", python_function("tq_fast.kernels.topk_logprobs", "topk_logprobs_triton")),
-        Backend("cpu", native_function("topk_logprobs"), _refuse_cpu),
+        Backend("cpu", native_function("topk_logprobs", topk_logprobs_cpu, _fake), refuse_cpu),
     )
 
 Every implementation and every refusal takes exactly the arguments of the reference. A refusal
@@ -65,19 +65,33 @@ def python_function(module: str, name: str) -> Callable[[], Implementation]:
     return resolve
 
 
-def native_function(name: str, library: Literal["cpu", "cuda"] = "cpu") -> Callable[[], Any]:
-    """A resolver of `torch.ops.tq_fast.<name>`, once the C++ library that has it is loaded."""
+def native_function(
+    name: str,
+    adapter: Implementation,
+    fake: Callable[..., Any],
+    library: Literal["cpu", "cuda"] = "cpu",
+) -> Callable[[], Implementation]:
+    """A resolver of the C++ op `torch.ops.tq_fast.<name>`, once the library that has it is loaded.
+
+    `adapter` takes the arguments of the reference and calls the op; `fake` takes those of the
+    op's schema and makes outputs without data, for torch.compile.
+    """
 
     def resolve() -> Implementation:
         reason = _native.cpu_refusal() if library == "cpu" else _native.cuda_refusal()
         if reason is not None:
             raise BackendRefused(reason)
-        try:
-            return getattr(torch.ops.tq_fast, name).default
-        except AttributeError as error:
-            raise BackendRefused(f"the C++ {library} library has no op {name}") from error
+        if not hasattr(torch.ops.tq_fast, name):
+            raise BackendRefused(f"the C++ {library} library has no op {name}: build it again")
+        if name not in _has_fake:
+            torch.library.register_fake(f"tq_fast::{name}")(fake)
+            _has_fake.add(name)
+        return adapter
 
     return resolve
+
+
+_has_fake: set[str] = set()
 
 
 class Op:
@@ -98,6 +112,8 @@ class Op:
         _OPS[name] = self
 
     def __call__(self, backend: str | None, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            self._resolve_all()
         pinned = backend or env.backend()
         if pinned == "ref":
             return self.reference(first, *args, **kwargs)
@@ -135,6 +151,13 @@ class Op:
 
     def _indices(self, name: str) -> list[int]:
         return [idx for idx, entry in enumerate(self._backends) if entry.name == name]
+
+    @torch.compiler.assume_constant_result
+    def _resolve_all(self) -> bool:
+        """Load everything now: torch.compile runs this instead of tracing into it."""
+        for idx in range(len(self._backends)):
+            self._resolve(idx)
+        return True
 
     def _resolve(self, idx: int) -> Implementation | str:
         if idx not in self._resolved:

@@ -9,14 +9,14 @@ Bytes: the logits are read once, `N * V * itemsize`; the rest is k numbers a row
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._checks import PerRow
-from ._dispatch import Op
+from ._checks import PerRow, split_per_row
+from ._dispatch import Backend, Op, native_function
 
 
 class TopKLogprobs(NamedTuple):
@@ -116,4 +116,34 @@ def logprobs_at(values: Tensor, ids: Tensor, log_norm: Tensor, peak: Tensor) -> 
 # The smallest temperature that a number may have here: 0 has no log-probabilities.
 _SMALLEST = torch.finfo(torch.float32).tiny
 
-_OP = Op("topk_logprobs", topk_logprobs_ref)
+
+def topk_logprobs_cpu(
+    logits: Tensor, k: int, *, temperature: PerRow = 1.0, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The C++ kernel, with the arguments of the reference."""
+    number, numbers = split_per_row(temperature)
+    return torch.ops.tq_fast.topk_logprobs.default(
+        logits, k, number, numbers, logits.shape[-1] if vocab_size is None else vocab_size
+    )
+
+
+def _fake(
+    logits: Tensor, k: int, temperature: float, temperatures: Tensor | None, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty((rows, k), dtype=torch.int64),
+        logits.new_empty((rows, k), dtype=torch.float32),
+        logits.new_empty((rows,), dtype=torch.float32),
+    )
+
+
+def _refuse_cpu(logits: Tensor, k: int, **parameters: Any) -> str | None:
+    return _checks.refuse_float64(logits=logits)
+
+
+_OP = Op(
+    "topk_logprobs",
+    topk_logprobs_ref,
+    Backend("cpu", native_function("topk_logprobs", topk_logprobs_cpu, _fake), _refuse_cpu),
+)

@@ -1,0 +1,29 @@
+// Which instruction set the CPU kernels use: shown by `tq-fast info`, limited by tests.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+
+namespace tq {
+
+namespace {
+
+std::string cpu_isa() { return isa_name(current_isa()); }
+
+void limit_cpu_isa(const std::string& name) {
+  for (const Isa isa : {Isa::kBase, Isa::kAvx2, Isa::kAvx512}) {
+    if (name == isa_name(isa)) return limit_isa(isa);
+  }
+  STD_TORCH_CHECK(false, "limit_cpu_isa: ", name, " is not one of base, avx2, avx512");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tq_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("limit_cpu_isa", TORCH_BOX(&limit_cpu_isa));
+}
+
+}  // namespace tq

@@ -1,0 +1,64 @@
+// How the torch side of a CPU op looks at its arguments. Stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "cpu/row_types.h"
+
+namespace tq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline ElementType element_type_of(const Tensor& tensor, const char* op, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::kFloat32;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    case ScalarType::Half:
+      return ElementType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+// Rows of unit stride; any outer stride is kept, so a slice of a wider tensor is not copied.
+inline Tensor with_unit_inner_stride(const Tensor& tensor) {
+  const int64_t inner = tensor.dim() - 1;
+  if (tensor.size(inner) <= 1 || tensor.stride(inner) == 1) return tensor;
+  return torch::stable::contiguous(tensor);
+}
+
+inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, type);
+}
+
+inline LogitsRow logits_row(const Tensor& logits, ElementType type, int64_t row, int64_t size) {
+  const auto* base = static_cast<const char*>(logits.const_data_ptr());
+  const int64_t offset = row * logits.stride(0) * static_cast<int64_t>(logits.element_size());
+  return {base + offset, type, size};
+}
+
+// A parameter that is one number, or one for each row.
+template <typename Number>
+struct PerRow {
+  Number shared;
+  Tensor values;
+  bool is_tensor;
+
+  PerRow(Number number, const std::optional<Tensor>& tensor, ScalarType type)
+      : shared(number), values(), is_tensor(tensor.has_value()) {
+    if (is_tensor) values = torch::stable::contiguous(torch::stable::to(*tensor, type));
+  }
+  Number at(int64_t row) const {
+    return is_tensor ? static_cast<const Number*>(values.const_data_ptr())[row] : shared;
+  }
+};
+
+}  // namespace tq

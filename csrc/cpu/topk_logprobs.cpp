@@ -1,0 +1,128 @@
+// topk_logprobs on CPU: one pass over the logits feeds the lse and a queue of the k largest.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "common/ordered_key.h"
+#include "cpu/softmax_rows.h"
+#include "cpu/tensor_access.h"
+
+namespace tq {
+
+namespace {
+
+// Rows are split over threads where they are few; a piece has at least this many blocks, so that
+// its queue's first flood stays a small part of the work.
+constexpr int64_t kMinBlocksPerPiece = 8;
+constexpr int64_t kMinQueue = 64;
+
+struct Output {
+  int64_t* ids;
+  float* logprobs;
+  float* lse;
+};
+
+void finish_row(
+    uint64_t* keys, int64_t num_keys, int64_t k, SoftmaxState<double> state, int64_t row, const Output& out) {
+  std::partial_sort(keys, keys + k, keys + num_keys, std::greater<uint64_t>());
+  const double log_sum = std::log(state.sum);
+  const bool is_empty = state.sum == 0.0;
+  for (int64_t i = 0; i < k; ++i) {
+    const double value = value_of_key(keys[i]);
+    out.ids[row * k + i] = id_of_key(keys[i]);
+    out.logprobs[row * k + i] =
+        is_empty ? -std::numeric_limits<float>::infinity() : static_cast<float>(value - state.peak - log_sum);
+  }
+  out.lse[row] = static_cast<float>(lse_of_softmax_state(state));
+}
+
+// One row cut into pieces of whole blocks.
+struct Pieces {
+  int64_t per_row;
+  int64_t blocks_each;
+  int64_t queue_capacity;
+};
+
+Pieces cut_rows(int64_t rows, int64_t blocks, int64_t width, int64_t k) {
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t per_row = 1;
+  if (rows < 2 * threads) per_row = std::clamp<int64_t>(blocks / kMinBlocksPerPiece, 1, 2 * threads);
+  const int64_t blocks_each = (blocks + per_row - 1) / per_row;
+  per_row = (blocks + blocks_each - 1) / blocks_each;
+  const int64_t most = std::min(width, blocks_each * kBlock);
+  // One vector more than can ever be in use, because a push makes room for a whole vector first.
+  return {per_row, blocks_each, std::min(most, std::max(kMinQueue, 2 * k)) + 16};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cpu(
+    const Tensor& logits_in, int64_t k, double temperature, const std::optional<Tensor>& temperatures,
+    int64_t vocab_size) {
+  const ElementType type = element_type_of(logits_in, "topk_logprobs", "logits");
+  const Tensor logits = with_unit_inner_stride(logits_in);
+  const int64_t rows = logits.size(0);
+  const PerRow<float> divisors(static_cast<float>(temperature), temperatures, ScalarType::Float);
+  Tensor ids = new_tensor({rows, k}, ScalarType::Long);
+  Tensor logprobs = new_tensor({rows, k}, ScalarType::Float);
+  Tensor lse = new_tensor({rows}, ScalarType::Float);
+  const Output out{
+      static_cast<int64_t*>(ids.mutable_data_ptr()), static_cast<float*>(logprobs.mutable_data_ptr()),
+      static_cast<float*>(lse.mutable_data_ptr())};
+
+  const int64_t blocks = num_blocks(vocab_size);
+  const Pieces pieces = cut_rows(rows, blocks, vocab_size, k);
+  const auto softmax_blocks = TQ_SELECT_ISA(softmax_blocks);
+
+  if (pieces.per_row == 1) {
+    torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      std::vector<SoftmaxState<float>> states(blocks);
+      const std::unique_ptr<uint64_t[]> keys(new uint64_t[pieces.queue_capacity]);
+      for (int64_t row = begin; row < end; ++row) {
+        TopKQueue queue{keys.get(), 0, pieces.queue_capacity, k, std::numeric_limits<float>::quiet_NaN()};
+        softmax_blocks(logits_row(logits, type, row, vocab_size), divisors.at(row), 0, blocks, states.data(), &queue);
+        finish_row(queue.keys, queue.size, k, merge_blocks(states.data(), blocks), row, out);
+      }
+    });
+    return {ids, logprobs, lse};
+  }
+
+  const int64_t num_pieces = rows * pieces.per_row;
+  std::vector<SoftmaxState<float>> states(rows * blocks);
+  const std::unique_ptr<uint64_t[]> keys(new uint64_t[num_pieces * pieces.queue_capacity]);
+  std::vector<int64_t> sizes(num_pieces);
+  torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t row = piece / pieces.per_row;
+      const int64_t first = piece % pieces.per_row * pieces.blocks_each;
+      TopKQueue queue{
+          keys.get() + piece * pieces.queue_capacity, 0, pieces.queue_capacity, k,
+          std::numeric_limits<float>::quiet_NaN()};
+      softmax_blocks(
+          logits_row(logits, type, row, vocab_size), divisors.at(row), first,
+          std::min(first + pieces.blocks_each, blocks), states.data() + row * blocks, &queue);
+      topk_shrink(&queue);
+      sizes[piece] = queue.size;
+    }
+  });
+  std::vector<uint64_t> merged;
+  for (int64_t row = 0; row < rows; ++row) {
+    merged.clear();
+    for (int64_t piece = row * pieces.per_row; piece < (row + 1) * pieces.per_row; ++piece) {
+      const uint64_t* const from = keys.get() + piece * pieces.queue_capacity;
+      merged.insert(merged.end(), from, from + sizes[piece]);
+    }
+    finish_row(
+        merged.data(), static_cast<int64_t>(merged.size()), k, merge_blocks(states.data() + row * blocks, blocks), row,
+        out);
+  }
+  return {ids, logprobs, lse};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) { m.impl("topk_logprobs", TORCH_BOX(&topk_logprobs_cpu)); }
+
+}  // namespace tq

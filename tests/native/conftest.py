@@ -1,0 +1,36 @@
+"""What the tests of the C++ kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tq_fast import _native
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_library() -> None:
+    """The tests of this folder are about the C++ kernels: without them they fail, they never skip."""
+    assert _native.cpu_refusal() is None, _native.cpu_refusal()
+
+
+@pytest.fixture(params=["base", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once for each vector variant that this processor has."""
+    torch.ops.tq_fast.limit_cpu_isa(request.param)
+    try:
+        if _native.cpu_isa() != request.param:
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+    finally:
+        torch.ops.tq_fast.limit_cpu_isa("avx512")
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

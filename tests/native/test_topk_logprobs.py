@@ -1,0 +1,154 @@
+"""The C++ topk_logprobs: every vector variant, dtype and awkward shape against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tq_fast.ops import topk_logprobs
+
+SIZES = [1, 2, 15, 16, 17, 31, 1000, 2048, 2049, 4097, 32000, 128256]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# Relative to the lse. The kernel sums fp32 exponentials, each within 2 units in the last place.
+LSE_TOLERANCE = 5e-7
+
+
+def exact(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    values = logits.double()
+    ordered = values.sort(dim=-1, descending=True, stable=True)
+    lse = values.logsumexp(-1)
+    return ordered.indices[:, :k], ordered.values[:, :k] - lse[:, None], lse
+
+
+def check(logits: Tensor, k: int) -> None:
+    ids, logprobs, lse = topk_logprobs(logits, k, backend="cpu")
+    expected_ids, expected_logprobs, expected_lse = exact(logits, k)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=LSE_TOLERANCE, atol=LSE_TOLERANCE)
+    torch.testing.assert_close(logprobs.double(), expected_logprobs, rtol=5e-7, atol=1e-6)
+    assert (logprobs <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_float64_for_every_variant_dtype_and_size(isa, dtype, size):
+    generator = torch.Generator().manual_seed(size)
+    logits = (torch.randn(3, size, generator=generator) * 4).to(dtype)
+    for k in {1, min(10, size), min(100, size)}:
+        check(logits, k)
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 1000, 4097])
+def test_k_may_be_the_whole_vocabulary(isa, num_threads, size):
+    check(torch.randn(2, size, generator=torch.Generator().manual_seed(1)), size)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_rows_chosen_to_hurt_the_queue(num_threads, rows):
+    size = 40000
+    ramp = torch.arange(size, dtype=torch.float32) / size
+    for row in (ramp, ramp.flip(0), torch.zeros(size), (ramp * 50).floor()):
+        check(row.repeat(rows, 1), 10)
+
+
+def test_one_finite_logit_comes_first_and_then_the_lowest_ids(isa):
+    logits = torch.full((2, 5000), -torch.inf)
+    logits[0, 4321] = 7.0
+    logits[1, 0] = -3.0
+    ids, logprobs, lse = topk_logprobs(logits, 4, backend="cpu")
+    assert ids.tolist() == [[4321, 0, 1, 2], [0, 1, 2, 3]]
+    assert logprobs[:, 0].tolist() == [0.0, 0.0]
+    assert (logprobs[:, 1:] == -torch.inf).all()
+    assert lse.tolist() == [7.0, -3.0]
+
+
+def test_nan_counts_as_minus_infinity_and_stays_in_its_row(isa):
+    logits = torch.randn(3, 3000, generator=torch.Generator().manual_seed(2))
+    clean = logits.clone()
+    logits[0, ::7] = torch.nan
+    clean[0, ::7] = -torch.inf
+    logits[1] = torch.nan
+    clean[1] = -torch.inf
+    got, expected = (topk_logprobs(x, 5, backend="cpu") for x in (logits, clean))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    assert got.ids[1].tolist() == [0, 1, 2, 3, 4]
+    assert (got.logprobs[1] == -torch.inf).all() and got.lse[1] == -torch.inf
+
+
+def test_negative_zero_ties_with_zero(isa):
+    logits = torch.tensor([[-0.0, 0.0, -1.0, -0.0]])
+    assert topk_logprobs(logits, 4, backend="cpu").ids.tolist() == [[0, 1, 3, 2]]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e4, 1e37])
+def test_huge_and_tiny_magnitudes(isa, scale):
+    logits = torch.randn(2, 3000, generator=torch.Generator().manual_seed(3)) * scale
+    check(logits, 7)
+
+
+def test_padding_beyond_vocab_size_never_enters():
+    logits = torch.randn(4, 1024, generator=torch.Generator().manual_seed(4))
+    padded = torch.cat([logits, torch.full((4, 100), 1e9)], dim=-1)
+    got = topk_logprobs(padded, 9, vocab_size=1024, backend="cpu")
+    for a, b in zip(got, topk_logprobs(logits, 9, backend="cpu"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_temperature_divides_for_each_row(isa):
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(5))
+    heat = torch.tensor([0.5, 1.0, 3.0])
+    got = topk_logprobs(logits, 6, temperature=heat, backend="cpu")
+    for row in range(3):
+        one = topk_logprobs(logits[row : row + 1], 6, temperature=heat[row].item(), backend="cpu")
+        plain = topk_logprobs(logits[row : row + 1] / heat[row], 6, backend="cpu")
+        for a, b, c in zip(got, one, plain, strict=True):
+            assert torch.equal(a[row : row + 1], b) and torch.equal(b, c)
+
+
+def test_strided_and_offset_views_are_read_where_they_lie():
+    wide = torch.randn(6, 3000, generator=torch.Generator().manual_seed(6))
+    for view in (wide[::2, 7:2500], wide[1:4], wide.t()[:50], wide[:, ::3]):
+        got = topk_logprobs(view, 5, backend="cpu")
+        for a, b in zip(got, topk_logprobs(view.contiguous(), 5, backend="cpu"), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_no_rows_give_empty_outputs():
+    ids, logprobs, lse = topk_logprobs(torch.empty(0, 50), 5, backend="cpu")
+    assert ids.shape == (0, 5) and logprobs.shape == (0, 5) and lse.shape == (0,)
+
+
+def test_a_row_does_not_depend_on_the_batch_or_the_threads():
+    logits = torch.randn(33, 50257, generator=torch.Generator().manual_seed(7))
+    whole = topk_logprobs(logits, 20, backend="cpu")
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for row in (0, 13, 32):
+            alone = topk_logprobs(logits[row : row + 1], 20, backend="cpu")
+            for a, b in zip(alone, whole, strict=True):
+                assert torch.equal(a[0], b[row])
+    torch.set_num_threads(before)
+
+
+def test_float64_is_refused_by_name():
+    with pytest.raises(RuntimeError, match="logits is float64"):
+        topk_logprobs(torch.randn(2, 9, dtype=torch.float64), 3, backend="cpu")
+
+
+def test_opcheck_passes():
+    op = torch.ops.tq_fast.topk_logprobs.default
+    logits = torch.randn(3, 100)
+    torch.library.opcheck(op, (logits, 5, 1.0, None, 100))
+    torch.library.opcheck(op, (logits, 5, 1.0, torch.ones(3), 90))
+
+
+def test_compiles_without_a_graph_break_for_changing_batch_sizes():
+    compiled = torch.compile(lambda x: topk_logprobs(x, 5, temperature=0.7), fullgraph=True)
+    for rows in (3, 5, 8):
+        logits = torch.randn(rows, 200)
+        for a, b in zip(compiled(logits), topk_logprobs(logits, 5, temperature=0.7), strict=True):
+            assert torch.equal(a, b)
