@@ -126,6 +126,20 @@ class DecodeConfig:
         """Roll-outs that really run for a candidate: greedy ones are all the same."""
         return 1 if self.rollout == "greedy" else self.num_rollouts
 
+    @property
+    def needs_log_ratio(self) -> bool:
+        """Whether roll-outs are scored under the SFT model."""
+        return self.transfer == "indirect" and self.weights == "log_ratio"
+
+    @property
+    def needs_baseline_reward(self) -> bool:
+        """Whether roll-outs are scored by the reward that the baseline was aligned to."""
+        return self.transfer == "indirect" and self.weights != "log_ratio"
+
+    def horizon_at(self, step: int) -> int:
+        """Tokens of a roll-out after the candidate, `step` response tokens being emitted."""
+        return self.max_new_tokens - step - 1 if self.horizon is None else self.horizon
+
 
 def _choices() -> dict[str, tuple[Any, ...]]:
     return {

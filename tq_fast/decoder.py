@@ -214,7 +214,6 @@ class TransferDecoder:
         longest = max(len(response.prompt.token_ids) for response in group)
         horizon = config.max_new_tokens if config.horizon is None else config.horizon
         num_rows = len(group) * config.k * config.rollouts_per_candidate
-        scores_rollouts = config.transfer == "indirect" and config.weights == "log_ratio"
         sizes = {
             "num_trees": len(group),
             "prefix_capacity": longest + config.max_new_tokens,
@@ -231,8 +230,8 @@ class TransferDecoder:
             if self.sft is None
             else LanguageForest(
                 self.sft,
-                num_rows=num_rows if scores_rollouts else len(group),
-                branch_capacity=max(1, horizon) if scores_rollouts else 1,
+                num_rows=num_rows if config.needs_log_ratio else len(group),
+                branch_capacity=max(1, horizon) if config.needs_log_ratio else 1,
                 **sizes,
             ),
             reward=self.reward.open(prompts, **opening),
@@ -255,11 +254,10 @@ class TransferDecoder:
             raise InvalidArgument("candidates_from='sft' needs an sft model, got sft=None")
         if config.prior == "sft" and self.sft is None:
             raise InvalidArgument("prior='sft' needs an sft model, got sft=None")
-        if config.transfer == "indirect":
-            if config.weights == "log_ratio" and self.sft is None:
-                raise InvalidArgument("weights='log_ratio' needs an sft model, got sft=None")
-            if config.weights != "log_ratio" and self.baseline_reward is None:
-                raise InvalidArgument(f"weights={config.weights!r} needs baseline_reward, got None")
+        if config.needs_log_ratio and self.sft is None:
+            raise InvalidArgument("weights='log_ratio' needs an sft model, got sft=None")
+        if config.needs_baseline_reward and self.baseline_reward is None:
+            raise InvalidArgument(f"weights={config.weights!r} needs baseline_reward, got None")
         vocab_size = self._vocab_size()
         if config.k > vocab_size:
             raise InvalidArgument(f"k must be at most the vocabulary, {vocab_size}, got {config.k}")

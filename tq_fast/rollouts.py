@@ -20,6 +20,7 @@ class Branch:
     Attributes:
         tree: the tree (slot of the forest) it belongs to.
         candidate_idx: which of the tree's k candidates it starts with.
+        candidate: that candidate's token id.
         tokens: token ids after the candidate, at most the horizon; an EOS is the last.
         logprob: sum of log pi_BL of `tokens`, natural log.
         proposal_logprob: sum of the log density that they were really drawn from.
@@ -27,9 +28,10 @@ class Branch:
 
     tree: int
     candidate_idx: int
+    candidate: int
     tokens: list[int]
-    logprob: float
-    proposal_logprob: float
+    logprob: float = 0.0
+    proposal_logprob: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ def run_rollouts(
     ]
     live = [place for place in places if candidates[place[0]][place[1]] not in eos]
     if not horizon or not live:
-        branches = [Branch(tree, idx, [], 0.0, 0.0) for tree, idx, _ in places]
+        branches = [Branch(tree, idx, candidates[tree][idx], []) for tree, idx, _ in places]
         return Rollouts(branches, {}, None, {}, 0)
 
     device = forest.device
@@ -162,12 +164,15 @@ def run_rollouts(
     logprob, proposal = state.logprob.tolist(), state.proposal_logprob.tolist()
     branches = []
     for place in places:
-        row = done.get(place)
-        if row is None:
-            branches.append(Branch(place[0], place[1], [], 0.0, 0.0))
-        else:
+        tree, idx, _ = place
+        branch = Branch(tree, idx, candidates[tree][idx], [])
+        if place in done:
+            row = done[place]
             drawn = all_tokens[row][: lengths[row]]
-            branches.append(Branch(place[0], place[1], drawn, logprob[row], proposal[row]))
+            branch = dataclasses.replace(
+                branch, tokens=drawn, logprob=logprob[row], proposal_logprob=proposal[row]
+            )
+        branches.append(branch)
     first = [(tree, idx, number) for number, (tree, idx, i) in enumerate(live) if i == 0]
     return Rollouts(
         branches,
