@@ -24,8 +24,8 @@ from .models.loading import (
 )
 from .models.reward import RewardFunction, Texts
 from .progress import TokenBar
-from .prompts import Prompt, PromptLike, read_prompts
-from .results import DecodeResult, DecodeStats
+from .prompts import Prompt, PromptLike, PromptReader, read_prompts
+from .results import DecodeResult, DecodeStats, PromptResult
 
 _MODEL_ARGUMENTS = (
     "sft",
@@ -155,9 +155,15 @@ class TransferDecoder:
         config: DecodeConfig | None = None,
         batch_size: int = 8,
         progress: bool = False,
+        on_token: Callable[[int], None] | None = None,
+        on_finished: Callable[[int, PromptResult], None] | None = None,
         **options: Any,
     ) -> DecodeResult:
-        """Decode `prompts`; arguments, result and errors are those of `tq_fast.decode`."""
+        """Decode `prompts`; arguments, result and errors are those of `tq_fast.decode`.
+
+        `on_token(idx)` is called after every new token of prompt `idx`, `on_finished(idx, result)`
+        as soon as its response is complete. What they raise ends the call.
+        """
         config = DecodeConfig.from_options(config, **options)
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InvalidArgument(
@@ -170,13 +176,18 @@ class TransferDecoder:
             eos = end_token_ids(self.baseline, self.tokenizer)
         stats = DecodeStats()
         responses = [Response(idx, prompt) for idx, prompt in enumerate(read)]
-        finished: dict[int, torch.Tensor] = {}
+        finished: dict[int, PromptResult] = {}
 
         def note(response: Response, is_finished: bool) -> None:
-            if is_finished:
-                finished[response.idx] = torch.tensor(response.token_ids)
+            idx = response.idx
             unused = config.max_new_tokens - len(response.token_ids) if is_finished else 0
             bar.advance(1 + unused)
+            if on_token is not None:
+                on_token(idx)
+            if is_finished:
+                finished[idx] = self._finish(response, config, prior)
+                if on_finished is not None:
+                    on_finished(idx, finished[idx])
 
         num_tokens = len(read) * config.max_new_tokens
         with TokenBar(num_tokens, visible=progress) as bar:
@@ -185,22 +196,24 @@ class TransferDecoder:
                 try:
                     stats.add(self._decode_group(group, config, prior, eos, note))
                 except DecodingError as error:
-                    error.finished = finished
+                    error.finished = {idx: done.sequence for idx, done in finished.items()}
                     raise
         _warn_of_noise(responses, config)
-        texts = None
-        if self.tokenizer is not None:
-            texts = [
-                self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
-                for response in responses
-            ]
+        results = [finished[response.idx] for response in responses]
         return DecodeResult(
-            texts=texts,
-            sequences=[torch.tensor(response.token_ids) for response in responses],
-            traces=[response.trace for response in responses],
-            certificate=[self._certify(response, config, prior) for response in responses],
+            texts=None if self.tokenizer is None else [result.text for result in results],
+            sequences=[result.sequence for result in results],
+            traces=[result.trace for result in results],
+            certificate=[result.certificate for result in results],
             stats=stats,
         )
+
+    def prompt_reader(self) -> PromptReader:
+        """Reads prompts one at a time into what `decode` takes.
+
+        For prompts that are to be decoded in several calls with the random streams of one.
+        """
+        return PromptReader(self.tokenizer, vocab_size=self._vocab_size())
 
     def _decode_group(
         self,
@@ -286,6 +299,14 @@ class TransferDecoder:
     def _vocab_size(self) -> int:
         models = [model for model in (self.baseline, self.sft) if model is not None]
         return min(model.get_output_embeddings().weight.shape[0] for model in models)
+
+    def _finish(self, response: Response, config: DecodeConfig, prior: str) -> PromptResult:
+        text = None
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
+        sequence = torch.tensor(response.token_ids)
+        certificate = self._certify(response, config, prior)
+        return PromptResult(text, sequence, response.trace, certificate)
 
     def _certify(self, response: Response, config: DecodeConfig, prior: str) -> Certificate:
         trace = response.trace

@@ -31,6 +31,7 @@ class DecodingError(TqFastError, RuntimeError):
     Attributes:
         prompt_idx: position of the prompt that failed, within the call.
         step: index of the response token that was being chosen, from 0.
+        reason: the message without prompt and step.
         finished: responses already complete when the error struck, as new token ids `[T]`
             by prompt position. Nothing that was finished is lost.
     """
@@ -39,6 +40,7 @@ class DecodingError(TqFastError, RuntimeError):
         super().__init__(f"prompt {prompt_idx}, step {step}: {message}")
         self.prompt_idx = prompt_idx
         self.step = step
+        self.reason = message
         self.finished: Mapping[int, torch.Tensor] = {}
 
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from .errors import InvalidArgument
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
-PromptLike: TypeAlias = str | Messages | torch.Tensor | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +31,48 @@ class Prompt:
     key: int
 
 
+PromptLike: TypeAlias = str | Messages | torch.Tensor | Sequence[int] | Prompt
+
+
+class PromptReader:
+    """Reads prompts one at a time, so that one that is wrong stops no other.
+
+    Prompts with equal ids get different random streams, by the count of their equals that this
+    reader read before; apart from that a stream depends on the ids alone, so that a prompt decodes
+    alone as it does among others.
+
+    Args:
+        tokenizer: the language models'; None where prompts are token ids.
+        vocab_size: ids must be below.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._num_equals: dict[tuple[int, ...], int] = {}
+
+    def read(self, idx: int, prompt: PromptLike) -> Prompt:
+        """Return the `Prompt` that `prompt` is; one that was read already stays as it is.
+
+        Raises:
+            InvalidArgument: the message names `prompts[idx]`, the value and what was expected.
+        """
+        if isinstance(prompt, Prompt):
+            return prompt
+        token_ids, given = _encode(idx, prompt, self.tokenizer)
+        if not token_ids:
+            raise InvalidArgument(f"prompts[{idx}] is empty (no tokens): {prompt!r}")
+        wrong = [token for token in token_ids if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise InvalidArgument(
+                f"prompts[{idx}] has token id {wrong[0]}, outside of the vocabulary "
+                f"[0, {self.vocab_size})"
+            )
+        count = self._num_equals.get(token_ids, 0)
+        self._num_equals[token_ids] = count + 1
+        return Prompt(token_ids, given, _stream_key(token_ids, count))
+
+
 def read_prompts(
     prompts: PromptLike | Sequence[PromptLike] | torch.Tensor,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -41,32 +82,18 @@ def read_prompts(
     """Return one `Prompt` for each prompt in `prompts`.
 
     A string, one chat (a list of message mappings), a 1-D tensor and a list of integers are one
-    prompt each; a list of any of these, and a 2-D tensor, are many. Prompts with equal ids in one
-    call get different random streams, by the count of their equals before them; apart from that a
-    stream depends on the ids alone, so that a prompt decodes alone as it does among others.
+    prompt each; a list of any of these, and a 2-D tensor, are many. Their random streams are those
+    that one `PromptReader` gives.
 
     Raises:
         InvalidArgument: the message names the prompt's position, the value and what was expected.
     """
-    result: list[Prompt] = []
-    seen: dict[tuple[int, ...], int] = {}
-    for idx, prompt in enumerate(_split(prompts)):
-        token_ids, given = _encode(idx, prompt, tokenizer)
-        if not token_ids:
-            raise InvalidArgument(f"prompts[{idx}] is empty (no tokens): {prompt!r}")
-        wrong = [token for token in token_ids if not 0 <= token < vocab_size]
-        if wrong:
-            raise InvalidArgument(
-                f"prompts[{idx}] has token id {wrong[0]}, outside of the vocabulary "
-                f"[0, {vocab_size})"
-            )
-        count = seen[token_ids] = seen.get(token_ids, -1) + 1
-        result.append(Prompt(token_ids, given, _stream_key(token_ids, count)))
-    return result
+    reader = PromptReader(tokenizer, vocab_size=vocab_size)
+    return [reader.read(idx, prompt) for idx, prompt in enumerate(_split(prompts))]
 
 
 def _split(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Prompt)):
         return [prompts]
     if isinstance(prompts, torch.Tensor):
         if prompts.ndim not in (1, 2):

@@ -97,6 +97,16 @@ class DecodeStats:
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptResult:
+    """The response to one prompt: one entry of every list of `DecodeResult`."""
+
+    text: str | None
+    sequence: torch.Tensor
+    trace: list[StepTrace]
+    certificate: Certificate
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeResult:
     """Responses of one call, one entry a prompt, in the order of the prompts.
 
