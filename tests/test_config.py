@@ -1,0 +1,98 @@
+"""`DecodeConfig` checks itself; an unknown option names the nearest known one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from tq_fast import DecodeConfig
+from tq_fast.errors import InvalidArgument
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("k", 0),
+        ("k", 2.5),
+        ("k", True),
+        ("alpha", 0.0),
+        ("alpha", -1.0),
+        ("alpha", math.nan),
+        ("alpha", math.inf),
+        ("alpha", "1"),
+        ("beta", 0),
+        ("num_rollouts", 0),
+        ("horizon", -1),
+        ("horizon", 1.5),
+        ("max_new_tokens", 0),
+        ("strategy", "beam"),
+        ("rollout", "argmax"),
+        ("rollout_temperature", 0.0),
+        ("rollout_top_k", -1),
+        ("rollout_top_p", 0.0),
+        ("rollout_top_p", 1.5),
+        ("prior", "reward"),
+        ("candidates_from", None),
+        ("transfer", "both"),
+        ("weights", "log-ratio"),
+        ("estimator", "median"),
+        ("eos_token_id", -1),
+        ("eos_token_id", (1, "2")),
+        ("eos_token_id", 2.0),
+        ("seed", 1.5),
+        ("backend", "gpu"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        DecodeConfig(**{field: value})
+    assert field in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+def test_an_unknown_option_names_the_nearest_known_one() -> None:
+    with pytest.raises(InvalidArgument, match=r"'num_rollout'.*did you mean 'num_rollouts'"):
+        DecodeConfig.from_options(num_rollout=3)
+
+
+def test_an_option_like_no_other_lists_the_known_ones() -> None:
+    with pytest.raises(InvalidArgument, match="known: k, alpha"):
+        DecodeConfig.from_options(zzz=1)
+
+
+def test_options_replace_fields_of_a_base() -> None:
+    base = DecodeConfig(k=4, alpha=0.5)
+    config = DecodeConfig.from_options(base, alpha=2.0)
+    assert (config.k, config.alpha) == (4, 2.0)
+    assert base.alpha == 0.5
+
+
+def test_indirect_transfer_needs_beta() -> None:
+    with pytest.raises(InvalidArgument, match="beta"):
+        DecodeConfig(transfer="indirect")
+    assert DecodeConfig(transfer="indirect", beta=0.1).needs_log_ratio
+
+
+def test_one_eos_id_and_several_are_kept_as_a_tuple() -> None:
+    assert DecodeConfig(eos_token_id=2).eos_token_id == (2,)
+    assert DecodeConfig(eos_token_id=[2, 3]).eos_token_id == (2, 3)
+    assert DecodeConfig(eos_token_id=()).eos_token_id == ()
+    assert DecodeConfig().eos_token_id is None
+
+
+def test_greedy_rollouts_run_once() -> None:
+    assert DecodeConfig(rollout="greedy", num_rollouts=4).rollouts_per_candidate == 1
+    assert DecodeConfig(rollout="sample", num_rollouts=4).rollouts_per_candidate == 4
+
+
+def test_without_a_horizon_rollouts_reach_the_end_of_the_response() -> None:
+    config = DecodeConfig(horizon=None, max_new_tokens=5)
+    assert [config.horizon_at(step) for step in range(5)] == [4, 3, 2, 1, 0]
+    assert DecodeConfig(horizon=7, max_new_tokens=5).horizon_at(4) == 7
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DecodeConfig().k = 3
