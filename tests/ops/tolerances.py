@@ -1,0 +1,42 @@
+"""Every tolerance of the op tests, each with its reason. Errors are against float64.
+
+eps32 = 1.2e-7 and eps16 = 7.8e-3 are the spacings of fp32 and bf16 numbers above 1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Relative error of an lse over at most 2^18 fp32 terms. Exponentials are good to 2 eps32 and sums
+# are blocked, so a few eps32; 2e-6 is the bound that the contract names.
+LSE_REL = 2e-6
+LSE_ABS = 2e-6
+
+# A log-probability is a difference of two fp32 numbers as large as the spread of the logits: its
+# error is a few eps32 of that spread, here below 64. It is compared in absolute terms because a
+# difference near 0 has no relative digits.
+LOGPROB_ABS = 1e-5
+LOGPROB_REL = 2e-6
+
+# A sum of T <= 128 log-probabilities, summed in fp64: T errors of LOGPROB_ABS that do not align.
+TRAJECTORY_ABS = 1e-4
+TRAJECTORY_REL = 1e-5
+
+# Logits from an fp32 matmul over D <= 512 products of unit numbers: D^0.5 eps32 a logit, times T.
+LINEAR_ABS = 1e-3
+LINEAR_REL = 1e-5
+
+# Computed in float64 and rounded to fp32 once: half an eps32, with room for a kernel that sums
+# over at most 64 roll-outs in another order.
+REWEIGHT_REL = 1e-6
+REWEIGHT_ABS = 1e-6
+
+# Attention: convex combinations of values of order 1. In fp32 the scores (d <= 128 products) and
+# the softmax lose a few eps32. bf16 inputs are exact, but a kernel may round the probabilities
+# and each of the two parts it merges to bf16: three half spacings of values of order 1 to 2.
+ATTENTION_OUT = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# The lse stays in fp32; kernels may round scaled queries to the input type first (eps16 * score).
+ATTENTION_LSE = {torch.float32: 5e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+
+# One fp32 convex combination, and one rounding to the output type.
+MERGE_OUT = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
