@@ -8,4 +8,15 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
   m.def(
       "topk_logprobs(Tensor logits, int k, float temperature, Tensor? temperatures, int vocab_size)"
       " -> (Tensor ids, Tensor logprobs, Tensor lse)");
+  m.def(
+      "sample_tokens(Tensor logits, Tensor keys, int step, Tensor? step_tensor, float temperature,"
+      " Tensor? temperatures, int top_k, Tensor? top_ks, float top_p, Tensor? top_ps, int vocab_size,"
+      " int seed, Tensor? seed_tensor)"
+      " -> (Tensor ids, Tensor logprobs, Tensor proposal_logprobs, Tensor valid)");
+  m.def(
+      "advance_rollouts_(Tensor logits, Tensor keys, int step, Tensor? step_tensor, Tensor(a!) tokens,"
+      " Tensor(b!) lengths, Tensor(c!) finished, Tensor(d!) logprob_sums,"
+      " Tensor(e!) proposal_logprob_sums, Tensor eos, float temperature, Tensor? temperatures,"
+      " int top_k, Tensor? top_ks, float top_p, Tensor? top_ps, int vocab_size, int seed,"
+      " Tensor? seed_tensor) -> ()");
 }

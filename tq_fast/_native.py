@@ -50,7 +50,7 @@ def cuda_refusal() -> str | None:
 
 
 def cpu_isa() -> str | None:
-    """The instruction set that the CPU kernels use here: base, avx2 or avx512; None without them."""
+    """What the CPU kernels use here: base, avx2 or avx512; None where they are not built."""
     return None if cpu_refusal() else torch.ops.tq_fast.cpu_isa()
 
 

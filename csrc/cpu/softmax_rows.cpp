@@ -48,14 +48,22 @@ TQ_INLINE BlockPeaks load_block(const typename Element::Stored* from, int64_t co
 }
 
 // `values` holds a whole number of vectors, padded with -inf.
-float sum_exp(const float* values, int64_t count, float peak) {
+template <bool kTempered>
+float sum_exp(const float* values, int64_t count, float peak, float inverse_temperature) {
   const F32x16 peaks = broadcast(peak);
+  const F32x16 scales = broadcast(inverse_temperature);
   F32x16 sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int part = 0; part < 4; ++part) sums[part] += exp_for_sum(load(values + i + part * kLanes) - peaks);
+    for (int part = 0; part < 4; ++part) {
+      const F32x16 x = load(values + i + part * kLanes) - peaks;
+      sums[part] += exp_for_sum(kTempered ? x * scales : x);
+    }
   }
-  for (; i < count; i += kLanes) sums[0] += exp_for_sum(load(values + i) - peaks);
+  for (; i < count; i += kLanes) {
+    const F32x16 x = load(values + i) - peaks;
+    sums[0] += exp_for_sum(kTempered ? x * scales : x);
+  }
   return static_cast<float>(reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
@@ -78,53 +86,141 @@ void push_above_threshold(const float* values, int64_t count, int64_t first_id, 
   }
 }
 
+template <typename Element>
+struct Block {
+  const typename Element::Stored* data;
+  int64_t first;
+  int64_t count;
+
+  TQ_ALWAYS_INLINE Block(const LogitsRow& row, int64_t b)
+      : data(static_cast<const typename Element::Stored*>(row.data) + b * kBlock),
+        first(b * kBlock),
+        count(row.size - b * kBlock < kBlock ? row.size - b * kBlock : kBlock) {}
+};
+
 template <typename Element, bool kDivide>
-void reduce_blocks(
-    const LogitsRow& row, float divisor, int64_t block_begin, int64_t block_end, SoftmaxState<float>* states,
-    TopKQueue* queue) {
-  const auto* data = static_cast<const typename Element::Stored*>(row.data);
+void reduce_typed_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end) {
   alignas(64) float values[kBlock];
   for (int64_t b = block_begin; b < block_end; ++b) {
-    const int64_t first = b * kBlock;
-    const int64_t count = row.size - first < kBlock ? row.size - first : kBlock;
-    const BlockPeaks peaks = load_block<Element, kDivide>(data + first, count, divisor, values);
+    const Block<Element> block(job.row, b);
+    const BlockPeaks peaks = load_block<Element, kDivide>(block.data, block.count, job.divisor, values);
     const float peak = peaks.top();
     const bool is_empty = peak == kMinusInfinity;
-    states[b] = {peak, is_empty ? 0.0f : sum_exp(values, count, peak)};
-    if (queue == nullptr) continue;
+    job.states[b] = {peak, is_empty ? 0.0f : sum_exp<false>(values, block.count, peak, 1.0f)};
+    if (job.tempered_sums != nullptr) {
+      job.tempered_sums[b] = is_empty ? 0.0f : sum_exp<true>(values, block.count, peak, job.inverse_temperature);
+    }
+    if (job.queue == nullptr) continue;
     if (b == block_begin) {
       alignas(64) float parts[kNumPeaks];
       for (int part = 0; part < 4; ++part) store(parts + part * kLanes, peaks.parts[part]);
-      topk_start(queue, parts, kNumPeaks);
+      topk_start(job.queue, parts, kNumPeaks);
     }
-    if (!(peak <= queue->threshold)) push_above_threshold(values, count, first, queue);
+    if (!(peak <= job.queue->threshold)) push_above_threshold(values, block.count, block.first, job.queue);
   }
 }
 
+// The masses of one vector of values, in sixteens up to `count`; exactly 0 for -inf.
+TQ_INLINE F32x16 masses_of(const float* values, float peak, float inverse_temperature) {
+  return exp_nonpositive((load(values) - broadcast(peak)) * inverse_temperature);
+}
+
 template <typename Element>
-void reduce_blocks(
-    const LogitsRow& row, float divisor, int64_t block_begin, int64_t block_end, SoftmaxState<float>* states,
-    TopKQueue* queue) {
-  if (divisor == 1.0f) {
-    reduce_blocks<Element, false>(row, divisor, block_begin, block_end, states, queue);
-  } else {
-    reduce_blocks<Element, true>(row, divisor, block_begin, block_end, states, queue);
+int64_t draw_in_typed_block(
+    const LogitsRow& row, int64_t b, float peak, float inverse_temperature, double target) {
+  alignas(64) float values[kBlock];
+  const Block<Element> block(row, b);
+  load_block<Element, false>(block.data, block.count, 1.0f, values);
+  double running = 0.0;
+  int64_t last_with_mass = 0;
+  for (int64_t i = 0; i < block.count; i += kLanes) {
+    alignas(64) float masses[kLanes];
+    store(masses, masses_of(values + i, peak, inverse_temperature));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      running += masses[lane];
+      if (masses[lane] > 0.0f) last_with_mass = i + lane;
+      if (running > target) return block.first + i + lane;
+    }
+  }
+  return block.first + last_with_mass;
+}
+
+template <typename Element>
+int64_t find_in_typed_block(const LogitsRow& row, int64_t b, float value) {
+  const Block<Element> block(row, b);
+  for (int64_t i = 0; i < block.count; ++i) {
+    if (Element::scalar(block.data[i]) == value) return block.first + i;
+  }
+  return block.first;
+}
+
+template <typename Element>
+void masses_of_typed_row(const LogitsRow& row, float peak, float inverse_temperature, float* values, float* masses) {
+  for (int64_t b = 0; b < num_blocks(row.size); ++b) {
+    const Block<Element> block(row, b);
+    load_block<Element, false>(block.data, block.count, 1.0f, values + block.first);
+    for (int64_t i = block.first; i < block.first + block.count; i += kLanes) {
+      store(masses + i, masses_of(values + i, peak, inverse_temperature));
+    }
   }
 }
 
 }  // namespace
 
-void softmax_blocks(
-    const LogitsRow& row, float divisor, int64_t block_begin, int64_t block_end, SoftmaxState<float>* states,
-    TopKQueue* queue) {
-  switch (row.type) {
-    case ElementType::kFloat32:
-      return reduce_blocks<Float32>(row, divisor, block_begin, block_end, states, queue);
-    case ElementType::kBFloat16:
-      return reduce_blocks<BFloat16>(row, divisor, block_begin, block_end, states, queue);
-    case ElementType::kFloat16:
-      return reduce_blocks<Float16>(row, divisor, block_begin, block_end, states, queue);
+// Calls function<Element>(arguments...) for the row's element type.
+#define TQ_BY_ELEMENT(row, call)                                    \
+  switch ((row).type) {                                             \
+    case ElementType::kFloat32: {                                   \
+      using Element = Float32;                                      \
+      return call;                                                  \
+    }                                                               \
+    case ElementType::kBFloat16: {                                  \
+      using Element = BFloat16;                                     \
+      return call;                                                  \
+    }                                                               \
+    default: {                                                      \
+      using Element = Float16;                                      \
+      return call;                                                  \
+    }                                                               \
   }
+
+void reduce_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end) {
+  if (job.divisor == 1.0f) {
+    TQ_BY_ELEMENT(job.row, (reduce_typed_blocks<Element, false>(job, block_begin, block_end)));
+  } else {
+    TQ_BY_ELEMENT(job.row, (reduce_typed_blocks<Element, true>(job, block_begin, block_end)));
+  }
+}
+
+int64_t find_in_block(const LogitsRow& row, int64_t b, float value) {
+  TQ_BY_ELEMENT(row, find_in_typed_block<Element>(row, b, value));
+}
+
+int64_t draw_in_block(const LogitsRow& row, int64_t b, float peak, float inverse_temperature, double target) {
+  TQ_BY_ELEMENT(row, draw_in_typed_block<Element>(row, b, peak, inverse_temperature, target));
+}
+
+void masses_of_row(const LogitsRow& row, float peak, float inverse_temperature, float* values, float* masses) {
+  TQ_BY_ELEMENT(row, masses_of_typed_row<Element>(row, peak, inverse_temperature, values, masses));
+}
+
+double mass_from(const float* values, const float* masses, int64_t count, float least) {
+  const F32x16 bound = broadcast(least);
+  double total = 0.0;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = begin + kBlock < count ? begin + kBlock : count;
+    F32x16 sum = {};
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const I32x16 is_in = load(values + i) >= bound;
+      sum += (F32x16)((I32x16)load(masses + i) & is_in);
+    }
+    total += reduce_sum(sum);
+  }
+  return total;
+}
+
+float value_at(const LogitsRow& row, int64_t id) {
+  TQ_BY_ELEMENT(row, Element::scalar(static_cast<const typename Element::Stored*>(row.data)[id]));
 }
 
 }  // namespace TQ_ISA

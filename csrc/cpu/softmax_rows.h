@@ -6,12 +6,36 @@
 
 namespace tq {
 
-#define TQ_DECLARE(isa)                                                                          \
-  namespace isa {                                                                                \
-  /* states[b] of blocks [block_begin, block_end): peak and sum of exp(y - peak), y = x / divisor. \
-     Pushes the elements y of those blocks into `queue` unless it is null. */                    \
-  void softmax_blocks(const LogitsRow& row, float divisor, int64_t block_begin, int64_t block_end, \
-                      SoftmaxState<float>* states, TopKQueue* queue);                            \
+// What one pass over some blocks of a row leaves behind, x being the logits with NaN as -inf.
+struct BlockReduction {
+  LogitsRow row;
+  // Reduce x / divisor; 1 leaves x as it is.
+  float divisor;
+  // states[b]: peak and sum of exp(x - peak).
+  SoftmaxState<float>* states;
+  // Unless null, tempered_sums[b]: sum of exp((x - peak) * inverse_temperature).
+  float* tempered_sums;
+  float inverse_temperature;
+  // Unless null, takes every element that may be among the k largest.
+  TopKQueue* queue;
+};
+
+#define TQ_DECLARE(isa)                                                                             \
+  namespace isa {                                                                                   \
+  void reduce_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end);            \
+  /* The first id of block b whose value is exactly `value`, which must be there. */                \
+  int64_t find_in_block(const LogitsRow& row, int64_t b, float value);                              \
+  /* The first id of block b at which the running sum of exp((x - peak) * inverse_temperature)      \
+     exceeds `target`; where rounding lets none, the last id with any mass. */                      \
+  int64_t draw_in_block(                                                                            \
+      const LogitsRow& row, int64_t b, float peak, float inverse_temperature, double target);       \
+  /* values[id] = x and masses[id] = exp((x - peak) * inverse_temperature) of the whole row; the     \
+     arrays hold a whole number of sixteens, the last one filled up with (-inf, 0). */              \
+  void masses_of_row(                                                                               \
+      const LogitsRow& row, float peak, float inverse_temperature, float* values, float* masses);   \
+  /* The sum of the masses of all values that are at least `least`; count is a multiple of 16. */   \
+  double mass_from(const float* values, const float* masses, int64_t count, float least);           \
+  float value_at(const LogitsRow& row, int64_t id);                                                 \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

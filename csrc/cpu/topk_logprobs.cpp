@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cpu(
 
   const int64_t blocks = num_blocks(vocab_size);
   const Pieces pieces = cut_rows(rows, blocks, vocab_size, k);
-  const auto softmax_blocks = TQ_SELECT_ISA(softmax_blocks);
+  const auto reduce_blocks = TQ_SELECT_ISA(reduce_blocks);
 
   if (pieces.per_row == 1) {
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cpu(
       const std::unique_ptr<uint64_t[]> keys(new uint64_t[pieces.queue_capacity]);
       for (int64_t row = begin; row < end; ++row) {
         TopKQueue queue{keys.get(), 0, pieces.queue_capacity, k, std::numeric_limits<float>::quiet_NaN()};
-        softmax_blocks(logits_row(logits, type, row, vocab_size), divisors.at(row), 0, blocks, states.data(), &queue);
+        reduce_blocks({logits_row(logits, type, row, vocab_size), divisors.at(row), states.data(), nullptr, 1.0f, &queue}, 0, blocks);
         finish_row(queue.keys, queue.size, k, merge_blocks(states.data(), blocks), row, out);
       }
     });
@@ -102,9 +102,10 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cpu(
       TopKQueue queue{
           keys.get() + piece * pieces.queue_capacity, 0, pieces.queue_capacity, k,
           std::numeric_limits<float>::quiet_NaN()};
-      softmax_blocks(
-          logits_row(logits, type, row, vocab_size), divisors.at(row), first,
-          std::min(first + pieces.blocks_each, blocks), states.data() + row * blocks, &queue);
+      const LogitsRow piece_row = logits_row(logits, type, row, vocab_size);
+      reduce_blocks(
+          {piece_row, divisors.at(row), states.data() + row * blocks, nullptr, 1.0f, &queue}, first,
+          std::min(first + pieces.blocks_each, blocks));
       topk_shrink(&queue);
       sizes[piece] = queue.size;
     }

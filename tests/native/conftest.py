@@ -12,7 +12,7 @@ from tq_fast import _native
 
 @pytest.fixture(scope="session", autouse=True)
 def cpu_library() -> None:
-    """The tests of this folder are about the C++ kernels: without them they fail, they never skip."""
+    """These tests are about the C++ kernels: without them they fail, they never skip."""
     assert _native.cpu_refusal() is None, _native.cpu_refusal()
 
 

@@ -1,4 +1,4 @@
-"""The C++ topk_logprobs: every vector variant, dtype and awkward shape against float64."""
+"""The C++ topk_logprobs in each of its vector variants; tests/ops holds the contract itself."""
 
 from __future__ import annotations
 
@@ -53,17 +53,6 @@ def test_rows_chosen_to_hurt_the_queue(num_threads, rows):
         check(row.repeat(rows, 1), 10)
 
 
-def test_one_finite_logit_comes_first_and_then_the_lowest_ids(isa):
-    logits = torch.full((2, 5000), -torch.inf)
-    logits[0, 4321] = 7.0
-    logits[1, 0] = -3.0
-    ids, logprobs, lse = topk_logprobs(logits, 4, backend="cpu")
-    assert ids.tolist() == [[4321, 0, 1, 2], [0, 1, 2, 3]]
-    assert logprobs[:, 0].tolist() == [0.0, 0.0]
-    assert (logprobs[:, 1:] == -torch.inf).all()
-    assert lse.tolist() == [7.0, -3.0]
-
-
 def test_nan_counts_as_minus_infinity_and_stays_in_its_row(isa):
     logits = torch.randn(3, 3000, generator=torch.Generator().manual_seed(2))
     clean = logits.clone()
@@ -78,23 +67,10 @@ def test_nan_counts_as_minus_infinity_and_stays_in_its_row(isa):
     assert (got.logprobs[1] == -torch.inf).all() and got.lse[1] == -torch.inf
 
 
-def test_negative_zero_ties_with_zero(isa):
-    logits = torch.tensor([[-0.0, 0.0, -1.0, -0.0]])
-    assert topk_logprobs(logits, 4, backend="cpu").ids.tolist() == [[0, 1, 3, 2]]
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1e4, 1e37])
 def test_huge_and_tiny_magnitudes(isa, scale):
     logits = torch.randn(2, 3000, generator=torch.Generator().manual_seed(3)) * scale
     check(logits, 7)
-
-
-def test_padding_beyond_vocab_size_never_enters():
-    logits = torch.randn(4, 1024, generator=torch.Generator().manual_seed(4))
-    padded = torch.cat([logits, torch.full((4, 100), 1e9)], dim=-1)
-    got = topk_logprobs(padded, 9, vocab_size=1024, backend="cpu")
-    for a, b in zip(got, topk_logprobs(logits, 9, backend="cpu"), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_temperature_divides_for_each_row(isa):
@@ -106,14 +82,6 @@ def test_temperature_divides_for_each_row(isa):
         plain = topk_logprobs(logits[row : row + 1] / heat[row], 6, backend="cpu")
         for a, b, c in zip(got, one, plain, strict=True):
             assert torch.equal(a[row : row + 1], b) and torch.equal(b, c)
-
-
-def test_strided_and_offset_views_are_read_where_they_lie():
-    wide = torch.randn(6, 3000, generator=torch.Generator().manual_seed(6))
-    for view in (wide[::2, 7:2500], wide[1:4], wide.t()[:50], wide[:, ::3]):
-        got = topk_logprobs(view, 5, backend="cpu")
-        for a, b in zip(got, topk_logprobs(view.contiguous(), 5, backend="cpu"), strict=True):
-            assert torch.equal(a, b)
 
 
 def test_no_rows_give_empty_outputs():

@@ -11,13 +11,15 @@ Bytes: the logits, as sample_tokens; the state is a few numbers a row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, philox
 from ._checks import PerRow
-from ._dispatch import Op
-from .sample_tokens import check_sampler, sample_tokens_ref
+from ._dispatch import Backend, Op, native_function
+from .sample_tokens import check_sampler, refuse_cpu, sample_tokens_ref, split_sampler
 
 
 def advance_rollouts_(
@@ -157,4 +159,44 @@ def _check_state(
     _checks.refuse_grad(op, logprob_sums=logprob_sums, proposal_logprob_sums=proposal_logprob_sums)
 
 
-_OP = Op("advance_rollouts_", advance_rollouts_ref)
+def advance_rollouts_cpu(
+    logits: Tensor,
+    keys: Tensor,
+    step: int | Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    logprob_sums: Tensor,
+    proposal_logprob_sums: Tensor,
+    eos: Tensor,
+    *,
+    temperature: PerRow = 1.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    vocab_size: int | None = None,
+    seed: int | Tensor = 0,
+) -> None:
+    """The C++ kernel, with the arguments of the reference. It skips the rows that are finished."""
+    torch.ops.tq_fast.advance_rollouts_.default(
+        logits,
+        keys,
+        *philox.split_int64(step),
+        tokens,
+        lengths,
+        finished,
+        logprob_sums,
+        proposal_logprob_sums,
+        eos,
+        *split_sampler(logits, temperature, top_k, top_p, vocab_size, seed),
+    )
+
+
+def _fake(*arguments: Any) -> None:
+    return None
+
+
+_OP = Op(
+    "advance_rollouts_",
+    advance_rollouts_ref,
+    Backend("cpu", native_function("advance_rollouts_", advance_rollouts_cpu, _fake), refuse_cpu),
+)

@@ -36,6 +36,11 @@ def as_int64(value: int | Tensor) -> int | Tensor:
     return (value + 2**63) % 2**64 - 2**63
 
 
+def split_int64(value: int | Tensor) -> tuple[int, Tensor | None]:
+    """A seed or step as the pair that a C++ schema takes: an int64, or a tensor beside 0."""
+    return (0, value) if isinstance(value, Tensor) else (int(as_int64(value)), None)
+
+
 def philox4x32(counter: Sequence[Tensor] | Tensor, key: Sequence[Tensor] | Tensor) -> Tensor:
     """Ten rounds of Philox4x32.
 

@@ -12,14 +12,14 @@ Bytes: the logits are read once to twice, `N * V * itemsize`; the rest is a few 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _checks, philox
 from ._checks import PerRow
-from ._dispatch import Op
+from ._dispatch import Backend, Op, native_function
 from .topk_logprobs import clean_logits, logprobs_at, order_topk, shifted_logsumexp
 
 
@@ -171,4 +171,58 @@ def _kept(shifted: Tensor, top_k: PerRow, top_p: PerRow) -> Tensor:
     return torch.zeros_like(shifted, dtype=torch.bool).scatter(-1, ids, kept)
 
 
-_OP = Op("sample_tokens", sample_tokens_ref)
+def sample_tokens_cpu(
+    logits: Tensor,
+    keys: Tensor,
+    step: int | Tensor,
+    *,
+    temperature: PerRow = 1.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    vocab_size: int | None = None,
+    seed: int | Tensor = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The C++ kernel, with the arguments of the reference."""
+    return torch.ops.tq_fast.sample_tokens.default(
+        logits,
+        keys,
+        *philox.split_int64(step),
+        *split_sampler(logits, temperature, top_k, top_p, vocab_size, seed),
+    )
+
+
+def split_sampler(
+    logits: Tensor,
+    temperature: PerRow,
+    top_k: PerRow,
+    top_p: PerRow,
+    vocab_size: int | None,
+    seed: int | Tensor,
+) -> tuple[Any, ...]:
+    """The last arguments of the C++ schemas of sample_tokens and advance_rollouts_."""
+    return (
+        *_checks.split_per_row(temperature),
+        *_checks.split_per_row(top_k),
+        *_checks.split_per_row(top_p),
+        logits.shape[-1] if vocab_size is None else vocab_size,
+        *philox.split_int64(seed),
+    )
+
+
+def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    dtypes = (torch.int64, torch.float32, torch.float32, torch.bool)
+    ids, logprobs, proposals, valid = (logits.new_empty((rows,), dtype=d) for d in dtypes)
+    return ids, logprobs, proposals, valid
+
+
+def refuse_cpu(logits: Tensor, *arguments: Any, **parameters: Any) -> str | None:
+    """Why the C++ kernels of sample_tokens and advance_rollouts_ do not take these inputs."""
+    return _checks.refuse_float64(logits=logits)
+
+
+_OP = Op(
+    "sample_tokens",
+    sample_tokens_ref,
+    Backend("cpu", native_function("sample_tokens", sample_tokens_cpu, _fake), refuse_cpu),
+)

@@ -1,0 +1,160 @@
+"""The C++ samplers in each of their vector variants; tests/ops holds the contract itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tq_fast.ops import advance_rollouts_, sample_tokens
+
+ROWS = 48
+
+
+def make_logits(size: int, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return (torch.randn(ROWS, size, generator=generator) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("top_k", [0, 1, 40])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("size", [1, 31, 2049, 9000])
+def test_draws_the_tokens_of_the_reference(isa, size, temperature, top_k, top_p):
+    keys = torch.arange(ROWS) * 7 - 100
+    same, total = 0, 0
+    for scale in (0.0, 1.0, 5.0):
+        logits = make_logits(size, scale)
+        got, expected = (
+            sample_tokens(
+                logits,
+                keys,
+                3,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=9,
+                backend=b,
+            )
+            for b in ("cpu", "ref")
+        )
+        agree = got.ids == expected.ids
+        same, total = same + int(agree.sum()), total + ROWS
+        for name in ("logprobs", "proposal_logprobs"):
+            a, b = getattr(got, name)[agree], getattr(expected, name)[agree]
+            # A top-p cut that rounding moves by one token changes the density by its share.
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4 if top_p < 1 else 3e-6)
+        assert got.valid.all()
+    # A uniform within rounding of a boundary may fall on either side of it.
+    assert same >= total - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_logits_draw_as_their_fp32_copies(isa, dtype):
+    logits = make_logits(5000, 3.0, dtype)
+    keys = torch.arange(ROWS)
+    for parameters in ({}, {"temperature": 0.6}, {"top_k": 30}, {"top_p": 0.8}):
+        got = sample_tokens(logits, keys, 0, backend="cpu", **parameters)
+        expected = sample_tokens(logits.float(), keys, 0, backend="cpu", **parameters)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 9}])
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(num_threads, parameters):
+    logits = make_logits(50257, 2.0)
+    keys = torch.arange(ROWS)
+    whole = sample_tokens(logits, keys, 5, backend="cpu", **parameters)
+    for row in (0, 17, ROWS - 1):
+        one = slice(row, row + 1)
+        alone = sample_tokens(logits[one], keys[one], 5, backend="cpu", **parameters)
+        for a, b in zip(alone, whole, strict=True):
+            assert torch.equal(a, b[one])
+
+
+def test_top_p_of_a_flat_law_keeps_exactly_its_share(isa):
+    # All logits tie: the kept set is the first ceil(p V) ids, which only the slow path can hold.
+    logits = torch.zeros(4000, 5000)
+    drawn = sample_tokens(logits, torch.arange(4000), 0, top_p=0.3, backend="cpu")
+    assert drawn.ids.max() < 1500
+    assert drawn.ids.max() > 1450
+    torch.testing.assert_close(drawn.proposal_logprobs.exp(), torch.full((4000,), 1 / 1500))
+
+
+def make_state(rows: int, capacity: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "tokens": torch.full((rows, capacity), -1, dtype=dtype),
+        "lengths": torch.zeros(rows, dtype=dtype),
+        "finished": torch.zeros(rows, dtype=torch.bool),
+        "logprob_sums": torch.zeros(rows),
+        "proposal_logprob_sums": torch.zeros(rows),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_advance_rollouts_equals_the_reference_over_several_depths(num_threads, dtype):
+    keys = torch.arange(ROWS)
+    eos = torch.tensor([3, 4], dtype=dtype)
+    states = {backend: make_state(ROWS, 4, dtype) for backend in ("cpu", "ref")}
+    for step in range(5):
+        logits = torch.randn(ROWS, 12, generator=torch.Generator().manual_seed(step))
+        logits[5] = torch.nan
+        for backend, state in states.items():
+            advance_rollouts_(logits, keys, step, *state.values(), eos, top_k=7, backend=backend)
+    got, expected = states["cpu"], states["ref"]
+    assert got["logprob_sums"][5].isnan() and got["finished"][5] and got["lengths"][5] == 0
+    assert got["finished"].sum() > 5
+    for name in got:
+        torch.testing.assert_close(
+            got[name], expected[name], rtol=1e-6, atol=1e-6, equal_nan=True, msg=name
+        )
+
+
+def test_advance_rollouts_writes_through_strided_state():
+    logits = make_logits(100, 2.0)
+    keys = torch.arange(ROWS)
+    eos = torch.empty(0, dtype=torch.int64)
+    plain = make_state(ROWS, 3, torch.int64)
+    wide = {name: value.repeat_interleave(2, dim=0).contiguous() for name, value in plain.items()}
+    strided = {name: value[::2] for name, value in wide.items()}
+    for state in (plain, strided):
+        advance_rollouts_(logits, keys, 0, *state.values(), eos, backend="cpu")
+    for name in plain:
+        assert torch.equal(plain[name], strided[name])
+        untouched = wide[name][1::2]
+        assert torch.equal(untouched, make_state(ROWS, 3, torch.int64)[name])
+
+
+def test_seed_and_step_may_be_tensors():
+    logits, keys = make_logits(64, 1.0), torch.arange(ROWS)
+    by_int = sample_tokens(logits, keys, 7, seed=-5, backend="cpu")
+    for dtype in (torch.int64, torch.int32):
+        step, seed = torch.tensor(7, dtype=dtype), torch.tensor([-5])
+        by_tensor = sample_tokens(logits, keys, step, seed=seed, backend="cpu")
+        assert torch.equal(by_int.ids, by_tensor.ids)
+
+
+def test_opcheck_passes():
+    logits, keys = torch.randn(3, 50), torch.arange(3)
+    rest = (0, None, 1.0, None, 0, None, 0.9, None, 50, 1, None)
+    torch.library.opcheck(torch.ops.tq_fast.sample_tokens.default, (logits, keys, *rest))
+    state = make_state(3, 2, torch.int64).values()
+    eos = torch.tensor([1])
+    arguments = (logits, keys, *rest[:2], *state, eos, *rest[2:])
+    torch.library.opcheck(torch.ops.tq_fast.advance_rollouts_.default, arguments)
+
+
+def test_compiles_without_a_graph_break():
+    def roll(logits: Tensor, state: list[Tensor]) -> Tensor:
+        keys = torch.arange(logits.shape[0])
+        eos = torch.tensor([0])
+        advance_rollouts_(logits, keys, 1, *state, eos, temperature=0.8, seed=3)
+        return sample_tokens(logits, keys, 2, top_k=5).ids
+
+    compiled = torch.compile(roll, fullgraph=True)
+    for rows in (4, 6):
+        logits = torch.randn(rows, 90, generator=torch.Generator().manual_seed(rows))
+        states = [list(make_state(rows, 2, torch.int64).values()) for _ in range(2)]
+        assert torch.equal(compiled(logits, states[0]), roll(logits, states[1]))
+        for a, b in zip(*states, strict=True):
+            assert torch.equal(a, b)
