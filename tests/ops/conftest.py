@@ -62,9 +62,9 @@ class OpUnderTest:
 def _backends(op: str) -> list[str]:
     reasons = ops.describe_backends()[op]
     found = [name for name, reason in reasons.items() if reason is None]
-    if os.environ.get("TRITON_INTERPRET") == "1" and "triton" not in found:
-        if reasons["triton"] != f"{op} has no triton kernel":
-            found.append("triton")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and "triton" not in found
+    if interpreted and reasons["triton"] != f"{op} has no triton kernel":
+        found.append("triton")
     return found
 
 

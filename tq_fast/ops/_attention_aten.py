@@ -137,7 +137,7 @@ def _branch_part(
     scale: float,
     window: int | None,
 ) -> _State:
-    """Every row's queries over its own branch: `[N, H_kv, group * T, d]` and `[N, H_kv, group * T]`."""
+    """Every row's queries over its own branch: out `[N, H_kv, group * T, d]`, lse without d."""
     rows, _, num_queries, head_size = q.shape
     num_kv_heads = keys.shape[1]
     if keys.shape[2] != longest:
