@@ -9,6 +9,7 @@ window on, and refuses every other pattern by name.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -44,6 +45,13 @@ _HARMLESS = frozenset(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Unhonoured:
+    """Stands for a mask of a pattern that the forest has not: `sentence` says which."""
+
+    sentence: str
+
+
 @contextlib.contextmanager
 def running(
     model: PreTrainedModel,
@@ -61,6 +69,7 @@ def running(
         config._attn_implementation_internal = NAME
     try:
         yield
+        cache.check_attended()
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation
@@ -73,7 +82,7 @@ def forest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: int | None,
+    attention_mask: int | _Unhonoured | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -86,7 +95,7 @@ def forest_attention(
         query: new queries, already rotated.
         key: new keys `[rows, H_kv, T, d]`; the cache holds them already.
         value: new values.
-        attention_mask: the layer's sliding window, or None for full causal attention.
+        attention_mask: what `_forest_mask` made of the layer's mask.
         scaling: factor on the scores; None: `d ** -0.5`.
         softcap: the scores become `softcap * tanh(score / softcap)`.
         s_aux: attention sinks `[H_q]`, one more logit a head that attends to nothing.
@@ -95,7 +104,7 @@ def forest_attention(
         Output `[rows, T, H_q, d]`, and None for the attention weights.
 
     Raises:
-        UnsupportedModel: the layer passes an argument that the forest does not honour.
+        UnsupportedModel: the layer asks for something that the forest does not honour.
     """
     for name, value_of in kwargs.items():
         if name not in _HARMLESS and value_of is not None and value_of is not False:
@@ -103,9 +112,16 @@ def forest_attention(
                 f"{type(module).__name__} passes {name!r} to its attention, which the "
                 "shared-prefix cache does not honour"
             )
+    if isinstance(attention_mask, _Unhonoured):
+        raise UnsupportedModel(attention_mask.sentence)
     cache, backend = _active.get()
-    now, layer = cache.current_pass, cache.current_layer
-    assert layer is not None and now is not None
+    now, layer = cache.current_pass, cache.take_layer()
+    assert now is not None
+    if key.shape[1] != layer.branch_k.shape[1] or value.shape[1] != layer.branch_v.shape[1]:
+        raise UnsupportedModel(
+            f"{type(module).__name__} attends with {key.shape[1]} key-value heads, but stores "
+            f"{layer.branch_k.shape[1]}, which the shared-prefix cache does not honour"
+        )
     if isinstance(now, PrefillPass):
         # A prompt is a branch of an empty prefix.
         none = torch.zeros(1, dtype=torch.int64, device=query.device)
@@ -141,15 +157,19 @@ def _forest_mask(
     use_vmap: bool = False,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
-) -> int | None:
-    """Return the window of a sliding layer, None for a full one; refuse any other pattern."""
+) -> int | _Unhonoured | None:
+    """Return the window of a sliding layer, None for a full one, else why it is not honoured.
+
+    A model makes the masks of all patterns that it knows, those of no layer among them: only a
+    mask that a layer attends with is refused.
+    """
     if attention_mask is not None:
         raise UnsupportedModel("a padding mask reached the shared-prefix cache, which takes none")
     if mask_function is causal_mask_function:
         return None
     window = getattr(config, "sliding_window", None)
     if use_vmap or window is None or not _is_sliding_causal(mask_function, window):
-        raise UnsupportedModel(
+        return _Unhonoured(
             f"model type {config.model_type!r} asks for an attention pattern other than causal or "
             "causal with a sliding window (chunked, block-wise or bidirectional), which the "
             "shared-prefix cache does not honour"

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import Cache
 
+from ..errors import UnsupportedModel
+
 
 @dataclasses.dataclass
 class _Layer:
@@ -113,6 +115,7 @@ class ForestCache(Cache):
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values `[rows, H_kv, T, d]` where the current pass puts them."""
+        self.check_attended()
         layer = self._kv.get(layer_idx)
         if layer is None:
             layer = self._kv[layer_idx] = self._allocate(key_states, value_states)
@@ -128,6 +131,28 @@ class ForestCache(Cache):
             layer.branch_v[: now.num_rows, :, now.start : end] = value_states
         self.current_layer = layer
         return key_states, value_states
+
+    def take_layer(self) -> _Layer:
+        """The layer whose keys were stored last, for its attention; once only.
+
+        Raises:
+            UnsupportedModel: a layer attends to keys that it did not store itself.
+        """
+        layer, self.current_layer = self.current_layer, None
+        if layer is None:
+            raise UnsupportedModel(
+                "a layer attends to keys and values that it has not just stored (it shares those "
+                "of another layer, or attends twice), which the shared-prefix cache does not honour"
+            )
+        return layer
+
+    def check_attended(self) -> None:
+        """Refuse a layer that stored its keys and then attended by itself, without the prefix."""
+        if self.current_layer is not None:
+            raise UnsupportedModel(
+                "a layer has attention code of its own, beside the attention interface of "
+                "transformers through which the shared-prefix cache works"
+            )
 
     def commit(self, trees: Sequence[int], rows: Sequence[int], num_tokens: int = 1) -> None:
         """Move the first `num_tokens` branch tokens of `rows[i]` to the prefix of `trees[i]`."""

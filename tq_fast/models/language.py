@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..cache import ForestCache
 from ..cache.attention import running
 from ..cache.forest import BranchPass, PrefillPass
-from ..errors import UnsupportedModel
+from ..errors import BackendRefused, UnsupportedModel
 
 # Logits that one scoring pass may hold, in bytes.
 _LOGITS_BYTES = 256 << 20
@@ -116,6 +116,7 @@ class LanguageForest(Forest):
     """
 
     def __init__(self, model: PreTrainedModel, **sizes: object) -> None:
+        check_runs(model)
         super().__init__(model, **sizes)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.tip = torch.empty(
@@ -188,7 +189,7 @@ class LanguageForest(Forest):
 
 
 def check_supported(model: PreTrainedModel, role: str) -> None:
-    """Refuse a model that the forest cannot run, before any forward pass.
+    """Refuse a model that the forest cannot run, by its configuration; `check_runs` tries it.
 
     Raises:
         UnsupportedModel: the message names the role, the model type and the feature.
@@ -217,6 +218,40 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
         raise UnsupportedModel(f"{name} is an encoder (is_decoder=False)")
 
 
+@torch.inference_mode()
+def check_runs(model: PreTrainedModel) -> None:
+    """Push three tokens through a forest of one tree: what it does not honour shows at once.
+
+    Raises:
+        UnsupportedModel: the message names the model type and the feature.
+    """
+    forest = Forest(
+        model, num_trees=1, num_rows=1, prefix_capacity=2, branch_capacity=1, backend=None
+    )
+    is_language_model = model.get_output_embeddings() is not None
+    module = model if is_language_model else getattr(model, model.base_model_prefix)
+    try:
+        forest.run_prefill(module, 0, [0, 0])
+        token = torch.zeros(1, 1, dtype=torch.int64, device=forest.device)
+        forest.run_branches(module, token, start=0, tree=None)
+    except (torch.OutOfMemoryError, BackendRefused):
+        raise
+    except Exception as error:
+        # Whatever the model's own code makes of a cache that it does not expect.
+        raise UnsupportedModel(
+            f"model type {model.config.model_type!r} does not run over the shared-prefix cache: "
+            f"{error}"
+        ) from error
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Longest sequence the model was made for, or None where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Longest sequence the model was made for, or None where its config does not say.
+
+    With "longrope" that is the original length: beyond it every position is rotated by other
+    angles, those before it too, so that a prefix would have to be encoded again.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return getattr(config, "max_position_embeddings", None)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InvalidArgument
 from ..prompts import Prompt, chat_token_ids
-from .language import Forest, max_positions
+from .language import Forest, check_runs, max_positions
 
 RewardFunction = Callable[[list[Any], list[Any]], Sequence[float]]
 
@@ -192,6 +192,7 @@ class CausalReward(ClassifierReward):
         for prompt in prompts:
             if self.shares_ids(prompt):
                 self.check_length(len(prompt.token_ids) + max_new)
+        check_runs(self.model)
         return _CausalSession(self, prompts, num_rows=num_rows, max_new=max_new, backend=backend)
 
 
