@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +13,12 @@ from ..cache import ForestCache
 from ..cache.attention import running
 from ..cache.forest import BranchPass, PrefillPass
 from ..errors import BackendRefused, UnsupportedModel
+from .few_rows import FewRows
 
 # Logits that one scoring pass may hold, in bytes.
 _LOGITS_BYTES = 256 << 20
+
+_models_that_ran: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class Forest:
@@ -45,6 +49,7 @@ class Forest:
             branch_capacity=branch_capacity,
         )
         self.num_token_forwards = 0
+        self.few_rows = FewRows(model)
 
     @property
     def peak_kv_bytes(self) -> int:
@@ -97,7 +102,10 @@ class Forest:
         options: dict[str, object],
     ) -> object:
         self.num_token_forwards += tokens.numel()
-        with running(module, self.cache, forward_pass, self.backend):
+        with (
+            running(module, self.cache, forward_pass, self.backend),
+            self.few_rows.during(tokens.numel()),
+        ):
             return module(
                 input_ids=tokens,
                 position_ids=positions,
@@ -222,9 +230,13 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
 def check_runs(model: PreTrainedModel) -> None:
     """Push three tokens through a forest of one tree: what it does not honour shows at once.
 
+    A model that ran once is not tried again.
+
     Raises:
         UnsupportedModel: the message names the model type and the feature.
     """
+    if model in _models_that_ran:
+        return
     forest = Forest(
         model, num_trees=1, num_rows=1, prefix_capacity=2, branch_capacity=1, backend=None
     )
@@ -242,6 +254,7 @@ def check_runs(model: PreTrainedModel) -> None:
             f"model type {model.config.model_type!r} does not run over the shared-prefix cache: "
             f"{error}"
         ) from error
+    _models_that_ran.add(model)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
