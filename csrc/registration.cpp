@@ -19,4 +19,9 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
       " Tensor(e!) proposal_logprob_sums, Tensor eos, float temperature, Tensor? temperatures,"
       " int top_k, Tensor? top_ks, float top_p, Tensor? top_ps, int vocab_size, int seed,"
       " Tensor? seed_tensor) -> ()");
+  m.def(
+      "reweight_sample(Tensor prior_logprobs, Tensor token_ids, Tensor rewards, Tensor? log_weights,"
+      " Tensor? lengths, float alpha, bool is_soft, bool is_greedy, int seed, Tensor? seed_tensor,"
+      " Tensor? keys, int step, Tensor? step_tensor)"
+      " -> (Tensor choice, Tensor final_logprobs, Tensor q, Tensor q_stderr, Tensor ess)");
 }

@@ -11,13 +11,6 @@
 
 namespace tq {
 
-// An int that may also come as a one-element tensor.
-inline int64_t read_int(int64_t number, const std::optional<Tensor>& tensor) {
-  if (!tensor.has_value()) return number;
-  const Tensor wide = torch::stable::to(*tensor, ScalarType::Long);
-  return *static_cast<const int64_t*>(wide.const_data_ptr());
-}
-
 // The arguments that sample_tokens and advance_rollouts_ have in common.
 struct DrawArguments {
   ElementType type;

@@ -35,14 +35,35 @@ inline Tensor with_unit_inner_stride(const Tensor& tensor) {
   return torch::stable::contiguous(tensor);
 }
 
+// A dense CPU tensor, uninitialised. Straight from the C interface: going through the dispatcher, as
+// torch::stable::empty does, costs more than some of the ops here.
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, type);
+  const int32_t dtype = type == ScalarType::Long   ? aoti_torch_dtype_int64()
+                        : type == ScalarType::Bool ? aoti_torch_dtype_bool()
+                                                   : aoti_torch_dtype_float32();
+  int64_t strides[4] = {};
+  int64_t stride = 1;
+  for (int64_t axis = static_cast<int64_t>(sizes.size()) - 1; axis >= 0; --axis) {
+    strides[axis] = stride;
+    stride *= sizes.begin()[axis] > 0 ? sizes.begin()[axis] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 inline LogitsRow logits_row(const Tensor& logits, ElementType type, int64_t row, int64_t size) {
   const auto* base = static_cast<const char*>(logits.const_data_ptr());
   const int64_t offset = row * logits.stride(0) * static_cast<int64_t>(logits.element_size());
   return {base + offset, type, size};
+}
+
+// An int that may also come as a one-element tensor.
+inline int64_t read_int(int64_t number, const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return number;
+  const Tensor wide = torch::stable::to(*tensor, ScalarType::Long);
+  return *static_cast<const int64_t*>(wide.const_data_ptr());
 }
 
 // A parameter that is one number, or one for each row.

@@ -142,19 +142,3 @@ def test_opcheck_passes():
     eos = torch.tensor([1])
     arguments = (logits, keys, *rest[:2], *state, eos, *rest[2:])
     torch.library.opcheck(torch.ops.tq_fast.advance_rollouts_.default, arguments)
-
-
-def test_compiles_without_a_graph_break():
-    def roll(logits: Tensor, state: list[Tensor]) -> Tensor:
-        keys = torch.arange(logits.shape[0])
-        eos = torch.tensor([0])
-        advance_rollouts_(logits, keys, 1, *state, eos, temperature=0.8, seed=3)
-        return sample_tokens(logits, keys, 2, top_k=5).ids
-
-    compiled = torch.compile(roll, fullgraph=True)
-    for rows in (4, 6):
-        logits = torch.randn(rows, 90, generator=torch.Generator().manual_seed(rows))
-        states = [list(make_state(rows, 2, torch.int64).values()) for _ in range(2)]
-        assert torch.equal(compiled(logits, states[0]), roll(logits, states[1]))
-        for a, b in zip(*states, strict=True):
-            assert torch.equal(a, b)

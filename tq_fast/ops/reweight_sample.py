@@ -14,14 +14,14 @@ Everything inside is float64; `3 * G * k * n` numbers are read.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
 from . import _checks, philox
-from ._dispatch import Op
+from ._dispatch import Backend, Op, native_function
 
 Estimator = Literal["mean", "soft"]
 
@@ -209,4 +209,47 @@ def _check(
     _checks.refuse_grad(op, prior_logprobs=prior_logprobs, rewards=rewards, log_weights=log_weights)
 
 
-_OP = Op("reweight_sample", reweight_sample_ref)
+def reweight_sample_cpu(
+    prior_logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    log_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    alpha: float,
+    estimator: Estimator = "mean",
+    greedy: bool = False,
+    seed: int | Tensor = 0,
+    keys: Tensor | None = None,
+    step: int | Tensor = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The C++ kernel, with the arguments of the reference."""
+    return torch.ops.tq_fast.reweight_sample.default(
+        prior_logprobs,
+        token_ids,
+        rewards,
+        log_weights,
+        lengths,
+        alpha,
+        estimator == "soft",
+        greedy,
+        *philox.split_int64(seed),
+        keys,
+        *philox.split_int64(step),
+    )
+
+
+def _fake(prior_logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    trees, k = prior_logprobs.shape
+    choice = prior_logprobs.new_empty((trees,), dtype=torch.int64)
+    final_logprobs, q, q_stderr, ess = (
+        prior_logprobs.new_empty((trees, k), dtype=torch.float32) for _ in range(4)
+    )
+    return choice, final_logprobs, q, q_stderr, ess
+
+
+_OP = Op(
+    "reweight_sample",
+    reweight_sample_ref,
+    Backend("cpu", native_function("reweight_sample", reweight_sample_cpu, _fake)),
+)

@@ -1,0 +1,80 @@
+// Steps 5 to 7 of Transfer Q* (arXiv 2405.20495, Algorithm 1): the rewards of roll-outs become the
+// value of each candidate, its score, and the next token. Everything inside is float64.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/gumbel.h"
+#include "common/platform.h"
+
+namespace tq {
+
+struct CandidateValue {
+  double q;               // in units of the reward; NaN without a roll-out of any weight
+  double standard_error;  // of q; NaN for fewer than two roll-outs
+  double ess;             // 1 / sum of squared weights
+};
+
+// The value of one candidate from its n roll-outs, whose weights are normalised within it.
+// `log_weights` may be null: all equal. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
+// `weights` is room for n numbers, or null where log_weights is null.
+template <typename Real>
+TQ_HOST_DEVICE CandidateValue value_candidate(
+    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, double* weights) {
+  double peak = log_weights == nullptr ? 0.0 : -INFINITY;
+  for (int64_t i = 0; log_weights != nullptr && i < n; ++i) {
+    const double log_weight = static_cast<double>(log_weights[i]);
+    peak = log_weight > peak ? log_weight : peak;
+  }
+  if (n <= 0 || peak == -INFINITY) return {NAN, NAN, NAN};
+
+  double mass = 0.0;
+  double mass_of_squares = 0.0;
+  double top = -INFINITY;
+  for (int64_t i = 0; i < n; ++i) {
+    const double w = log_weights == nullptr ? 1.0 : ::exp(static_cast<double>(log_weights[i]) - peak);
+    if (log_weights != nullptr) weights[i] = w;
+    mass += w;
+    mass_of_squares += w * w;
+    const double r = static_cast<double>(rewards[i]);
+    if (w > 0.0 && r > top) top = r;
+  }
+
+  // A roll-out of weight 0 takes no part, whatever its reward: here and below.
+  double total = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double w = log_weights == nullptr ? 1.0 : weights[i];
+    if (w == 0.0) continue;
+    const double r = static_cast<double>(rewards[i]);
+    total += w * (is_soft ? ::exp((r - top) / alpha) : r);
+  }
+  const double mean = total / mass;
+  const double q = is_soft ? top + alpha * ::log(mean) : mean;
+
+  double spread = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double w = log_weights == nullptr ? 1.0 : weights[i];
+    if (w == 0.0) continue;
+    const double deviation = static_cast<double>(rewards[i]) - q;
+    const double term = w * (is_soft ? alpha * ::expm1(deviation / alpha) : deviation);
+    spread += term * term;
+  }
+  const double count = static_cast<double>(n);
+  const double standard_error =
+      n > 1 ? ::sqrt(count / (count - 1.0) * spread) / mass : static_cast<double>(NAN);
+  return {q, standard_error, mass * mass / mass_of_squares};
+}
+
+// log prior + Q / alpha; a candidate whose score is not a number counts as impossible.
+TQ_HOST_DEVICE double candidate_score(double prior_logprob, double q, double alpha) {
+  const double score = prior_logprob + q / alpha;
+  return score == score ? score : -INFINITY;
+}
+
+// Whether candidate a is chosen before candidate b: the larger score, then the lower token id.
+TQ_HOST_DEVICE bool is_chosen_before(double score_a, int64_t id_a, double score_b, int64_t id_b) {
+  return score_a > score_b || (score_a == score_b && id_a < id_b);
+}
+
+}  // namespace tq

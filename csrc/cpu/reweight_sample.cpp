@@ -1,0 +1,155 @@
+// reweight_sample on CPU: common/reweight.h for every candidate, threads over prompts.
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/online_softmax.h"
+#include "common/reweight.h"
+#include "cpu/tensor_access.h"
+
+namespace tq {
+
+namespace {
+
+// Prompts below which one thread is faster than waking another.
+constexpr int64_t kPromptsPerThread = 16;
+
+template <typename Real>
+struct Job {
+  const Real* prior_logprobs;
+  const int64_t* token_ids;
+  const Real* rewards;
+  const Real* log_weights;
+  const int64_t* lengths;
+  const int64_t* keys;
+  int64_t k;
+  int64_t n;
+  double alpha;
+  bool is_soft;
+  bool is_greedy;
+  int64_t seed;
+  int64_t step;
+  int64_t* choice;
+  float* final_logprobs;
+  float* q;
+  float* q_stderr;
+  float* ess;
+};
+
+// `scores` is room for k numbers, `weights` for n.
+template <typename Real>
+void reweight_prompt(const Job<Real>& job, int64_t g, double* scores, double* weights) {
+  SoftmaxState<double> state = empty_softmax_state<double>();
+  for (int64_t z = 0; z < job.k; ++z) {
+    const int64_t at = g * job.k + z;
+    const int64_t valid = job.lengths == nullptr ? job.n : job.lengths[at] < job.n ? job.lengths[at] : job.n;
+    const CandidateValue value = value_candidate(
+        job.rewards + at * job.n, job.log_weights == nullptr ? nullptr : job.log_weights + at * job.n, valid,
+        job.alpha, job.is_soft, weights);
+    job.q[at] = static_cast<float>(value.q);
+    job.q_stderr[at] = static_cast<float>(value.standard_error);
+    job.ess[at] = static_cast<float>(value.ess);
+    scores[z] = candidate_score(static_cast<double>(job.prior_logprobs[at]), value.q, job.alpha);
+    if (scores[z] > state.peak) state.peak = scores[z];
+  }
+  for (int64_t z = 0; z < job.k; ++z) {
+    if (scores[z] > -INFINITY) state.sum += std::exp(scores[z] - state.peak);
+  }
+  const double lse = lse_of_softmax_state(state);
+  const int64_t key = job.keys == nullptr ? g : job.keys[g];
+  int64_t best = 0;
+  double best_score = 0.0;
+  for (int64_t z = 0; z < job.k; ++z) {
+    const int64_t at = g * job.k + z;
+    job.final_logprobs[at] = static_cast<float>(scores[z] == -INFINITY ? scores[z] : scores[z] - lse);
+    const int64_t id = job.token_ids[at];
+    const double noisy = job.is_greedy ? scores[z] : scores[z] + choice_gumbel(job.seed, key, job.step, id);
+    if (z == 0 || is_chosen_before(noisy, id, best_score, job.token_ids[g * job.k + best])) {
+      best = z;
+      best_score = noisy;
+    }
+  }
+  job.choice[g] = best;
+}
+
+Tensor dense(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& tensor, ScalarType type) {
+  if (!tensor.has_value()) return std::nullopt;
+  return dense(*tensor, type);
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cpu(
+    const Tensor& prior_logprobs_in, const Tensor& token_ids_in, const Tensor& rewards_in,
+    const std::optional<Tensor>& log_weights_in, const std::optional<Tensor>& lengths_in, double alpha, bool is_soft,
+    bool is_greedy, int64_t seed, const std::optional<Tensor>& seed_tensor, const std::optional<Tensor>& keys_in,
+    int64_t step, const std::optional<Tensor>& step_tensor) {
+  // float32 is read as it is; any other mixture of types is widened first.
+  const bool is_float = prior_logprobs_in.scalar_type() == ScalarType::Float &&
+                        rewards_in.scalar_type() == ScalarType::Float &&
+                        (!log_weights_in.has_value() || log_weights_in->scalar_type() == ScalarType::Float);
+  const ScalarType real = is_float ? ScalarType::Float : ScalarType::Double;
+  const Tensor prior_logprobs = dense(prior_logprobs_in, real);
+  const Tensor rewards = dense(rewards_in, real);
+  const std::optional<Tensor> log_weights = dense(log_weights_in, real);
+  const Tensor token_ids = dense(token_ids_in, ScalarType::Long);
+  const std::optional<Tensor> lengths = dense(lengths_in, ScalarType::Long);
+  const std::optional<Tensor> keys = dense(keys_in, ScalarType::Long);
+  const int64_t prompts = rewards.size(0);
+  const int64_t k = rewards.size(1);
+
+  Tensor choice = new_tensor({prompts}, ScalarType::Long);
+  Tensor final_logprobs = new_tensor({prompts, k}, ScalarType::Float);
+  Tensor q = new_tensor({prompts, k}, ScalarType::Float);
+  Tensor q_stderr = new_tensor({prompts, k}, ScalarType::Float);
+  Tensor ess = new_tensor({prompts, k}, ScalarType::Float);
+
+  const auto run = [&](auto zero) {
+    using Real = decltype(zero);
+    const Job<Real> job{
+        static_cast<const Real*>(prior_logprobs.const_data_ptr()),
+        static_cast<const int64_t*>(token_ids.const_data_ptr()),
+        static_cast<const Real*>(rewards.const_data_ptr()),
+        data_or_null<Real>(log_weights),
+        data_or_null<int64_t>(lengths),
+        data_or_null<int64_t>(keys),
+        k,
+        rewards.size(2),
+        alpha,
+        is_soft,
+        is_greedy,
+        read_int(seed, seed_tensor),
+        read_int(step, step_tensor),
+        static_cast<int64_t*>(choice.mutable_data_ptr()),
+        static_cast<float*>(final_logprobs.mutable_data_ptr()),
+        static_cast<float*>(q.mutable_data_ptr()),
+        static_cast<float*>(q_stderr.mutable_data_ptr()),
+        static_cast<float*>(ess.mutable_data_ptr())};
+    torch::stable::parallel_for(0, prompts, kPromptsPerThread, [&](int64_t begin, int64_t end) {
+      std::vector<double> scores(k);
+      std::vector<double> weights(job.n);
+      for (int64_t g = begin; g < end; ++g) reweight_prompt(job, g, scores.data(), weights.data());
+    });
+  };
+  if (is_float) {
+    run(0.0f);
+  } else {
+    run(0.0);
+  }
+  return {choice, final_logprobs, q, q_stderr, ess};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) { m.impl("reweight_sample", TORCH_BOX(&reweight_sample_cpu)); }
+
+}  // namespace tq
