@@ -1,0 +1,256 @@
+"""`tq_fast.decode` against the naive loop, end to end, in one run.
+
+The set-up: random-weight Llama shapes of 134 M parameters as baseline and, with a classifier's
+head, as reward; k = 10, one greedy roll-out of 20 tokens a candidate, greedy next token, no end of
+sequence. The naive loop (tests/naive.py) gets transformers' own KV cache within `generate`, SDPA,
+and all candidates in one batch.
+
+The time per token of decode is the time between two tokens, which leaves the prompt's own encoding
+out; that is a figure of its own (`seconds_to_first_token`), and the ratio counts it as a response
+of 128 tokens does, the paper's length. The naive loop encodes the prompt for every token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+import tq_fast
+from tests.naive import NaiveResponse, NaiveSettings, classifier_reward, decode_naively
+
+K = 10
+HORIZON = 20
+# Tokens that are decoded while the clock runs, and those of the response they stand for.
+TOKENS = 4
+RESPONSE = 128
+SETTINGS = {"k": K, "horizon": HORIZON, "strategy": "greedy", "rollout": "greedy"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Duo:
+    """Baseline and reward of one dtype."""
+
+    baseline: LlamaForCausalLM
+    reward: LlamaForSequenceClassification
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds between two tokens, and until the first, of every round."""
+
+    per_token: list[float] = dataclasses.field(default_factory=list)
+    to_first: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Per token of a response of `RESPONSE` tokens."""
+        token = statistics.median(self.per_token)
+        if not self.to_first:
+            return token
+        return token + max(0.0, statistics.median(self.to_first) - token) / RESPONSE
+
+
+@pytest.fixture(scope="module")
+def fp32_duo() -> Duo:
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=2_048,
+        max_position_embeddings=4_096,
+        tie_word_embeddings=False,
+        num_labels=1,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(134)
+    duo = Duo(LlamaForCausalLM(config).eval(), LlamaForSequenceClassification(config).eval())
+    assert sum(parameter.numel() for parameter in duo.baseline.parameters()) == 134_105_856
+    return duo
+
+
+@pytest.fixture(scope="module", params=list(DTYPES))
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def duo(fp32_duo: Duo, dtype: str) -> Duo:
+    if dtype == "fp32":
+        return fp32_duo
+    kinds = (fp32_duo.baseline, LlamaForCausalLM), (fp32_duo.reward, LlamaForSequenceClassification)
+    copies = []
+    for model, kind in kinds:
+        copy = kind(model.config).to(DTYPES[dtype]).eval()
+        copy.load_state_dict(model.state_dict())
+        copies.append(copy)
+    return Duo(*copies)
+
+
+@dataclasses.dataclass
+class Runs:
+    """What earlier tests of this run measured, by dtype and prompt length."""
+
+    naive: dict[tuple[str, int], tuple[Timing, NaiveResponse]] = dataclasses.field(
+        default_factory=dict
+    )
+    decode: dict[tuple[str, int], Timing] = dataclasses.field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def runs() -> Runs:
+    return Runs()
+
+
+def prompt_of(length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(1, 32_000, (length,), generator=generator)
+
+
+def timed_decode(
+    duo: Duo, prompt: torch.Tensor, timing: Timing, *, max_new_tokens: int
+) -> tq_fast.DecodeResult:
+    """Decode, and note when each token came."""
+    decoder = tq_fast.TransferDecoder(duo.baseline, duo.reward)
+    marks = [time.perf_counter()]
+    result = decoder.decode(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=(),
+        on_token=lambda idx: marks.append(time.perf_counter()),
+        **SETTINGS,
+    )
+    timing.to_first.append(marks[1] - marks[0])
+    timing.per_token += [after - before for before, after in itertools.pairwise(marks[1:])]
+    return result
+
+
+def check_against_naive(result: tq_fast.DecodeResult, naive: NaiveResponse, dtype: str) -> None:
+    """The gate: nothing is reported of a decode that differs from the naive loop."""
+    if dtype != "fp32":
+        # Half precision may roll out other tokens; what comes before that must be near.
+        step, truth = result.traces[0][0], naive.steps[0]
+        ours = dict(zip(step.candidates.tolist(), step.prior_logprobs.tolist(), strict=True))
+        theirs = dict(zip(truth.candidates, truth.prior_logprobs.tolist(), strict=True))
+        both = ours.keys() & theirs.keys()
+        assert len(both) >= K // 2
+        assert all(abs(ours[token] - theirs[token]) < 0.1 for token in both)
+        assert all(torch.isfinite(step.q).all() for step in result.traces[0])
+        return
+    assert result.sequences[0].tolist()[: len(naive.token_ids)] == naive.token_ids
+    for step, truth in zip(result.traces[0], naive.steps, strict=False):
+        assert step.candidates.tolist() == truth.candidates
+        torch.testing.assert_close(step.q.double(), truth.q, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [128, 512])
+def test_the_naive_loop(
+    benchmark: BenchmarkFixture, runs: Runs, duo: Duo, dtype: str, length: int
+) -> None:
+    """The time to beat."""
+    benchmark.group = f"decode, prompt {length}, {dtype}"
+    # Two tokens where they are cheap, so that the gate sees a step after a commit.
+    num_tokens = 2 if length == 128 else 1
+    settings = NaiveSettings(max_new_tokens=num_tokens, **SETTINGS)
+    reward = classifier_reward(duo.reward)
+    timing = Timing()
+
+    def run() -> NaiveResponse:
+        start = time.perf_counter()
+        prompt = prompt_of(length).tolist()
+        response = decode_naively(prompt, duo.baseline, reward, settings=settings)
+        timing.per_token.append((time.perf_counter() - start) / num_tokens)
+        return response
+
+    response = benchmark.pedantic(run, rounds=2)
+    benchmark.extra_info["seconds_per_token"] = timing.seconds_per_token
+    runs.naive[dtype, length] = timing, response
+
+
+@pytest.mark.parametrize("length", [128, 512, 2048])
+def test_decode(
+    benchmark: BenchmarkFixture,
+    figure: Callable[[str], None],
+    runs: Runs,
+    duo: Duo,
+    dtype: str,
+    length: int,
+) -> None:
+    """Ours; with the ratio where the naive loop ran before."""
+    benchmark.group = f"decode, prompt {length}, {dtype}"
+    prompt = prompt_of(length)
+    naive_timing, naive_response = runs.naive.get((dtype, length), (None, None))
+    # Warm-up and gate in one.
+    result = timed_decode(duo, prompt, Timing(), max_new_tokens=2)
+    if naive_response is not None:
+        check_against_naive(result, naive_response, dtype)
+
+    timing = runs.decode[dtype, length] = Timing()
+    result = benchmark.pedantic(
+        lambda: timed_decode(duo, prompt, timing, max_new_tokens=TOKENS), rounds=2
+    )
+    info = benchmark.extra_info
+    info["seconds_per_token"] = timing.seconds_per_token
+    info["seconds_to_first_token"] = statistics.median(timing.to_first)
+    info["seconds_by_phase"] = dict(result.stats.seconds)
+    if naive_timing is not None:
+        info["ratio"] = naive_timing.seconds_per_token / timing.seconds_per_token
+        figure(
+            f"{dtype}, prompt {length}: {1e3 * naive_timing.seconds_per_token:.0f} ms a token by "
+            f"the naive loop, {1e3 * timing.seconds_per_token:.0f} ms by decode, "
+            f"{info['ratio']:.1f}x"
+        )
+    report_growth(info, figure, runs, dtype, length)
+    report_memory(info, figure, duo, result, dtype, length)
+
+
+def report_growth(
+    info: dict[str, object],
+    figure: Callable[[str], None],
+    runs: Runs,
+    dtype: str,
+    length: int,
+) -> None:
+    """How much a token costs beside the same at the shortest prompt."""
+    shortest = runs.decode.get((dtype, 128))
+    if length == 2048 and shortest is not None:
+        ours = runs.decode[dtype, length]
+        info["growth"] = ours.seconds_per_token / shortest.seconds_per_token
+        between = statistics.median(ours.per_token) / statistics.median(shortest.per_token)
+        info["growth_between_tokens"] = between
+        figure(
+            f"{dtype}: a token at prompt 2048 costs {info['growth']:.2f}x one at prompt 128 "
+            f"({between:.2f}x without the share of encoding the prompt)"
+        )
+
+
+def report_memory(
+    info: dict[str, object],
+    figure: Callable[[str], None],
+    duo: Duo,
+    result: tq_fast.DecodeResult,
+    dtype: str,
+    length: int,
+) -> None:
+    """Peak KV against one prefix and k branches, each of a candidate and its roll-out."""
+    config = duo.baseline.config
+    per_token = 2 * config.num_hidden_layers * config.hidden_size * DTYPES[dtype].itemsize
+    least = per_token * (length + TOKENS + K * (1 + HORIZON))
+    for role, peak in result.stats.peak_kv_bytes.items():
+        info[f"kv_{role}"] = peak / least
+        figure(
+            f"{dtype}, prompt {length}: peak KV of the {role} {peak / 2**20:.1f} MiB, "
+            f"{peak / least:.2f}x one prefix and {K} branches"
+        )
+        assert peak <= 1.1 * least
