@@ -108,7 +108,7 @@ def test_bad_options_are_refused_before_any_forward_pass(options, message) -> No
             {"reward": llama(LlamaForSequenceClassification, num_labels=1, vocab_size=50)},
             "vocabulary of 50, the baseline one of 40",
         ),
-        ({"baseline": llama().train()}, "baseline is in training mode"),
+        ({"tokenizer": 3}, "tokenizer must be a hub id, a folder or a tokenizer"),
     ],
 )
 def test_bad_models_are_refused_by_name(baseline, models, message) -> None:
@@ -308,6 +308,15 @@ def test_the_users_model_is_left_as_it_was(baseline) -> None:
     assert baseline.config._attn_implementation == before
     for name, value in baseline.state_dict().items():
         assert torch.equal(value, weights[name])
+
+
+def test_a_model_in_training_mode_is_evaluated_and_left_in_training_mode() -> None:
+    training = llama(attention_dropout=0.5).train()
+    training.model.norm.eval()
+    result = tq_fast.decode([5, 6], training, count_evens, **SHORT)
+    again = tq_fast.decode([5, 6], training, count_evens, **SHORT)
+    assert torch.equal(result.sequences[0], again.sequences[0])
+    assert training.training and training.lm_head.training and not training.model.norm.training
 
 
 @pytest.mark.parametrize("weights", ["log_ratio", "reward_gap", "published"])

@@ -18,6 +18,7 @@ from .models.loading import (
     TokenizerLike,
     check_same_vocabulary,
     end_token_ids,
+    evaluating,
     load_language_model,
     load_reward,
     load_tokenizer,
@@ -190,7 +191,9 @@ class TransferDecoder:
                     on_finished(idx, finished[idx])
 
         num_tokens = len(read) * config.max_new_tokens
-        with TokenBar(num_tokens, visible=progress) as bar:
+        rewards = (getattr(r, "model", None) for r in (self.reward, self.baseline_reward))
+        models = [m for m in (self.baseline, self.sft, *rewards) if m is not None]
+        with TokenBar(num_tokens, visible=progress) as bar, evaluating(models):
             for start in range(0, len(responses), batch_size):
                 group = responses[start : start + batch_size]
                 try:
@@ -283,18 +286,25 @@ class TransferDecoder:
 
     def _read_prompts(self, prompts: Any, config: DecodeConfig) -> list[Prompt]:
         read = read_prompts(prompts, self.tokenizer, vocab_size=self._vocab_size())
-        horizon = config.horizon or 0
+        for idx, prompt in enumerate(read):
+            self.check_length(idx, prompt, config)
+        return read
+
+    def check_length(self, idx: int, prompt: Prompt, config: DecodeConfig) -> None:
+        """Refuse a prompt that is too long for a language model; `decode` does this by itself.
+
+        Raises:
+            InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
+        """
+        num_tokens = len(prompt.token_ids) + config.max_new_tokens + (config.horizon or 0)
         for role, model in (("baseline", self.baseline), ("sft", self.sft)):
             limit = None if model is None else max_positions(model)
-            for idx, prompt in enumerate(read):
-                num_tokens = len(prompt.token_ids) + config.max_new_tokens + horizon
-                if limit is not None and num_tokens > limit:
-                    raise InvalidArgument(
-                        f"prompts[{idx}] has {len(prompt.token_ids)} tokens; with max_new_tokens="
-                        f"{config.max_new_tokens} and horizon={config.horizon} that makes "
-                        f"{num_tokens}, but the {role} model allows {limit}"
-                    )
-        return read
+            if limit is not None and num_tokens > limit:
+                raise InvalidArgument(
+                    f"prompts[{idx}] has {len(prompt.token_ids)} tokens; with max_new_tokens="
+                    f"{config.max_new_tokens} and horizon={config.horizon} that makes "
+                    f"{num_tokens}, but the {role} model allows {limit}"
+                )
 
     def _vocab_size(self) -> int:
         models = [model for model in (self.baseline, self.sft) if model is not None]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -58,10 +60,14 @@ def load_tokenizer(
 
     None where a model object comes from no folder, or its folder holds no tokenizer.
     """
-    if isinstance(source, PreTrainedTokenizerBase):
-        return source
-    if source is not None:
+    if isinstance(source, (str, os.PathLike)):
         return _tokenizer_from(_existing(source, role), role)
+    if source is not None:
+        if not callable(source) or not hasattr(source, "decode"):
+            raise InvalidArgument(
+                f"{role} must be a hub id, a folder or a tokenizer of transformers, got {source!r}"
+            )
+        return source
     if isinstance(model, PreTrainedModel):
         folder = model.name_or_path
         if not folder or not Path(folder).is_dir():
@@ -152,6 +158,19 @@ def check_same_vocabulary(
         )
 
 
+@contextlib.contextmanager
+def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within the block `models` are in evaluation mode; afterwards each part is as it was."""
+    training = [part for model in models for part in model.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def end_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[int, ...]:
@@ -168,10 +187,6 @@ def _load(
     auto_class: Any, source: ModelLike, role: str, *, device: torch.device, dtype: Any
 ) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
-        if source.training:
-            raise InvalidArgument(
-                f"{role} is in training mode; call .eval() first (dropout would be random)"
-            )
         return source
     if not isinstance(source, (str, os.PathLike)):
         raise InvalidArgument(
