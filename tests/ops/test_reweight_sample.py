@@ -92,8 +92,10 @@ def test_matches_the_formulas(op, generator, shape, given, alpha, estimator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_floating_dtypes_and_int32_ids(op, generator, dtype):
     inputs = problem(generator, 2, 5, 4)
-    inputs = {name: value.to(dtype) if value.is_floating_point() else value.int()
-              for name, value in inputs.items()}
+    inputs = {
+        name: value.to(dtype) if value.is_floating_point() else value.int()
+        for name, value in inputs.items()
+    }
     expected = exact(inputs, 0.7, "mean")
     got = op.or_auto(*inputs.values(), alpha=0.7)
     torch.testing.assert_close(got.q.double(), expected["q"], rtol=1e-6, atol=1e-6)
@@ -123,7 +125,9 @@ def test_weights_are_normalised_within_each_candidate(op, generator):
     inputs = problem(generator, 2, 4, 6)
     shifted = dict(inputs)
     # Any constant a candidate, even one that overflows exp, changes nothing.
-    shifted["log_weights"] = inputs["log_weights"] + torch.tensor([900.0, -900.0, 0.0, 40.0])[:, None]
+    shifted["log_weights"] = (
+        inputs["log_weights"] + torch.tensor([900.0, -900.0, 0.0, 40.0])[:, None]
+    )
     got, expected = (op(*case.values(), alpha=1.0, greedy=True) for case in (shifted, inputs))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -323,6 +327,10 @@ def test_compiles_as_one_graph(op, generator):
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     for trees in (2, 5):
-        arguments = (*problem(generator, trees, 4, 3).values(), torch.tensor(3), torch.tensor(trees))
+        arguments = (
+            *problem(generator, trees, 4, 3).values(),
+            torch.tensor(3),
+            torch.tensor(trees),
+        )
         for a, b in zip(compiled(*arguments), run(*arguments), strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)

@@ -224,9 +224,7 @@ def test_temperature_0_is_arg_max_with_the_lowest_id_on_ties(op, generator):
     assert torch.equal(got.ids, lowest)
     assert (got.proposal_logprobs == 0).all()
     expected = logits.double().log_softmax(-1).gather(-1, lowest[:, None]).squeeze(-1)
-    torch.testing.assert_close(
-        got.logprobs.double(), expected, rtol=0, atol=tolerances.LOGPROB_ABS
-    )
+    torch.testing.assert_close(got.logprobs.double(), expected, rtol=0, atol=tolerances.LOGPROB_ABS)
 
 
 def test_top_k_1_is_arg_max(op, generator):
@@ -268,7 +266,11 @@ def test_truncation_keeps_exactly_these(op, logits, parameters, kept):
 def test_parameters_may_differ_by_row(op, generator):
     logits = torch.randn(1, 120, generator=generator).expand(6, -1)
     keys = torch.tensor([5, 5, 5, 5, 5, 6])
-    heats, ks, ps = [1.0, 0.0, 0.5, 2.0, 1.0, 1.0], [0, 4, 5, 0, 120, 1], [1.0, 0.2, 1.0, 0.6, 0.9, 1.0]
+    heats, ks, ps = (
+        [1.0, 0.0, 0.5, 2.0, 1.0, 1.0],
+        [0, 4, 5, 0, 120, 1],
+        [1.0, 0.2, 1.0, 0.6, 0.9, 1.0],
+    )
     for dtype in (torch.int64, torch.int32):
         got = op(
             logits,
@@ -304,7 +306,9 @@ def test_a_draw_depends_on_its_key_step_and_seed_and_on_nothing_else(op, generat
         for a, b in zip(whole, part, strict=True):
             assert torch.equal(a[rows], b)
     for other in ({"step": 8}, {"seed": 4}, {"keys": keys + 1}, {"keys": keys + 2**32}):
-        changed = op(logits, other.get("keys", keys), other.get("step", 7), seed=other.get("seed", 3))
+        changed = op(
+            logits, other.get("keys", keys), other.get("step", 7), seed=other.get("seed", 3)
+        )
         assert (changed.ids != whole.ids).sum() > 30
 
 
@@ -323,7 +327,10 @@ def test_seed_and_step_may_be_tensors(op, generator):
     logits = torch.randn(20, 50, generator=generator)
     keys = torch.arange(20)
     expected = op(logits, keys, 6, seed=-5)
-    for step, seed in ((torch.tensor(6), torch.tensor(-5)), (torch.tensor([6]), torch.tensor([-5]))):
+    for step, seed in (
+        (torch.tensor(6), torch.tensor(-5)),
+        (torch.tensor([6]), torch.tensor([-5])),
+    ):
         assert torch.equal(op(logits, keys, step, seed=seed).ids, expected.ids)
 
 
