@@ -148,7 +148,8 @@ class TransferDecoder:
                 **loading,
             )
 
-    @torch.inference_mode()
+    # Not inference_mode: its tensors could not be used in training afterwards.
+    @torch.no_grad()
     def decode(
         self,
         prompts: PromptLike | Sequence[PromptLike],

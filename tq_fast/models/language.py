@@ -226,7 +226,7 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
         raise UnsupportedModel(f"{name} is an encoder (is_decoder=False)")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_runs(model: PreTrainedModel) -> None:
     """Push three tokens through a forest of one tree: what it does not honour shows at once.
 
