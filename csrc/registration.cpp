@@ -24,4 +24,11 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
       " Tensor? lengths, float alpha, bool is_soft, bool is_greedy, int seed, Tensor? seed_tensor,"
       " Tensor? keys, int step, Tensor? step_tensor)"
       " -> (Tensor choice, Tensor final_logprobs, Tensor q, Tensor q_stderr, Tensor ess)");
+  m.def(
+      "trajectory_log_ratio(Tensor logits_p, Tensor logits_q, Tensor tokens, Tensor lengths,"
+      " int vocab_size) -> Tensor");
+  // softcap 0: none.
+  m.def(
+      "linear_trajectory_logprob(Tensor hidden, Tensor weight, Tensor tokens, Tensor lengths,"
+      " Tensor? bias, float scale, float softcap, int vocab_size) -> Tensor");
 }

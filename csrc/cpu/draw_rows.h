@@ -31,7 +31,7 @@ struct DrawArguments {
       const std::optional<Tensor>& seed_tensor)
       : type(element_type_of(logits_in, op, "logits")),
         logits(with_unit_inner_stride(logits_in)),
-        keys(torch::stable::contiguous(torch::stable::to(keys_in, ScalarType::Long))),
+        keys(dense(keys_in, ScalarType::Long)),
         vocab_size(vocab_size_in),
         seed(read_int(seed_number, seed_tensor)),
         step(read_int(step_number, step_tensor)),

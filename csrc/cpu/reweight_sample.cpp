@@ -74,20 +74,6 @@ void reweight_prompt(const Job<Real>& job, int64_t g, double* scores, double* we
   job.choice[g] = best;
 }
 
-Tensor dense(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
-}
-
-std::optional<Tensor> dense(const std::optional<Tensor>& tensor, ScalarType type) {
-  if (!tensor.has_value()) return std::nullopt;
-  return dense(*tensor, type);
-}
-
-template <typename T>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cpu(

@@ -53,6 +53,21 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) 
   return Tensor(handle);
 }
 
+// Contiguous, and of this type; the tensor itself where it is both.
+inline Tensor dense(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor, ScalarType type) {
+  if (!tensor.has_value()) return std::nullopt;
+  return dense(*tensor, type);
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
 inline LogitsRow logits_row(const Tensor& logits, ElementType type, int64_t row, int64_t size) {
   const auto* base = static_cast<const char*>(logits.const_data_ptr());
   const int64_t offset = row * logits.stride(0) * static_cast<int64_t>(logits.element_size());
@@ -62,7 +77,7 @@ inline LogitsRow logits_row(const Tensor& logits, ElementType type, int64_t row,
 // An int that may also come as a one-element tensor.
 inline int64_t read_int(int64_t number, const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return number;
-  const Tensor wide = torch::stable::to(*tensor, ScalarType::Long);
+  const Tensor wide = dense(*tensor, ScalarType::Long);
   return *static_cast<const int64_t*>(wide.const_data_ptr());
 }
 
@@ -75,7 +90,7 @@ struct PerRow {
 
   PerRow(Number number, const std::optional<Tensor>& tensor, ScalarType type)
       : shared(number), values(), is_tensor(tensor.has_value()) {
-    if (is_tensor) values = torch::stable::contiguous(torch::stable::to(*tensor, type));
+    if (is_tensor) values = dense(*tensor, type);
   }
   Number at(int64_t row) const {
     return is_tensor ? static_cast<const Number*>(values.const_data_ptr())[row] : shared;

@@ -9,12 +9,14 @@ rows that fits the cache, instead of `N * T * V * 4` of logits written and read 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
 from . import _checks
-from ._dispatch import Op
+from ._dispatch import Backend, Op, native_function
 from .trajectory_log_ratio import check_trajectories, sum_within
 
 # Rows of weight per block of the reference: at N * T = 1024 its logits take 32 MB.
@@ -122,4 +124,44 @@ def linear_trajectory_logprob_ref(
     return sum_within(torch.where(known, logprobs, torch.nan).view(tokens.shape), lengths)
 
 
-_OP = Op("linear_trajectory_logprob", linear_trajectory_logprob_ref)
+def linear_trajectory_logprob_cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The C++ kernel, with the arguments of the reference."""
+    return torch.ops.tq_fast.linear_trajectory_logprob.default(
+        hidden,
+        weight,
+        tokens,
+        lengths,
+        bias,
+        scale,
+        softcap or 0.0,
+        weight.shape[0] if vocab_size is None else vocab_size,
+    )
+
+
+def _fake(hidden: Tensor, *arguments: Any) -> Tensor:
+    return hidden.new_empty((hidden.shape[0],), dtype=torch.float32)
+
+
+def _refuse_cpu(hidden: Tensor, *arguments: Any, **parameters: Any) -> str | None:
+    return _checks.refuse_float64(hidden=hidden)
+
+
+_OP = Op(
+    "linear_trajectory_logprob",
+    linear_trajectory_logprob_ref,
+    Backend(
+        "cpu",
+        native_function("linear_trajectory_logprob", linear_trajectory_logprob_cpu, _fake),
+        _refuse_cpu,
+    ),
+)

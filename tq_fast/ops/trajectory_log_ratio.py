@@ -9,11 +9,13 @@ nats. Bytes: both logits are read once, `2 * N * T * V * itemsize`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._dispatch import Op
+from ._dispatch import Backend, Op, native_function
 from .topk_logprobs import clean_logits, logprobs_at, shifted_logsumexp
 
 
@@ -98,4 +100,35 @@ def _token_logprobs(logits: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
     return torch.where(known, chosen, torch.nan)
 
 
-_OP = Op("trajectory_log_ratio", trajectory_log_ratio_ref)
+def trajectory_log_ratio_cpu(
+    logits_p: Tensor,
+    logits_q: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    *,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The C++ kernel, with the arguments of the reference."""
+    width = logits_p.shape[-1] if vocab_size is None else vocab_size
+    return torch.ops.tq_fast.trajectory_log_ratio.default(
+        logits_p, logits_q, tokens, lengths, width
+    )
+
+
+def _fake(logits_p: Tensor, *arguments: Any) -> Tensor:
+    return logits_p.new_empty((logits_p.shape[0],), dtype=torch.float32)
+
+
+def _refuse_cpu(
+    logits_p: Tensor, logits_q: Tensor, *arguments: Any, **parameters: Any
+) -> str | None:
+    return _checks.refuse_float64(logits_p=logits_p, logits_q=logits_q)
+
+
+_OP = Op(
+    "trajectory_log_ratio",
+    trajectory_log_ratio_ref,
+    Backend(
+        "cpu", native_function("trajectory_log_ratio", trajectory_log_ratio_cpu, _fake), _refuse_cpu
+    ),
+)
