@@ -1,0 +1,166 @@
+"""`tq-fast`: the command line. Only arguments are parsed here; `commands` does the work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ._version import __version__
+from .commands.decode_options import takes_decode_options
+from .commands.terminal import one_line, say
+from .config import DecodeConfig
+from .errors import TqFastError
+
+app = typer.Typer(
+    name="tq-fast",
+    help="Transfer Q* decoding: steer a frozen language model toward a reward.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    # Errors of the package become one line (see main); others keep their own traceback.
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; an error of the package is one line and exit code 2."""
+    try:
+        app(prog_name="tq-fast")
+    except TqFastError as error:
+        say(Console(stderr=True), f"tq-fast: error: {one_line(str(error))}")
+        sys.exit(2)
+
+
+def _model_option(help: str, metavar: str = "MODEL") -> Any:
+    return typer.Option(metavar=metavar, help=help, rich_help_panel="Models")
+
+
+def _file_option(help: str) -> Any:
+    return typer.Option(metavar="FILE", help=help, rich_help_panel="Prompts and output")
+
+
+def _job_option(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Prompts and output")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tq-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def tq_fast(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Parse what stands before the command."""
+
+
+@app.command()
+@takes_decode_options
+def decode(
+    *,
+    baseline: Annotated[
+        str, _model_option("The aligned model that rolls out: a folder or a hub id.")
+    ],
+    reward: Annotated[str, _model_option("The reward: a sequence classifier.")],
+    sft: Annotated[
+        str | None,
+        _model_option("The SFT model: the prior, and the log-ratio of indirect transfer."),
+    ] = None,
+    baseline_reward: Annotated[
+        str | None,
+        _model_option("The reward that the baseline was aligned to (indirect transfer)."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        _model_option("The language models' tokenizer; not given: the baseline's own."),
+    ] = None,
+    reward_tokenizer: Annotated[
+        str | None, _model_option("The reward's tokenizer; not given: its own.")
+    ] = None,
+    reward_index: Annotated[
+        int | None,
+        _model_option("Which label is the reward, where the reward model has several.", "N"),
+    ] = None,
+    reward_bounds: Annotated[
+        tuple[float, float] | None,
+        _model_option("Bounds of the reward, for the certificate.", "LO HI"),
+    ] = None,
+    device: Annotated[
+        str | None,
+        _model_option("Where the models run; not given: a GPU if there is one.", "NAME"),
+    ] = None,
+    dtype: Annotated[
+        str,
+        _model_option("auto (as saved), float32, bfloat16 or float16.", "WORD"),
+    ] = "auto",
+    prompts: Annotated[
+        str,
+        _file_option(
+            "Prompts: JSON lines with 'prompt' (text), 'messages' (chat) or 'token_ids', and "
+            "perhaps 'id'; or one text a line. '-' is standard input."
+        ),
+    ],
+    output: Annotated[
+        Path, _file_option("JSON lines, one record a prompt, in the order in which they finish.")
+    ],
+    traces: Annotated[
+        bool, _job_option("--traces/--no-traces", help="Put every step into the records.")
+    ] = False,
+    batch_size: Annotated[
+        int,
+        _job_option(
+            "--batch-size",
+            help="Prompts decoded together; results do not depend on it.",
+            metavar="N",
+        ),
+    ] = 8,
+    overwrite: Annotated[
+        bool, _job_option("--overwrite", help="Start again, whatever the output holds.")
+    ] = False,
+    retry_errors: Annotated[
+        bool, _job_option("--retry-errors", help="Decode again the prompts that failed.")
+    ] = False,
+    config: DecodeConfig,
+) -> None:
+    """Decode a file of prompts into JSON lines.
+
+    Stopped at any moment, the same command goes on where it was. A prompt that fails becomes an
+    error record, and the rest go on.
+
+    Exit codes: 0, every prompt has a response; 1, some failed; 2, an argument is wrong or the
+    output belongs to another job; 130, interrupted.
+    """
+    # torch and transformers take seconds to import, which help and usage errors need not wait for.
+    from .commands.decode import JobOptions, run_decode
+    from .commands.job_settings import ModelChoice
+
+    models = ModelChoice(
+        baseline=baseline,
+        reward=reward,
+        sft=sft,
+        baseline_reward=baseline_reward,
+        tokenizer=tokenizer,
+        reward_tokenizer=reward_tokenizer,
+        reward_index=reward_index,
+        reward_bounds=reward_bounds,
+        device=device,
+        dtype=dtype,
+    )
+    options = JobOptions(
+        batch_size=batch_size, traces=traces, overwrite=overwrite, retry_errors=retry_errors
+    )
+    raise typer.Exit(run_decode(config, models, prompts, output, options, Console(stderr=True)))
+
+
+if __name__ == "__main__":
+    main()

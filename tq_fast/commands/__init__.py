@@ -1,0 +1,1 @@
+"""What the commands of `tq-fast` do; `tq_fast.cli` only parses their arguments."""

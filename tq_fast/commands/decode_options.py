@@ -1,0 +1,122 @@
+"""Every field of `DecodeConfig` as a command-line option, made from the dataclass itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from ..config import DecodeConfig
+
+# One line a field; a field without a line fails at import, so that none can be left out.
+_HELP: dict[str, str] = {
+    "k": "Candidates per step.",
+    "alpha": "Decoding temperature, in units of the reward; small follows the reward.",
+    "beta": "KL weight the baseline was trained with; needed for indirect transfer.",
+    "num_rollouts": "Roll-outs per candidate.",
+    "horizon": "Tokens per roll-out; 0 scores the partial text, 'none' rolls out to the end.",
+    "max_new_tokens": "Response length, the EOS token included.",
+    "strategy": "How the next token is chosen.",
+    "rollout": "How roll-outs are drawn.",
+    "rollout_temperature": "Temperature of sampled roll-outs.",
+    "rollout_top_k": "Keep this many tokens in sampled roll-outs; 0 keeps all.",
+    "rollout_top_p": "Keep the smallest set of this mass in sampled roll-outs; 1 keeps all.",
+    "prior": "The policy that is reweighted; not given: sft if there is one, else baseline.",
+    "candidates_from": "The policy that proposes the candidates.",
+    "transfer": "Whether the baseline was aligned to the target reward (direct) or to another.",
+    "weights": "How indirect transfer weighs its roll-outs.",
+    "estimator": "Mean of the rewards, or alpha log mean exp(reward / alpha).",
+    "eos_token_id": "A token that ends a response, or 'never'; repeat for several; "
+    "not given: the baseline's own.",
+    "seed": "Seed of every random draw; the same seed gives the same responses.",
+    "backend": "The one backend that every op must use; not given: the fastest that accepts.",
+}
+
+
+def takes_decode_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace the parameter `config` of `command` by one option for each field of `DecodeConfig`.
+
+    Values that no field accepts are refused by `DecodeConfig` itself, in its own words.
+    """
+    hints = typing.get_type_hints(DecodeConfig)
+    options = [_option(field, hints[field.name]) for field in dataclasses.fields(DecodeConfig)]
+    signature = inspect.signature(command, eval_str=True)
+    others = [parameter for name, parameter in signature.parameters.items() if name != "config"]
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> Any:
+        values = {option.name: given.pop(option.name) for option in options}
+        if values["eos_token_id"] is not None:
+            values["eos_token_id"] = _end_tokens(values["eos_token_id"])
+        return command(config=DecodeConfig(**values), **given)
+
+    wrapper.__signature__ = signature.replace(parameters=[*others, *options])
+    # typer reads both; what is wrapped must not show through.
+    wrapper.__annotations__ = {}
+    del wrapper.__wrapped__
+    return wrapper
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    """Return the option of one field as the parameter that typer expects."""
+    settings: dict[str, Any] = {"help": _HELP[field.name], "rich_help_panel": "Decoding"}
+    choices = _choices(hint)
+    default = field.default
+    if field.name == "horizon":
+        kind: Any = str
+        settings |= {"parser": _horizon, "metavar": "N"}
+        default = str(default)
+    elif field.name == "eos_token_id":
+        kind = list[str]
+        settings["metavar"] = "N"
+    elif choices:
+        kind = str
+        settings["metavar"] = "WORD"
+        settings["help"] += f" One of {', '.join(choices)}."
+    else:
+        kind = next(part for part in (typing.get_args(hint) or (hint,)) if part is not type(None))
+        settings["metavar"] = "N" if kind is int else "X"
+    if default is None:
+        kind = kind | None
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, typer.Option("--" + field.name.replace("_", "-"), **settings)],
+    )
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The words of `Literal[...]` or `Literal[...] | None`; empty for other types."""
+    parts = (hint, *typing.get_args(hint))
+    literal = next((part for part in parts if typing.get_origin(part) is typing.Literal), None)
+    return typing.get_args(literal) if literal is not None else ()
+
+
+def _horizon(value: str | int | None) -> int | None:
+    if value is None or value == "none":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is neither an integer nor 'none'.") from None
+
+
+def _end_tokens(words: list[str]) -> tuple[int, ...] | None:
+    """Token ids of `--eos-token-id`: none given is the model's own, 'never' is the empty tuple."""
+    if not words:
+        return None
+    if words == ["never"]:
+        return ()
+    try:
+        return tuple(int(word) for word in words)
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected token ids or the one word 'never', got {' '.join(words)!r}.",
+            param_hint="'--eos-token-id'",
+        ) from None

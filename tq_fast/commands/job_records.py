@@ -1,0 +1,67 @@
+"""The records of a job: one JSON object for each prompt, a response or an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import traceback
+from typing import Any
+
+from ..errors import DecodingError, TqFastError
+from ..results import PromptResult, StepTrace
+from .prompt_file import PromptEntry
+
+
+def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -> dict[str, Any]:
+    """The record of a prompt that was decoded; with `traces`, of every step too.
+
+    Numbers are null where they are not finite or cannot be estimated (an error at n = 1).
+    """
+    record = {
+        **_head(entry),
+        "response": result.text,
+        "token_ids": result.sequence.tolist(),
+        "steps": len(result.trace),
+        "certificate": _finite(dataclasses.asdict(result.certificate)),
+    }
+    if traces:
+        record["trace"] = [_compact(step) for step in result.trace]
+    return record
+
+
+def error_record(entry: PromptEntry, error: Exception) -> dict[str, Any]:
+    """The record of a prompt that failed; one that nobody foresaw keeps its traceback."""
+    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    if isinstance(error, DecodingError):
+        described |= {"message": error.reason, "step": error.step}
+    elif not isinstance(error, TqFastError):
+        described["traceback"] = "".join(traceback.format_exception(error))
+    return {**_head(entry), "error": described}
+
+
+def _head(entry: PromptEntry) -> dict[str, Any]:
+    return {"index": entry.index, "id": entry.id, "prompt": entry.prompt}
+
+
+def _compact(step: StepTrace) -> dict[str, Any]:
+    return {
+        "candidates": step.candidates.tolist(),
+        "choice": step.choice,
+        **{
+            name: _finite(getattr(step, name).tolist())
+            for name in ("q", "q_stderr", "ess", "prior_logprobs", "final_logprobs")
+        },
+        "kl_to_sft": _finite(step.kl_to_sft),
+        "kl_to_baseline": _finite(step.kl_to_baseline),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """`value` with seven digits of every number, all that fp32 holds, and None for the others."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,197 @@
+"""The output of a job: JSON lines that survive being stopped at any moment.
+
+A record is one line, written by one call and forced to the disk before the next prompt goes on.
+What a stop left behind is found again at the next start: a record cut in half, at the end, is cut
+off; a line in the middle that is no record is left out. Beside the file `OUT.jsonl` stands
+`OUT.jsonl.settings.json`, which says what the records were made with, and whose lock keeps a second
+process away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import TqFastError
+
+
+class OutputRefused(TqFastError):
+    """The output file cannot be written, or does not belong to this job; it was left alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of the file.
+
+    Attributes:
+        number: from 1.
+        start: offset of its first byte.
+        end: offset after its last byte, the newline included.
+        is_whole: whether it ends with a newline.
+        record: what it holds, or None where that is no record.
+    """
+
+    number: int
+    start: int
+    end: int
+    is_whole: bool
+    record: dict[str, Any] | None
+
+
+class RecordFile:
+    """Context manager: the records of one job, open for this process alone.
+
+    Nothing in the file changes before `keep`, `clear` or `append`.
+
+    Args:
+        path: the JSONL file; it need not exist.
+
+    Raises:
+        OutputRefused: the file cannot be written, or another process has it open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings_path = path.with_name(path.name + ".settings.json")
+        self._file = -1
+        self._lock = -1
+
+    def __enter__(self) -> RecordFile:
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            reason = "it is a folder" if self.path.is_dir() else "there is no such folder"
+            raise OutputRefused(f"output {str(self.path)!r} cannot be written: {reason}")
+        try:
+            self._lock = _lock_file(self.settings_path)
+        except BlockingIOError:
+            raise OutputRefused(
+                f"output {str(self.path)!r} is being written by another process; wait for it or "
+                "choose another output"
+            ) from None
+        except OSError as error:
+            raise OutputRefused(
+                f"output {str(self.path)!r} cannot be written: {error.strerror}"
+            ) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+        # A job that never began, or wrote no record, leaves nothing behind.
+        if os.fstat(self._lock).st_size == 0 or not self.path.exists():
+            self.settings_path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def read_settings(self) -> dict[str, Any] | None:
+        """What the records were made with; None where that is not known."""
+        data = os.pread(self._lock, os.fstat(self._lock).st_size, 0)
+        with contextlib.suppress(ValueError):
+            settings = json.loads(data)
+            if isinstance(settings, dict):
+                return settings
+        return None
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Replace what `read_settings` returns."""
+        # In place, not by renaming: the lock belongs to this very file.
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, json.dumps(settings, indent=2).encode() + b"\n", 0)
+        os.fsync(self._lock)
+
+    def lines(self) -> Iterator[Line]:
+        """The lines of the file, each with its record if it is one."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            start = 0
+            for number, data in enumerate(file, start=1):
+                end = start + len(data)
+                yield Line(number, start, end, data.endswith(b"\n"), _read_record(data))
+                start = end
+
+    def keep(self, lines: list[Line]) -> None:
+        """Drop everything but `lines`, which stand in the order of the file."""
+        if not self.path.exists():
+            return
+        is_prefix = all(line.start == end for line, end in zip(lines, _ends(lines), strict=True))
+        if is_prefix:
+            end = lines[-1].end if lines else 0
+            if end < self.path.stat().st_size:
+                os.truncate(self.path, end)
+            if lines and not lines[-1].is_whole:
+                self._write(b"\n")
+            return
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with self.path.open("rb") as old, temporary.open("wb") as new:
+            for line in lines:
+                old.seek(line.start)
+                new.write(old.read(line.end - line.start).removesuffix(b"\n") + b"\n")
+            new.flush()
+            os.fsync(new.fileno())
+        temporary.replace(self.path)
+        _sync_folder(self.path.parent)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record; it is on the disk when this returns."""
+        self._write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        if self._file < 0:
+            is_new = not self.path.exists()
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if is_new:
+                _sync_folder(self.path.parent)
+        while data:
+            data = data[os.write(self._file, data) :]
+        os.fsync(self._file)
+
+
+def _ends(lines: list[Line]) -> list[int]:
+    """Where each line starts if nothing is missing before it."""
+    return [0, *(line.end for line in lines[:-1])][: len(lines)]
+
+
+def _read_record(data: bytes) -> dict[str, Any] | None:
+    """The record in a line: an object with an index, and a response or an error."""
+    try:
+        record = json.loads(data)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("index")) is not int:
+        return None
+    is_response = isinstance(record.get("token_ids"), list)
+    return record if is_response or isinstance(record.get("error"), dict) else None
+
+
+def _lock_file(path: Path) -> int:
+    """Open `path`, which may be new, and lock it; BlockingIOError where another process did."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A job that ended in between may have removed the file that was opened.
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
