@@ -7,13 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tq_fast import _native
+from tq_fast import _native, ops
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cpu_library() -> None:
     """These tests are about the C++ kernels: without them they fail, they never skip."""
     assert _native.cpu_refusal() is None, _native.cpu_refusal()
+    # Resolves every backend, which registers the fakes that opcheck needs.
+    ops.describe_backends()
 
 
 @pytest.fixture(params=["base", "avx2", "avx512"])
