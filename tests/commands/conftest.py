@@ -1,80 +1,13 @@
-"""Tiny random models in folders, as a user has them, and the command line over them."""
+"""What the tests of the commands share."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
 
-WORDS = ["<unk>", "<pad>", "<end>", "user:", "assistant:", *"abcdefghijklmnopqrstuvwxyz"]
-MAX_POSITIONS = 64
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
-class Trio(NamedTuple):
-    """Folders of models that share a vocabulary, and one more reward."""
-
-    baseline: Path
-    sft: Path
-    reward: Path
-    other_reward: Path
-
-    def arguments(self) -> list[str]:
-        """Options of `tq-fast decode` that name the models and make a decode short."""
-        named = ["--baseline", self.baseline, "--sft", self.sft, "--reward", self.reward]
-        short = ["--k", 4, "--horizon", 3, "--max-new-tokens", 8, "--eos-token-id", "never"]
-        return [str(word) for word in [*named, *short]]
-
-
-def _save(kind: type, folder: Path, seed: int, **options: Any) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.3,
-        eos_token_id=2,
-        pad_token_id=1,
-        **options,
-    )
-    kind(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", eos_token="<end>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+from tests.commands.trio import Trio, save_trio
 
 
 @pytest.fixture(scope="session")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    folder = tmp_path_factory.mktemp("models")
-    return Trio(
-        _save(LlamaForCausalLM, folder / "baseline", 0),
-        _save(LlamaForCausalLM, folder / "sft", 1),
-        _save(LlamaForSequenceClassification, folder / "reward", 2, num_labels=1),
-        _save(LlamaForSequenceClassification, folder / "other_reward", 3, num_labels=1),
-    )
+    """Folders of tiny random models, made once."""
+    return save_trio(tmp_path_factory.mktemp("models"))

@@ -87,7 +87,7 @@ def test_a_wrong_file_is_refused_and_the_line_named(
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="'.*/nothing' cannot be read: No such file"):
+    with pytest.raises(InvalidArgument, match=r"'.*/nothing' cannot be read: No such file"):
         read_prompt_file(str(tmp_path / "nothing"))
 
 

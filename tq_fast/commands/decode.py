@@ -28,9 +28,6 @@ from .terminal import loading_models, one_line, say
 
 INTERRUPTED = 130
 
-# Not one prompt's failure but every prompt's: the settings, the disk, or a device that is lost.
-_ENDS_THE_JOB = (BackendRefused, UnsupportedModel, OSError, torch.AcceleratorError)
-
 
 @dataclasses.dataclass(frozen=True)
 class JobOptions:
@@ -191,11 +188,9 @@ class DecodeJob:
                 on_finished=lambda idx, result: self._write_response(indices[idx], result),
             )
             return
-        except _ENDS_THE_JOB:
-            raise
         except Exception as error:
             left = [(index, prompt) for index, prompt in group if index not in self.done]
-            if not left:
+            if _ends_the_job(error) or not left:
                 raise
             self.progress.restart(indices)
             if len(group) == 1:
@@ -254,3 +249,9 @@ class DecodeJob:
                 f"candidate in {self.num_noisy_steps} of {self.num_steps} steps; use more "
                 "roll-outs (--num-rollouts) or a larger --alpha",
             )
+
+
+def _ends_the_job(error: Exception) -> bool:
+    """Whether this is every prompt's failure: the settings, the disk, or a device that is lost."""
+    is_lost = isinstance(error.__cause__ or error, torch.AcceleratorError)
+    return is_lost or isinstance(error, (BackendRefused, UnsupportedModel, OSError))
