@@ -78,4 +78,4 @@ def test_opcheck_passes():
     op = torch.ops.tq_fast.linear_trajectory_logprob.default
     weight, hidden = torch.randn(20, 8), torch.randn(2, 3, 8)
     torch.library.opcheck(op, (hidden, weight, tokens, lengths, None, 1.0, 0.0, 20))
-    torch.library.opcheck(op, (hidden, weight, tokens, lengths, torch.randn(20), 2.0, 5.0, 19))
+    torch.library.opcheck(op, (hidden, weight, tokens, lengths, torch.randn(20), 2.0, 5.0, 20))
