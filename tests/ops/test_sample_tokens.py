@@ -160,6 +160,23 @@ def test_the_far_tail_is_drawn_as_often_as_it_should_be(op, gap, tail):
         assert abs(mean - (1 + tail) / 2) < 5 * deviation
 
 
+@pytest.mark.parametrize(("key", "head"), [(3913841302, 0), (307082356, 8191)])
+def test_a_uniform_at_the_edge_reaches_tokens_that_24_bits_never_do(op, key, head):
+    # Found by search: of the first 2^32 keys of seed 0, those closest to 1 and nearly so to 0.
+    uniform = philox.uniform(0, philox.ROLLOUT, torch.tensor([key]), 0).item()
+    edge = min(uniform, 1 - uniform)
+    assert edge < 5e-10
+    # Far from the head, so that no sum has to hold both: 64 equal tokens, which the edge splits.
+    tail = range(8128, 8192) if head == 0 else range(64)
+    share = 4 * edge
+    logits = torch.full((1, 8192), -torch.inf)
+    logits[0, head] = 0.0
+    logits[0, list(tail)] = math.log(share / 64)
+    ids = op(logits, torch.tensor([key]), 0, seed=0).ids
+    # A quarter of the tail's mass lies outside the edge.
+    assert abs(ids.item() - (tail[47] if head == 0 else tail[15])) <= 1
+
+
 def test_relabelling_tokens_relabels_the_counts(op, generator):
     logits = torch.randn(60, generator=generator) * 2
     shuffle = torch.randperm(60, generator=generator)

@@ -123,6 +123,7 @@ CASES: dict[str, dict[str, Any]] = {
     "even trees": {"counts": (3, 3)},
     "uneven trees": {"counts": (1, 4, 2)},
     "a tree without rows": {"counts": (0, 3, 0, 2)},
+    "a tree without rows between equals": {"counts": (3, 0, 3)},
     "uneven and ragged": {"counts": (2, 3, 1), "prefix_len": [20, 20, 7]},
     "ragged prefixes": {"counts": (2, 2, 2), "prefix_len": [20, 0, 3]},
     "ragged branches": {"counts": (4,), "branch_len": [5, 1, 3, 2]},
@@ -206,13 +207,17 @@ def test_no_trees_and_no_rows(op):
     assert lse.shape == (0, 4, 1)
 
 
-def test_a_query_that_sees_no_key_gives_zero_and_minus_infinity(op, generator):
-    inputs = problem(generator, counts=(2, 2), branch=2, prefix_len=[0, 4])
-    inputs["branch_len"] = torch.zeros(4, dtype=torch.int64)
+@pytest.mark.parametrize("branch_len", [[0, 0, 0, 0], [0, 2, 0, 2]])
+def test_a_query_that_sees_no_key_gives_zero_and_minus_infinity(op, generator, branch_len):
+    inputs = problem(generator, counts=(2, 2), branch=2, prefix_len=[0, 4], branch_len=branch_len)
     positional, _ = arguments(inputs)
     out, lse = op(*positional)
-    assert (out[:2] == 0).all() and (lse[:2] == -torch.inf).all()
-    assert out[2:].isfinite().all() and lse[2:].isfinite().all()
+    sees = torch.tensor([branch_len[0] > 0, branch_len[1] > 0, True, True])
+    assert (out[~sees] == 0).all() and (lse[~sees] == -torch.inf).all()
+    expected_out, expected_lse = exact(inputs)
+    atol = tolerances.ATTENTION_OUT[torch.float32]
+    torch.testing.assert_close(out.double(), expected_out, rtol=0, atol=atol)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=atol)
 
 
 def test_int32_lengths_and_trees(op, generator):

@@ -84,20 +84,23 @@ def shared_prefix_attention_aten(
     runs = _runs(prefix_len.tolist(), rows, tree)
 
     states: list[_State] = []
-    may_be_empty = False
     if longest > 0:
         states.append(
             _branch_part(q, branch_k, branch_v, branch_len, longest, shortest, scale, window)
         )
-        may_be_empty = shortest < num_queries
     if any(run.prefix_len > 0 for run in runs):
         states.append(
             _prefix_part(q, prefix_k, prefix_v, branch_len, longest, shortest, scale, window, runs)
         )
-        may_be_empty |= window is not None or any(run.prefix_len == 0 for run in runs)
     if not states:
         return q.new_zeros((*shape, head_size)), q.new_full(shape, -torch.inf, dtype=torch.float32)
-    out, lse = states[0] if len(states) == 1 else _merge(*states, may_be_empty)
+    if len(states) == 1:
+        out, lse = states[0]
+    elif shortest < num_queries:
+        # Only here can a query see no key in either part.
+        out, lse = merge_attention_states_ref(*states)
+    else:
+        out, lse = _merge(*states)
     return out.reshape(q.shape), lse.reshape(shape)
 
 
@@ -265,9 +268,8 @@ def _masked_flash(q: Tensor, keys: Tensor, values: Tensor, scale: float, visible
     return out, lse.masked_fill(~visible.any(dim=-1), -torch.inf)
 
 
-def _merge(a: _State, b: _State, may_be_empty: bool) -> _State:
-    if may_be_empty:
-        return merge_attention_states_ref(a, b)
+def _merge(a: _State, b: _State) -> _State:
+    """As merge_attention_states, in half the calls; the two must not both be empty."""
     (out_a, lse_a), (out_b, lse_b) = a, b
     share_b = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)
     out = torch.lerp(out_a.to(torch.float32), out_b.to(torch.float32), share_b)
