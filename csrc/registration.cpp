@@ -27,8 +27,12 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
   m.def(
       "trajectory_log_ratio(Tensor logits_p, Tensor logits_q, Tensor tokens, Tensor lengths,"
       " int vocab_size) -> Tensor");
-  // softcap 0: none.
+  // softcap 0: none, here and below; window 0: none.
   m.def(
       "linear_trajectory_logprob(Tensor hidden, Tensor weight, Tensor tokens, Tensor lengths,"
       " Tensor? bias, float scale, float softcap, int vocab_size) -> Tensor");
+  m.def(
+      "shared_prefix_attention(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor prefix_len,"
+      " Tensor branch_k, Tensor branch_v, Tensor branch_len, float scale, float softcap, int window,"
+      " Tensor? tree) -> (Tensor out, Tensor lse)");
 }

@@ -1,6 +1,7 @@
 #include "cpu/logit_rows.h"
 
 #include "cpu/simd.h"
+#include "cpu/transcendental.h"
 
 namespace tq {
 namespace TQ_ISA {
@@ -12,27 +13,6 @@ void widen_typed(const typename Element::Stored* from, int64_t count, float* to)
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(to + i, Element::vector(from + i));
   for (; i < count; ++i) to[i] = Element::scalar(from[i]);
-}
-
-TQ_INLINE F32x16 select(I32x16 condition, F32x16 yes, F32x16 no) {
-  return (F32x16)(((I32x16)yes & condition) | ((I32x16)no & ~condition));
-}
-
-// tanh within 3 units in the last place: a polynomial near 0, where the quotient would cancel, and
-// (1 - e) / (1 + e) with e = exp(-2 |x|) elsewhere. NaN stays NaN.
-TQ_INLINE F32x16 tanh_of(F32x16 x) {
-  const I32x16 sign = (I32x16)x & static_cast<int32_t>(0x80000000u);
-  const F32x16 size = (F32x16)((I32x16)x & 0x7fffffff);
-  const F32x16 square = x * x;
-  F32x16 poly = square * -5.70498872745e-3f + 2.06390887954e-2f;
-  poly = poly * square - 5.37397155531e-2f;
-  poly = poly * square + 1.33314422036e-1f;
-  poly = poly * square - 3.33332819422e-1f;
-  const F32x16 small = poly * square * x + x;
-  const F32x16 e = exp_nonpositive(size * -2.0f);
-  const F32x16 large = (F32x16)((I32x16)((1.0f - e) / (1.0f + e)) | sign);
-  const F32x16 result = select(size < 0.625f, small, large);
-  return select(x == x, result, x);
 }
 
 }  // namespace

@@ -60,9 +60,27 @@ TQ_INLINE uint32_t mask_not_le(F32x16 a, F32x16 b) {
 }
 
 TQ_INLINE float reduce_max(F32x16 value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)value);
+#else
   float best = value[0];
   for (int lane = 1; lane < kLanes; ++lane) best = value[lane] > best ? value[lane] : best;
   return best;
+#endif
+}
+
+TQ_INLINE float add_lanes(F32x16 value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)value);
+#else
+  float quads[4];
+  for (int i = 0; i < 4; ++i) quads[i] = (value[i] + value[i + 8]) + (value[i + 4] + value[i + 12]);
+  return (quads[0] + quads[2]) + (quads[1] + quads[3]);
+#endif
+}
+
+TQ_INLINE F32x16 select(I32x16 condition, F32x16 yes, F32x16 no) {
+  return (F32x16)(((I32x16)yes & condition) | ((I32x16)no & ~condition));
 }
 
 // Pairwise, so that the order is the same for every variant.
@@ -70,39 +88,6 @@ TQ_INLINE double reduce_sum(F32x16 value) {
   double pairs[kLanes / 2];
   for (int i = 0; i < kLanes / 2; ++i) pairs[i] = static_cast<double>(value[i]) + value[i + kLanes / 2];
   return ((pairs[0] + pairs[4]) + (pairs[2] + pairs[6])) + ((pairs[1] + pairs[5]) + (pairs[3] + pairs[7]));
-}
-
-// exp(x) for x in [-87.3, 0], within 2 units in the last place: 2^whole * 2^rest, |rest| <= 1/2,
-// the second by a polynomial fitted to a relative error of 9e-8 with exp(0) = 1 exactly.
-TQ_INLINE F32x16 exp_in_range(F32x16 x) {
-  const F32x16 log2_e = broadcast(1.44269504088896341f);
-  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the float.
-  const F32x16 magic = broadcast(12582912.0f);
-  const F32x16 shifted = x * log2_e + magic;
-  const F32x16 whole = shifted - magic;
-  const F32x16 rest = x * log2_e - whole;
-  F32x16 poly = rest * 1.3264727e-3f + 9.6715128e-3f;
-  poly = poly * rest + 5.5507337e-2f;
-  poly = poly * rest + 2.4022242e-1f;
-  poly = poly * rest + 6.9314698e-1f;
-  poly = poly * rest + 1.0f;
-  return (F32x16)((U32x16)poly + ((U32x16)shifted << 23));
-}
-
-constexpr float kLowestExponent = -87.0f;
-
-// exp(x) for x <= 0 where a term below 1e-37 does not matter: there it is 1.6e-38, for -inf too.
-TQ_INLINE F32x16 exp_for_sum(F32x16 x) { return exp_in_range(max_or_second(x, broadcast(kLowestExponent))); }
-
-// exp(x) for x <= 0; exactly 0 below exp(-87), so for -inf too.
-TQ_INLINE F32x16 exp_nonpositive(F32x16 x) {
-  const F32x16 result = exp_for_sum(x);
-#if defined(__AVX512F__)
-  const __mmask16 is_in_range = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(kLowestExponent), _CMP_GE_OQ);
-  return (F32x16)_mm512_maskz_mov_ps(is_in_range, (__m512)result);
-#else
-  return (F32x16)((I32x16)result & (x >= broadcast(kLowestExponent)));
-#endif
 }
 
 TQ_INLINE float float_from_half(uint16_t half) {

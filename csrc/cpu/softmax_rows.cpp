@@ -2,6 +2,7 @@
 
 #include "common/ordered_key.h"
 #include "cpu/simd.h"
+#include "cpu/transcendental.h"
 
 namespace tq {
 namespace TQ_ISA {

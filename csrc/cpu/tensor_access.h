@@ -38,9 +38,11 @@ inline Tensor with_unit_inner_stride(const Tensor& tensor) {
 // A dense CPU tensor, uninitialised. Straight from the C interface: going through the dispatcher, as
 // torch::stable::empty does, costs more than some of the ops here.
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
-  const int32_t dtype = type == ScalarType::Long   ? aoti_torch_dtype_int64()
-                        : type == ScalarType::Bool ? aoti_torch_dtype_bool()
-                                                   : aoti_torch_dtype_float32();
+  const int32_t dtype = type == ScalarType::Long       ? aoti_torch_dtype_int64()
+                        : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
+                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                        : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                                       : aoti_torch_dtype_float32();
   int64_t strides[4] = {};
   int64_t stride = 1;
   for (int64_t axis = static_cast<int64_t>(sizes.size()) - 1; axis >= 0; --axis) {

@@ -13,13 +13,15 @@ and each row's branch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
 from . import _checks
 from ._attention_aten import refuse_aten, shared_prefix_attention_aten
-from ._dispatch import Backend, Op
+from ._dispatch import Backend, Op, native_function
 from .merge_attention_states import AttentionState
 
 
@@ -212,8 +214,66 @@ def _check(
         _checks.require_float(_NAME, "q", q)
 
 
+def shared_prefix_attention_cpu(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_len: Tensor,
+    branch_k: Tensor,
+    branch_v: Tensor,
+    branch_len: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    tree: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel, with the arguments of the reference; fp32 inside whatever the inputs."""
+    return torch.ops.tq_fast.shared_prefix_attention.default(
+        q,
+        prefix_k,
+        prefix_v,
+        prefix_len,
+        branch_k,
+        branch_v,
+        branch_len,
+        scale,
+        softcap or 0.0,
+        window or 0,
+        tree,
+    )
+
+
+def _fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _refuse_cpu(q: Tensor, *arguments: Any, **parameters: Any) -> str | None:
+    return _checks.refuse_float64(q=q)
+
+
+# Scores of one key-value head and tree above which ATen's 16-bit matrix products (AMX, where the
+# processor has it) beat the fp32 ones of the C++ kernel; below, its calls cost more than they save.
+_FEW_SCORES = 8192
+
+
+def _refuse_cpu_for_many(
+    q: Tensor, prefix_k: Tensor, *arguments: Any, **parameters: Any
+) -> str | None:
+    rows, num_heads, num_queries, _ = q.shape
+    trees, num_kv_heads, num_prefix, _ = prefix_k.shape
+    scores = rows * num_heads * num_queries * num_prefix // max(trees * num_kv_heads, 1)
+    if q.dtype != torch.float32 and scores > _FEW_SCORES:
+        return f"{scores} 16-bit scores a head are left to ATen's 16-bit products"
+    return _refuse_cpu(q)
+
+
+_native = native_function(_NAME, shared_prefix_attention_cpu, _fake)
+
 _OP = Op(
     _NAME,
     shared_prefix_attention_ref,
+    Backend("cpu", _native, _refuse_cpu_for_many),
     Backend("cpu", lambda: shared_prefix_attention_aten, refuse_aten),
+    Backend("cpu", _native, _refuse_cpu),
 )

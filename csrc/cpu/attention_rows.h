@@ -1,0 +1,64 @@
+// Blocks of keys for a tile of queries: scores, online softmax, weighted values. One copy for each ISA.
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/row_types.h"
+
+namespace tq {
+
+// Keys are taken in blocks of this many, from the first one on, for every query alike.
+constexpr int64_t kKeysPerBlock = 64;
+
+// Room in floats for a head of d numbers: a whole number of vectors.
+TQ_HOST_DEVICE int64_t padded_head(int64_t head_size) { return (head_size + 15) / 16 * 16; }
+
+// Queries in fp32 and what has been gathered for each so far. Everything is padded to whole vectors.
+struct QueryTile {
+  int64_t count;
+  int64_t head_size;
+  const float* q;  // [count, padded_head], zero beyond head_size
+  float* out;      // [count, padded_head], not yet divided by the mass
+  float* peaks;    // [count]
+  float* masses;   // [count, 16], one partial sum a lane
+  // Each query sees the keys [first_seen, end_seen) of the segment.
+  const int32_t* first_seen;
+  const int32_t* end_seen;
+};
+
+// A segment of keys and values: the prefix of a tree, or the branch of a row.
+struct KeySegment {
+  const void* keys;
+  const void* values;
+  int64_t key_stride;  // in elements, from one position to the next
+  int64_t value_stride;
+  ElementType type;
+};
+
+struct ScoreTransform {
+  float scale;
+  float softcap;  // 0: none
+};
+
+// Room for one block of keys and values in fp32, and of scores.
+struct AttentionScratch {
+  float* keys;    // [padded_head, 64] or [64, padded_head]
+  float* values;  // [64, padded_head]
+  float* scores;  // [6, 64]
+};
+
+#define TQ_DECLARE(isa)                                                                               \
+  namespace isa {                                                                                     \
+  void start_queries(const QueryTile& tile);                                                          \
+  /* Takes the keys [begin, end) of the segment, at most kKeysPerBlock of them, into every query.     \
+     is_few: a dot product a score, instead of transposing the keys; rounds differently. */           \
+  void attend_block(const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end,     \
+                    bool is_few, const ScoreTransform& transform, const AttentionScratch& scratch);   \
+  /* out[m] = the mean of the values in `type`; lse[m] = natural log of the mass. */                  \
+  void finish_query(const QueryTile& tile, int64_t m, ElementType type, void* out, float* lse);       \
+  /* One query of `size` numbers as floats, padded with zeros. */                                     \
+  void widen_padded(const void* from, ElementType type, int64_t size, float* to);                     \
+  }
+TQ_FOR_EACH_ISA(TQ_DECLARE)
+#undef TQ_DECLARE
+
+}  // namespace tq

@@ -1,0 +1,257 @@
+// shared_prefix_attention on CPU: one pass over the prefix of a tree for all its rows, and over the
+// branch of each row, with one running softmax.
+//
+// The work is cut by (tree, key-value head, some rows); each query takes the same blocks of keys in
+// the same order however it is cut, so its result depends on neither threads nor other rows.
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "cpu/attention_rows.h"
+#include "cpu/tensor_access.h"
+
+namespace tq {
+
+namespace {
+
+// Below this many queries a row's branch is scored by dot products.
+constexpr int64_t kFewQueries = 8;
+// A piece has about this many queries, enough to pay for widening and transposing the keys.
+constexpr int64_t kQueriesPerPiece = 96;
+
+struct Problem {
+  Tensor q, prefix_k, prefix_v, branch_k, branch_v;
+  const int64_t* prefix_len;
+  const int64_t* branch_len;
+  ElementType type;
+  int64_t element_size;
+  ScoreTransform transform;
+  int64_t window;  // 0: none
+  int64_t num_heads, num_kv_heads, num_queries, head_size;
+  char* out;
+  float* lse;
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+  int64_t queries_per_row() const { return group() * num_queries; }
+};
+
+// Some rows of one tree, one key-value head.
+struct Piece {
+  int64_t tree;
+  int64_t head;
+  int64_t first_row;
+  int64_t end_row;
+};
+
+const char* element_at(const Tensor& tensor, int64_t i, int64_t j, int64_t k, int64_t element_size) {
+  const int64_t offset = i * tensor.stride(0) + j * tensor.stride(1) + k * tensor.stride(2);
+  return static_cast<const char*>(tensor.const_data_ptr()) + offset * element_size;
+}
+
+// What one thread needs, sized for its largest piece and used again for the next.
+class PieceWorker {
+ public:
+  explicit PieceWorker(const Problem& problem)
+      : problem_(problem), width_(padded_head(problem.head_size)) {}
+
+  void run(const Piece& piece) {
+    start(piece);
+    attend_prefix(piece);
+    attend_branches(piece);
+    finish(piece);
+  }
+
+ private:
+  // Floats on 64-byte boundaries, carved out of one allocation.
+  float* carve(int64_t count) {
+    float* const begin = memory_ + used_;
+    used_ += (count + 15) / 16 * 16;
+    return begin;
+  }
+
+  void start(const Piece& piece) {
+    const int64_t count = (piece.end_row - piece.first_row) * problem_.queries_per_row();
+    const int64_t needed = 2 * (count * width_ + 16) + count + 16 + count * 16 + 2 * (width_ * kKeysPerBlock) +
+                           6 * kKeysPerBlock + 64;
+    if (needed > capacity_) {
+      storage_.reset(new float[needed + 16]);
+      const auto address = reinterpret_cast<uintptr_t>(storage_.get());
+      memory_ = storage_.get() + (64 - address % 64) % 64 / sizeof(float);
+      capacity_ = needed;
+    }
+    used_ = 0;
+    first_seen_.assign(count, 0);
+    end_seen_.assign(count, 0);
+    q_ = carve(count * width_);
+    tile_ = {count, problem_.head_size, q_, carve(count * width_), carve(count), carve(count * 16),
+             first_seen_.data(), end_seen_.data()};
+    scratch_ = {carve(width_ * kKeysPerBlock), carve(width_ * kKeysPerBlock), carve(6 * kKeysPerBlock)};
+
+    const auto widen_padded = TQ_SELECT_ISA(widen_padded);
+    for_each_query(piece, [&](int64_t m, int64_t row, int64_t head, int64_t t) {
+      widen_padded(
+          element_at(problem_.q, row, head, t, problem_.element_size), problem_.type, problem_.head_size,
+          q_ + m * width_);
+    });
+    TQ_SELECT_ISA(start_queries)(tile_);
+  }
+
+  // Queries in the order (row, head of the group, t).
+  template <typename Visit>
+  void for_each_query(const Piece& piece, const Visit& visit) const {
+    int64_t m = 0;
+    for (int64_t row = piece.first_row; row < piece.end_row; ++row) {
+      for (int64_t r = 0; r < problem_.group(); ++r) {
+        for (int64_t t = 0; t < problem_.num_queries; ++t) visit(m++, row, piece.head * problem_.group() + r, t);
+      }
+    }
+  }
+
+  // The place of query t of a row in its own branch.
+  int64_t place(int64_t row, int64_t t) const { return problem_.branch_len[row] - problem_.num_queries + t; }
+
+  // The first position that the window leaves to a query at `position`.
+  int32_t first_in_window(int64_t position) const {
+    return problem_.window == 0 ? 0 : static_cast<int32_t>(std::max<int64_t>(0, position - problem_.window + 1));
+  }
+
+  void attend_prefix(const Piece& piece) {
+    const int64_t length = problem_.prefix_len[piece.tree];
+    int64_t least = length;
+    for_each_query(piece, [&](int64_t m, int64_t row, int64_t, int64_t t) {
+      first_seen_[m] = first_in_window(length + place(row, t));
+      end_seen_[m] = static_cast<int32_t>(length);
+      least = std::min<int64_t>(least, first_seen_[m]);
+    });
+    const KeySegment segment{
+        element_at(problem_.prefix_k, piece.tree, piece.head, 0, problem_.element_size),
+        element_at(problem_.prefix_v, piece.tree, piece.head, 0, problem_.element_size),
+        problem_.prefix_k.stride(2), problem_.prefix_v.stride(2), problem_.type};
+    attend(tile_, segment, least / kKeysPerBlock * kKeysPerBlock, length, false);
+  }
+
+  void attend_branches(const Piece& piece) {
+    const int64_t each = problem_.queries_per_row();
+    for (int64_t row = piece.first_row; row < piece.end_row; ++row) {
+      const int64_t first = (row - piece.first_row) * each;
+      int64_t least = problem_.branch_len[row];
+      for (int64_t m = 0; m < each; ++m) {
+        const int64_t position = place(row, m % problem_.num_queries);
+        first_seen_[first + m] = first_in_window(position);
+        end_seen_[first + m] = static_cast<int32_t>(position + 1);
+        least = std::min<int64_t>(least, first_seen_[first + m]);
+      }
+      QueryTile tile = tile_;
+      tile.count = each;
+      tile.q += first * width_;
+      tile.out += first * width_;
+      tile.peaks += first;
+      tile.masses += first * 16;
+      tile.first_seen += first;
+      tile.end_seen += first;
+      const KeySegment segment{
+          element_at(problem_.branch_k, row, piece.head, 0, problem_.element_size),
+          element_at(problem_.branch_v, row, piece.head, 0, problem_.element_size),
+          problem_.branch_k.stride(2), problem_.branch_v.stride(2), problem_.type};
+      attend(
+          tile, segment, least / kKeysPerBlock * kKeysPerBlock, problem_.branch_len[row], each < kFewQueries);
+    }
+  }
+
+  void attend(const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end, bool is_few) {
+    const auto attend_block = TQ_SELECT_ISA(attend_block);
+    for (int64_t j = begin; j < end; j += kKeysPerBlock) {
+      attend_block(tile, segment, j, std::min(j + kKeysPerBlock, end), is_few, problem_.transform, scratch_);
+    }
+  }
+
+  void finish(const Piece& piece) {
+    const auto finish_query = TQ_SELECT_ISA(finish_query);
+    for_each_query(piece, [&](int64_t m, int64_t row, int64_t head, int64_t t) {
+      const int64_t at = (row * problem_.num_heads + head) * problem_.num_queries + t;
+      finish_query(
+          tile_, m, problem_.type, problem_.out + at * problem_.head_size * problem_.element_size,
+          problem_.lse + at);
+    });
+  }
+
+  const Problem& problem_;
+  int64_t width_;
+  std::unique_ptr<float[]> storage_;
+  float* memory_ = nullptr;
+  int64_t capacity_ = -1;
+  int64_t used_ = 0;
+  std::vector<int32_t> first_seen_;
+  std::vector<int32_t> end_seen_;
+  float* q_ = nullptr;
+  QueryTile tile_{};
+  AttentionScratch scratch_{};
+};
+
+// The rows of each tree are neighbours: by `tree`, ascending, or equally many of each.
+std::vector<Piece> cut_into_pieces(
+    const Problem& problem, int64_t rows, int64_t trees, const std::optional<Tensor>& tree) {
+  const int64_t rows_each = std::max<int64_t>(1, kQueriesPerPiece / std::max<int64_t>(1, problem.queries_per_row()));
+  const int64_t* const tree_of_row = data_or_null<int64_t>(tree);
+  std::vector<Piece> pieces;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t g = tree_of_row == nullptr ? row / (rows / trees) : tree_of_row[row];
+    STD_TORCH_CHECK(g >= 0 && g < trees, "shared_prefix_attention: tree[", row, "] is ", g, ", expected 0 to ", trees - 1);
+    int64_t end = row;
+    while (end < rows && (tree_of_row == nullptr ? end / (rows / trees) : tree_of_row[end]) == g) ++end;
+    for (int64_t head = 0; head < problem.num_kv_heads; ++head) {
+      for (int64_t first = row; first < end; first += rows_each) {
+        pieces.push_back({g, head, first, std::min(first + rows_each, end)});
+      }
+    }
+    row = end;
+  }
+  return pieces;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
+    const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& prefix_len,
+    const Tensor& branch_k, const Tensor& branch_v, const Tensor& branch_len, double scale, double softcap,
+    int64_t window, const std::optional<Tensor>& tree_in) {
+  const Tensor prefix_lens = dense(prefix_len, ScalarType::Long);
+  const Tensor branch_lens = dense(branch_len, ScalarType::Long);
+  const std::optional<Tensor> tree = dense(tree_in, ScalarType::Long);
+  const int64_t rows = q.size(0);
+  Tensor out = new_tensor({rows, q.size(1), q.size(2), q.size(3)}, q.scalar_type());
+  Tensor lse = new_tensor({rows, q.size(1), q.size(2)}, ScalarType::Float);
+  const Problem problem{
+      with_unit_inner_stride(q),
+      with_unit_inner_stride(prefix_k),
+      with_unit_inner_stride(prefix_v),
+      with_unit_inner_stride(branch_k),
+      with_unit_inner_stride(branch_v),
+      static_cast<const int64_t*>(prefix_lens.const_data_ptr()),
+      static_cast<const int64_t*>(branch_lens.const_data_ptr()),
+      element_type_of(q, "shared_prefix_attention", "q"),
+      static_cast<int64_t>(q.element_size()),
+      {static_cast<float>(scale), static_cast<float>(softcap)},
+      window,
+      q.size(1),
+      prefix_k.size(1),
+      q.size(2),
+      q.size(3),
+      static_cast<char*>(out.mutable_data_ptr()),
+      static_cast<float*>(lse.mutable_data_ptr())};
+  if (lse.numel() == 0) return {out, lse};
+  const std::vector<Piece> pieces = cut_into_pieces(problem, rows, prefix_k.size(0), tree);
+  torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+    PieceWorker worker(problem);
+    for (int64_t i = begin; i < end; ++i) worker.run(pieces[i]);
+  });
+  return {out, lse};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) {
+  m.impl("shared_prefix_attention", TORCH_BOX(&shared_prefix_attention_cpu));
+}
+
+}  // namespace tq

@@ -1,0 +1,155 @@
+"""Both CPU ways of attention in every vector variant; tests/ops holds the contract itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops import tolerances
+from tq_fast.ops import shared_prefix_attention_ref
+from tq_fast.ops._attention_aten import shared_prefix_attention_aten
+from tq_fast.ops.shared_prefix_attention import shared_prefix_attention_cpu
+
+# trees, rows, query heads, key-value heads, head size, branch, prefix, queries
+SHAPES = [
+    (1, 1, 1, 1, 8, 1, 1, 1),
+    (1, 5, 4, 4, 16, 5, 70, 1),
+    (2, 6, 8, 2, 64, 33, 130, 3),
+    (3, 3, 4, 1, 40, 70, 65, 9),
+    (2, 4, 2, 2, 80, 6, 0, 2),
+    (1, 30, 8, 2, 128, 20, 300, 1),
+    (1, 2, 4, 2, 24, 200, 300, 64),
+]
+
+
+def problem(shape: tuple[int, ...], dtype: torch.dtype, ragged: bool) -> list[Tensor]:
+    trees, rows, heads, kv_heads, size, branch, prefix, queries = shape
+    generator = torch.Generator().manual_seed(rows)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(dtype)
+
+    prefix_len = torch.full((trees,), prefix)
+    branch_len = torch.full((rows,), branch)
+    if ragged:
+        prefix_len = torch.randint(0, prefix + 1, (trees,), generator=generator)
+        branch_len = torch.randint(queries, branch + 1, (rows,), generator=generator)
+    return [
+        draw(rows, heads, queries, size),
+        draw(trees, kv_heads, prefix, size),
+        draw(trees, kv_heads, prefix, size),
+        prefix_len,
+        draw(rows, kv_heads, branch, size),
+        draw(rows, kv_heads, branch, size),
+        branch_len,
+    ]
+
+
+def options(size: int, **given: Any) -> dict[str, Any]:
+    return {"scale": size**-0.5, "softcap": None, "window": None, "tree": None, **given}
+
+
+def check(function, inputs: list[Tensor], **given: Any) -> None:
+    parameters = options(inputs[0].shape[-1], **given)
+    out, lse = function(*inputs, **parameters)
+    exact = [x.float() if x.is_floating_point() else x for x in inputs]
+    expected_out, expected_lse = shared_prefix_attention_ref(*exact, **parameters)
+    dtype = inputs[0].dtype
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    atol = tolerances.ATTENTION_OUT[dtype]
+    torch.testing.assert_close(out.float(), expected_out, rtol=0, atol=atol)
+    atol = tolerances.ATTENTION_LSE[dtype]
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_equals_the_reference(isa, shape, ragged, dtype):
+    inputs = problem(shape, dtype, ragged)
+    for given in ({}, {"window": 7}, {"softcap": 3.0}, {"softcap": 20.0, "window": 90}):
+        check(shared_prefix_attention_cpu, inputs, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_aten_calls_equal_the_reference(shape, ragged, dtype):
+    inputs = problem(shape, dtype, ragged)
+    for given in ({}, {"window": 7}, {"window": 90}):
+        check(shared_prefix_attention_aten, inputs, **given)
+
+
+@pytest.mark.parametrize("function", [shared_prefix_attention_cpu, shared_prefix_attention_aten])
+def test_trees_of_unequal_numbers_of_rows(function, num_threads):
+    inputs = problem((3, 7, 4, 2, 32, 9, 100, 2), torch.float32, True)
+    check(function, inputs, tree=torch.tensor([0, 0, 0, 0, 2, 2, 2]))
+
+
+def test_memory_beyond_the_lengths_may_hold_nan(isa):
+    inputs = problem((2, 6, 4, 2, 32, 70, 130, 1), torch.float32, True)
+    expected = shared_prefix_attention_cpu(*inputs, **options(32))
+    for keys_or_values, lengths in ((1, 3), (2, 3), (4, 6), (5, 6)):
+        for i, length in enumerate(inputs[lengths].tolist()):
+            inputs[keys_or_values][i, :, length:] = torch.nan
+    got = shared_prefix_attention_cpu(*inputs, **options(32))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_nan_query_is_loud_and_leaves_the_others_alone(isa):
+    inputs = problem((1, 9, 4, 2, 32, 5, 70, 1), torch.float32, False)
+    expected, _ = shared_prefix_attention_cpu(*inputs, **options(32))
+    inputs[0][4, 1] = torch.nan
+    out, _ = shared_prefix_attention_cpu(*inputs, **options(32))
+    assert out[4, 1].isnan().all()
+    expected[4, 1] = out[4, 1]
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("given", [{}, {"window": 40}, {"softcap": 5.0}], ids=str)
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(num_threads, given):
+    inputs = problem((2, 60, 4, 2, 32, 20, 150, 2), torch.float32, True)
+    out, lse = shared_prefix_attention_cpu(*inputs, **options(32, **given))
+    for row in (0, 29, 30, 59):
+        tree = row // 30
+        alone = [
+            x[tree : tree + 1] if i in (1, 2, 3) else x[row : row + 1] for i, x in enumerate(inputs)
+        ]
+        out_alone, lse_alone = shared_prefix_attention_cpu(*alone, **options(32, **given))
+        assert torch.equal(out_alone[0], out[row])
+        assert torch.equal(lse_alone[0], lse[row])
+
+
+def test_strided_views_are_read_where_they_lie():
+    inputs = problem((2, 4, 4, 2, 32, 10, 50, 1), torch.float32, False)
+    expected = shared_prefix_attention_cpu(*inputs, **options(32))
+    q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len = inputs
+    buffer_k, buffer_v = torch.randn(2, 2, 90, 32), torch.randn(2, 50, 2, 32)
+    buffer_k[:, :, 20:70] = prefix_k
+    buffer_v.copy_(prefix_v.transpose(1, 2))
+    wide_q = torch.randn(4, 1, 4, 64)
+    wide_q[..., :32] = q.transpose(1, 2)
+    got = shared_prefix_attention_cpu(
+        wide_q.transpose(1, 2)[..., :32],
+        buffer_k[:, :, 20:70],
+        buffer_v.transpose(1, 2),
+        prefix_len,
+        branch_k.transpose(2, 3).contiguous().transpose(2, 3),
+        branch_v,
+        branch_len,
+        **options(32),
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck_passes():
+    op = torch.ops.tq_fast.shared_prefix_attention.default
+    inputs = problem((2, 4, 4, 2, 16, 5, 10, 2), torch.float32, True)
+    torch.library.opcheck(op, (*inputs, 0.25, 0.0, 0, None))
+    tree = torch.tensor([0, 0, 0, 1])
+    torch.library.opcheck(op, (*inputs, 0.25, 5.0, 6, tree))
