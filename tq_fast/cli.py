@@ -162,5 +162,33 @@ def decode(
     raise typer.Exit(run_decode(config, models, prompts, output, options, Console(stderr=True)))
 
 
+@app.command()
+def demo(
+    *,
+    prompts: Annotated[int, typer.Option(metavar="N", help="Prompts to answer.")] = 4,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of every random draw.")] = 0,
+    k: Annotated[int, typer.Option(metavar="N", help="Candidates per step.")] = 10,
+    alpha: Annotated[
+        float, typer.Option(metavar="X", help="Decoding temperature; small follows the reward.")
+    ] = 0.5,
+    num_rollouts: Annotated[int, typer.Option(metavar="N", help="Roll-outs per candidate.")] = 2,
+) -> None:
+    """Watch Transfer Q* steer the embedded models: responses side by side, scores, one trace."""
+    from .commands.demo import DemoOptions, run_demo
+
+    options = DemoOptions(
+        seed=seed, num_prompts=prompts, k=k, alpha=alpha, num_rollouts=num_rollouts
+    )
+    run_demo(options, Console())
+
+
+@app.command()
+def info() -> None:
+    """Show what is installed and built, which backend each op uses, and why not the others."""
+    from .commands.info import show_info
+
+    show_info(Console())
+
+
 if __name__ == "__main__":
     main()

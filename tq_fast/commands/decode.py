@@ -22,6 +22,7 @@ from .job_progress import JobProgress, format_seconds
 from .job_records import error_record, response_record
 from .job_resume import Earlier, check_models, check_stated, describe_repairs, read_earlier
 from .job_settings import ModelChoice, make_settings, model_settings, stated_settings
+from .noise import count_noisy_steps, describe_noise
 from .prompt_file import PromptEntry, digest_prompts, read_prompt_file
 from .record_file import OutputRefused, RecordFile
 from .terminal import loading_models, one_line, say
@@ -209,8 +210,7 @@ class DecodeJob:
     def _write_response(self, index: int, result: PromptResult) -> None:
         self._write(index, response_record(self.entries[index], result, traces=self.traces))
         self.num_steps += len(result.trace)
-        for step in result.trace:
-            self.num_noisy_steps += bool((step.q_stderr > self.config.alpha).any())
+        self.num_noisy_steps += count_noisy_steps(result.trace, self.config.alpha)
 
     def _write_error(self, index: int, error: Exception) -> None:
         record = error_record(self.entries[index], error)
@@ -243,12 +243,8 @@ class DecodeJob:
             again = "the same command with --retry-errors decodes them again"
             say(self.console, f"{len(self.failed)} failed (index {named}); {again}")
         if self.num_noisy_steps:
-            say(
-                self.console,
-                f"warning: the standard error of Q exceeded alpha={self.config.alpha} for some "
-                f"candidate in {self.num_noisy_steps} of {self.num_steps} steps; use more "
-                "roll-outs (--num-rollouts) or a larger --alpha",
-            )
+            noise = describe_noise(self.num_noisy_steps, self.num_steps, self.config.alpha)
+            say(self.console, noise)
 
 
 def _ends_the_job(error: Exception) -> bool:

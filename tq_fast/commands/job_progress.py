@@ -102,10 +102,13 @@ class JobProgress:
 
     def _describe(self) -> str:
         parts = [f"{self._num_done}/{self._num_prompts} prompts"]
-        if self._work:
-            left = self._num_pending * self._max_new_tokens - self._work
-            left *= self.seconds / self._work
-            parts += [f"{self.rate:.1f} tokens/s", f"{format_seconds(left)} left"]
+        if self._num_tokens:
+            parts.append(f"{self.rate:.1f} tokens/s")
+        total = self._num_pending * self._max_new_tokens
+        # The first tokens also pay for the prompts, and say little about the rest.
+        if self._work >= 0.02 * total > 0:
+            left = (total - self._work) * self.seconds / self._work
+            parts.append(f"{format_seconds(left)} left")
         if self._num_failed:
             parts.append(f"{self._num_failed} failed")
         return ", ".join(parts)

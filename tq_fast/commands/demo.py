@@ -1,0 +1,184 @@
+"""`tq-fast demo`: the embedded models answer a few prompts, plainly and steered by Transfer Q*."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from rich.console import Console
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..config import DecodeConfig
+from ..decoder import TransferDecoder
+from ..errors import InvalidArgument, TqFastError
+from ..models.loading import end_token_ids
+from ..models.tiny import TinyWorld, gold_reward, load_tiny_world
+from ..prompts import Prompt
+from .demo_view import DemoResult, MethodResult, show_demo
+from .job_progress import JobProgress
+from .terminal import loading_models, say
+
+_INTRODUCTION = (
+    "Tiny models that write reviews of places to eat and to stay. The baseline was aligned to a",
+    "reward that likes friendly reviews. Transfer Q* steers it, at decoding time, toward another",
+    "one that likes helpful reviews: the aspects that were asked for, figures, and a tip.",
+    "",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoOptions:
+    """What a demo may change.
+
+    Attributes:
+        seed: of every random draw.
+        num_prompts: prompts to answer.
+        k: candidates per step.
+        alpha: decoding temperature, in units of the reward.
+        num_rollouts: roll-outs per candidate.
+    """
+
+    seed: int = 0
+    num_prompts: int = 4
+    k: int = 10
+    alpha: float = 0.5
+    num_rollouts: int = 2
+
+    def config(self) -> DecodeConfig:
+        """The settings of Transfer Q*; the rest is fixed for the embedded models."""
+        return DecodeConfig(
+            k=self.k,
+            alpha=self.alpha,
+            num_rollouts=self.num_rollouts,
+            horizon=None,
+            max_new_tokens=64,
+            seed=self.seed,
+        )
+
+
+def run_demo(options: DemoOptions, console: Console) -> DemoResult:
+    """Run the demo and print it.
+
+    Raises:
+        InvalidArgument: an option is out of its range.
+        TqFastError: the embedded models are not there.
+    """
+    config = options.config()
+    try:
+        world = load_tiny_world()
+    except FileNotFoundError as error:
+        raise TqFastError(str(error)) from error
+    texts = choose_prompts(world, options.num_prompts)
+    for line in _INTRODUCTION:
+        say(console, line)
+    with loading_models(console):
+        decoder = TransferDecoder(world.baseline, world.reward, sft=world.sft, device="cpu")
+    with _one_thread():
+        result = compare(decoder, texts, config, console)
+    show_demo(result, config, console)
+    return result
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads, much slower where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def choose_prompts(world: TinyWorld, number: int) -> list[str]:
+    """The first `number` of the demo's prompts and, after those, of the held-out ones."""
+    known = list(dict.fromkeys([*world.demo_prompts, *world.prompts]))
+    if not 1 <= number <= len(known):
+        raise InvalidArgument(f"prompts must be between 1 and {len(known)}, got {number}")
+    return known[:number]
+
+
+def compare(
+    decoder: TransferDecoder, texts: Sequence[str], config: DecodeConfig, console: Console
+) -> DemoResult:
+    """Decode `texts` by all three methods with one seed and score what comes out."""
+    reader = decoder.prompt_reader()
+    prompts = [reader.read(idx, text) for idx, text in enumerate(texts)]
+    start = time.perf_counter()
+    plain = {
+        name: [sample_response(model, decoder, prompt, config) for prompt in prompts]
+        for name, model in (("SFT", decoder.sft), ("baseline", decoder.baseline))
+    }
+    took = time.perf_counter() - start
+    say(console, f"sampled SFT and baseline responses to {len(texts)} prompts in {took:.1f} s")
+    say(console, "decoding with Transfer Q*")
+    start = time.perf_counter()
+    progress = JobProgress(
+        console, num_pending=len(prompts), num_before=0, max_new_tokens=config.max_new_tokens
+    )
+    with progress, warnings.catch_warnings():
+        # The view says it, in its own place.
+        warnings.filterwarnings("ignore", "the standard error of Q")
+        decoded = decoder.decode(
+            prompts,
+            config=config,
+            on_token=progress.token,
+            on_finished=lambda idx, _: progress.end(idx, is_failed=False),
+        )
+    seconds = time.perf_counter() - start
+    responses = {**plain, "Transfer Q*": [ids.tolist() for ids in decoded.sequences]}
+    return DemoResult(
+        prompts=list(texts),
+        methods=[score(decoder, name, prompts, ids) for name, ids in responses.items()],
+        traces=decoded.traces,
+        certificates=decoded.certificate,
+        stats=decoded.stats,
+        seconds=seconds,
+        tokenizer=decoder.tokenizer,
+    )
+
+
+def sample_response(
+    model: PreTrainedModel, decoder: TransferDecoder, prompt: Prompt, config: DecodeConfig
+) -> list[int]:
+    """Plain decoding: a sample of the model's own law, the end token included."""
+    ends = list(end_token_ids(decoder.baseline, decoder.tokenizer))
+    generation = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+    )
+    ids = torch.tensor([prompt.token_ids], device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        # A seed of its own for each prompt, so that a prompt's answer does not depend on others.
+        torch.manual_seed((config.seed + prompt.key) % 2**63)
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=generation
+        )
+    return output[0, ids.shape[1] :].tolist()
+
+
+def score(
+    decoder: TransferDecoder,
+    name: str,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[int]],
+) -> MethodResult:
+    """Score responses by the reward model and by the exact reward of the embedded world."""
+    session = decoder.reward.open(
+        prompts, num_rows=len(prompts), max_new=max(map(len, responses)), backend=None
+    )
+    with torch.no_grad():
+        rewards = session.score(range(len(prompts)), responses)
+    texts = [decoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    golds = gold_reward([prompt.given for prompt in prompts], texts)
+    return MethodResult(name, texts, rewards, golds)
