@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -19,6 +20,9 @@ import tq_fast
 from tests.commands.trio import Trio, save_trio
 from tq_fast import cli
 from tq_fast.commands import decode as decode_command
+from tq_fast.commands import demo as demo_command
+from tq_fast.commands.demo import DemoOptions
+from tq_fast.commands.job_settings import ModelChoice
 from tq_fast.commands.record_file import OutputRefused, RecordFile
 from tq_fast.config import DecodeConfig
 
@@ -105,8 +109,9 @@ def test_words_for_what_is_no_number(seen: dict, words: list[str], expected: dic
 
 
 def test_the_other_options_reach_the_job(seen: dict) -> None:
-    words = "--sft s --baseline-reward br --tokenizer t --reward-tokenizer rt --reward-index 1"
-    words += " --reward-bounds -1 2.5 --device cpu --dtype bfloat16 --batch-size 3 --traces"
+    words = "--sft s --baseline-reward br --tokenizer t --reward-tokenizer rt"
+    words += " --baseline-reward-tokenizer brt --reward-index 1 --reward-bounds -1 2.5"
+    words += " --device cpu --dtype bfloat16 --batch-size 3 --traces"
     words += " --overwrite --retry-errors"
     assert invoke(*NEEDED, *words.split()).exit_code == 0
     assert dataclasses.asdict(seen["models"]) == {
@@ -116,6 +121,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "baseline_reward": "br",
         "tokenizer": "t",
         "reward_tokenizer": "rt",
+        "baseline_reward_tokenizer": "brt",
         "reward_index": 1,
         "reward_bounds": (-1.0, 2.5),
         "device": "cpu",
@@ -128,6 +134,27 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "overwrite": True,
         "retry_errors": True,
     }
+
+
+def test_every_argument_of_the_decoder_can_be_given() -> None:
+    arguments = set(inspect.signature(tq_fast.TransferDecoder).parameters)
+    assert arguments == {field.name for field in dataclasses.fields(ModelChoice)}
+
+
+def test_the_options_of_the_demo_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(demo_command, "run_demo", lambda options, console: seen.append(options))
+    words = "--prompts 2 --seed 5 --k 4 --alpha 0.2 --num-rollouts 3"
+    assert invoke("demo", *words.split()).exit_code == 0
+    assert invoke("demo").exit_code == 0
+    given = DemoOptions(seed=5, num_prompts=2, k=4, alpha=0.2, num_rollouts=3)
+    assert seen == [given, DemoOptions()]
+
+
+def test_info_prints_to_standard_output() -> None:
+    result = invoke("info")
+    assert result.exit_code == 0
+    assert "Backend of each op" in result.stdout
 
 
 @pytest.mark.parametrize(

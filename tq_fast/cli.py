@@ -87,6 +87,9 @@ def decode(
     reward_tokenizer: Annotated[
         str | None, _model_option("The reward's tokenizer; not given: its own.")
     ] = None,
+    baseline_reward_tokenizer: Annotated[
+        str | None, _model_option("The baseline reward's tokenizer; not given: its own.")
+    ] = None,
     reward_index: Annotated[
         int | None,
         _model_option("Which label is the reward, where the reward model has several.", "N"),
@@ -151,6 +154,7 @@ def decode(
         baseline_reward=baseline_reward,
         tokenizer=tokenizer,
         reward_tokenizer=reward_tokenizer,
+        baseline_reward_tokenizer=baseline_reward_tokenizer,
         reward_index=reward_index,
         reward_bounds=reward_bounds,
         device=device,

@@ -20,13 +20,12 @@ from ..models.tiny import TinyWorld, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from .demo_view import DemoResult, MethodResult, show_demo
 from .job_progress import JobProgress
-from .terminal import loading_models, say
+from .terminal import explain, loading_models, say
 
 _INTRODUCTION = (
-    "Tiny models that write reviews of places to eat and to stay. The baseline was aligned to a",
-    "reward that likes friendly reviews. Transfer Q* steers it, at decoding time, toward another",
-    "one that likes helpful reviews: the aspects that were asked for, figures, and a tip.",
-    "",
+    "Tiny models that write reviews of places to eat and to stay. The baseline was aligned to a "
+    "reward that likes friendly reviews. Transfer Q* steers it, at decoding time, toward another "
+    "one that likes helpful reviews: the aspects that were asked for, figures, and a tip.\n"
 )
 
 
@@ -73,8 +72,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
     except FileNotFoundError as error:
         raise TqFastError(str(error)) from error
     texts = choose_prompts(world, options.num_prompts)
-    for line in _INTRODUCTION:
-        say(console, line)
+    explain(console, _INTRODUCTION)
     with loading_models(console):
         decoder = TransferDecoder(world.baseline, world.reward, sft=world.sft, device="cpu")
     with _one_thread():

@@ -18,9 +18,8 @@ from ..config import DecodeConfig
 from ..estimators import Certificate
 from ..results import DecodeStats, StepTrace
 from .noise import count_noisy_steps, describe_noise
-from .terminal import say
+from .terminal import MAX_WIDTH, explain, say
 
-_WIDTH = 96
 _NUM_STEPS = 6
 _NUM_CANDIDATES = 5
 _BAR_WIDTH = 20
@@ -62,11 +61,11 @@ class DemoResult:
 
 def show_demo(result: DemoResult, config: DecodeConfig, console: Console) -> None:
     """Print responses side by side, scores, what was lost, one trace, and what it took."""
-    width = min(_WIDTH, console.width)
+    width = min(MAX_WIDTH, console.width)
     show_responses(result, console, width)
     show_scores(result, console, width)
     for sentence in describe_outcome(result):
-        say(console, sentence)
+        explain(console, sentence)
     show_trace(result, config, console, width)
     show_cost(result, config, console)
 
@@ -104,8 +103,11 @@ def show_scores(result: DemoResult, console: Console, width: int) -> None:
         style="bold",
     )
     console.print(table, highlight=False)
-    say(console, "reward: the reward model that Transfer Q* follows. gold: the exact reward that")
-    say(console, "it was trained to predict. *: best of the three.")
+    explain(
+        console,
+        "reward: the reward model that Transfer Q* follows. gold: the exact reward that it was "
+        "trained to predict. *: best of the three.",
+    )
 
 
 def _marked(scores: Sequence[float]) -> list[str]:
@@ -125,7 +127,8 @@ def describe_outcome(result: DemoResult) -> list[str]:
             pairs = zip(ours, theirs, strict=True)
             places = [str(idx + 1) for idx, (a, b) in enumerate(pairs) if a < b]
             if places:
-                lost.append(f"to {other.name} on prompt {', '.join(places)}")
+                word = "prompt" if len(places) == 1 else "prompts"
+                lost.append(f"to {other.name} on {word} {', '.join(places)}")
         if lost:
             sentences.append(f"By {label}, Transfer Q* lost {' and '.join(lost)}.")
         else:
@@ -143,13 +146,12 @@ def show_trace(
     prior = result.certificates[idx].prior
     console.print()
     console.print(Rule(f"How response {idx + 1} was chosen", style="bold"), width=width)
-    console.print(
+    explain(
+        console,
         f"The {len(shown)} of its {len(trace)} steps at which Q moved the law most, and the "
         f"{min(_NUM_CANDIDATES, config.k)} likeliest of {config.k} candidates. final is "
         f"proportional to prior x exp(Q / {config.alpha:g}); prior is the {prior} model; "
         "> is the token that was drawn.",
-        highlight=False,
-        width=width,
     )
     for step in shown:
         before = [trace[i].token_id for i in range(step)]
@@ -207,16 +209,16 @@ def show_cost(result: DemoResult, config: DecodeConfig, console: Console) -> Non
     rate = stats.num_steps / result.seconds
     per_token = stats.rollouts_run / max(1, stats.num_steps)
     kl = statistics.mean(certificate.kl_to_sft for certificate in result.certificates)
-    say(
+    explain(
         console,
         f"\n{stats.num_steps} tokens in {result.seconds:.1f} s ({rate:.1f} a second), "
         f"{per_token:.1f} roll-outs a token; mean KL from SFT {kl:.1f} nats a response.",
     )
-    say(
+    explain(
         console,
         f"k={config.k}, alpha={config.alpha:g}, n={config.num_rollouts}, seed={config.seed}; "
-        "every draw is seeded: the same command prints the same again.",
+        "every draw is seeded: the same command gives the same responses.",
     )
     noisy = sum(count_noisy_steps(trace, config.alpha) for trace in result.traces)
     if noisy:
-        say(console, describe_noise(noisy, stats.num_steps, config.alpha))
+        explain(console, describe_noise(noisy, stats.num_steps, config.alpha))

@@ -15,7 +15,7 @@ from rich.table import Table
 from .. import _native, env
 from .._version import __version__
 from ..ops._dispatch import describe_backends
-from .terminal import say
+from .terminal import explain, say
 
 # The order in which an op asks its backends, by the device of its tensors.
 _ORDER = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref")}
@@ -38,7 +38,7 @@ def show_info(console: Console) -> None:
     if costs:
         say(console, "\nWhat is missing, and what that costs:")
         for cost in costs:
-            console.print(f"- {cost}", markup=False, highlight=False)
+            explain(console, f"- {cost}")
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -60,7 +60,7 @@ def _hardware() -> list[tuple[str, str]]:
     isa = _native.cpu_isa()
     kernels = f", kernels for {isa}" if isa else ""
     threads = torch.get_num_threads()
-    cpu = f"{_cpu_name()}, {os.cpu_count()} cores, {threads} threads in torch{kernels}"
+    cpu = f"{_cpu_name()}, {os.cpu_count()} cores ({threads} used by torch){kernels}"
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = [f"{gpu.name}, {gpu.total_memory >> 30} GiB" for gpu in gpus]
     return [("CPU", cpu), ("GPU", "; ".join(names) or "none that torch sees")]

@@ -37,6 +37,7 @@ class ModelChoice:
     baseline_reward: str | None = None
     tokenizer: str | None = None
     reward_tokenizer: str | None = None
+    baseline_reward_tokenizer: str | None = None
     reward_index: int | None = None
     reward_bounds: tuple[float, float] | None = None
     device: str | None = None

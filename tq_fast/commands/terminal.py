@@ -7,10 +7,19 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+# Longer lines of prose are hard to read.
+MAX_WIDTH = 96
+
 
 def say(console: Console, text: str) -> None:
     """Print `text` as it is: no markup, no colours, no line breaks of ours."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def explain(console: Console, text: str) -> None:
+    """Print `text` as prose, broken between words where the line ends."""
+    width = min(MAX_WIDTH, console.width)
+    console.print(text, markup=False, highlight=False, width=width)
 
 
 def one_line(text: str) -> str:
