@@ -16,25 +16,45 @@ struct CandidateValue {
   double ess;             // 1 / sum of squared weights
 };
 
+// The weights of n roll-outs of one candidate, up to a factor: 1 for all where log_weights is null.
+template <typename Real>
+struct RolloutWeights {
+  const Real* log_weights;
+  double peak;
+  // Where the weights are kept once they are made; null: made again each time.
+  double* kept;
+};
+
+template <typename Real>
+TQ_HOST_DEVICE double make_weight(const RolloutWeights<Real>& weights, int64_t i) {
+  if (weights.log_weights == nullptr) return 1.0;
+  return ::exp(static_cast<double>(weights.log_weights[i]) - weights.peak);
+}
+
+template <typename Real>
+TQ_HOST_DEVICE double weight_at(const RolloutWeights<Real>& weights, int64_t i) {
+  return weights.log_weights != nullptr && weights.kept != nullptr ? weights.kept[i] : make_weight(weights, i);
+}
+
 // The value of one candidate from its n roll-outs, whose weights are normalised within it.
 // `log_weights` may be null: all equal. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
-// `weights` is room for n numbers, or null where log_weights is null.
+// `room` is null, or holds n numbers: it saves making the weights three times.
 template <typename Real>
 TQ_HOST_DEVICE CandidateValue value_candidate(
-    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, double* weights) {
-  double peak = log_weights == nullptr ? 0.0 : -INFINITY;
+    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, double* room) {
+  RolloutWeights<Real> weights{log_weights, log_weights == nullptr ? 0.0 : -INFINITY, room};
   for (int64_t i = 0; log_weights != nullptr && i < n; ++i) {
     const double log_weight = static_cast<double>(log_weights[i]);
-    peak = log_weight > peak ? log_weight : peak;
+    weights.peak = log_weight > weights.peak ? log_weight : weights.peak;
   }
-  if (n <= 0 || peak == -INFINITY) return {NAN, NAN, NAN};
+  if (n <= 0 || weights.peak == -INFINITY) return {NAN, NAN, NAN};
 
   double mass = 0.0;
   double mass_of_squares = 0.0;
   double top = -INFINITY;
   for (int64_t i = 0; i < n; ++i) {
-    const double w = log_weights == nullptr ? 1.0 : ::exp(static_cast<double>(log_weights[i]) - peak);
-    if (log_weights != nullptr) weights[i] = w;
+    const double w = make_weight(weights, i);
+    if (room != nullptr) room[i] = w;
     mass += w;
     mass_of_squares += w * w;
     const double r = static_cast<double>(rewards[i]);
@@ -44,7 +64,7 @@ TQ_HOST_DEVICE CandidateValue value_candidate(
   // A roll-out of weight 0 takes no part, whatever its reward: here and below.
   double total = 0.0;
   for (int64_t i = 0; i < n; ++i) {
-    const double w = log_weights == nullptr ? 1.0 : weights[i];
+    const double w = weight_at(weights, i);
     if (w == 0.0) continue;
     const double r = static_cast<double>(rewards[i]);
     total += w * (is_soft ? ::exp((r - top) / alpha) : r);
@@ -54,7 +74,7 @@ TQ_HOST_DEVICE CandidateValue value_candidate(
 
   double spread = 0.0;
   for (int64_t i = 0; i < n; ++i) {
-    const double w = log_weights == nullptr ? 1.0 : weights[i];
+    const double w = weight_at(weights, i);
     if (w == 0.0) continue;
     const double deviation = static_cast<double>(rewards[i]) - q;
     const double term = w * (is_soft ? alpha * ::expm1(deviation / alpha) : deviation);

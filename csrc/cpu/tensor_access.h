@@ -1,19 +1,14 @@
 // How the torch side of a CPU op looks at its arguments. Stable ABI only.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 
 #include "cpu/row_types.h"
+#include "stable_tensor.h"
 
 namespace tq {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline ElementType element_type_of(const Tensor& tensor, const char* op, const char* name) {
   switch (tensor.scalar_type()) {
@@ -35,39 +30,9 @@ inline Tensor with_unit_inner_stride(const Tensor& tensor) {
   return torch::stable::contiguous(tensor);
 }
 
-// A dense CPU tensor, uninitialised. Straight from the C interface: going through the dispatcher, as
-// torch::stable::empty does, costs more than some of the ops here.
+// A dense CPU tensor, uninitialised.
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
-  const int32_t dtype = type == ScalarType::Long       ? aoti_torch_dtype_int64()
-                        : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
-                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                        : type == ScalarType::Half     ? aoti_torch_dtype_float16()
-                                                       : aoti_torch_dtype_float32();
-  int64_t strides[4] = {};
-  int64_t stride = 1;
-  for (int64_t axis = static_cast<int64_t>(sizes.size()) - 1; axis >= 0; --axis) {
-    strides[axis] = stride;
-    stride *= sizes.begin()[axis] > 0 ? sizes.begin()[axis] : 1;
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// Contiguous, and of this type; the tensor itself where it is both.
-inline Tensor dense(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
-}
-
-inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor, ScalarType type) {
-  if (!tensor.has_value()) return std::nullopt;
-  return dense(*tensor, type);
-}
-
-template <typename T>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+  return new_tensor_on(aoti_torch_device_type_cpu(), 0, sizes, type);
 }
 
 inline LogitsRow logits_row(const Tensor& logits, ElementType type, int64_t row, int64_t size) {

@@ -209,7 +209,7 @@ def _check(
     _checks.refuse_grad(op, prior_logprobs=prior_logprobs, rewards=rewards, log_weights=log_weights)
 
 
-def reweight_sample_cpu(
+def reweight_sample_native(
     prior_logprobs: Tensor,
     token_ids: Tensor,
     rewards: Tensor,
@@ -223,7 +223,7 @@ def reweight_sample_cpu(
     keys: Tensor | None = None,
     step: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The C++ kernel, with the arguments of the reference."""
+    """The C++ or CUDA kernel, by the device, with the arguments of the reference."""
     return torch.ops.tq_fast.reweight_sample.default(
         prior_logprobs,
         token_ids,
@@ -248,8 +248,36 @@ def _fake(prior_logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     return choice, final_logprobs, q, q_stderr, ess
 
 
+# Scores lie in shared memory, 8 bytes each, in the 32 KB that every GPU has.
+_MOST_CUDA_CANDIDATES = 4096
+
+
+def _refuse_cuda(
+    prior_logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    log_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor,
+    **parameters: Any,
+) -> str | None:
+    if prior_logprobs.shape[1] > _MOST_CUDA_CANDIDATES:
+        return f"k is {prior_logprobs.shape[1]}; the kernel takes {_MOST_CUDA_CANDIDATES}"
+    for name, value in (("seed", seed), ("step", step)):
+        if isinstance(value, Tensor) and value.device != rewards.device:
+            return f"{name} lies on {value.device}, rewards on {rewards.device}"
+    return None
+
+
 _OP = Op(
     "reweight_sample",
     reweight_sample_ref,
-    Backend("cpu", native_function("reweight_sample", reweight_sample_cpu, _fake)),
+    Backend(
+        "cuda",
+        native_function("reweight_sample", reweight_sample_native, _fake, "cuda"),
+        _refuse_cuda,
+    ),
+    Backend("cpu", native_function("reweight_sample", reweight_sample_native, _fake)),
 )

@@ -1,0 +1,53 @@
+// What the torch side of every op needs of tensors, whatever the device. Stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+namespace tq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A dense tensor, uninitialised. Straight from the C interface: going through the dispatcher, as
+// torch::stable::empty does, costs more than some of the ops here.
+inline Tensor new_tensor_on(
+    int32_t device_type, int32_t device_index, std::initializer_list<int64_t> sizes, ScalarType type) {
+  const int32_t dtype = type == ScalarType::Long       ? aoti_torch_dtype_int64()
+                        : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
+                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                        : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                                       : aoti_torch_dtype_float32();
+  int64_t strides[4] = {};
+  int64_t stride = 1;
+  for (int64_t axis = static_cast<int64_t>(sizes.size()) - 1; axis >= 0; --axis) {
+    strides[axis] = stride;
+    stride *= sizes.begin()[axis] > 0 ? sizes.begin()[axis] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// Contiguous, and of this type; the tensor itself where it is both.
+inline Tensor dense(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor, ScalarType type) {
+  if (!tensor.has_value()) return std::nullopt;
+  return dense(*tensor, type);
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+}  // namespace tq
