@@ -18,7 +18,7 @@ from tests.commands.trio import MAX_POSITIONS, Trio
 from tq_fast import DecodeConfig
 from tq_fast.commands.decode import JobOptions, run_decode
 from tq_fast.commands.job_settings import ModelChoice
-from tq_fast.commands.record_file import OutputRefused
+from tq_fast.commands.record_file import OutputRefused, RecordFile
 from tq_fast.errors import BackendRefused, InvalidArgument, RewardError
 from tq_fast.models.reward import RewardSession, drop_from
 from tq_fast.prompts import Prompt
@@ -445,3 +445,22 @@ def test_many_rollouts_that_are_too_noisy_are_said_once(job: Job) -> None:
     assert job.run(noisy, batch_size=2) == 0
     assert job.said.count("the standard error of Q exceeded alpha=0.01") == 1
     assert "of 36 steps" in job.said
+
+
+def test_an_output_that_cannot_be_written_ends_the_job(
+    job: Job, whole: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = RecordFile.append
+
+    def run_out(file: RecordFile, record: dict[str, Any]) -> None:
+        if record["index"] >= 2:
+            raise OutputRefused("no space left")
+        append(file, record)
+
+    monkeypatch.setattr(RecordFile, "append", run_out)
+    with pytest.raises(OutputRefused, match="no space left"):
+        job.run(batch_size=2)
+    assert set(job.records()) == {0, 1}
+    monkeypatch.undo()
+    assert job.run() == 0
+    assert job.responses() == whole.responses()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,27 @@ def test_a_job_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, name: str, reason: str) -> None:
     with pytest.raises(OutputRefused, match=reason):
         RecordFile(tmp_path / name).__enter__()
+
+
+def test_a_full_disk_is_a_refusal_and_the_cut_record_is_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.jsonl"
+    write(path, 0)
+    whole = path.read_bytes()
+    written = os.write
+
+    def run_out(file: int, data: bytes) -> int:
+        if len(data) < 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(file, data[:10])
+
+    with RecordFile(path) as file:
+        monkeypatch.setattr(os, "write", run_out)
+        with pytest.raises(OutputRefused, match="cannot be written: No space left on device"):
+            file.append(record(1))
+    monkeypatch.undo()
+    assert path.read_bytes() != whole
+    with RecordFile(path) as file:
+        file.keep(good_lines(file))
+    assert path.read_bytes() == whole

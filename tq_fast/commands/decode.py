@@ -248,6 +248,6 @@ class DecodeJob:
 
 
 def _ends_the_job(error: Exception) -> bool:
-    """Whether this is every prompt's failure: the settings, the disk, or a device that is lost."""
+    """Whether it is every prompt's failure: the settings, the output, or a device that is lost."""
     is_lost = isinstance(error.__cause__ or error, torch.AcceleratorError)
-    return is_lost or isinstance(error, (BackendRefused, UnsupportedModel, OSError))
+    return is_lost or isinstance(error, (BackendRefused, UnsupportedModel, OutputRefused))

@@ -112,7 +112,7 @@ def compare(
         for name, model in (("SFT", decoder.sft), ("baseline", decoder.baseline))
     }
     took = time.perf_counter() - start
-    say(console, f"sampled SFT and baseline responses to {len(texts)} prompts in {took:.1f} s")
+    say(console, f"sampled the SFT and baseline responses in {took:.1f} s")
     say(console, "decoding with Transfer Q*")
     start = time.perf_counter()
     progress = JobProgress(

@@ -68,16 +68,13 @@ class RecordFile:
             reason = "it is a folder" if self.path.is_dir() else "there is no such folder"
             raise OutputRefused(f"output {str(self.path)!r} cannot be written: {reason}")
         try:
-            self._lock = _lock_file(self.settings_path)
+            with self._writing():
+                self._lock = _lock_file(self.settings_path)
         except BlockingIOError:
             raise OutputRefused(
                 f"output {str(self.path)!r} is being written by another process; wait for it or "
                 "choose another output"
             ) from None
-        except OSError as error:
-            raise OutputRefused(
-                f"output {str(self.path)!r} cannot be written: {error.strerror}"
-            ) from error
         return self
 
     def __exit__(
@@ -105,9 +102,10 @@ class RecordFile:
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Replace what `read_settings` returns."""
         # In place, not by renaming: the lock belongs to this very file.
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, json.dumps(settings, indent=2).encode() + b"\n", 0)
-        os.fsync(self._lock)
+        with self._writing():
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, json.dumps(settings, indent=2).encode() + b"\n", 0)
+            os.fsync(self._lock)
 
     def lines(self) -> Iterator[Line]:
         """The lines of the file, each with its record if it is one."""
@@ -124,14 +122,25 @@ class RecordFile:
         """Drop everything but `lines`, which stand in the order of the file."""
         if not self.path.exists():
             return
-        is_prefix = all(line.start == end for line, end in zip(lines, _ends(lines), strict=True))
-        if is_prefix:
+        starts = [0, *(line.end for line in lines[:-1])]
+        with self._writing():
+            if any(line.start != start for line, start in zip(lines, starts, strict=False)):
+                self._copy(lines)
+                return
             end = lines[-1].end if lines else 0
             if end < self.path.stat().st_size:
                 os.truncate(self.path, end)
             if lines and not lines[-1].is_whole:
                 self._write(b"\n")
-            return
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record; it is on the disk when this returns."""
+        data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        with self._writing():
+            self._write(data)
+
+    def _copy(self, lines: list[Line]) -> None:
+        """Put a file that holds `lines` alone in the place of this one, in one go."""
         temporary = self.path.with_name(self.path.name + ".tmp")
         with self.path.open("rb") as old, temporary.open("wb") as new:
             for line in lines:
@@ -141,10 +150,6 @@ class RecordFile:
             os.fsync(new.fileno())
         temporary.replace(self.path)
         _sync_folder(self.path.parent)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one record; it is on the disk when this returns."""
-        self._write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
     def _write(self, data: bytes) -> None:
         if self._file < 0:
@@ -156,10 +161,18 @@ class RecordFile:
             data = data[os.write(self._file, data) :]
         os.fsync(self._file)
 
-
-def _ends(lines: list[Line]) -> list[int]:
-    """Where each line starts if nothing is missing before it."""
-    return [0, *(line.end for line in lines[:-1])][: len(lines)]
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the system says (disk full, no permission) into a refusal."""
+        try:
+            yield
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise OutputRefused(
+                f"output {str(self.path)!r} cannot be written: {error.strerror}; records that are "
+                "finished are kept"
+            ) from error
 
 
 def _read_record(data: bytes) -> dict[str, Any] | None:
