@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._dispatch import Backend, Op, native_function
+from ._dispatch import Backend, Op, native_function, python_function
 from .topk_logprobs import clean_logits, logprobs_at, shifted_logsumexp
 
 
@@ -128,6 +128,10 @@ def _refuse_cpu(
 _OP = Op(
     "trajectory_log_ratio",
     trajectory_log_ratio_ref,
+    Backend(
+        "triton",
+        python_function("tq_fast.kernels.trajectory_log_ratio", "trajectory_log_ratio_triton"),
+    ),
     Backend(
         "cpu", native_function("trajectory_log_ratio", trajectory_log_ratio_cpu, _fake), _refuse_cpu
     ),

@@ -1,0 +1,49 @@
+"""The tests of an op in tests/ops, run over its Triton kernel by Triton's interpreter on CPU.
+
+The interpreter is chosen when triton is imported, so it gets a process of its own. Outputs and
+scratch memory are poisoned there: torch fills what `torch.empty` returns with NaN.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+_REPOSITORY = Path(__file__).parents[2]
+_PROGRAM = """
+import sys, pytest, torch
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def run_op_tests(op: str, leave_out: str = "") -> int:
+    """How many tests of `op` the interpreter passed; a failed or skipped one is an error here.
+
+    `leave_out` names, for pytest's -k, tests that are only more of the same and take long.
+    torch.compile cannot look into the interpreter, and rejections never reach a kernel.
+    """
+    chosen = "triton and not compiles_as_one_graph"
+    if leave_out:
+        chosen += f" and not ({leave_out})"
+    tests = Path("tests") / "ops" / f"test_{op}.py"
+    # Infinities are what these tests are about: numpy would warn of each.
+    options = ("-q", "-p", "no:cacheprovider", "--durations=0", "--disable-warnings")
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, *options, str(tests), "-k", chosen],
+        cwd=_REPOSITORY,
+        env={**os.environ, "TRITON_INTERPRET": "1", "TQ_FAST_BACKEND": "auto"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report[-8000:]
+    assert "skipped" not in done.stdout and "xfailed" not in done.stdout, report[-8000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, report[-8000:]
+    return int(passed[1])
