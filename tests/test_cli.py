@@ -160,7 +160,9 @@ def test_info_prints_to_standard_output() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*NEEDED, "--alhpa", "2"], "No such option: --alhpa"),
+        # The words between differ among versions of typer.
+        ([*NEEDED, "--alhpa", "2"], "No such option"),
+        ([*NEEDED, "--alhpa", "2"], "--alhpa"),
         ([*NEEDED, "--alhpa", "2"], "--alpha"),
         (["decod"], "decode"),
         (["decode"], "Missing option '--baseline'"),

@@ -44,8 +44,8 @@ class DemoOptions:
     seed: int = 0
     num_prompts: int = 4
     k: int = 10
-    alpha: float = 0.5
-    num_rollouts: int = 2
+    alpha: float = 0.3
+    num_rollouts: int = 8
 
     def config(self) -> DecodeConfig:
         """The settings of Transfer Q*; the rest is fixed for the embedded models."""
