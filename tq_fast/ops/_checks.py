@@ -111,3 +111,11 @@ def refuse_float64(**tensors: Tensor | None) -> str | None:
         if tensor is not None and tensor.dtype == torch.float64:
             return f"{name} is float64; the C++ kernel takes float32, bfloat16 and float16"
     return None
+
+
+def refuse_other_device(first: Tensor, **others: object) -> str | None:
+    """The refusal of a CUDA kernel that would read memory of another device; None when it can."""
+    for name, other in others.items():
+        if isinstance(other, Tensor) and other.device != first.device:
+            return f"{name} is on {other.device}, the first tensor on {first.device}"
+    return None

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _checks, philox
 from ._checks import PerRow
 from ._dispatch import Backend, Op, native_function
-from .sample_tokens import check_sampler, refuse_cpu, sample_tokens_ref, split_sampler
+from .sample_tokens import check_sampler, refuse_cpu, refuse_cuda, sample_tokens_ref, split_sampler
 
 
 def advance_rollouts_(
@@ -159,7 +159,7 @@ def _check_state(
     _checks.refuse_grad(op, logprob_sums=logprob_sums, proposal_logprob_sums=proposal_logprob_sums)
 
 
-def advance_rollouts_cpu(
+def advance_rollouts_native(
     logits: Tensor,
     keys: Tensor,
     step: int | Tensor,
@@ -176,7 +176,10 @@ def advance_rollouts_cpu(
     vocab_size: int | None = None,
     seed: int | Tensor = 0,
 ) -> None:
-    """The C++ kernel, with the arguments of the reference. It skips the rows that are finished."""
+    """The C++ or CUDA kernel, by the device, with the arguments of the reference.
+
+    It skips the rows that are finished.
+    """
     torch.ops.tq_fast.advance_rollouts_.default(
         logits,
         keys,
@@ -198,5 +201,12 @@ def _fake(*arguments: Any) -> None:
 _OP = Op(
     "advance_rollouts_",
     advance_rollouts_ref,
-    Backend("cpu", native_function("advance_rollouts_", advance_rollouts_cpu, _fake), refuse_cpu),
+    Backend(
+        "cuda",
+        native_function("advance_rollouts_", advance_rollouts_native, _fake, "cuda"),
+        refuse_cuda,
+    ),
+    Backend(
+        "cpu", native_function("advance_rollouts_", advance_rollouts_native, _fake), refuse_cpu
+    ),
 )

@@ -259,16 +259,23 @@ def _refuse_cuda(
     log_weights: Tensor | None = None,
     lengths: Tensor | None = None,
     *,
-    seed: int | Tensor,
-    step: int | Tensor,
+    seed: int | Tensor = 0,
+    keys: Tensor | None = None,
+    step: int | Tensor = 0,
     **parameters: Any,
 ) -> str | None:
     if prior_logprobs.shape[1] > _MOST_CUDA_CANDIDATES:
-        return f"k is {prior_logprobs.shape[1]}; the kernel takes {_MOST_CUDA_CANDIDATES}"
-    for name, value in (("seed", seed), ("step", step)):
-        if isinstance(value, Tensor) and value.device != rewards.device:
-            return f"{name} lies on {value.device}, rewards on {rewards.device}"
-    return None
+        return f"k is {prior_logprobs.shape[1]}; the kernel takes up to {_MOST_CUDA_CANDIDATES}"
+    return _checks.refuse_other_device(
+        prior_logprobs,
+        token_ids=token_ids,
+        rewards=rewards,
+        log_weights=log_weights,
+        lengths=lengths,
+        seed=seed,
+        keys=keys,
+        step=step,
+    )
 
 
 _OP = Op(

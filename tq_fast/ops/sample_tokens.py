@@ -171,7 +171,7 @@ def _kept(shifted: Tensor, top_k: PerRow, top_p: PerRow) -> Tensor:
     return torch.zeros_like(shifted, dtype=torch.bool).scatter(-1, ids, kept)
 
 
-def sample_tokens_cpu(
+def sample_tokens_native(
     logits: Tensor,
     keys: Tensor,
     step: int | Tensor,
@@ -182,7 +182,7 @@ def sample_tokens_cpu(
     vocab_size: int | None = None,
     seed: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The C++ kernel, with the arguments of the reference."""
+    """The C++ or CUDA kernel, by the device, with the arguments of the reference."""
     return torch.ops.tq_fast.sample_tokens.default(
         logits,
         keys,
@@ -221,8 +221,32 @@ def refuse_cpu(logits: Tensor, *arguments: Any, **parameters: Any) -> str | None
     return _checks.refuse_float64(logits=logits)
 
 
+# Ids inside a row, and the tables of its tiles in shared memory, are made for this many.
+_MOST_CUDA_VOCAB = 2**22
+
+
+def refuse_cuda(
+    logits: Tensor, *state: Any, vocab_size: int | None = None, **parameters: Any
+) -> str | None:
+    """Why the CUDA kernels of sample_tokens and advance_rollouts_ do not take these inputs."""
+    width = logits.shape[-1] if vocab_size is None else vocab_size
+    if width > _MOST_CUDA_VOCAB:
+        return f"vocab_size is {width}; the kernel takes up to {_MOST_CUDA_VOCAB}"
+    names = ("keys", "step", "tokens", "lengths", "finished", "logprob_sums")
+    names = (*names, "proposal_logprob_sums", "eos")
+    tensors = dict(zip(names, state, strict=False))
+    return _checks.refuse_float64(logits=logits) or _checks.refuse_other_device(
+        logits, **tensors, **parameters
+    )
+
+
 _OP = Op(
     "sample_tokens",
     sample_tokens_ref,
-    Backend("cpu", native_function("sample_tokens", sample_tokens_cpu, _fake), refuse_cpu),
+    Backend(
+        "cuda",
+        native_function("sample_tokens", sample_tokens_native, _fake, "cuda"),
+        refuse_cuda,
+    ),
+    Backend("cpu", native_function("sample_tokens", sample_tokens_native, _fake), refuse_cpu),
 )

@@ -117,10 +117,10 @@ def logprobs_at(values: Tensor, ids: Tensor, log_norm: Tensor, peak: Tensor) -> 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def topk_logprobs_cpu(
+def topk_logprobs_native(
     logits: Tensor, k: int, *, temperature: PerRow = 1.0, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The C++ kernel, with the arguments of the reference."""
+    """The C++ or CUDA kernel, by the device, with the arguments of the reference."""
     number, numbers = split_per_row(temperature)
     return torch.ops.tq_fast.topk_logprobs.default(
         logits, k, number, numbers, logits.shape[-1] if vocab_size is None else vocab_size
@@ -138,6 +138,25 @@ def _fake(
     )
 
 
+# The k best of 64 k candidates are sorted in the shared memory of one block, and so is one key of
+# eight bytes for every 64 elements of a row.
+_MOST_CUDA_K = 128
+_MOST_CUDA_VOCAB = 2**19
+
+
+def _refuse_cuda(
+    logits: Tensor, k: int, *, temperature: PerRow = 1.0, vocab_size: int | None = None
+) -> str | None:
+    width = logits.shape[-1] if vocab_size is None else vocab_size
+    if k > _MOST_CUDA_K:
+        return f"k is {k}; the kernel takes up to {_MOST_CUDA_K}"
+    if width > _MOST_CUDA_VOCAB:
+        return f"vocab_size is {width}; the kernel takes up to {_MOST_CUDA_VOCAB}"
+    return _checks.refuse_float64(logits=logits) or _checks.refuse_other_device(
+        logits, temperature=temperature
+    )
+
+
 def _refuse_cpu(logits: Tensor, k: int, **parameters: Any) -> str | None:
     return _checks.refuse_float64(logits=logits)
 
@@ -145,5 +164,10 @@ def _refuse_cpu(logits: Tensor, k: int, **parameters: Any) -> str | None:
 _OP = Op(
     "topk_logprobs",
     topk_logprobs_ref,
-    Backend("cpu", native_function("topk_logprobs", topk_logprobs_cpu, _fake), _refuse_cpu),
+    Backend(
+        "cuda",
+        native_function("topk_logprobs", topk_logprobs_native, _fake, "cuda"),
+        _refuse_cuda,
+    ),
+    Backend("cpu", native_function("topk_logprobs", topk_logprobs_native, _fake), _refuse_cpu),
 )
