@@ -9,7 +9,7 @@ TRITON := triton==3.9.0; platform_system == 'Linux'
 
 INSTALLED := $(VENV)/.installed
 INSTALLED_TRAIN := $(VENV)/.installed-train
-NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 CMAKE := $(VENV)/bin/cmake
 CTEST := $(VENV)/bin/ctest
 NATIVE_BUILD := build/native
@@ -38,6 +38,51 @@ tiny-models: $(INSTALLED_TRAIN)
 	$(VENV_PYTHON) scripts/train_tiny_models.py
 
 install: $(INSTALLED)
+
+# On a machine with an NVIDIA GPU, with the Python that is active there; nothing is installed and no
+# network is needed. RESULTS names the folder of the tables. Each stage ends within nine minutes.
+GPU_PYTHON ?= python3
+GPU_WORKERS ?= 4
+GPU_BUILD := build/gpu
+RESULTS ?= bench/results
+GPU_ENV = PATH="$$(dirname "$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"):$$PATH" HF_HUB_OFFLINE=1
+GPU_STAGE := timeout --signal=INT 450
+PYTEST_HERE := -m pytest -p no:cacheprovider --benchmark-disable
+
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-compile
+
+gpu:
+	$(MAKE) --no-print-directory gpu-test
+	$(MAKE) --no-print-directory gpu-sanitize
+	$(MAKE) --no-print-directory gpu-bench
+
+gpu-build:
+	$(GPU_ENV) cmake -S . -B $(GPU_BUILD) -DTQ_FAST_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native \
+	  -DPython3_EXECUTABLE="$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"
+	$(GPU_ENV) cmake --build $(GPU_BUILD) --parallel
+	$(GPU_ENV) cmake --install $(GPU_BUILD) --prefix .
+
+# tests/gpu holds what only a device shows; tests/ops runs every op on every backend that is there.
+gpu-test: gpu-build
+	$(GPU_ENV) $(GPU_STAGE) $(GPU_PYTHON) $(PYTEST_HERE) tests/gpu tests/ops -n $(GPU_WORKERS)
+
+# Without torch's caching allocator every tensor is an allocation of its own, so a stray access shows.
+gpu-sanitize: gpu-build
+	for tool in memcheck racecheck; do \
+	  $(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT 220 \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(GPU_PYTHON) $(PYTEST_HERE) tests/gpu/test_sanitized.py --timeout 0 || exit 1; \
+	done
+
+gpu-bench: gpu-build
+	$(GPU_ENV) $(GPU_STAGE) $(GPU_PYTHON) -m bench.gpu_table $(RESULTS)
+
+# Needs nvcc and no GPU: the whole library for every target, bindings and linking included; the
+# compiler's report of each kernel is printed, and a spill is an error.
+gpu-compile:
+	$(GPU_ENV) cmake -S . -B build/gpu-compile -DTQ_FAST_CUDA=ON \
+	  -DPython3_EXECUTABLE="$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"
+	$(GPU_ENV) cmake --build build/gpu-compile --target tq_fast_cuda
 
 # A build without native libraries (TQ_FAST_BUILD=none, no compiler) has no C++ tests either.
 .PHONY: native-test

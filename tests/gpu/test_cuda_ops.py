@@ -1,0 +1,131 @@
+"""The CUDA kernels on the device: poisoned memory, no waiting, graphs whose randomness advances."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.gpu.cases import CUDA_CASES, RANDOM_CASES, device_int
+from tq_fast import _native, ops
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cuda_library() -> None:
+    """Without the library these tests fail: they are about nothing else."""
+    assert _native.cuda_refusal() is None, _native.cuda_refusal()
+
+
+def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_agrees_with_the_reference(name):
+    seed, step = device_int(11), device_int(2)
+    same(CUDA_CASES[name]("cuda")(seed, step), CUDA_CASES[name]("ref")(seed, step))
+
+
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_every_output_is_written_whatever_the_memory_held(name):
+    expected = CUDA_CASES[name]("cuda")(device_int(1), device_int(0))
+    torch.cuda.synchronize()
+    # The allocator hands these blocks out again: what is not written stays NaN, or -1.
+    poison = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(8)]
+    sizes = [size for size in (16, 64, 128, 256, 1024, 4096) for _ in range(24)]
+    poison += [torch.full((size,), torch.nan, device="cuda") for size in sizes]
+    del poison
+    case = CUDA_CASES[name]("cuda")
+    for a, b in zip(case(device_int(1), device_int(0)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_nothing_waits_for_the_device(name, no_sync):
+    case, seed, step = CUDA_CASES[name]("cuda"), device_int(1), device_int(0)
+    case(seed, step)
+    with no_sync:
+        case(seed, step)
+
+
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_a_captured_graph_replays_and_its_randomness_advances(name):
+    seed, step = device_int(5), device_int(0)
+    case = CUDA_CASES[name]("cuda")
+    warm = torch.cuda.Stream()
+    with torch.cuda.stream(warm):
+        case(seed, step)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case(seed, step)
+        step.add_(1)
+    plain = CUDA_CASES[name]("cuda")
+    if name == "advance_rollouts_":
+        # The state has moved on by the warm-up call: so does the other's.
+        plain(seed, device_int(0))
+    chosen = []
+    for depth in range(4):
+        graph.replay()
+        expected = plain(seed, device_int(depth))
+        for a, b in zip(captured, expected, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+        chosen.append(captured[RANDOM_CASES.get(name, 0)].clone())
+    if name in RANDOM_CASES and name != "advance_rollouts_":
+        assert any(not torch.equal(chosen[0], later) for later in chosen[1:])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33, 700])
+def test_a_row_does_not_depend_on_how_many_rows_there_are(rows):
+    """The number of rows decides how many blocks share one: the bits must not."""
+    logits = torch.randn(rows, 70001, device="cuda").bfloat16()
+    keys = torch.arange(rows, device="cuda")
+    whole = ops.topk_logprobs(logits, 50, backend="cuda")
+    drawn = ops.sample_tokens(logits, keys, 3, backend="cuda")
+    cut = ops.sample_tokens(logits, keys, 3, top_k=900, top_p=0.8, backend="cuda")
+    last = slice(rows - 1, rows)
+    for a, b in zip(whole, ops.topk_logprobs(logits[last], 50, backend="cuda"), strict=True):
+        assert torch.equal(a[last], b)
+    alone = ops.sample_tokens(logits[last], keys[last], 3, backend="cuda")
+    for a, b in zip(drawn, alone, strict=True):
+        assert torch.equal(a[last], b)
+    alone = ops.sample_tokens(logits[last], keys[last], 3, top_k=900, top_p=0.8, backend="cuda")
+    for a, b in zip(cut, alone, strict=True):
+        assert torch.equal(a[last], b)
+
+
+def test_offsets_beyond_int32():
+    """More than 2^31 elements between the first row and the last."""
+    rows, stride = 3, 1 << 30
+    if torch.cuda.mem_get_info()[0] < 6 * stride:
+        pytest.skip("needs 6 GB of free device memory")
+    whole = torch.zeros(rows * stride, dtype=torch.bfloat16, device="cuda")
+    logits = whole.as_strided((rows, 4096), (stride, 1))
+    logits.copy_(torch.randn(rows, 4096, device="cuda"))
+    expected = logits.contiguous()
+    for a, b in zip(
+        ops.topk_logprobs(logits, 9, backend="cuda"),
+        ops.topk_logprobs(expected, 9, backend="cuda"),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    keys = torch.arange(rows, device="cuda")
+    assert torch.equal(
+        ops.sample_tokens(logits, keys, 0, backend="cuda").ids,
+        ops.sample_tokens(expected, keys, 0, backend="cuda").ids,
+    )
+
+
+def test_inf_rows_padding_and_nan_on_the_device():
+    logits = torch.randn(5, 5000, device="cuda")
+    logits[:, 4990:] = 1e30
+    logits[1] = torch.nan
+    logits[2, 7] = torch.inf
+    logits[3, ::2] = -torch.inf
+    keys = torch.arange(5, device="cuda")
+    got = ops.sample_tokens(logits, keys, 0, vocab_size=4990, backend="cuda")
+    assert got.valid.tolist() == [True, False, False, True, True]
+    assert (got.ids < 4990).all()
+    expected = ops.sample_tokens(logits, keys, 0, vocab_size=4990, backend="ref")
+    assert torch.equal(got.ids, expected.ids)
