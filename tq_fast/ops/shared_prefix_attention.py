@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from . import _checks
 from ._attention_aten import refuse_aten, shared_prefix_attention_aten
-from ._dispatch import Backend, Op, native_function
+from ._dispatch import Backend, Op, native_function, python_function
 from .merge_attention_states import AttentionState
 
 
@@ -268,11 +268,36 @@ def _refuse_cpu_for_many(
     return _refuse_cpu(q)
 
 
+def _refuse_triton(
+    q: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    prefix_len: Tensor,
+    branch_k: Tensor,
+    branch_v: Tensor,
+    *arguments: Any,
+    **parameters: Any,
+) -> str | None:
+    if q.dtype == torch.float64:
+        return "q is float64; the Triton kernel takes float32, bfloat16 and float16"
+    if q.shape[-1] > 256:
+        return f"the head size is {q.shape[-1]}; the Triton kernel takes at most 256"
+    for tensor in (q, prefix_k, prefix_v, branch_k, branch_v):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return "the last axis of an input is strided"
+    return None
+
+
 _native = native_function(_NAME, shared_prefix_attention_cpu, _fake)
 
 _OP = Op(
     _NAME,
     shared_prefix_attention_ref,
+    Backend(
+        "triton",
+        python_function("tq_fast.kernels.shared_prefix_attention", f"{_NAME}_triton"),
+        _refuse_triton,
+    ),
     Backend("cpu", _native, _refuse_cpu_for_many),
     Backend("cpu", lambda: shared_prefix_attention_aten, refuse_aten),
     Backend("cpu", _native, _refuse_cpu),

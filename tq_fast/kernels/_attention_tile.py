@@ -1,0 +1,87 @@
+"""One tile of queries over a range of keys, on tensor cores: the inner loop of attention.
+
+The state of a query is (peak, mass, acc): the largest score so far, the sum of exp2(score - peak)
+and the sum of exp2(score - peak) * value. Scores are in base 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _softcap(scores, softcap):
+    """softcap * tanh(scores / softcap), in base 2; no cancellation near 0."""
+    x = scores / softcap
+    square = x * x
+    # Below 0.1 the next term of the series is under 1e-9 of x.
+    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    tanh = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.1, series, tanh) * (softcap * LOG2_E)
+
+
+@triton.jit
+def attend(
+    q,
+    keys,
+    values,
+    peak,
+    mass,
+    acc,
+    begin,
+    end,
+    stride_k,
+    stride_v,
+    first_seen,
+    last_seen,
+    is_ours,
+    scale,
+    softcap,
+    head_size,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+    KEYS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """(peak, mass, acc) of the queries `q` [Q, SIZE] after the keys in [begin, end).
+
+    Query i sees the keys first_seen[i] .. last_seen[i]. Where IS_MIXED, a query that is not ours
+    keeps its state. Tiles start at multiples of KEYS, wherever the first key is.
+    """
+    d = tl.arange(0, SIZE)
+    is_dim = d < head_size
+    for first in range(begin // KEYS * KEYS, end, KEYS):
+        key = first + tl.arange(0, KEYS)
+        offset = key.to(tl.int64)
+        # What no query sees may be NaN: it is never loaded.
+        mask = ((key >= begin) & (key < end))[:, None] & is_dim[None, :]
+        k = tl.load(keys + offset[:, None] * stride_k + d[None, :], mask=mask, other=0.0)
+        v = tl.load(values + offset[:, None] * stride_v + d[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if HAS_SOFTCAP:
+            scores = _softcap(scores, softcap)
+        is_seen = (key[None, :] >= first_seen[:, None]) & (key[None, :] <= last_seen[:, None])
+        is_seen = is_seen & is_ours[:, None] & (key < end)[None, :]
+        scores = tl.where(is_seen, scores, float("-inf"))
+        # A NaN score stays in the weights, so that it is loud; maxima never see one.
+        highest = tl.max(tl.where(scores == scores, scores, float("-inf")), axis=1)
+        highest = tl.maximum(peak, highest)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(peak - shift)
+        mass = mass * fade + tl.sum(weights, axis=1)
+        acc = acc * fade[:, None]
+        if IS_MIXED:
+            # 0 times another tree's value that is not finite would be NaN.
+            added = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            acc += tl.where(is_ours[:, None], added, 0.0)
+        else:
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        peak = highest
+    return peak, mass, acc
