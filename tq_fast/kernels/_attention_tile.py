@@ -6,24 +6,10 @@ and the sum of exp2(score - peak) * value. Scores are in base 2.
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-@triton.jit
-def _softcap(scores, softcap):
-    """softcap * tanh(scores / softcap), in base 2; no cancellation near 0."""
-    x = scores / softcap
-    square = x * x
-    # Below 0.1 the next term of the series is under 1e-9 of x.
-    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    tanh = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.1, series, tanh) * (softcap * LOG2_E)
+from ._softcap import LOG2_E, soften
 
 
 @triton.jit
@@ -65,7 +51,7 @@ def attend(
         v = tl.load(values + offset[:, None] * stride_v + d[None, :], mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_SOFTCAP:
-            scores = _softcap(scores, softcap)
+            scores = soften(scores, softcap) * LOG2_E
         is_seen = (key[None, :] >= first_seen[:, None]) & (key[None, :] <= last_seen[:, None])
         is_seen = is_seen & is_ours[:, None] & (key < end)[None, :]
         scores = tl.where(is_seen, scores, float("-inf"))

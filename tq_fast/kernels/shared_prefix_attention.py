@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_tile import LOG2_E, attend
+from ._attention_tile import attend
 from ._device import device_of
+from ._softcap import LOG2_E
 
 _LN_2 = tl.constexpr(math.log(2.0))
 

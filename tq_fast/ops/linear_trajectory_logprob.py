@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgument
 from . import _checks
-from ._dispatch import Backend, Op, native_function
+from ._dispatch import Backend, Op, native_function, python_function
 from .trajectory_log_ratio import check_trajectories, sum_within
 
 # Rows of weight per block of the reference: at N * T = 1024 its logits take 32 MB.
@@ -156,9 +156,22 @@ def _refuse_cpu(hidden: Tensor, *arguments: Any, **parameters: Any) -> str | Non
     return _checks.refuse_float64(hidden=hidden)
 
 
+def _refuse_triton(hidden: Tensor, *arguments: Any, **parameters: Any) -> str | None:
+    if hidden.dtype == torch.float64:
+        return "hidden is float64; the Triton kernel takes float32, bfloat16 and float16"
+    return None
+
+
 _OP = Op(
     "linear_trajectory_logprob",
     linear_trajectory_logprob_ref,
+    Backend(
+        "triton",
+        python_function(
+            "tq_fast.kernels.linear_trajectory_logprob", "linear_trajectory_logprob_triton"
+        ),
+        _refuse_triton,
+    ),
     Backend(
         "cpu",
         native_function("linear_trajectory_logprob", linear_trajectory_logprob_cpu, _fake),
