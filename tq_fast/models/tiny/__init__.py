@@ -1,0 +1,55 @@
+"""The embedded world: a trio of tiny models over a synthetic language, and the truth about it.
+
+The models are ordinary ``transformers`` folders; load them by path as any other model. How they
+were made and what they score is in ``README.md`` beside this file.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .gold import baseline_gold_reward, gold_reward
+
+__all__ = ["TinyWorld", "baseline_gold_reward", "gold_reward", "load_tiny_world"]
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class TinyWorld:
+    """Where the embedded models lie, and what to ask them.
+
+    ``beta`` is the KL weight that the baseline was trained with (method: rho_BL proportional to
+    rho_sft exp(r_BL / beta)); no prompt was trained on.
+    """
+
+    sft: Path
+    baseline: Path
+    reward: Path
+    baseline_reward: Path
+    beta: float
+    prompts: tuple[str, ...]
+    demo_prompts: tuple[str, ...]
+
+
+def load_tiny_world() -> TinyWorld:
+    """Return the folders of the embedded models and the held-out prompts; loads no model.
+
+    Raises:
+        FileNotFoundError: the package was installed without its data files.
+    """
+    weights = _FOLDER / "weights"
+    folders = {name: weights / name for name in ("sft", "baseline", "reward", "baseline_reward")}
+    for folder in folders.values():
+        if not (folder / "model.safetensors").is_file():
+            raise FileNotFoundError(
+                f"the embedded model {folder} is missing: reinstall the package, or train it again "
+                "with scripts/train_tiny_models.py"
+            )
+    world = json.loads((_FOLDER / "world.json").read_text(encoding="utf-8"))
+    return TinyWorld(
+        **folders,
+        beta=world["beta"],
+        prompts=tuple(world["prompts"]),
+        demo_prompts=tuple(world["demo_prompts"]),
+    )
