@@ -174,7 +174,7 @@ def demo(
     k: Annotated[int, typer.Option(metavar="N", help="Candidates per step.")] = 10,
     alpha: Annotated[
         float, typer.Option(metavar="X", help="Decoding temperature; small follows the reward.")
-    ] = 0.3,
+    ] = 0.5,
     num_rollouts: Annotated[int, typer.Option(metavar="N", help="Roll-outs per candidate.")] = 8,
 ) -> None:
     """Watch Transfer Q* steer the embedded models: responses side by side, scores, one trace."""

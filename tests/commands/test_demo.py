@@ -148,7 +148,8 @@ def outcome(sft: list[float], baseline: list[float], steered: list[float]) -> li
 
 def test_losses_are_said() -> None:
     assert outcome([0.0, 3.0], [2.0, 3.0], [1.0, 2.0]) == [
-        "By reward, Transfer Q* lost to SFT on prompt 2 and to baseline on prompts 1, 2.",
+        "By reward, Transfer Q* lost to SFT on prompt 2; "
+        "to baseline on prompts 1, 2 and on the mean.",
         "By gold reward, Transfer Q* lost on no prompt.",
     ]
     assert outcome([0.0], [0.0], [0.0])[0] == "By reward, Transfer Q* lost on no prompt."
@@ -177,3 +178,13 @@ def test_the_steps_shown_are_those_at_which_the_law_moved_most() -> None:
     assert pick_steps([still, moved]) == [0, 1]
     trace = [still, moved, still, moved, moved, moved, still, moved, moved, still]
     assert pick_steps(trace) == [1, 3, 4, 5, 7, 8]
+
+
+def test_the_embedded_models_follow_the_reward() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    result = run_demo(DemoOptions(num_prompts=4, num_rollouts=2), console)
+    means = {m.name: sum(m.rewards) / len(m.rewards) for m in result.methods}
+    # One standard deviation of the reward is 1; over prompts and seeds the gain is about that.
+    assert means["Transfer Q*"] > means["SFT"] + 0.3
+    assert means["Transfer Q*"] > means["baseline"]
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80

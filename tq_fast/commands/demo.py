@@ -44,7 +44,7 @@ class DemoOptions:
     seed: int = 0
     num_prompts: int = 4
     k: int = 10
-    alpha: float = 0.3
+    alpha: float = 0.5
     num_rollouts: int = 8
 
     def config(self) -> DecodeConfig:

@@ -106,7 +106,8 @@ def show_scores(result: DemoResult, console: Console, width: int) -> None:
     explain(
         console,
         "reward: the reward model that Transfer Q* follows. gold: the exact reward that it was "
-        "trained to predict. *: best of the three.",
+        "trained to predict; where only the first one rises, the reward model erred. "
+        "*: best of the three.",
     )
 
 
@@ -119,20 +120,20 @@ def describe_outcome(result: DemoResult) -> list[str]:
     """Say where Transfer Q* lost, by either score, and against which method."""
     steered = result.methods[-1]
     sentences = []
-    for kind in ("rewards", "golds"):
-        label = {"rewards": "reward", "golds": "gold reward"}[kind]
+    for label, kind in (("reward", "rewards"), ("gold reward", "golds")):
+        ours = getattr(steered, kind)
         lost = []
         for other in result.methods[:-1]:
-            ours, theirs = getattr(steered, kind), getattr(other, kind)
+            theirs = getattr(other, kind)
             pairs = zip(ours, theirs, strict=True)
             places = [str(idx + 1) for idx, (a, b) in enumerate(pairs) if a < b]
             if places:
                 word = "prompt" if len(places) == 1 else "prompts"
-                lost.append(f"to {other.name} on {word} {', '.join(places)}")
-        if lost:
-            sentences.append(f"By {label}, Transfer Q* lost {' and '.join(lost)}.")
-        else:
-            sentences.append(f"By {label}, Transfer Q* lost on no prompt.")
+                text = f"to {other.name} on {word} {', '.join(places)}"
+                is_mean_lost = statistics.mean(ours) < statistics.mean(theirs)
+                lost.append(text + (" and on the mean" if is_mean_lost else ""))
+        where = "; ".join(lost) or "on no prompt"
+        sentences.append(f"By {label}, Transfer Q* lost {where}.")
     return sentences
 
 
