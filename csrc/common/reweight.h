@@ -36,23 +36,34 @@ TQ_HOST_DEVICE double weight_at(const RolloutWeights<Real>& weights, int64_t i) 
   return weights.log_weights != nullptr && weights.kept != nullptr ? weights.kept[i] : make_weight(weights, i);
 }
 
-// The value of one candidate from its n roll-outs, whose weights are normalised within it.
+// Who reads the roll-outs of a candidate: here one thread, all of them. Others (cuda/) are some lanes
+// of a warp: lane `rank` of `size` takes roll-outs rank, rank + size, ...
+struct OneReader {
+  static constexpr int64_t rank = 0;
+  static constexpr int64_t size = 1;
+};
+TQ_HOST_DEVICE double sum_over(OneReader, double value) { return value; }
+TQ_HOST_DEVICE double max_over(OneReader, double value) { return value; }
+
+// The value of one candidate from its n roll-outs, whose weights are normalised within it; NaN where
+// no roll-out has any weight, since 0/0 is.
 // `log_weights` may be null: all equal. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
 // `room` is null, or holds n numbers: it saves making the weights three times.
-template <typename Real>
+template <typename Real, typename Reader = OneReader>
 TQ_HOST_DEVICE CandidateValue value_candidate(
-    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, double* room) {
+    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, double* room,
+    Reader reader = {}) {
   RolloutWeights<Real> weights{log_weights, log_weights == nullptr ? 0.0 : -INFINITY, room};
-  for (int64_t i = 0; log_weights != nullptr && i < n; ++i) {
+  for (int64_t i = reader.rank; log_weights != nullptr && i < n; i += reader.size) {
     const double log_weight = static_cast<double>(log_weights[i]);
     weights.peak = log_weight > weights.peak ? log_weight : weights.peak;
   }
-  if (n <= 0 || weights.peak == -INFINITY) return {NAN, NAN, NAN};
+  weights.peak = max_over(reader, weights.peak);
 
   double mass = 0.0;
   double mass_of_squares = 0.0;
   double top = -INFINITY;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = reader.rank; i < n; i += reader.size) {
     const double w = make_weight(weights, i);
     if (room != nullptr) room[i] = w;
     mass += w;
@@ -60,26 +71,30 @@ TQ_HOST_DEVICE CandidateValue value_candidate(
     const double r = static_cast<double>(rewards[i]);
     if (w > 0.0 && r > top) top = r;
   }
+  mass = sum_over(reader, mass);
+  mass_of_squares = sum_over(reader, mass_of_squares);
+  top = max_over(reader, top);
 
   // A roll-out of weight 0 takes no part, whatever its reward: here and below.
   double total = 0.0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = reader.rank; i < n; i += reader.size) {
     const double w = weight_at(weights, i);
     if (w == 0.0) continue;
     const double r = static_cast<double>(rewards[i]);
     total += w * (is_soft ? ::exp((r - top) / alpha) : r);
   }
-  const double mean = total / mass;
+  const double mean = sum_over(reader, total) / mass;
   const double q = is_soft ? top + alpha * ::log(mean) : mean;
 
   double spread = 0.0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = reader.rank; i < n; i += reader.size) {
     const double w = weight_at(weights, i);
     if (w == 0.0) continue;
     const double deviation = static_cast<double>(rewards[i]) - q;
     const double term = w * (is_soft ? alpha * ::expm1(deviation / alpha) : deviation);
     spread += term * term;
   }
+  spread = sum_over(reader, spread);
   const double count = static_cast<double>(n);
   const double standard_error =
       n > 1 ? ::sqrt(count / (count - 1.0) * spread) / mass : static_cast<double>(NAN);

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) draw_rows_kernel(const DrawJob<Type,
   // All blocks of a group read the row's state here; its leader writes only after the last barrier.
   if (!job.sink.wants(row)) return;
   const double uniform =
-      philox_uniform(rows.seed.read(), kPurposeRollout, rows.keys[row], rows.step.read(), 0);
+      philox_uniform(read(rows.seed), kPurposeRollout, rows.keys[row], read(rows.step), 0);
   draw_row<Type, kMayCut>(
       LogitRow<Type>::at(rows.logits, row, rows.stride, rows.vocab_size, 1.0f), parameters_of(rows, row), uniform,
       [&](const DrawnToken& token) { job.sink.take(row, token); });

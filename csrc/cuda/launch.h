@@ -8,17 +8,11 @@
 
 #include <optional>
 
+#include "cuda/device_int.h"
 #include "cuda/tile.h"
 #include "stable_tensor.h"
 
 namespace tq {
-
-// A number, or the place on the device where it stands: a captured graph reads it at every replay.
-struct DeviceInt {
-  int64_t number;
-  const int64_t* place;
-  __device__ int64_t read() const { return place == nullptr ? number : *place; }
-};
 
 inline DeviceInt device_int(int64_t number, const std::optional<Tensor>& tensor) {
   return {number, data_or_null<int64_t>(tensor)};

@@ -1,132 +1,32 @@
-// reweight_sample on CUDA: one launch, one warp a prompt, one lane a candidate (common/reweight.h).
+// reweight_sample on CUDA: one launch, a block a prompt (cuda/reweight_prompt.h).
 //
 // Seed and step may lie on the device: they are read by the kernel, so that a captured graph draws
 // new noise at every replay. No host synchronisation.
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
+#include <algorithm>
 #include <tuple>
 
-#include "common/reweight.h"
-#include "stable_tensor.h"
+#include "cuda/launch.h"
+#include "cuda/reweight_prompt.h"
 
 namespace tq {
 
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 // A score a candidate in shared memory: what 32 KB hold.
 constexpr int64_t kMostCandidates = 4096;
 
-// A number, or the place on the device where it stands.
-struct DeviceInt {
-  int64_t number;
-  const int64_t* place;
-  __device__ int64_t read() const { return place == nullptr ? number : *place; }
-};
-
 template <typename Real>
-struct Job {
-  const Real* prior_logprobs;
-  const int64_t* token_ids;
-  const Real* rewards;
-  const Real* log_weights;
-  const int64_t* lengths;
-  const int64_t* keys;
-  int64_t k;
-  int64_t n;
-  double alpha;
-  bool is_soft;
-  bool is_greedy;
-  DeviceInt seed;
-  DeviceInt step;
-  int64_t* choice;
-  float* final_logprobs;
-  float* q;
-  float* q_stderr;
-  float* ess;
-};
-
-__device__ double warp_max(double value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const double other = __shfl_xor_sync(kAllLanes, value, offset);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-// Pairs of lanes in a fixed order: the same sum on every lane and at every run.
-__device__ double warp_sum(double value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
-  return value;
+__global__ void __launch_bounds__(kThreads) reweight_sample_kernel(const ReweightJob<Real> job) {
+  reweight_prompt(job);
 }
 
 template <typename Real>
-__global__ void __launch_bounds__(kWarp) reweight_sample_kernel(const Job<Real> job) {
-  extern __shared__ double scores[];
-  const int64_t g = blockIdx.x;
-  const int lane = threadIdx.x;
-  double peak = -INFINITY;
-  for (int64_t z = lane; z < job.k; z += kWarp) {
-    const int64_t at = g * job.k + z;
-    int64_t valid = job.lengths == nullptr ? job.n : job.lengths[at];
-    valid = valid < job.n ? valid : job.n;
-    const CandidateValue value = value_candidate<Real>(
-        job.rewards + at * job.n, job.log_weights == nullptr ? nullptr : job.log_weights + at * job.n, valid,
-        job.alpha, job.is_soft, nullptr);
-    job.q[at] = static_cast<float>(value.q);
-    job.q_stderr[at] = static_cast<float>(value.standard_error);
-    job.ess[at] = static_cast<float>(value.ess);
-    scores[z] = candidate_score(static_cast<double>(job.prior_logprobs[at]), value.q, job.alpha);
-    peak = scores[z] > peak ? scores[z] : peak;
-  }
-  peak = warp_max(peak);
-  double mass = 0.0;
-  for (int64_t z = lane; z < job.k; z += kWarp) mass += scores[z] == -INFINITY ? 0.0 : ::exp(scores[z] - peak);
-  const double lse = peak + ::log(warp_sum(mass));
-
-  const int64_t key = job.keys == nullptr ? g : job.keys[g];
-  const int64_t seed = job.seed.read();
-  const int64_t step = job.step.read();
-  double best_score = -INFINITY;
-  long long best_id = INT64_MAX;
-  long long best = 0;
-  for (int64_t z = lane; z < job.k; z += kWarp) {
-    const int64_t at = g * job.k + z;
-    job.final_logprobs[at] = static_cast<float>(scores[z] == -INFINITY ? scores[z] : scores[z] - lse);
-    const int64_t id = job.token_ids[at];
-    const double noisy = job.is_greedy ? scores[z] : scores[z] + choice_gumbel(seed, key, step, id);
-    if (is_chosen_before(noisy, id, best_score, best_id)) {
-      best_score = noisy;
-      best_id = id;
-      best = z;
-    }
-  }
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const double score = __shfl_xor_sync(kAllLanes, best_score, offset);
-    const long long id = __shfl_xor_sync(kAllLanes, best_id, offset);
-    const long long z = __shfl_xor_sync(kAllLanes, best, offset);
-    const bool is_same = score == best_score && id == best_id;
-    if (is_chosen_before(score, id, best_score, best_id) || (is_same && z < best)) {
-      best_score = score;
-      best_id = id;
-      best = z;
-    }
-  }
-  if (lane == 0) job.choice[g] = best;
-}
-
-template <typename Real>
-void launch(const Job<Real>& job, int64_t prompts, cudaStream_t stream) {
+void launch(const ReweightJob<Real>& job, int64_t prompts, cudaStream_t stream) {
+  const int64_t lanes = job.k * lanes_a_candidate(job.n);
+  const int64_t threads = std::clamp<int64_t>((lanes + 31) / 32 * 32, 32, kThreads);
   reweight_sample_kernel<Real>
-      <<<static_cast<unsigned>(prompts), kWarp, job.k * sizeof(double), stream>>>(job);
+      <<<static_cast<unsigned>(prompts), static_cast<unsigned>(threads), job.k * sizeof(double), stream>>>(job);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-DeviceInt device_int(int64_t number, const std::optional<Tensor>& tensor) {
-  return {number, data_or_null<int64_t>(tensor)};
 }
 
 }  // namespace
@@ -155,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cuda(
   STD_TORCH_CHECK(k <= kMostCandidates, "reweight_sample: k is ", k, ", expected at most ", kMostCandidates);
 
   const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
-    return new_tensor_on(aoti_torch_device_type_cuda(), device, sizes, type);
+    return new_cuda_tensor(device, sizes, type);
   };
   Tensor choice = make({prompts}, ScalarType::Long);
   Tensor final_logprobs = make({prompts, k}, ScalarType::Float);
@@ -164,8 +64,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cuda(
   Tensor ess = make({prompts, k}, ScalarType::Float);
   if (prompts == 0) return {choice, final_logprobs, q, q_stderr, ess};
 
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const auto run = [&](auto zero) {
     using Real = decltype(zero);
     launch<Real>(
@@ -176,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cuda(
          static_cast<int64_t*>(choice.mutable_data_ptr()), static_cast<float*>(final_logprobs.mutable_data_ptr()),
          static_cast<float*>(q.mutable_data_ptr()), static_cast<float*>(q_stderr.mutable_data_ptr()),
          static_cast<float*>(ess.mutable_data_ptr())},
-        prompts, static_cast<cudaStream_t>(stream));
+        prompts, current_stream(device));
   };
   if (is_float) {
     run(0.0f);

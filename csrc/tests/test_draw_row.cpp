@@ -117,6 +117,10 @@ void ties_at_the_edge_go_to_the_lower_ids() {
   check(logits, {1.0f, 0, 0.3});
   check(logits, {1.0f, 2000, 0.8});
   check(logits, {1.0f, 1000, 0.5});
+  // Top-k keeps one of the ties, and top-p all that it left.
+  std::vector<float> flat(4500, 0.0f);
+  flat[700] = flat[4000] = 1.0f;
+  check(flat, {1.0f, 3, 0.9});
 }
 
 void nan_is_never_drawn() {

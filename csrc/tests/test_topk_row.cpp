@@ -87,6 +87,16 @@ void rows_that_crowd_one_lane() {
   check(ramp, kSize, kSize, 77);
 }
 
+// Lanes tie with each other and within themselves: ids decide, in the lane keys as in the result.
+void rows_of_few_values() {
+  std::vector<float> logits = random_logits(2 * 5000);
+  for (float& x : logits) x = std::floor(x / 3.0f);
+  for (const int k : {1, 5, 33, 100}) {
+    check(logits, 5000, 5000, k);
+    check(std::vector<float>(5000, 2.5f), 5000, 5000, k);
+  }
+}
+
 void padding_and_nan_take_no_part() {
   std::vector<float> logits = random_logits(2 * 2600);
   for (size_t i = 2500; i < 2600; ++i) logits[i] = logits[i + 2600] = 1e30f;
@@ -108,6 +118,7 @@ void an_infinite_logit_is_first_and_its_lse_is_not_finite() {
 int main() {
   random_rows_at_awkward_sizes();
   rows_that_crowd_one_lane();
+  rows_of_few_values();
   padding_and_nan_take_no_part();
   an_infinite_logit_is_first_and_its_lse_is_not_finite();
   return tq_test::num_failures();
