@@ -217,7 +217,7 @@ def test_a_function_as_reward_gives_the_tokens_of_the_naive_loop() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral-sliding", "gemma2", "gpt-oss", "gpt2", "opt", "gpt-neox"]
+    "name", ["llama", "mistral-sliding", "gemma2", "gemma3", "gpt2", "opt", "gpt-neox"]
 )
 def test_half_precision_runs_and_starts_as_near_the_truth_as_the_plain_model(
     name: str, dtype: torch.dtype
@@ -233,10 +233,10 @@ def test_half_precision_runs_and_starts_as_near_the_truth_as_the_plain_model(
     for ids, trace in zip(prompts(), result.traces, strict=True):
         truth = next_token_logprobs(exact, ids)[trace[0].candidates]
         plain = next_token_logprobs(baseline, ids)[trace[0].candidates]
-        errors.append((trace[0].prior_logprobs - truth).abs().max())
-        plain_errors.append((plain - truth).abs().max())
-    # The plain model's error is rounding too, so that ours may be a little unluckier.
-    assert max(errors) <= 2 * max(plain_errors) + 0.01
+        errors.append((trace[0].prior_logprobs - truth).abs())
+        plain_errors.append((plain - truth).abs())
+    # The plain model's error is rounding too, and these are few numbers: ours may be unluckier.
+    assert torch.cat(errors).median() <= 2 * torch.cat(plain_errors).median() + 0.002
 
 
 def test_what_is_returned_can_be_trained_on() -> None:

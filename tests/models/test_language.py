@@ -187,9 +187,10 @@ def test_half_precision_errs_no_more_than_the_plain_model(
     assert ours.isfinite().all()
 
     def error(values: torch.Tensor) -> float:
-        return float((values.float() - truth).square().mean().sqrt())
+        # The median: where an expert's score is nearly tied, rounding may send a token elsewhere.
+        return float((values.float() - truth).abs().median())
 
-    assert error(ours) <= 1.3 * error(plain) + 0.01
+    assert error(ours) <= 1.3 * error(plain)
 
 
 def test_a_forest_counts_the_tokens_that_went_through_the_model(random_ids) -> None:
