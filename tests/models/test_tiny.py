@@ -267,12 +267,13 @@ def test_the_target_reward_agrees_with_the_baseline_reward_only_in_part(
 
 
 # The target reward model reads figures, tips, thanks and rudeness, and hardly the match with the
-# question, slips and repetition, which gold counts too; hence its lower floor.
+# question, slips and repetition, which gold counts too; hence its lower floor. The card gives 0.53
+# and 0.73 over 512 samples; 256 samples here leave a standard error of about 0.04.
 @pytest.mark.parametrize(
     ("name", "gold", "least_correlation"),
     [
         ("reward", tiny.gold_reward, 0.4),
-        ("baseline_reward", tiny.baseline_gold_reward, 0.7),
+        ("baseline_reward", tiny.baseline_gold_reward, 0.6),
     ],
 )
 def test_reward_models_follow_their_gold_and_have_unit_spread(
