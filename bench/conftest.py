@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 
 _FIGURES = pytest.StashKey[list[str]]()
+_LOAD = pytest.StashKey[float]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FIGURES] = []
+    # Said beside the figures: what else runs on a machine changes them most.
+    config.stash[_LOAD] = os.getloadavg()[0]
 
 
 @pytest.fixture
@@ -25,10 +29,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lines = terminalreporter.config.stash[_FIGURES]
     if not lines:
         return
+    loads = terminalreporter.config.stash[_LOAD], os.getloadavg()[0]
     terminalreporter.section("figures")
     terminalreporter.write_line(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}"
+        f"torch {torch.__version__}, load average {loads[0]:.1f} before and {loads[1]:.1f} after"
     )
     for line in lines:
         terminalreporter.write_line(line)

@@ -31,6 +31,7 @@ HORIZON = 20
 # Tokens that are decoded while the clock runs, and those of the response they stand for.
 TOKENS = 4
 RESPONSE = 128
+ROUNDS = 3
 SETTINGS = {"k": K, "horizon": HORIZON, "strategy": "greedy", "rollout": "greedy"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -173,7 +174,7 @@ def test_the_naive_loop(
         timing.per_token.append((time.perf_counter() - start) / num_tokens)
         return response
 
-    response = benchmark.pedantic(run, rounds=2)
+    response = benchmark.pedantic(run, rounds=ROUNDS)
     benchmark.extra_info["seconds_per_token"] = timing.seconds_per_token
     runs.naive[dtype, length] = timing, response
 
@@ -198,7 +199,7 @@ def test_decode(
 
     timing = runs.decode[dtype, length] = Timing()
     result = benchmark.pedantic(
-        lambda: timed_decode(duo, prompt, timing, max_new_tokens=TOKENS), rounds=2
+        lambda: timed_decode(duo, prompt, timing, max_new_tokens=TOKENS), rounds=ROUNDS
     )
     info = benchmark.extra_info
     info["seconds_per_token"] = timing.seconds_per_token
@@ -211,6 +212,13 @@ def test_decode(
             f"the naive loop, {1e3 * timing.seconds_per_token:.0f} ms by decode, "
             f"{info['ratio']:.1f}x"
         )
+        whole = sum(result.stats.seconds.values())
+        shares = [
+            f"{name} {100 * seconds / whole:.0f} %"
+            for name, seconds in result.stats.seconds.items()
+            if seconds > 0.01 * whole
+        ]
+        figure(f"{dtype}, prompt {length}: of {TOKENS} tokens' time {', '.join(shares)}")
     report_growth(info, figure, runs, dtype, length)
     report_memory(info, figure, duo, result, dtype, length)
 
