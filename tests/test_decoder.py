@@ -117,6 +117,13 @@ def test_bad_models_are_refused_by_name(baseline, models, message) -> None:
         tq_fast.TransferDecoder(**arguments)
 
 
+def test_a_missing_folder_beside_others_is_not_looked_for_on_the_hub(tmp_path, monkeypatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidArgument, match="baseline='models/nope': there is no such folder"):
+        tq_fast.TransferDecoder("models/nope", count_evens)
+
+
 def test_a_classifier_is_no_baseline() -> None:
     classifier = llama(LlamaForSequenceClassification, num_labels=1)
     with pytest.raises((InvalidArgument, UnsupportedModel), match="baseline"):

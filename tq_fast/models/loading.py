@@ -225,6 +225,8 @@ def _existing(source: str | os.PathLike[str], role: str) -> str:
     if Path(name).is_dir():
         return name
     is_path = isinstance(source, os.PathLike) or name.startswith((".", "/", "~"))
+    # "models/nope" beside a folder "models" is a slip of the pen, not an organisation's model.
+    is_path = is_path or ("/" in name and Path(name).parent.is_dir())
     if not name or is_path or name.count("/") > 1:
         raise InvalidArgument(f"{role}={name!r}: there is no such folder")
     return name
