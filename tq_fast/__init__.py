@@ -1,6 +1,6 @@
 """tq_fast: Transfer Q* decoding, fast (arXiv 2405.20495)."""
 
-from . import ops
+from . import ops, presets
 from ._version import __version__
 from .config import DecodeConfig
 from .decoder import TransferDecoder, decode
@@ -15,4 +15,5 @@ __all__ = [
     "__version__",
     "decode",
     "ops",
+    "presets",
 ]

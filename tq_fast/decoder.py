@@ -22,6 +22,7 @@ from .models.loading import (
     load_language_model,
     load_reward,
     load_tokenizer,
+    place_models,
 )
 from .models.reward import RewardFunction, Texts
 from .progress import TokenBar
@@ -121,7 +122,7 @@ class TransferDecoder:
         dtype: torch.dtype | str = "auto",
     ) -> None:
         self.reward_bounds = _check_bounds(reward_bounds)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = place_models(device)
         self.baseline = load_language_model(baseline, "baseline", device=place, dtype=dtype)
         self.tokenizer = load_tokenizer(tokenizer, baseline, "tokenizer")
         self.sft = None

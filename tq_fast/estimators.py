@@ -76,16 +76,16 @@ class Certificate:
 
     Attributes:
         kl_to_sft: sum over the steps of KL(pi_alg || pi_sft), nats; None without an SFT model.
-        kl_to_baseline: the same to pi_BL.
+        kl_to_baseline: the same to pi_BL; None where no baseline took part.
         log_prior_mass: sum over the steps of the log prior mass of the k candidates.
-        prior: the prior in use, "sft" or "baseline".
+        prior: the prior in use, "sft" or "baseline"; "mixture" of both for dera.
         kl_bound: bound on KL(rho_alg || rho_sft) in nats: `T r_max / alpha` under the SFT prior,
             `(1 / beta + T / alpha) r_max` under the baseline prior, `-log_prior_mass` added. None
             where the reward's bounds, or the beta that it needs, were not given.
     """
 
     kl_to_sft: float | None
-    kl_to_baseline: float
+    kl_to_baseline: float | None
     log_prior_mass: float
     prior: str
     kl_bound: float | None
@@ -97,7 +97,7 @@ def certify(
     prior: str,
     num_steps: int,
     kl_to_sft: float | None,
-    kl_to_baseline: float,
+    kl_to_baseline: float | None,
     log_prior_mass: float,
     reward_bounds: tuple[float, float] | None,
 ) -> Certificate:

@@ -25,7 +25,7 @@ class StepTrace:
         prior_logprobs: log pi_prior `[k]`, under the full vocabulary.
         final_logprobs: log pi_alg `[k]`.
         kl_to_sft: KL(pi_alg || pi_sft) of this step, nats; None without an SFT model.
-        kl_to_baseline: KL(pi_alg || pi_BL) of this step, nats.
+        kl_to_baseline: KL(pi_alg || pi_BL) of this step, nats; None where no baseline took part.
         choice: index of the chosen candidate.
     """
 
@@ -37,7 +37,7 @@ class StepTrace:
     prior_logprobs: torch.Tensor
     final_logprobs: torch.Tensor
     kl_to_sft: float | None
-    kl_to_baseline: float
+    kl_to_baseline: float | None
     choice: int
 
     @property

@@ -31,12 +31,15 @@ RANKS = {
     "results": 7,
     "reweighting": 8,
     "decoding": 9,
+    "sampling": 9,
     "decoder": 10,
-    "__init__": 11,
-    "commands": 12,
-    "evaluation": 12,
+    "plain": 10,
+    "method_call": 11,
     "presets": 12,
-    "cli": 13,
+    "__init__": 13,
+    "commands": 14,
+    "evaluation": 14,
+    "cli": 15,
 }
 OPS = (
     "topk_logprobs",
@@ -117,6 +120,7 @@ def test_public_names() -> None:
         "DecodeConfig",
         "DecodeResult",
         "ops",
+        "presets",
         "__version__",
     }
     for name in tq_fast.__all__:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Console
-from transformers import GenerationConfig, PreTrainedModel
 
+from .. import presets
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..errors import InvalidArgument, TqFastError
@@ -107,9 +107,15 @@ def compare(
     reader = decoder.prompt_reader()
     prompts = [reader.read(idx, text) for idx, text in enumerate(texts)]
     start = time.perf_counter()
-    plain = {
-        name: [sample_response(model, decoder, prompt, config) for prompt in prompts]
-        for name, model in (("SFT", decoder.sft), ("baseline", decoder.baseline))
+    options = {
+        "tokenizer": decoder.tokenizer,
+        "max_new_tokens": config.max_new_tokens,
+        "eos_token_id": end_token_ids(decoder.baseline, decoder.tokenizer),
+        "seed": config.seed,
+    }
+    drawn = {
+        "SFT": presets.sft(prompts, sft=decoder.sft, **options),
+        "baseline": presets.baseline(prompts, decoder.baseline, **options),
     }
     took = time.perf_counter() - start
     say(console, f"sampled the SFT and baseline responses in {took:.1f} s")
@@ -128,41 +134,19 @@ def compare(
             on_finished=lambda idx, _: progress.end(idx, is_failed=False),
         )
     seconds = time.perf_counter() - start
-    responses = {**plain, "Transfer Q*": [ids.tolist() for ids in decoded.sequences]}
+    drawn["Transfer Q*"] = decoded
     return DemoResult(
         prompts=list(texts),
-        methods=[score(decoder, name, prompts, ids) for name, ids in responses.items()],
+        methods=[
+            score(decoder, name, prompts, [ids.tolist() for ids in result.sequences])
+            for name, result in drawn.items()
+        ],
         traces=decoded.traces,
         certificates=decoded.certificate,
         stats=decoded.stats,
         seconds=seconds,
         tokenizer=decoder.tokenizer,
     )
-
-
-def sample_response(
-    model: PreTrainedModel, decoder: TransferDecoder, prompt: Prompt, config: DecodeConfig
-) -> list[int]:
-    """Plain decoding: a sample of the model's own law, the end token included."""
-    ends = list(end_token_ids(decoder.baseline, decoder.tokenizer))
-    generation = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=config.max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
-    )
-    ids = torch.tensor([prompt.token_ids], device=model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        # A seed of its own for each prompt, so that a prompt's answer does not depend on others.
-        torch.manual_seed((config.seed + prompt.key) % 2**63)
-        output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=generation
-        )
-    return output[0, ids.shape[1] :].tolist()
 
 
 def score(

@@ -34,6 +34,11 @@ ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 
 
+def place_models(device: torch.device | str | None) -> torch.device:
+    """Where models that are named are put: `device`, else a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def load_language_model(
     source: ModelLike, role: str, *, device: torch.device, dtype: torch.dtype | str
 ) -> PreTrainedModel:

@@ -152,6 +152,23 @@ def _draw(
     return ids.squeeze(-1), proposal.squeeze(-1).clamp(max=0.0)
 
 
+def proposal_logprobs(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Log-probs `[N, V]` of the whole law that `sample_tokens` draws from, fp32, natural log.
+
+    What temperature and truncation leave out has -inf; temperature is above 0. Plain PyTorch.
+    """
+    values = clean_logits(logits, vocab_size)
+    shifted = (values - values.amax(dim=-1, keepdim=True)) / temperature
+    return torch.where(_kept(shifted, top_k, top_p), shifted, -torch.inf).log_softmax(dim=-1)
+
+
 def _kept(shifted: Tensor, top_k: PerRow, top_p: PerRow) -> Tensor:
     """Bool, broadcastable against `[N, V]`: what top-k, and then top-p, leave of each row."""
     width = shifted.shape[-1]
