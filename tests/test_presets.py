@@ -20,6 +20,7 @@ from tests.naive import (
     next_token_logprobs,
 )
 from tests.ops.statistics import chi_square_excess
+from tests.truncation import truncate
 from tq_fast import presets
 from tq_fast.errors import DecodingError, InvalidArgument, RewardError
 
@@ -41,7 +42,11 @@ NEEDED = {
 }
 EXTRA = {"best_of_n": {"n": 3}, "transfer_q_indirect": {"beta": 0.5}}
 
-pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
+    pytest.mark.filterwarnings("ignore:the weights of indirect transfer"),
+    pytest.mark.filterwarnings("ignore:transfer='indirect' with one roll-out"),
+]
 
 
 @functools.cache
@@ -203,18 +208,6 @@ def test_log_probs_and_divergences_of_plain_decoding_are_exact() -> None:
         assert certificate.kl_to_sft == pytest.approx(float(totals[0]))
         assert certificate.kl_to_baseline == pytest.approx(float(totals[1]))
         assert certificate.kl_bound is None and certificate.log_prior_mass == 0.0
-
-
-def truncate(law: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Log-probs after temperature, top-k and top-p, from their definitions."""
-    probs = (law / temperature).softmax(-1)
-    order = probs.argsort(descending=True)[:top_k]
-    share = probs[order] / probs[order].sum()
-    before = share.cumsum(0) - share
-    kept = order[before < top_p]
-    drawn = torch.full_like(law, -math.inf)
-    drawn[kept] = (probs[kept] / probs[kept].sum()).log()
-    return drawn
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0, 1.7])

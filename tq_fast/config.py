@@ -42,7 +42,10 @@ class DecodeConfig:
             "baseline".
         candidates_from: the policy that proposes the candidates.
         transfer: "direct" (the baseline was aligned to the target reward) or "indirect".
-        weights: how indirect transfer weighs its roll-outs (method of section 2, point 4).
+        weights: how indirect transfer weighs its roll-outs: "log_ratio" by
+            r / beta + log pi_sft - log of the density drawn from (sampled roll-outs only),
+            "reward_gap" by (r - r_BL) / beta, both normalised within a candidate, so that more
+            than one roll-out is needed; "published" as the paper's code does, for comparison.
         estimator: "mean" of the weighed rewards, or "soft", alpha log mean exp(r / alpha).
         eos_token_id: ids that end a response; None: the baseline's own; (): never stop.
         seed: of every random draw; the same seed gives the same responses.
@@ -105,6 +108,11 @@ class DecodeConfig:
                 "beta must be given for transfer='indirect': the KL weight that the baseline was "
                 "trained with, got None"
             )
+        if self.needs_log_ratio and self.rollout == "greedy":
+            raise InvalidArgument(
+                "rollout='greedy' draws from no density, which weights='log_ratio' weighs against; "
+                "use rollout='sample', or weights='reward_gap'"
+            )
 
     @classmethod
     def from_options(cls, base: DecodeConfig | None = None, /, **options: Any) -> DecodeConfig:
@@ -135,6 +143,11 @@ class DecodeConfig:
     def needs_baseline_reward(self) -> bool:
         """Whether roll-outs are scored by the reward that the baseline was aligned to."""
         return self.transfer == "indirect" and self.weights != "log_ratio"
+
+    @property
+    def is_published(self) -> bool:
+        """Whether Q is that of the published indirect code, without normalised weights."""
+        return self.transfer == "indirect" and self.weights == "published"
 
     def horizon_at(self, step: int) -> int:
         """Tokens of a roll-out after the candidate, `step` response tokens being emitted."""

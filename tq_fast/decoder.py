@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from .config import DecodeConfig
 from .decoding import ForestDecoder, Players, Response
+from .diagnostics import known_ess, warn_of_collapse, warn_of_noise
 from .errors import DecodingError, InvalidArgument
 from .estimators import Certificate, certify
 from .models.language import LanguageForest, max_positions
@@ -203,7 +203,9 @@ class TransferDecoder:
                 except DecodingError as error:
                     error.finished = {idx: done.sequence for idx, done in finished.items()}
                     raise
-        _warn_of_noise(responses, config)
+        traces = [response.trace for response in responses]
+        warn_of_noise(traces, config)
+        warn_of_collapse(traces, config)
         results = [finished[response.idx] for response in responses]
         return DecodeResult(
             texts=None if self.tokenizer is None else [result.text for result in results],
@@ -328,7 +330,11 @@ class TransferDecoder:
             num_steps=len(trace),
             kl_to_sft=None if self.sft is None else sum(step.kl_to_sft for step in trace),
             kl_to_baseline=sum(step.kl_to_baseline for step in trace),
+            kl_baseline_to_sft=None
+            if self.sft is None
+            else sum(step.kl_baseline_to_sft for step in trace),
             log_prior_mass=sum(float(step.prior_logprobs.logsumexp(-1)) for step in trace),
+            ess=[] if config.is_published else known_ess(trace),
             reward_bounds=self.reward_bounds,
         )
 
@@ -342,15 +348,3 @@ def _check_bounds(bounds: Any) -> tuple[float, float] | None:
     if not bounds[0] < bounds[1]:
         raise InvalidArgument(f"reward_bounds must have lo < hi, got {bounds!r}")
     return float(bounds[0]), float(bounds[1])
-
-
-def _warn_of_noise(responses: Sequence[Response], config: DecodeConfig) -> None:
-    """Warn when the Monte-Carlo error of Q exceeds alpha: the law is then dominated by noise."""
-    steps = [step for response in responses for step in response.trace]
-    noisy = sum(bool((step.q_stderr > config.alpha).any()) for step in steps)
-    if noisy:
-        warnings.warn(
-            f"the standard error of Q exceeds alpha={config.alpha} for some candidate in {noisy} "
-            f"of {len(steps)} steps; use more roll-outs (num_rollouts) or a larger alpha",
-            stacklevel=3,
-        )

@@ -11,6 +11,7 @@ import torch
 from . import ops
 from .config import DecodeConfig
 from .errors import DecodingError, RewardError
+from .estimators import kl_divergence
 from .models.language import LanguageForest
 from .models.reward import RewardSession, drop_from
 from .prompts import Prompt
@@ -148,7 +149,12 @@ class ForestDecoder:
             else:
                 logits = forest.tip[:, : self.vocab_size].float()
                 logprobs[role] = logits.gather(1, proposed.ids) - logits.logsumexp(1, keepdim=True)
-        return Candidates(proposed.ids, logprobs)
+        drift = None
+        if self.players.sft is not None:
+            tips = (self.players.baseline.tip, self.players.sft.tip)
+            laws = [tip[:, : self.vocab_size].float().log_softmax(1) for tip in tips]
+            drift = kl_divergence(*laws)
+        return Candidates(proposed.ids, logprobs, drift)
 
     def _check_drawn(self, branches: Sequence[Branch], step: int) -> None:
         for branch in branches:

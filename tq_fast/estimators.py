@@ -7,6 +7,8 @@ goes in (the log-weights of indirect transfer) and what is reported beside it st
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from collections.abc import Sequence
 
 import torch
 
@@ -81,7 +83,17 @@ class Certificate:
         prior: the prior in use, "sft" or "baseline"; "mixture" of both for dera.
         kl_bound: bound on KL(rho_alg || rho_sft) in nats: `T r_max / alpha` under the SFT prior,
             `(1 / beta + T / alpha) r_max` under the baseline prior, `-log_prior_mass` added. None
-            where the reward's bounds, or the beta that it needs, were not given.
+            where the reward's bounds, or the beta that it needs, were not given, and where it does
+            not hold: under the baseline prior for a baseline that was aligned to another reward,
+            and for weights="published", whose Q leaves the reward's bounds.
+        gap_reduction: what the theorem takes off `beta KL(rho* || rho_sft)`, its bound on how far
+            the reward stays below the best one, in units of the reward, along this response:
+            `alpha KL(pi_alg || pi_BL)` under the baseline prior, `alpha (KL(pi_alg || pi_sft) -
+            KL(pi_BL || pi_sft))` under the SFT prior, summed over the steps. None where the theorem
+            says nothing: for indirect transfer, and where a model did not take part.
+        median_ess: median effective sample size over all steps and candidates with more than one
+            roll-out; None where there is none.
+        min_ess: the smallest of them.
     """
 
     kl_to_sft: float | None
@@ -89,6 +101,9 @@ class Certificate:
     log_prior_mass: float
     prior: str
     kl_bound: float | None
+    gap_reduction: float | None = None
+    median_ess: float | None = None
+    min_ess: float | None = None
 
 
 def certify(
@@ -98,15 +113,37 @@ def certify(
     num_steps: int,
     kl_to_sft: float | None,
     kl_to_baseline: float | None,
+    kl_baseline_to_sft: float | None,
     log_prior_mass: float,
+    ess: Sequence[float],
     reward_bounds: tuple[float, float] | None,
 ) -> Certificate:
-    """Return the certificate of a response of `num_steps` tokens."""
-    bound = None
-    if reward_bounds is not None and (prior == "sft" or config.beta is not None):
+    """Return the certificate of a response of `num_steps` tokens; divergences are sums over them.
+
+    `ess` are the effective sample sizes of all candidates with more than one roll-out.
+    """
+    bound = gap_reduction = None
+    is_direct = config.transfer == "direct"
+    is_bounded = config.beta is not None and is_direct
+    if prior == "sft":
+        is_bounded = is_direct or config.weights != "published"
+    if reward_bounds is not None and is_bounded:
         # The theorem takes 0 <= r <= r_max; a reward moved by a constant chooses the same tokens.
         r_max = reward_bounds[1] - reward_bounds[0]
         bound = num_steps * r_max / config.alpha - log_prior_mass
         if prior == "baseline":
             bound += r_max / config.beta
-    return Certificate(kl_to_sft, kl_to_baseline, log_prior_mass, prior, bound)
+    if is_direct and prior == "baseline" and kl_to_baseline is not None:
+        gap_reduction = config.alpha * kl_to_baseline
+    elif is_direct and prior == "sft" and kl_baseline_to_sft is not None:
+        gap_reduction = config.alpha * (kl_to_sft - kl_baseline_to_sft)
+    return Certificate(
+        kl_to_sft,
+        kl_to_baseline,
+        log_prior_mass,
+        prior,
+        bound,
+        gap_reduction,
+        statistics.median(ess) if ess else None,
+        min(ess) if ess else None,
+    )

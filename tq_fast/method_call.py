@@ -114,15 +114,19 @@ class MethodCall:
     def _certify_sft(
         self, trace: list[StepTrace], certificate: Certificate, decoder: TransferDecoder
     ) -> Certificate:
-        return certify(
+        bounded = certify(
             self.config,
             prior="sft",
             num_steps=len(trace),
             kl_to_sft=certificate.kl_to_baseline,
             kl_to_baseline=None,
+            kl_baseline_to_sft=None,
             log_prior_mass=certificate.log_prior_mass,
+            ess=[],
             reward_bounds=decoder.reward_bounds,
         )
+        ess = {"median_ess": certificate.median_ess, "min_ess": certificate.min_ess}
+        return dataclasses.replace(bounded, **ess)
 
 
 def _as_sft(step: StepTrace) -> StepTrace:

@@ -27,6 +27,8 @@ class StepTrace:
         kl_to_sft: KL(pi_alg || pi_sft) of this step, nats; None without an SFT model.
         kl_to_baseline: KL(pi_alg || pi_BL) of this step, nats; None where no baseline took part.
         choice: index of the chosen candidate.
+        kl_baseline_to_sft: KL(pi_BL || pi_sft) of this step over the whole vocabulary, nats; None
+            unless both take part.
     """
 
     candidates: torch.Tensor
@@ -39,6 +41,12 @@ class StepTrace:
     kl_to_sft: float | None
     kl_to_baseline: float | None
     choice: int
+    kl_baseline_to_sft: float | None = None
+
+    @property
+    def num_rollouts(self) -> torch.Tensor:
+        """How many rewards Q of each candidate is made of, int64 `[k]`."""
+        return (~self.rewards.isnan()).sum(-1)
 
     @property
     def token_id(self) -> int:

@@ -22,10 +22,13 @@ class Candidates:
     Attributes:
         ids: token ids `[G, k]`.
         logprobs: log-probs `[G, k]` under the full vocabulary, by role ("baseline", "sft").
+        kl_baseline_to_sft: KL(pi_BL || pi_sft) `[G]` over the full vocabulary, nats; None without
+            an SFT model.
     """
 
     ids: torch.Tensor
     logprobs: dict[str, torch.Tensor]
+    kl_baseline_to_sft: torch.Tensor | None = None
 
 
 def log_ratios(sft: LanguageForest, branches: Sequence[Branch], *, vocab_size: int) -> list[float]:
@@ -73,7 +76,7 @@ def choose(
     if ratios is not None:
         _, log_ratio = _by_candidate(branches, ratios, ids)
     values, num_values = rewards, lengths
-    if config.transfer == "indirect" and config.weights == "published":
+    if config.is_published:
         published = estimators.published_values(config, rewards, baseline_rewards, lengths)
         values, num_values = published[..., None], torch.ones_like(lengths)
     else:
@@ -131,12 +134,15 @@ def _traces(
     )
     rows = zip(*(column.cpu() for column in columns), strict=True)
     choices = chosen.choice.tolist()
+    drift = candidates.kl_baseline_to_sft
+    drifts = [None] * len(choices) if drift is None else drift.tolist()
     return [
         StepTrace(
             *row,
             kl_to_sft=divergence["sft"][tree] if "sft" in divergence else None,
             kl_to_baseline=divergence["baseline"][tree],
             choice=choices[tree],
+            kl_baseline_to_sft=drifts[tree],
         )
         for tree, row in enumerate(rows)
     ]

@@ -29,6 +29,7 @@ RANKS = {
     "estimators": 6,
     "rollouts": 6,
     "results": 7,
+    "diagnostics": 8,
     "reweighting": 8,
     "decoding": 9,
     "sampling": 9,
