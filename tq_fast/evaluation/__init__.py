@@ -1,0 +1,1 @@
+"""Evaluation: configurations, measures, summaries, pictures and the report."""
