@@ -127,6 +127,14 @@ def decode(
             metavar="N",
         ),
     ] = 8,
+    memory_budget: Annotated[
+        int | None,
+        _job_option(
+            "--memory-budget",
+            help="Bytes of KV and logits at most; what does not fit together runs in turn.",
+            metavar="BYTES",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, _job_option("--overwrite", help="Start again, whatever the output holds.")
     ] = False,
@@ -161,7 +169,11 @@ def decode(
         dtype=dtype,
     )
     options = JobOptions(
-        batch_size=batch_size, traces=traces, overwrite=overwrite, retry_errors=retry_errors
+        batch_size=batch_size,
+        memory_budget=memory_budget,
+        traces=traces,
+        overwrite=overwrite,
+        retry_errors=retry_errors,
     )
     raise typer.Exit(run_decode(config, models, prompts, output, options, Console(stderr=True)))
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .config import DecodeConfig
-from .decoding import ForestDecoder, Players, Response
+from .decoding import ForestDecoder, Players, Rules
 from .diagnostics import known_ess, warn_of_collapse, warn_of_noise
 from .errors import DecodingError, InvalidArgument
 from .estimators import Certificate, certify
-from .models.language import LanguageForest, max_positions
+from .levers import Levers
+from .memory import ForestSize, Needs, fit_forest
+from .models.language import LanguageForest, check_runs, max_positions
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -24,10 +28,10 @@ from .models.loading import (
     load_tokenizer,
     place_models,
 )
-from .models.reward import RewardFunction, Texts
+from .models.reward import CausalReward, RewardFunction, Texts
 from .progress import TokenBar
 from .prompts import Prompt, PromptLike, PromptReader, read_prompts
-from .results import DecodeResult, DecodeStats, PromptResult
+from .results import DecodeResult, DecodeStats, PromptResult, Response
 
 _MODEL_ARGUMENTS = (
     "sft",
@@ -39,6 +43,7 @@ _MODEL_ARGUMENTS = (
     "reward_bounds",
     "device",
     "dtype",
+    "levers",
 )
 
 
@@ -49,6 +54,7 @@ def decode(
     *,
     config: DecodeConfig | None = None,
     batch_size: int = 8,
+    memory_budget: int | None = None,
     progress: bool = False,
     **options: Any,
 ) -> DecodeResult:
@@ -64,7 +70,11 @@ def decode(
         reward: a sequence classifier (hub id, folder or model; any tokenizer), or a function
             `(prompts, responses) -> floats`.
         config: settings to start from; `options` replace its fields.
-        batch_size: prompts that are decoded together. Results do not depend on it.
+        batch_size: prompts that are decoded together, at most; one that is finished makes room
+            for the next. Results do not depend on it.
+        memory_budget: bytes of KV and logits at most, over all models (weights not counted);
+            prompts, and then roll-outs, that do not fit together run one after the other, with
+            the same results. None: as much as batch_size takes.
         progress: show a progress bar.
         **options: every field of `DecodeConfig`, and the keyword arguments of `TransferDecoder`.
 
@@ -80,7 +90,13 @@ def decode(
     models = {name: options.pop(name) for name in _MODEL_ARGUMENTS if name in options}
     config = DecodeConfig.from_options(config, **options)
     decoder = TransferDecoder(baseline, reward, **models)
-    return decoder.decode(prompts, config=config, batch_size=batch_size, progress=progress)
+    return decoder.decode(
+        prompts,
+        config=config,
+        batch_size=batch_size,
+        memory_budget=memory_budget,
+        progress=progress,
+    )
 
 
 class TransferDecoder:
@@ -97,9 +113,12 @@ class TransferDecoder:
         reward_tokenizer: the reward's; None: that in its own folder.
         baseline_reward_tokenizer: likewise.
         reward_index: which label of a reward model with several labels is the reward.
-        reward_bounds: (lo, hi) between which the reward always lies; for the certificate.
+        reward_bounds: (lo, hi) between which the reward always lies: for the certificate, and
+            candidates that cannot be chosen any more are then not rolled out (their Q is NaN in the
+            traces).
         device: where models that are named are put; None: a GPU if there is one.
         dtype: of models that are named, a `torch.dtype` or "auto" (as they were saved).
+        levers: speed levers to switch off, for measuring; None: all are on.
 
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
@@ -120,7 +139,9 @@ class TransferDecoder:
         reward_bounds: tuple[float, float] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "auto",
+        levers: Levers | None = None,
     ) -> None:
+        self.levers = levers or Levers()
         self.reward_bounds = _check_bounds(reward_bounds)
         place = place_models(device)
         self.baseline = load_language_model(baseline, "baseline", device=place, dtype=dtype)
@@ -157,6 +178,7 @@ class TransferDecoder:
         *,
         config: DecodeConfig | None = None,
         batch_size: int = 8,
+        memory_budget: int | None = None,
         progress: bool = False,
         on_token: Callable[[int], None] | None = None,
         on_finished: Callable[[int, PromptResult], None] | None = None,
@@ -168,9 +190,13 @@ class TransferDecoder:
         as soon as its response is complete. What they raise ends the call.
         """
         config = DecodeConfig.from_options(config, **options)
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        if not _is_positive_int(batch_size):
             raise InvalidArgument(
                 f"batch_size must be an integer of at least 1, got {batch_size!r}"
+            )
+        if memory_budget is not None and not _is_positive_int(memory_budget):
+            raise InvalidArgument(
+                f"memory_budget must be a number of bytes, or None, got {memory_budget!r}"
             )
         prior = self._check_config(config)
         read = self._read_prompts(prompts, config)
@@ -179,6 +205,12 @@ class TransferDecoder:
             eos = end_token_ids(self.baseline, self.tokenizer)
         stats = DecodeStats()
         responses = [Response(idx, prompt) for idx, prompt in enumerate(read)]
+        batch_size = min(batch_size, max(1, len(read)))
+        size = ForestSize(batch_size, batch_size * _rows_per_slot(config))
+        if read and memory_budget is not None:
+            size = fit_forest(
+                self._needs(read, config), batch_size=batch_size, memory_budget=memory_budget
+            )
         finished: dict[int, PromptResult] = {}
 
         def note(response: Response, is_finished: bool) -> None:
@@ -195,14 +227,13 @@ class TransferDecoder:
         num_tokens = len(read) * config.max_new_tokens
         rewards = (getattr(r, "model", None) for r in (self.reward, self.baseline_reward))
         models = [m for m in (self.baseline, self.sft, *rewards) if m is not None]
+        rules = Rules(config, prior, eos, self.reward_bounds, size.max_rows, self.levers)
         with TokenBar(num_tokens, visible=progress) as bar, evaluating(models):
-            for start in range(0, len(responses), batch_size):
-                group = responses[start : start + batch_size]
-                try:
-                    stats.add(self._decode_group(group, config, prior, eos, note))
-                except DecodingError as error:
-                    error.finished = {idx: done.sequence for idx, done in finished.items()}
-                    raise
+            try:
+                self._decode_all(responses, rules, size, stats, note)
+            except DecodingError as error:
+                error.finished = {idx: done.sequence for idx, done in finished.items()}
+                raise
         traces = [response.trace for response in responses]
         warn_of_noise(traces, config)
         warn_of_collapse(traces, config)
@@ -222,51 +253,105 @@ class TransferDecoder:
         """
         return PromptReader(self.tokenizer, vocab_size=self._vocab_size())
 
+    def _decode_all(
+        self,
+        responses: list[Response],
+        rules: Rules,
+        size: ForestSize,
+        stats: DecodeStats,
+        note: Callable[[Response, bool], None],
+    ) -> None:
+        """Decode everything, over smaller forests where the memory does not suffice."""
+        while unfinished := [r for r in responses if not self._is_finished(r, rules)]:
+            group = unfinished if rules.levers.refill_slots else unfinished[: size.num_slots]
+            try:
+                self._decode_group(group, rules, size, stats, note)
+            except torch.OutOfMemoryError as error:
+                smaller = size.halved()
+                if smaller is None:
+                    raise
+                warnings.warn(
+                    f"out of memory with {size}; going on with {smaller} ({error})", stacklevel=4
+                )
+                size = smaller
+                rules = dataclasses.replace(rules, max_rows=size.max_rows)
+                if self.baseline.device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+    def _is_finished(self, response: Response, rules: Rules) -> bool:
+        ids = response.token_ids
+        return len(ids) == rules.config.max_new_tokens or bool(ids and ids[-1] in rules.eos)
+
     def _decode_group(
         self,
         group: list[Response],
-        config: DecodeConfig,
-        prior: str,
-        eos: tuple[int, ...],
+        rules: Rules,
+        size: ForestSize,
+        stats: DecodeStats,
         note: Callable[[Response, bool], None],
-    ) -> DecodeStats:
-        """Decode a few prompts together over one forest a model."""
-        longest = max(len(response.prompt.token_ids) for response in group)
-        horizon = config.max_new_tokens if config.horizon is None else config.horizon
-        num_rows = len(group) * config.k * config.rollouts_per_candidate
+    ) -> None:
+        """Decode prompts over one forest a model, as many at a time as `size` says."""
+        config = rules.config
+        num_slots = min(size.num_slots, len(group))
+        num_rows = max(num_slots, min(size.max_rows, num_slots * _rows_per_slot(config)))
+        branch = _branch_capacity(config)
+        prompts = [response.prompt for response in group]
         sizes = {
-            "num_trees": len(group),
-            "prefix_capacity": longest + config.max_new_tokens,
+            "num_trees": num_slots,
+            "prefix_capacity": _prefix_capacity(prompts, config),
+            "backend": config.backend,
+            "few_rows": rules.levers.few_rows,
+        }
+        opening = {
+            "waiting": prompts[num_slots:],
+            "num_rows": num_rows,
+            "max_new": config.max_new_tokens + branch,
             "backend": config.backend,
         }
-        prompts = [response.prompt for response in group]
-        max_new = config.max_new_tokens + horizon
-        opening = {"num_rows": num_rows, "max_new": max_new, "backend": config.backend}
         players = Players(
             baseline=LanguageForest(
-                self.baseline, num_rows=num_rows, branch_capacity=max(1, horizon), **sizes
+                self.baseline, num_rows=num_rows, branch_capacity=branch, **sizes
             ),
             sft=None
             if self.sft is None
             else LanguageForest(
                 self.sft,
-                num_rows=num_rows if config.needs_log_ratio else len(group),
-                branch_capacity=max(1, horizon) if config.needs_log_ratio else 1,
+                num_rows=num_rows if config.needs_log_ratio else num_slots,
+                branch_capacity=branch if config.needs_log_ratio else 1,
                 **sizes,
             ),
-            reward=self.reward.open(prompts, **opening),
-            baseline_reward=None
-            if self.baseline_reward is None
-            else self.baseline_reward.open(prompts, **opening),
+            reward=self.reward.open(prompts[:num_slots], **opening),
+            baseline_reward=self.baseline_reward.open(prompts[:num_slots], **opening)
+            if config.needs_baseline_reward
+            else None,
         )
-        stats = DecodeStats()
-        forest = ForestDecoder(players, group, config, prior=prior, eos=eos, stats=stats)
-        forest.run(note)
-        for role, player in vars(players).items():
-            if player is not None:
-                stats.token_forwards[role] = player.num_token_forwards
-                stats.peak_kv_bytes[role] = player.peak_kv_bytes
-        return stats
+        own = DecodeStats()
+        try:
+            forest = ForestDecoder(players, group, rules, num_slots=num_slots, stats=own)
+            forest.run(note)
+        finally:
+            for role, player in vars(players).items():
+                if player is not None:
+                    own.token_forwards[role] = player.num_token_forwards
+                    own.peak_kv_bytes[role] = player.peak_kv_bytes
+            stats.add(own)
+
+    def _needs(self, prompts: Sequence[Prompt], config: DecodeConfig) -> Needs:
+        """Bytes of a slot and of a roll-out, for the longest of `prompts`."""
+        prefix, branch = _prefix_capacity(prompts, config), _branch_capacity(config)
+        per_token = check_runs(self.baseline)
+        logits = 2 * 4 * self.baseline.get_output_embeddings().weight.shape[0]
+        per_slot, per_row = per_token * prefix, per_token * (branch + 1) + logits
+        if self.sft is not None:
+            per_token = check_runs(self.sft)
+            per_slot += per_token * (prefix + 1)
+            per_row += per_token * branch if config.needs_log_ratio else 0
+        for reward in (self.reward, self.baseline_reward if config.needs_baseline_reward else None):
+            if isinstance(reward, CausalReward):
+                per_token = check_runs(reward.model)
+                per_slot += per_token * (prefix + branch)
+                per_row += per_token * (branch + 2)
+        return Needs(per_slot, per_row, _rows_per_slot(config))
 
     def _check_config(self, config: DecodeConfig) -> str:
         """Check what depends on the models; return the prior in use."""
@@ -335,8 +420,25 @@ class TransferDecoder:
             else sum(step.kl_baseline_to_sft for step in trace),
             log_prior_mass=sum(float(step.prior_logprobs.logsumexp(-1)) for step in trace),
             ess=[] if config.is_published else known_ess(trace),
+            is_exact=all(step.is_complete for step in trace),
             reward_bounds=self.reward_bounds,
         )
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _rows_per_slot(config: DecodeConfig) -> int:
+    return config.k * config.rollouts_per_candidate
+
+
+def _prefix_capacity(prompts: Sequence[Prompt], config: DecodeConfig) -> int:
+    return max(len(prompt.token_ids) for prompt in prompts) + config.max_new_tokens
+
+
+def _branch_capacity(config: DecodeConfig) -> int:
+    return max(1, config.max_new_tokens if config.horizon is None else config.horizon)
 
 
 def _check_bounds(bounds: Any) -> tuple[float, float] | None:

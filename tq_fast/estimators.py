@@ -14,6 +14,9 @@ import torch
 
 from .config import DecodeConfig
 
+# Unknown values up to which all corners of their box are tried.
+_MAX_CORNERS = 10
+
 
 def log_weights(
     config: DecodeConfig,
@@ -68,6 +71,35 @@ def kl_divergence(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> t
     return terms.sum(-1)
 
 
+def greatest_kl(
+    prior_logprobs: torch.Tensor,
+    reference_logprobs: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+) -> float:
+    """Return an upper bound on KL(p || q) in nats, p = softmax(log prior + u), low <= u <= high.
+
+    In each u alone the divergence falls and then rises, so its maximum over the box is at a corner:
+    exact while at most ten u are unknown, and beyond that max log p / q, which is never less.
+
+    Args:
+        prior_logprobs: log prior `[k]`.
+        reference_logprobs: log q `[k]`.
+        low, high: Q / alpha at its least and greatest `[k]`.
+    """
+    prior, reference = prior_logprobs.double(), reference_logprobs.double()
+    low, high = low.double(), high.double()
+    unknown = (high > low).nonzero().squeeze(1)
+    if len(unknown) > _MAX_CORNERS:
+        top = (prior - reference + high).max()
+        return float(top - (prior + low).logsumexp(0))
+    corners = torch.arange(2 ** len(unknown))[:, None] >> torch.arange(len(unknown)) & 1
+    scores = low.repeat(len(corners), 1)
+    scores[:, unknown] = torch.where(corners.bool(), high[unknown], low[unknown])
+    logprobs = (prior + scores).log_softmax(1)
+    return float(kl_divergence(logprobs, reference.expand_as(logprobs)).max())
+
+
 @dataclasses.dataclass(frozen=True)
 class Certificate:
     """What one response cost in divergence, and the bound of the prior that was used.
@@ -77,7 +109,8 @@ class Certificate:
     and horizons and imperfect baselines are not covered.
 
     Attributes:
-        kl_to_sft: sum over the steps of KL(pi_alg || pi_sft), nats; None without an SFT model.
+        kl_to_sft: sum over the steps of KL(pi_alg || pi_sft), nats; None without an SFT model. An
+            upper bound where choices were settled by bounds on the reward.
         kl_to_baseline: the same to pi_BL; None where no baseline took part.
         log_prior_mass: sum over the steps of the log prior mass of the k candidates.
         prior: the prior in use, "sft" or "baseline"; "mixture" of both for dera.
@@ -90,7 +123,8 @@ class Certificate:
             the reward stays below the best one, in units of the reward, along this response:
             `alpha KL(pi_alg || pi_BL)` under the baseline prior, `alpha (KL(pi_alg || pi_sft) -
             KL(pi_BL || pi_sft))` under the SFT prior, summed over the steps. None where the theorem
-            says nothing: for indirect transfer, and where a model did not take part.
+            says nothing: for indirect transfer, where a model did not take part, and where a
+            choice was settled without every Q.
         median_ess: median effective sample size over all steps and candidates with more than one
             roll-out; None where there is none.
         min_ess: the smallest of them.
@@ -116,11 +150,13 @@ def certify(
     kl_baseline_to_sft: float | None,
     log_prior_mass: float,
     ess: Sequence[float],
+    is_exact: bool,
     reward_bounds: tuple[float, float] | None,
 ) -> Certificate:
     """Return the certificate of a response of `num_steps` tokens; divergences are sums over them.
 
-    `ess` are the effective sample sizes of all candidates with more than one roll-out.
+    `ess` are the effective sample sizes of all candidates with more than one roll-out; `is_exact`
+    is false where a choice was settled by bounds on the reward, so that divergences are bounds too.
     """
     bound = gap_reduction = None
     is_direct = config.transfer == "direct"
@@ -133,9 +169,10 @@ def certify(
         bound = num_steps * r_max / config.alpha - log_prior_mass
         if prior == "baseline":
             bound += r_max / config.beta
-    if is_direct and prior == "baseline" and kl_to_baseline is not None:
+    is_told = is_direct and is_exact
+    if is_told and prior == "baseline" and kl_to_baseline is not None:
         gap_reduction = config.alpha * kl_to_baseline
-    elif is_direct and prior == "sft" and kl_baseline_to_sft is not None:
+    elif is_told and prior == "sft" and kl_baseline_to_sft is not None:
         gap_reduction = config.alpha * (kl_to_sft - kl_baseline_to_sft)
     return Certificate(
         kl_to_sft,

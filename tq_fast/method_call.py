@@ -123,6 +123,7 @@ class MethodCall:
             kl_baseline_to_sft=None,
             log_prior_mass=certificate.log_prior_mass,
             ess=[],
+            is_exact=all(step.is_complete for step in trace),
             reward_bounds=decoder.reward_bounds,
         )
         ess = {"median_ess": certificate.median_ess, "min_ess": certificate.min_ess}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from .estimators import Certificate
+from .prompts import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +19,17 @@ class StepTrace:
 
     Attributes:
         candidates: token ids `[k]`, by falling proposal probability.
-        rewards: rewards of the roll-outs `[k, n]`; NaN where a candidate has fewer than n.
-        q: values Q `[k]`.
+        rewards: rewards of the roll-outs `[k, n]`; NaN where a candidate has fewer than n, and
+            where the choice was settled without one.
+        q: values Q `[k]`; NaN for a candidate of which not every roll-out was needed.
         q_stderr: Monte-Carlo standard error of Q `[k]`; NaN with a single roll-out.
         ess: effective sample size of each candidate's weights `[k]`.
         prior_logprobs: log pi_prior `[k]`, under the full vocabulary.
-        final_logprobs: log pi_alg `[k]`.
-        kl_to_sft: KL(pi_alg || pi_sft) of this step, nats; None without an SFT model.
-        kl_to_baseline: KL(pi_alg || pi_BL) of this step, nats; None where no baseline took part.
+        final_logprobs: log pi_alg `[k]`; NaN unless every Q is known.
+        kl_to_sft: KL(pi_alg || pi_sft) of this step, nats; None without an SFT model. Where some Q
+            is not known, the greatest value that the bounds on the reward allow.
+        kl_to_baseline: KL(pi_alg || pi_BL) of this step, likewise; None where no
+            baseline took part.
         choice: index of the chosen candidate.
         kl_baseline_to_sft: KL(pi_BL || pi_sft) of this step over the whole vocabulary, nats; None
             unless both take part.
@@ -54,9 +58,29 @@ class StepTrace:
         return int(self.candidates[self.choice])
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every Q is known: the choice was not settled by bounds on the reward."""
+        return not bool(self.q.isnan().any())
+
+    @property
     def prior_mass(self) -> float:
         """Prior probability of the k candidates together."""
         return float(self.prior_logprobs.logsumexp(-1).exp())
+
+
+@dataclasses.dataclass
+class Response:
+    """One prompt's response in the making: `idx` is the prompt's position in the call."""
+
+    idx: int
+    prompt: Prompt
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    trace: list[StepTrace] = dataclasses.field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Index of the token that is chosen next, from 0."""
+        return len(self.token_ids)
 
 
 @dataclasses.dataclass
@@ -69,7 +93,8 @@ class DecodeStats:
         num_steps: tokens chosen, over all prompts.
         rollout_steps: forward passes of the baseline for roll-outs, each for all rows.
         rollouts_run: roll-outs that were run.
-        rollouts_skipped: roll-outs that were not needed (candidates that end the response).
+        rollouts_skipped: roll-outs that were not needed (candidates that end the response, or that
+            could not be chosen any more).
         peak_kv_bytes: most bytes of KV held at a time, by role.
         seconds: wall time by phase ("prefill", "candidates", "rollout", "reward", "reweight",
             "commit"), in seconds.

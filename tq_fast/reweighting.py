@@ -13,6 +13,7 @@ from .config import DecodeConfig
 from .models.language import LanguageForest
 from .results import StepTrace
 from .rollouts import Branch
+from .values import LazyArgmax, StepValues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,8 @@ def log_ratios(sft: LanguageForest, branches: Sequence[Branch], *, vocab_size: i
     drawn = [i for i, branch in enumerate(branches) if branch.tokens]
     if drawn:
         rows = [[branches[i].candidate, *branches[i].tokens] for i in drawn]
-        logprobs = sft.score_rows(rows, [branches[i].tree for i in drawn], vocab_size=vocab_size)
+        trees = [branches[i].place.tree for i in drawn]
+        logprobs = sft.score_rows(rows, trees, vocab_size=vocab_size)
         for i, logprob in zip(drawn, logprobs, strict=True):
             ratios[i] = logprob - branches[i].proposal_logprob
     return ratios
@@ -45,92 +47,53 @@ def log_ratios(sft: LanguageForest, branches: Sequence[Branch], *, vocab_size: i
 
 def choose(
     candidates: Candidates,
-    branches: Sequence[Branch],
-    scores: Sequence[float],
+    values: StepValues,
     *,
-    baseline_scores: Sequence[float] | None,
-    ratios: Sequence[float] | None,
     prior: str,
-    keys: Sequence[int],
-    step: int,
+    keys: torch.Tensor,
+    lazy: LazyArgmax | None,
     config: DecodeConfig,
 ) -> list[StepTrace]:
-    """Turn scores into values, reweight the prior and choose one candidate a tree.
+    """Turn rewards into values, reweight the prior and choose one candidate a tree.
 
     Args:
         candidates: of every tree.
-        branches: every roll-out of every candidate.
-        scores: the target reward of each branch.
-        baseline_scores: r_BL of each branch, where the weights need it.
-        ratios: `log_ratios` of each branch, where the weights need them.
+        values: rewards of their roll-outs.
         prior: the role whose policy is reweighted.
-        keys: key of each tree's random stream.
-        step: response tokens emitted so far.
+        keys: of each tree's random stream at this step, int64 `[G]`.
+        lazy: what settled the choice; None: every roll-out has come in.
         config: alpha, beta, estimator, strategy, seed.
     """
-    ids = candidates.ids
-    lengths, rewards = _by_candidate(branches, scores, ids)
-    baseline_rewards = log_ratio = log_weights = None
-    if baseline_scores is not None:
-        _, baseline_rewards = _by_candidate(branches, baseline_scores, ids)
-    if ratios is not None:
-        _, log_ratio = _by_candidate(branches, ratios, ids)
-    values, num_values = rewards, lengths
-    if config.is_published:
-        published = estimators.published_values(config, rewards, baseline_rewards, lengths)
-        values, num_values = published[..., None], torch.ones_like(lengths)
-    else:
-        log_weights = estimators.log_weights(config, rewards, baseline_rewards, log_ratio)
+    prior_logprobs = candidates.logprobs[prior]
+    device = prior_logprobs.device
+    unknown = ~values.is_complete.to(device)
+    if lazy is not None:
+        beaten = ~lazy.contenders(values).to(device) & unknown.any(1, keepdim=True)
+        prior_logprobs = prior_logprobs.masked_fill(beaten, -math.inf)
+    rewards, weights, lengths = _weighed(values, config)
     chosen = ops.reweight_sample(
-        candidates.logprobs[prior],
-        ids,
-        values,
-        log_weights,
-        num_values,
+        prior_logprobs,
+        candidates.ids,
+        rewards.to(device),
+        None if weights is None else weights.to(device),
+        lengths.to(device),
         alpha=config.alpha,
         estimator=config.estimator,
         greedy=config.strategy == "greedy",
         seed=config.seed,
-        keys=torch.tensor(keys, device=ids.device),
-        step=step,
+        keys=keys,
+        step=0,
         backend=config.backend,
     )
-    used = torch.arange(rewards.shape[2], device=ids.device) < lengths[..., None]
-    return _traces(candidates, torch.where(used, rewards, math.nan), chosen, prior)
-
-
-def _by_candidate(
-    branches: Sequence[Branch], numbers: Sequence[float], ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how many numbers each candidate has `[G, k]`, and the numbers `[G, k, n]`, fp32."""
-    num_trees, k = ids.shape
-    table: list[list[list[float]]] = [[[] for _ in range(k)] for _ in range(num_trees)]
-    for branch, number in zip(branches, numbers, strict=True):
-        table[branch.tree][branch.candidate_idx].append(number)
-    lengths = [[len(cell) for cell in row] for row in table]
-    width = max(max(row) for row in lengths)
-    padded = [[cell + [0.0] * (width - len(cell)) for cell in row] for row in table]
-    return (
-        torch.tensor(lengths, device=ids.device),
-        torch.tensor(padded, dtype=torch.float32, device=ids.device),
-    )
-
-
-def _traces(
-    candidates: Candidates, rewards: torch.Tensor, chosen: ops.ReweightedSample, prior: str
-) -> list[StepTrace]:
-    divergence = {
-        role: estimators.kl_divergence(chosen.final_logprobs, logprobs).tolist()
-        for role, logprobs in candidates.logprobs.items()
-    }
+    divergences = _divergences(candidates, values, chosen.final_logprobs, prior, lazy, config)
     columns = (
         candidates.ids,
-        rewards,
-        chosen.q,
-        chosen.q_stderr,
-        chosen.ess,
+        values.rewards,
+        chosen.q.masked_fill(unknown, math.nan),
+        chosen.q_stderr.masked_fill(unknown, math.nan),
+        chosen.ess.masked_fill(unknown, math.nan),
         candidates.logprobs[prior],
-        chosen.final_logprobs,
+        chosen.final_logprobs.masked_fill(unknown.any(1, keepdim=True), math.nan),
     )
     rows = zip(*(column.cpu() for column in columns), strict=True)
     choices = chosen.choice.tolist()
@@ -139,10 +102,52 @@ def _traces(
     return [
         StepTrace(
             *row,
-            kl_to_sft=divergence["sft"][tree] if "sft" in divergence else None,
-            kl_to_baseline=divergence["baseline"][tree],
+            kl_to_sft=divergences["sft"][tree] if "sft" in divergences else None,
+            kl_to_baseline=divergences["baseline"][tree],
             choice=choices[tree],
             kl_baseline_to_sft=drifts[tree],
         )
         for tree, row in enumerate(rows)
     ]
+
+
+def _weighed(
+    values: StepValues, config: DecodeConfig
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return values `[G, k, n]`, their log-weights and how many there are `[G, k]`."""
+    rewards = values.rewards.nan_to_num(nan=0.0)
+    lengths = values.num_rollouts
+    baseline_rewards = values.baseline_rewards.nan_to_num(nan=0.0)
+    if config.is_published:
+        published = estimators.published_values(config, rewards, baseline_rewards, lengths)
+        return published[..., None], None, torch.ones_like(lengths)
+    log_ratio = values.log_ratio.nan_to_num(nan=0.0)
+    log_weights = estimators.log_weights(config, rewards, baseline_rewards, log_ratio)
+    return rewards, log_weights, lengths
+
+
+def _divergences(
+    candidates: Candidates,
+    values: StepValues,
+    final_logprobs: torch.Tensor,
+    prior: str,
+    lazy: LazyArgmax | None,
+    config: DecodeConfig,
+) -> dict[str, list[float]]:
+    """KL(pi_alg || pi) of every tree, by role; its upper end where some Q is not known."""
+    divergences = {
+        role: estimators.kl_divergence(final_logprobs, logprobs).tolist()
+        for role, logprobs in candidates.logprobs.items()
+    }
+    open_trees = (~values.is_complete).any(1).nonzero().squeeze(1).tolist()
+    if open_trees and lazy is not None:
+        low, high = lazy.value_bounds(values)
+        for role, logprobs in candidates.logprobs.items():
+            for tree in open_trees:
+                divergences[role][tree] = estimators.greatest_kl(
+                    candidates.logprobs[prior][tree].cpu(),
+                    logprobs[tree].cpu(),
+                    low[tree] / config.alpha,
+                    high[tree] / config.alpha,
+                )
+    return divergences

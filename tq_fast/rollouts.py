@@ -3,31 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from . import ops
+from .cache import SavedTokens
 from .config import DecodeConfig
 from .models.language import LanguageForest
 from .ops.philox import philox4x32
 
 
-@dataclasses.dataclass(frozen=True)
-class Branch:
-    """One roll-out of one candidate: its place in the forest, and what came of it.
+@dataclasses.dataclass(frozen=True, order=True)
+class Place:
+    """Where a roll-out belongs.
 
     Attributes:
-        tree: the tree (slot of the forest) it belongs to.
+        tree: the tree (slot of the forest).
         candidate_idx: which of the tree's k candidates it starts with.
-        candidate: that candidate's token id.
-        tokens: token ids after the candidate, at most the horizon; an EOS is the last.
-        logprob: sum of log pi_BL of `tokens`, natural log.
-        proposal_logprob: sum of the log density that they were really drawn from.
+        number: which of the candidate's n roll-outs it is.
     """
 
     tree: int
     candidate_idx: int
+    number: int
+
+    @property
+    def candidate(self) -> tuple[int, int]:
+        """The candidate `(tree, candidate_idx)`."""
+        return self.tree, self.candidate_idx
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One roll-out of one candidate: its place, and what came of it.
+
+    Attributes:
+        place: where it belongs.
+        candidate: the candidate's token id.
+        tokens: token ids after the candidate, at most the horizon; an EOS is the last.
+        logprob: sum of log pi_BL of the tokens that were drawn at this step, natural log.
+        proposal_logprob: sum of the log density that they were really drawn from.
+    """
+
+    place: Place
     candidate: int
     tokens: list[int]
     logprob: float = 0.0
@@ -35,202 +54,342 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollouts:
-    """All roll-outs of one step.
+class Head:
+    """What a tree's roll-outs start from, at one step.
 
     Attributes:
-        branches: every roll-out, by tree, then candidate, then roll-out.
-        first_row: row in the cache that holds the candidate `(tree, candidate_idx)`.
-        first_logits: logits after the candidate `(tree, candidate_idx)`: a row of this `[N, V]`.
-        logits_row: which row of `first_logits`.
+        candidates: k token ids.
+        key: of the prompt's random stream.
+        step: response tokens emitted so far.
+        horizon: tokens after the candidate, at most.
+    """
+
+    candidates: Sequence[int]
+    key: int
+    step: int
+    horizon: int
+
+    def num_rollouts(self, eos: tuple[int, ...], config: DecodeConfig) -> list[int]:
+        """Texts to score for each candidate: one where there is nothing to roll out."""
+        num = config.rollouts_per_candidate if self.horizon else 1
+        return [1 if token in eos else num for token in self.candidates]
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownRollout:
+    """A greedy roll-out of which the start is known: that of the arg-max child of a chosen token.
+
+    Attributes:
+        candidate: token id of the child.
+        tokens: what follows it, as far as known.
+        is_finished: whether it ends there with an EOS.
+        saved: KV of all of `tokens` but the last, `[1, H_kv, len - 1, d]` a layer.
+    """
+
+    candidate: int
+    tokens: list[int]
+    is_finished: bool
+    saved: SavedTokens | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """What one call of `run_rollouts` did.
+
+    Attributes:
+        branches: one for each place, in the same order.
+        first_row: the candidate `(tree, candidate_idx)` is this row of `first_logits` and `saved`.
+        first_logits: logits `[C, V]` after each candidate that ran.
+        saved: KV of these candidates.
+        row_of: row of the cache in which the roll-out of a place ended; empty where roll-outs were
+            merged.
         num_steps: forward passes that were run.
     """
 
     branches: list[Branch]
-    first_row: dict[tuple[int, int], int]
+    first_row: Mapping[tuple[int, int], int]
     first_logits: torch.Tensor | None
-    logits_row: dict[tuple[int, int], int]
+    saved: SavedTokens | None
+    row_of: Mapping[Place, int]
     num_steps: int
 
 
 class _State:
-    """Roll-outs in the making, in the order of the cache's rows."""
+    """Roll-outs in the making; those that still run come first."""
 
-    def __init__(self, num_rows: int, horizon: int, keys: torch.Tensor) -> None:
-        device = keys.device
+    def __init__(self, keys: torch.Tensor, limits: Sequence[int]) -> None:
+        device, num = keys.device, keys.shape[0]
         self.keys = keys
-        self.tokens = torch.zeros(num_rows, horizon, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self.logprob = torch.zeros(num_rows, dtype=torch.float32, device=device)
-        self.proposal_logprob = torch.zeros(num_rows, dtype=torch.float32, device=device)
-        self.origin = torch.arange(num_rows, device=device)
-
-    def fields(self) -> list[torch.Tensor]:
-        return [
-            self.keys,
-            self.tokens,
-            self.lengths,
-            self.finished,
-            self.logprob,
-            self.proposal_logprob,
-            self.origin,
-        ]
+        self.limits = torch.tensor(limits, device=device)
+        self.tokens = torch.zeros(num, max(limits), dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(num, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(num, dtype=torch.bool, device=device)
+        self.logprob = torch.zeros(num, dtype=torch.float32, device=device)
+        self.proposal_logprob = torch.zeros(num, dtype=torch.float32, device=device)
+        self.origin = torch.arange(num, device=device)
 
     def permute(self, order: torch.Tensor) -> None:
-        num_rows = order.shape[0]
-        for field in self.fields():
-            field[:num_rows] = field[order]
+        """Roll-out i of the first becomes roll-out `order[i]`."""
+        num = order.shape[0]
+        for field in vars(self).values():
+            field[:num] = field[order]
 
 
-def rollout_keys(
-    prompt_keys: Sequence[int], step: int, candidates: Sequence[int], indices: Sequence[int]
-) -> torch.Tensor:
-    """Return the key `[N]` (int64) of each roll-out's random stream.
+def stream_keys(places: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
+    """Return the key `[N]` (int64) of a random stream for each `(prompt key, step, token, number)`.
 
-    It depends on the prompt, the step, the candidate's token id and the roll-out's number, never
-    on where the roll-out happens to stand.
+    A stream depends on these alone, never on where in the forest a prompt or a roll-out happens to
+    stand.
     """
-    prompt = torch.tensor(prompt_keys, dtype=torch.int64)
-    counter = torch.stack(
-        [
-            torch.tensor(candidates, dtype=torch.int64),
-            torch.full((len(candidates),), step, dtype=torch.int64),
-            torch.tensor(indices, dtype=torch.int64),
-            torch.zeros(len(candidates), dtype=torch.int64),
-        ]
-    )
-    words = philox4x32(tuple(counter.unbind()), (prompt & 0xFFFFFFFF, (prompt >> 32) & 0xFFFFFFFF))
+    prompt, step, token, number = torch.tensor(places, dtype=torch.int64).reshape(-1, 4).unbind(1)
+    counter = (token, step, number, torch.zeros_like(step))
+    words = philox4x32(counter, (prompt & 0xFFFFFFFF, (prompt >> 32) & 0xFFFFFFFF))
     return words[0] | (words[1] << 32)
 
 
 def run_rollouts(
     forest: LanguageForest,
-    candidates: Sequence[Sequence[int]],
+    heads: Sequence[Head],
+    places: Sequence[Place],
     *,
-    horizon: int,
-    prompt_keys: Sequence[int],
-    step: int,
+    known: Mapping[tuple[int, int], KnownRollout],
+    merge: bool,
     eos: tuple[int, ...],
     config: DecodeConfig,
     vocab_size: int,
 ) -> Rollouts:
-    """Roll every candidate out, all trees and branches together.
+    """Roll out at `places`, all trees and branches together.
 
     Args:
-        forest: the baseline; `candidates[g]` are for its tree g.
-        candidates: k token ids a tree. An EOS candidate needs no roll-out, and gets none.
-        horizon: tokens after the candidate; with 0 nothing runs.
-        prompt_keys: one key a tree, of its random stream.
-        step: response tokens emitted so far.
+        forest: the baseline; `heads[g]` is of its tree g.
+        heads: one a tree.
+        places: ascending. A candidate that is an EOS, or has no horizon, gets no roll-out.
+        known: roll-outs of which the start is known, by candidate `(tree, candidate_idx)`; greedy
+            roll-outs only.
+        merge: roll-outs that are still equal share a row.
         eos: ids that end a roll-out.
         config: how roll-outs are drawn.
         vocab_size: ids from here on are padding and never drawn.
     """
-    num = config.rollouts_per_candidate if horizon else 1
-    places = [
-        (tree, idx, i)
-        for tree, ids in enumerate(candidates)
-        for idx, token in enumerate(ids)
-        for i in range(1 if token in eos else num)
-    ]
-    live = [place for place in places if candidates[place[0]][place[1]] not in eos]
-    if not horizon or not live:
-        branches = [Branch(tree, idx, candidates[tree][idx], []) for tree, idx, _ in places]
-        return Rollouts(branches, {}, None, {}, 0)
-
-    device = forest.device
-    tokens = [candidates[tree][idx] for tree, idx, _ in live]
-    keys = rollout_keys(
-        [prompt_keys[tree] for tree, _, _ in live], step, tokens, [i for _, _, i in live]
-    ).to(device)
-    row_tree = torch.tensor([tree for tree, _, _ in live], device=device)
-    uniform = len(live) == len(candidates) * len(candidates[0]) * num
-    state = _State(len(live), horizon, keys)
-    first_logits, num_steps = _advance(
-        forest,
-        state,
-        torch.tensor(tokens, device=device),
-        None if uniform else row_tree,
-        row_tree,
-        eos=torch.tensor(eos, dtype=torch.int64, device=device),
+    done: dict[Place, Branch] = {}
+    live = []
+    for place in places:
+        head = heads[place.tree]
+        token = head.candidates[place.candidate_idx]
+        if head.horizon and token not in eos:
+            live.append(place)
+        else:
+            done[place] = Branch(place, token, [])
+    if not live:
+        return Rollouts([done[place] for place in places], {}, None, None, {}, 0)
+    run = _Run(forest, heads, live, known, merge and config.rollout == "sample")
+    run.advance(
+        eos=torch.tensor(eos, dtype=torch.int64, device=forest.device),
         config=config,
         vocab_size=vocab_size,
     )
-    row_of = torch.empty_like(state.origin)
-    row_of[state.origin] = torch.arange(len(live), device=device)
-    done = {place: row for place, row in zip(live, row_of.tolist(), strict=True)}
-    all_tokens, lengths = state.tokens.tolist(), state.lengths.tolist()
-    logprob, proposal = state.logprob.tolist(), state.proposal_logprob.tolist()
-    branches = []
-    for place in places:
-        tree, idx, _ = place
-        branch = Branch(tree, idx, candidates[tree][idx], [])
-        if place in done:
-            row = done[place]
-            drawn = all_tokens[row][: lengths[row]]
-            branch = dataclasses.replace(
-                branch, tokens=drawn, logprob=logprob[row], proposal_logprob=proposal[row]
-            )
-        branches.append(branch)
-    first = [(tree, idx, number) for number, (tree, idx, i) in enumerate(live) if i == 0]
+    done.update((branch.place, branch) for branch in run.branches())
     return Rollouts(
-        branches,
-        {(tree, idx): done[(tree, idx, 0)] for tree, idx, _ in first},
-        first_logits,
-        {(tree, idx): number for tree, idx, number in first},
-        num_steps,
+        [done[place] for place in places],
+        run.first_row,
+        run.first_logits,
+        run.saved,
+        run.row_of_place(),
+        run.num_steps,
     )
 
 
-def _advance(
-    forest: LanguageForest,
-    state: _State,
-    tokens: torch.Tensor,
-    tree: torch.Tensor | None,
-    row_tree: torch.Tensor,
-    *,
-    eos: torch.Tensor,
-    config: DecodeConfig,
-    vocab_size: int,
-) -> tuple[torch.Tensor, int]:
-    """Run one forward pass and one draw a depth until every row is finished or full."""
-    first_logits = None
-    horizon = state.tokens.shape[1]
-    active = tokens.shape[0]
-    for depth in range(horizon):
-        logits = forest.forward_rows(tokens, start=depth, tree=tree)
-        if first_logits is None:
-            first_logits = logits
-        ops.advance_rollouts_(
-            logits,
-            state.keys[:active],
-            depth,
-            state.tokens[:active],
-            state.lengths[:active],
-            state.finished[:active],
-            state.logprob[:active],
-            state.proposal_logprob[:active],
-            eos,
-            temperature=0.0 if config.rollout == "greedy" else config.rollout_temperature,
-            top_k=config.rollout_top_k,
-            top_p=config.rollout_top_p,
-            vocab_size=vocab_size,
-            seed=config.seed,
-            backend=config.backend,
+class _Run:
+    """One call of `run_rollouts`: which roll-out is in which row, depth after depth.
+
+    While no rows are shared, roll-out i of the state is in row i of the cache, the finished ones
+    behind the others.
+    """
+
+    def __init__(
+        self,
+        forest: LanguageForest,
+        heads: Sequence[Head],
+        places: Sequence[Place],
+        known: Mapping[tuple[int, int], KnownRollout],
+        merge: bool,
+    ) -> None:
+        self.forest, self.places = forest, places
+        own = [heads[place.tree] for place in places]
+        self.candidates = [
+            head.candidates[place.candidate_idx] for head, place in zip(own, places, strict=True)
+        ]
+        keys = stream_keys(
+            [
+                (head.key, head.step, token, place.number)
+                for head, token, place in zip(own, self.candidates, places, strict=True)
+            ]
         )
-        if depth + 1 == horizon:
-            break
-        running = (~state.finished[:active]).nonzero().squeeze(1)
+        self.horizons = [head.horizon for head in own]
+        self.state = _State(keys.to(forest.device), self.horizons)
+        self.known = {i: known[p.candidate] for i, p in enumerate(places) if p.candidate in known}
+        self.num_active = len(places)
+        self.num_steps = 0
+        self._make_rows(merge)
+        self.first_logits: torch.Tensor | None = None
+        self.saved: SavedTokens | None = None
+
+    def _make_rows(self, merge: bool) -> None:
+        """A row for each roll-out, or for each candidate where roll-outs are merged."""
+        places, device = self.places, self.forest.device
+        first: dict[Place | tuple[int, int], int] = {}
+        for i, place in enumerate(places):
+            first.setdefault(place.candidate if merge else place, i)
+        self.first_row: dict[tuple[int, int], int] = {}
+        for row, i in enumerate(first.values()):
+            self.first_row.setdefault(places[i].candidate, row)
+        trees = [places[i].tree for i in first.values()]
+        self.row_tree = torch.tensor(trees, device=device)
+        self.tokens = torch.tensor([self.candidates[i] for i in first.values()], device=device)
+        num_trees = self.forest.cache.num_trees
+        self.is_uniform = len({trees.count(tree) for tree in range(num_trees)}) == 1
+        # Row of each active roll-out; None: roll-out i has row i.
+        self.row_of: torch.Tensor | None = None
+        self.has_merged = len(first) < len(places)
+        if self.has_merged:
+            rows = [self.first_row[place.candidate] for place in places]
+            self.row_of = torch.tensor(rows, device=device)
+
+    def advance(self, *, eos: torch.Tensor, config: DecodeConfig, vocab_size: int) -> None:
+        """Run one forward pass and one draw a depth until every roll-out is finished or full."""
+        state, depth = self.state, 0
+        while depth is not None:
+            tree = None if self.is_uniform else self.row_tree
+            logits = self.forest.forward_rows(self.tokens, start=depth, tree=tree)
+            self.num_steps += 1
+            if depth == 0:
+                self.first_logits = logits
+                self.saved = self.forest.cache.save(slice(len(self.tokens)), 0, 1)
+                self._fill_known()
+            active = self.num_active
+            if self.row_of is not None:
+                logits = logits.index_select(0, self.row_of)
+            ops.advance_rollouts_(
+                logits,
+                state.keys[:active],
+                depth,
+                state.tokens[:active],
+                state.lengths[:active],
+                state.finished[:active],
+                state.logprob[:active],
+                state.proposal_logprob[:active],
+                eos,
+                temperature=0.0 if config.rollout == "greedy" else config.rollout_temperature,
+                top_k=config.rollout_top_k,
+                top_p=config.rollout_top_p,
+                vocab_size=vocab_size,
+                seed=config.seed,
+                backend=config.backend,
+            )
+            state.finished |= state.lengths >= state.limits
+            depth = self._next_depth(depth)
+
+    def branches(self) -> list[Branch]:
+        """What came of every place."""
+        state, where = self.state, self.state.origin.argsort()
+        columns = (state.tokens, state.lengths, state.logprob, state.proposal_logprob)
+        rows = zip(*(column[where].tolist() for column in columns), strict=True)
+        return [
+            Branch(place, candidate, tokens[:length], logprob, proposal)
+            for place, candidate, (tokens, length, logprob, proposal) in zip(
+                self.places, self.candidates, rows, strict=True
+            )
+        ]
+
+    def row_of_place(self) -> dict[Place, int]:
+        """Row of the cache that holds each roll-out; empty where roll-outs were merged."""
+        if self.has_merged:
+            return {}
+        return dict(zip(self.places, self.state.origin.argsort().tolist(), strict=True))
+
+    def _fill_known(self) -> None:
+        """What is known of a roll-out is not drawn: it rests until its first unknown token."""
+        state, device = self.state, self.forest.device
+        for i, known in self.known.items():
+            tokens = known.tokens[: state.tokens.shape[1]]
+            state.tokens[i, : len(tokens)] = torch.tensor(tokens, device=device)
+            state.lengths[i] = len(tokens)
+            state.finished[i] = True
+        self.resting = {
+            i: known
+            for i, known in self.known.items()
+            if not known.is_finished and len(known.tokens) < self.horizons[i]
+        }
+
+    def _next_depth(self, depth: int) -> int | None:
+        """Make the rows of the next forward pass; return its depth, None after the last."""
+        running = (~self.state.finished[: self.num_active]).nonzero().squeeze(1)
+        if self.resting:
+            joining = min(len(known.tokens) for known in self.resting.values())
+            if depth + 1 == joining or running.numel() == 0:
+                self._join(running, joining)
+                return joining
         if running.numel() == 0:
-            break
-        # Finished rows leave once a quarter is idle: a forward pass costs little less with a few
-        # rows fewer, and moving rows costs a copy of their KV.
-        if running.numel() <= 0.75 * active:
-            order = torch.cat([running, state.finished[:active].nonzero().squeeze(1)])
-            forest.cache.permute_rows(order, depth + 1)
-            state.permute(order)
-            active = running.numel()
-            tree = row_tree[state.origin[:active]]
-        tokens = state.tokens[:active, depth]
-    return first_logits, depth + 1
+            return None
+        if self.row_of is not None:
+            self._branch(running, depth)
+        elif running.numel() <= 0.75 * self.num_active or (depth == 0 and self.known):
+            # Finished rows leave once a quarter is idle: a forward pass costs little less with a
+            # few rows fewer, and moving rows costs a copy of their KV.
+            idle = self.state.finished[: self.num_active].nonzero().squeeze(1)
+            self._reorder(torch.cat([running, idle]), len(running), depth + 1)
+        if self.row_of is None:
+            self.tokens = self.state.tokens[: self.num_active, depth]
+        return depth + 1
+
+    def _reorder(self, order: torch.Tensor, num_active: int, num_tokens: int) -> None:
+        """Row i becomes row `order[i]`, its roll-out with it; the first `num_active` go on."""
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+            self.forest.cache.take_rows(order, num_tokens)
+            self.state.permute(order)
+        if num_active != self.num_active or not self.is_uniform:
+            self.row_tree = self._trees(num_active)
+            self.is_uniform = self.forest.cache.num_trees == 1
+        self.num_active = num_active
+
+    def _trees(self, num_active: int) -> torch.Tensor:
+        trees = torch.tensor([place.tree for place in self.places], device=self.forest.device)
+        return trees[self.state.origin[:num_active]]
+
+    def _join(self, running: torch.Tensor, depth: int) -> None:
+        """Those whose known tokens end here run again, with the KV that they have from before."""
+        state, cache = self.state, self.forest.cache
+        joining = [i for i, known in self.resting.items() if len(known.tokens) == depth]
+        place_of = {origin: i for i, origin in enumerate(state.origin.tolist())}
+        rows = torch.tensor([place_of[i] for i in joining], device=self.forest.device)
+        going = torch.cat([running, rows])
+        # Stable: within a tree, those that ran stay in front.
+        going = going[self._trees(len(state.origin))[going].argsort(stable=True)]
+        is_left = torch.ones_like(state.finished)
+        is_left[going] = False
+        self._reorder(torch.cat([going, is_left.nonzero().squeeze(1)]), len(going), depth)
+        place_of = {origin: i for i, origin in enumerate(state.origin.tolist())}
+        for i in joining:
+            cache.write(place_of[i], 1, self.resting.pop(i).saved)
+            state.finished[place_of[i]] = False
+        self.tokens = state.tokens[: self.num_active, depth - 1]
+
+    def _branch(self, running: torch.Tensor, depth: int) -> None:
+        """Roll-outs of a row that drew different tokens part; one row for each that is left."""
+        state, vocab = self.state, self.forest.vocab_size
+        idle = state.finished[: self.num_active].nonzero().squeeze(1)
+        state.permute(torch.cat([running, idle]))
+        self.num_active = num = len(running)
+        pairs = self.row_of[running] * vocab + state.tokens[:num, depth]
+        rows, row_of = pairs.unique(return_inverse=True)
+        source = rows // vocab
+        self.tokens = rows % vocab
+        if not torch.equal(source, torch.arange(len(self.row_tree), device=source.device)):
+            self.forest.cache.take_rows(source, depth + 1)
+        self.row_tree = self.row_tree[source]
+        self.is_uniform = self.forest.cache.num_trees == 1
+        self.row_of = row_of
+        if len(rows) == num:
+            # All have parted: roll-out i is in row i from here on.
+            state.permute(row_of.argsort())
+            self.row_of = None

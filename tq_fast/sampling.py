@@ -25,7 +25,7 @@ from .models.language import LanguageForest
 from .ops.sample_tokens import proposal_logprobs
 from .ops.topk_logprobs import clean_logits
 from .results import StepTrace
-from .rollouts import rollout_keys
+from .rollouts import stream_keys
 
 # Stands where roll-outs have their candidate: no token has this id.
 _NO_CANDIDATE = 0xFFFFFFFF
@@ -105,12 +105,7 @@ def sample_responses(
     first = next(iter(forests.values()))
     num_trees, device = len(prompt_keys), first.device
     row_tree = torch.arange(num_trees, device=device).repeat_interleave(num)
-    keys = rollout_keys(
-        [key for key in prompt_keys for _ in range(num)],
-        0,
-        [_NO_CANDIDATE] * (num_trees * num),
-        [i for _ in range(num_trees) for i in range(num)],
-    )
+    keys = stream_keys([(key, 0, _NO_CANDIDATE, i) for key in prompt_keys for i in range(num)])
     rows = _Rows(keys.to(device), list(forests), config.max_new_tokens)
     end_ids = torch.tensor(eos, dtype=torch.int64, device=device)
     logits = {role: forest.tip.repeat_interleave(num, 0) for role, forest in forests.items()}
@@ -127,7 +122,7 @@ def sample_responses(
         if running.numel() <= 0.75 * active:
             order = torch.cat([running, rows.finished[:active].nonzero().squeeze(1)])
             for forest in forests.values():
-                forest.cache.permute_rows(order, depth)
+                forest.cache.take_rows(order, depth)
             rows.permute(order)
             active = running.numel()
             tree = row_tree[rows.origin[:active]]

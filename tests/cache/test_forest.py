@@ -112,8 +112,8 @@ def test_truncate_cuts_a_prefix_that_grows_again_from_there(writer: Writer) -> N
     assert writer.prefix(2) == [5, 6, 15]
 
 
-def test_permute_rows_moves_what_is_in_use(writer: Writer) -> None:
-    writer.cache.permute_rows(torch.tensor([3, 0, 2, 1]), 2)
+def test_take_rows_moves_what_is_in_use(writer: Writer) -> None:
+    writer.cache.take_rows(torch.tensor([3, 0, 2, 1]), 2)
     assert [writer.row(row)[:2] for row in range(6)] == [
         [13, 23],
         [10, 20],

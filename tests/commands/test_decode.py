@@ -155,8 +155,8 @@ def test_a_first_record_cut_in_half_is_no_foreign_file(job: Job, whole: Job) -> 
         ({"traces": True}, "traces was False, is True"),
         ({"models": {"dtype": "bfloat16"}}, "dtype was 'auto', is 'bfloat16'"),
         (
-            {"models": {"reward_bounds": (0.0, 1.0)}},
-            r"reward_bounds was not given, is \[0.0, 1.0\]",
+            {"models": {"reward_bounds": (-9.0, 9.0)}},
+            r"reward_bounds was not given, is \[-9.0, 9.0\]",
         ),
         ({"models": {"sft": None}}, "sft was '.*/sft', is not given"),
     ],
@@ -279,6 +279,10 @@ class _TroubledSession:
     def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
         return self.meet([self.prompts[t] for t in trees], self.session.score(trees, responses))
 
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        self.session.replace_tree(tree, prompt)
+        self.prompts[tree] = prompt
+
     def drop_tree(self, tree: int) -> None:
         self.session.drop_tree(tree)
         drop_from(self.prompts, tree)
@@ -359,8 +363,8 @@ def test_short_memory_makes_smaller_groups(job: Job, whole: Job, trouble: Callab
     trouble(_run_short_of_memory)
     assert job.run(batch_size=6) == 0
     assert job.responses() == whole.responses()
-    assert "out of memory with 6 prompts together; going on with 3" in job.said
-    assert "out of memory with 3 prompts together; going on with 2" in job.said
+    assert "out of memory with 6 prompts and 24 roll-outs" in job.said
+    assert "going on with 3 prompts" in job.said and "going on with 2 prompts" in job.said
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(

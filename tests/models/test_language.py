@@ -121,7 +121,7 @@ def test_rows_can_be_put_in_another_order_and_some_left_behind(name: str, random
     for depth in range(2):
         forest.forward_rows(tokens[:, depth], start=depth, tree=None)
     order = torch.tensor([1, 3, 4, 8, 9, 10, 0, 2, 5, 6, 7, 11])
-    forest.cache.permute_rows(order, 2)
+    forest.cache.take_rows(order, 2)
     staying = order[:6]
     logits = forest.forward_rows(tokens[staying, 2], start=2, tree=staying // ROWS_PER_TREE)
     rows = [prompts[row // ROWS_PER_TREE] + tokens[row].tolist() for row in staying.tolist()]

@@ -1,6 +1,6 @@
 """The shared-prefix KV cache and its attention function for transformers."""
 
 from .attention import forest_attention
-from .forest import ForestCache
+from .forest import ForestCache, SavedTokens
 
-__all__ = ["ForestCache", "forest_attention"]
+__all__ = ["ForestCache", "SavedTokens", "forest_attention"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from transformers.cache_utils import Cache
@@ -28,6 +29,10 @@ class _Layer:
     prefix_v: torch.Tensor
     branch_k: torch.Tensor
     branch_v: torch.Tensor
+
+
+# Keys and values `[n, H_kv, T, d]` of some rows and tokens, for each layer.
+SavedTokens: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +159,44 @@ class ForestCache(Cache):
                 "transformers through which the shared-prefix cache works"
             )
 
-    def commit(self, trees: Sequence[int], rows: Sequence[int], num_tokens: int = 1) -> None:
-        """Move the first `num_tokens` branch tokens of `rows[i]` to the prefix of `trees[i]`."""
+    def save(self, rows: slice | Sequence[int], start: int, end: int) -> SavedTokens:
+        """Copy branch tokens `start` to `end` of `rows`."""
+        return [
+            (layer.branch_k[rows, :, start:end].clone(), layer.branch_v[rows, :, start:end].clone())
+            for layer in self._kv.values()
+        ]
+
+    def write(self, row: int, start: int, saved: SavedTokens) -> None:
+        """Put the tokens of the one row in `saved` into branch `row`, from token `start` on."""
+        for layer, (keys, values) in zip(self._kv.values(), saved, strict=True):
+            end = start + keys.shape[2]
+            layer.branch_k[row, :, start:end] = keys[0]
+            layer.branch_v[row, :, start:end] = values[0]
+
+    def commit(
+        self,
+        trees: Sequence[int],
+        rows: Sequence[int],
+        num_tokens: int = 1,
+        saved: SavedTokens | None = None,
+    ) -> None:
+        """Move the first `num_tokens` branch tokens of `rows[i]` to the prefix of `trees[i]`.
+
+        They are read from `saved`, where that is given, and from the branches otherwise.
+        """
         if not trees:
             return
         device = next(iter(self._kv.values())).prefix_k.device
         tree_idx = torch.tensor(trees, device=device)
         row_idx = torch.tensor(rows, device=device)
         start = torch.tensor([self.prefix_len[tree] for tree in trees], device=device)
-        for layer in self._kv.values():
+        if saved is None:
+            saved = [(layer.branch_k, layer.branch_v) for layer in self._kv.values()]
+        for layer, (keys, values) in zip(self._kv.values(), saved, strict=True):
             for offset in range(num_tokens):
                 at = (tree_idx, slice(None), start + offset)
-                layer.prefix_k[at] = layer.branch_k[row_idx, :, offset]
-                layer.prefix_v[at] = layer.branch_v[row_idx, :, offset]
+                layer.prefix_k[at] = keys[row_idx, :, offset]
+                layer.prefix_v[at] = values[row_idx, :, offset]
         for tree in trees:
             self.prefix_len[tree] += num_tokens
 
@@ -175,13 +205,16 @@ class ForestCache(Cache):
         assert num_tokens <= self.prefix_len[tree]
         self.prefix_len[tree] = num_tokens
 
-    def permute_rows(self, order: torch.Tensor, num_tokens: int) -> None:
-        """Row i becomes row `order[i]` (int64 `[n]`), for their first `num_tokens` tokens."""
+    def take_rows(self, order: torch.Tensor, num_tokens: int) -> None:
+        """Row i becomes what row `order[i]` was (int64 `[n]`), for the first `num_tokens` tokens.
+
+        `order` may name a row several times, and leave rows out.
+        """
         num_rows = order.shape[0]
         for layer in self._kv.values():
             for buffer in (layer.branch_k, layer.branch_v):
-                used = buffer[:num_rows, :, :num_tokens]
-                used.copy_(used.index_select(0, order))
+                used = buffer[:, :, :num_tokens]
+                used[:num_rows] = used.index_select(0, order)
 
     def drop_tree(self, tree: int) -> None:
         """Take `tree` out of the forest; the last tree takes over its place."""

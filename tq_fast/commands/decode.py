@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,14 @@ class JobOptions:
 
     Attributes:
         batch_size: prompts that are decoded together, at most.
+        memory_budget: bytes of KV and logits, at most; None: as much as batch_size takes.
         traces: whether records hold a trace of every step.
         overwrite: start again, whatever the output holds.
         retry_errors: decode again the prompts that failed.
     """
 
     batch_size: int = 8
+    memory_budget: int | None = None
     traces: bool = False
     overwrite: bool = False
     retry_errors: bool = False
@@ -91,7 +92,12 @@ def run_decode(
         with loading_models(console):
             decoder = models.load()
         # No prompt yet: this only checks the settings against the models.
-        decoder.decode([], config=config, batch_size=options.batch_size)
+        decoder.decode(
+            [],
+            config=config,
+            batch_size=options.batch_size,
+            memory_budget=options.memory_budget,
+        )
         settings = make_settings(stated, model_settings(decoder, models))
         check_models(file, earlier, settings)
         for repair in describe_repairs(earlier):
@@ -122,6 +128,7 @@ class DecodeJob:
         self.entries = entries
         self.traces = options.traces
         self.batch_size = options.batch_size
+        self.memory_budget = options.memory_budget
         self.file = file
         self.fingerprint = fingerprint
         self.console = console
@@ -148,6 +155,7 @@ class DecodeJob:
             with self.progress, warnings.catch_warnings():
                 # Said once at the end, over all prompts, instead of for every group.
                 warnings.filterwarnings("ignore", "the standard error of Q")
+                warnings.showwarning = lambda message, *_, **__: say(self.console, str(message))
                 self._decode_all()
         except KeyboardInterrupt:
             say(
@@ -162,7 +170,7 @@ class DecodeJob:
     def _decode_all(self) -> None:
         # All prompts are read, so that equal ones get the random streams of an uninterrupted run.
         reader = self.decoder.prompt_reader()
-        waiting: deque[tuple[int, Prompt]] = deque()
+        waiting: list[tuple[int, Prompt]] = []
         for index, entry in enumerate(self.entries):
             try:
                 prompt = reader.read(index, entry.prompt)
@@ -174,38 +182,50 @@ class DecodeJob:
                 if index not in self.done:
                     waiting.append((index, prompt))
         while waiting:
-            size = min(self.batch_size, len(waiting))
-            self._decode_group([waiting.popleft() for _ in range(size)])
+            waiting = self._decode_most(waiting)
+
+    def _decode_most(self, waiting: list[tuple[int, Prompt]]) -> list[tuple[int, Prompt]]:
+        """Decode `waiting`; if a prompt fails, find it and return what was not begun."""
+        try:
+            self._decode(waiting)
+            return []
+        except Exception as error:
+            left = [(index, prompt) for index, prompt in waiting if index not in self.done]
+            if _ends_the_job(error) or not left:
+                raise
+        # Places in the forest are given out in order: what was under way are the first that are
+        # left. Only here, where the error is gone and with it the memory that its traceback held.
+        self._decode_group(left[: self.batch_size])
+        return left[self.batch_size :]
 
     def _decode_group(self, group: list[tuple[int, Prompt]]) -> None:
         """Decode `group` together; if that fails, its halves, down to the prompt that fails."""
-        indices = [index for index, _ in group]
+        self.progress.restart([index for index, _ in group])
         try:
-            self.decoder.decode(
-                [prompt for _, prompt in group],
-                config=self.config,
-                batch_size=len(group),
-                on_token=lambda idx: self.progress.token(indices[idx]),
-                on_finished=lambda idx, result: self._write_response(indices[idx], result),
-            )
+            self._decode(group)
             return
         except Exception as error:
             left = [(index, prompt) for index, prompt in group if index not in self.done]
             if _ends_the_job(error) or not left:
                 raise
-            self.progress.restart(indices)
             if len(group) == 1:
-                self._write_error(indices[0], error)
+                self._write_error(group[0][0], error)
                 return
-            if isinstance(error, torch.OutOfMemoryError):
-                self.batch_size = (len(group) + 1) // 2
-                message = f"out of memory with {len(group)} prompts together"
-                say(self.console, f"{message}; going on with {self.batch_size}")
-        # Only here, where the error is gone and with it the memory that its traceback held.
         middle = (len(left) + 1) // 2
         for half in (left[:middle], left[middle:]):
             if half:
                 self._decode_group(half)
+
+    def _decode(self, prompts: list[tuple[int, Prompt]]) -> None:
+        indices = [index for index, _ in prompts]
+        self.decoder.decode(
+            [prompt for _, prompt in prompts],
+            config=self.config,
+            batch_size=self.batch_size,
+            memory_budget=self.memory_budget,
+            on_token=lambda idx: self.progress.token(indices[idx]),
+            on_finished=lambda idx, result: self._write_response(indices[idx], result),
+        )
 
     def _write_response(self, index: int, result: PromptResult) -> None:
         self._write(index, response_record(self.entries[index], result, traces=self.traces))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..cache import ForestCache
+from ..cache import ForestCache, SavedTokens
 from ..cache.attention import running
 from ..cache.forest import BranchPass, PrefillPass
 from ..errors import BackendRefused, UnsupportedModel
@@ -18,7 +19,8 @@ from .few_rows import FewRows
 # Logits that one scoring pass may hold, in bytes.
 _LOGITS_BYTES = 256 << 20
 
-_models_that_ran: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+# Bytes of KV that a token takes in models that ran over a forest.
+_kv_bytes: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
 
 
 class Forest:
@@ -38,6 +40,7 @@ class Forest:
         prefix_capacity: int,
         branch_capacity: int,
         backend: str | None,
+        few_rows: bool = True,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -49,7 +52,7 @@ class Forest:
             branch_capacity=branch_capacity,
         )
         self.num_token_forwards = 0
-        self.few_rows = FewRows(model)
+        self.few_rows = FewRows(model) if few_rows else None
 
     @property
     def peak_kv_bytes(self) -> int:
@@ -104,7 +107,7 @@ class Forest:
         self.num_token_forwards += tokens.numel()
         with (
             running(module, self.cache, forward_pass, self.backend),
-            self.few_rows.during(tokens.numel()),
+            self.few_rows.during(tokens.numel()) if self.few_rows else contextlib.nullcontext(),
         ):
             return module(
                 input_ids=tokens,
@@ -172,9 +175,18 @@ class LanguageForest(Forest):
             sums += torch.where(used, picked, 0.0).sum(1).tolist()
         return sums
 
-    def commit(self, trees: Sequence[int], rows: Sequence[int], tips: torch.Tensor) -> None:
-        """Move the first token of `rows[i]` into the prefix of `trees[i]`; `tips[i]` follow it."""
-        self.cache.commit(trees, rows)
+    def commit(
+        self,
+        trees: Sequence[int],
+        rows: Sequence[int],
+        tips: torch.Tensor,
+        saved: SavedTokens | None = None,
+    ) -> None:
+        """Move the first token of `rows[i]` into the prefix of `trees[i]`; `tips[i]` follow it.
+
+        Its KV is read from `saved`, where that is given.
+        """
+        self.cache.commit(trees, rows, saved=saved)
         self.tip[torch.tensor(trees, device=self.device)] = tips
 
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
@@ -227,16 +239,16 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
 
 
 @torch.no_grad()
-def check_runs(model: PreTrainedModel) -> None:
+def check_runs(model: PreTrainedModel) -> int:
     """Push three tokens through a forest of one tree: what it does not honour shows at once.
 
-    A model that ran once is not tried again.
+    A model that ran once is not tried again. Returns the bytes of KV that a token takes.
 
     Raises:
         UnsupportedModel: the message names the model type and the feature.
     """
-    if model in _models_that_ran:
-        return
+    if model in _kv_bytes:
+        return _kv_bytes[model]
     forest = Forest(
         model, num_trees=1, num_rows=1, prefix_capacity=2, branch_capacity=1, backend=None
     )
@@ -254,7 +266,8 @@ def check_runs(model: PreTrainedModel) -> None:
             f"model type {model.config.model_type!r} does not run over the shared-prefix cache: "
             f"{error}"
         ) from error
-    _models_that_ran.add(model)
+    _kv_bytes[model] = forest.cache.num_bytes // 3
+    return _kv_bytes[model]
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -41,6 +41,10 @@ class RewardSession(Protocol):
         """Score `responses[i]` (new token ids) to the prompt of `trees[i]` (ascending)."""
         ...
 
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        """`tree` is of `prompt` from now on; nothing of what it was is kept."""
+        ...
+
     def drop_tree(self, tree: int) -> None:
         """Forget `tree`; the last tree takes over its place."""
         ...
@@ -50,12 +54,19 @@ class Reward(Protocol):
     """Something that scores responses."""
 
     def open(
-        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str | None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_rows: int,
+        max_new: int,
+        backend: str | None,
+        waiting: Sequence[Prompt] = (),
     ) -> RewardSession:
         """Start on a forest with one tree a prompt.
 
         Args:
             prompts: one a tree.
+            waiting: prompts that will replace those.
             num_rows: responses in one call of `score`, at most.
             max_new: tokens of a response, at most.
             backend: which backend the ops of a forest use.
@@ -99,7 +110,13 @@ class CallableReward:
         self.texts = texts
 
     def open(
-        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str | None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_rows: int,
+        max_new: int,
+        backend: str | None,
+        waiting: Sequence[Prompt] = (),
     ) -> RewardSession:
         return _CallableSession(self, prompts)
 
@@ -122,6 +139,9 @@ class _CallableSession:
         if isinstance(scores, torch.Tensor):
             scores = scores.reshape(-1)
         return [float(score) for score in scores]
+
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        self.prompts[tree] = prompt
 
     def drop_tree(self, tree: int) -> None:
         drop_from(self.prompts, tree)
@@ -187,13 +207,22 @@ class CausalReward(ClassifierReward):
     """
 
     def open(
-        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str | None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_rows: int,
+        max_new: int,
+        backend: str | None,
+        waiting: Sequence[Prompt] = (),
     ) -> RewardSession:
-        for prompt in prompts:
+        for prompt in (*prompts, *waiting):
             if self.shares_ids(prompt):
                 self.check_length(len(prompt.token_ids) + max_new)
         check_runs(self.model)
-        return _CausalSession(self, prompts, num_rows=num_rows, max_new=max_new, backend=backend)
+        longest = max(len(prompt.token_ids) for prompt in (*prompts, *waiting))
+        return _CausalSession(
+            self, prompts, num_rows=num_rows, capacity=longest + max_new, backend=backend
+        )
 
 
 class _CausalSession:
@@ -210,7 +239,7 @@ class _CausalSession:
         prompts: Sequence[Prompt],
         *,
         num_rows: int,
-        max_new: int,
+        capacity: int,
         backend: str | None,
     ) -> None:
         self.reward = reward
@@ -222,7 +251,7 @@ class _CausalSession:
             model,
             num_trees=len(prompts),
             num_rows=num_rows,
-            prefix_capacity=max(len(prompt.token_ids) for prompt in prompts) + max_new,
+            prefix_capacity=capacity,
             branch_capacity=1,
             backend=backend,
         )
@@ -251,6 +280,10 @@ class _CausalSession:
         for tree in range(len(self.prefixes)):
             self.last_rows[tree] = [(i, suffixes[i]) for i, t in enumerate(trees) if t == tree]
         return self._forward(trees, suffixes)
+
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        self.forest.cache.truncate(tree, 0)
+        self.prompts[tree], self.prefixes[tree], self.last_rows[tree] = prompt, [], []
 
     def drop_tree(self, tree: int) -> None:
         self.forest.cache.drop_tree(tree)
@@ -313,7 +346,13 @@ class EncoderReward(ClassifierReward):
     """A sequence classifier that reads whole texts, `_TEXT_BATCH` at a time."""
 
     def open(
-        self, prompts: Sequence[Prompt], *, num_rows: int, max_new: int, backend: str | None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_rows: int,
+        max_new: int,
+        backend: str | None,
+        waiting: Sequence[Prompt] = (),
     ) -> RewardSession:
         return _EncoderSession(self, prompts)
 
@@ -342,6 +381,9 @@ class _EncoderSession:
             for i, score in zip(chunk, self._forward([rows[i] for i in chunk]), strict=True):
                 scores[i] = score
         return scores
+
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        self.prompts[tree] = prompt
 
     def drop_tree(self, tree: int) -> None:
         drop_from(self.prompts, tree)
