@@ -171,16 +171,8 @@ def test_with_greedy_rollouts_decode_is_exact_and_so_is_its_certificate(
     kept = keep_largest(baseline, k)
     values = state_values(greedy(baseline), world().reward)
     exact = reweight(anchor, values, world().alpha, kept)
-    result = decode(
-        baseline,
-        copies=4,
-        rollout="greedy",
-        strategy=strategy,
-        prior=prior,
-        k=k,
-        beta=BETA,
-        reward_bounds=(0.0, 1.0),
-    )
+    options = {"copies": 4, "rollout": "greedy", "strategy": strategy, "prior": prior, "k": k}
+    result = decode(baseline, **options)
     for number, step, history, entry in states(result):
         ids = entry.candidates
         expected = kept[step][number, history].topk(k).indices
@@ -212,8 +204,15 @@ def test_with_greedy_rollouts_decode_is_exact_and_so_is_its_certificate(
         )
         reduction = along(to_baseline) if prior == "baseline" else along(to_sft) - along(drift)
         assert one.gap_reduction == pytest.approx(ALPHA * reduction, abs=T * ATOL)
+        assert one.kl_bound is None
+    # With bounds on the reward some values need not be known: the divergence is bounded then.
+    bounded = decode(baseline, beta=BETA, reward_bounds=(0.0, 1.0), **options)
+    for idx, (ids, one) in enumerate(zip(bounded.sequences, bounded.certificate, strict=True)):
+        assert torch.equal(ids, result.sequences[idx])
+        along = functools.partial(path_sum, number=idx // 4, ids=ids.tolist())
         bound = T / ALPHA - along(masses) + (1 / BETA if prior == "baseline" else 0.0)
         assert one.kl_bound == pytest.approx(bound, abs=T * ATOL)
+        assert along(to_sft) - T * ATOL <= one.kl_to_sft <= one.kl_bound
 
 
 @pytest.mark.parametrize("prior", ["sft", "baseline"])
@@ -225,15 +224,10 @@ def test_the_mean_certificate_is_the_divergence_of_responses_and_keeps_to_the_bo
     baseline = kl_optimum(sft, world().reward, world().beta)
     values = state_values(baseline, world().reward)
     exact = reweight(baseline if prior == "baseline" else sft, values, world().alpha)
-    result = decode(
-        baseline,
-        copies=copies,
-        num_rollouts=num_rollouts,
-        prior=prior,
-        beta=BETA,
-        reward_bounds=(0.0, 1.0),
-    )
-    assert all(one.kl_to_sft <= one.kl_bound for one in result.certificate)
+    options = {"copies": copies, "num_rollouts": num_rollouts, "prior": prior}
+    result = decode(baseline, **options)
+    bounded = decode(baseline, beta=BETA, reward_bounds=(0.0, 1.0), **options)
+    assert all(one.kl_to_sft <= one.kl_bound for one in bounded.certificate)
     truths = {
         "kl_to_sft": divergence(log_law(exact), log_law(sft)),
         "kl_to_baseline": divergence(log_law(exact), log_law(baseline)),
