@@ -4,6 +4,7 @@
 
 STABLE_TORCH_LIBRARY(tq_fast, m) {
   m.def("cpu_isa() -> str");
+  m.def("cpu_has(str trait) -> bool");
   m.def("limit_cpu_isa(str name) -> ()");
   m.def(
       "topk_logprobs(Tensor logits, int k, float temperature, Tensor? temperatures, int vocab_size)"
@@ -31,6 +32,7 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
   m.def(
       "linear_trajectory_logprob(Tensor hidden, Tensor weight, Tensor tokens, Tensor lengths,"
       " Tensor? bias, float scale, float softcap, int vocab_size) -> Tensor");
+  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "shared_prefix_attention(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor prefix_len,"
       " Tensor branch_k, Tensor branch_v, Tensor branch_len, float scale, float softcap, int window,"

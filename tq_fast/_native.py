@@ -54,6 +54,11 @@ def cpu_isa() -> str | None:
     return None if cpu_refusal() else torch.ops.tq_fast.cpu_isa()
 
 
+def cpu_has(trait: Literal["avx512_bf16", "amx", "amd"]) -> bool:
+    """Whether the processor has a feature, or is of a make, that kernels are chosen by."""
+    return cpu_refusal() is None and torch.ops.tq_fast.cpu_has(trait)
+
+
 @functools.cache
 def load_common() -> ModuleType:
     """The module over csrc/common; ImportError with the reason where it was not built."""

@@ -201,33 +201,6 @@ TQ_INLINE void soften(
   store(tile.masses + m * kLanes, mass);
 }
 
-TQ_INLINE uint16_t bfloat16_from(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-// Round to nearest even.
-TQ_INLINE uint16_t half_from(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  const uint32_t size = bits & 0x7fffffffu;
-  if (size > 0x7f800000u) return sign | 0x7e00u;
-  if (size >= 0x477ff000u) return sign | 0x7c00u;
-  if (size < 0x38800000u) {
-    // Adding 0.5 leaves the subnormal's bits at the bottom of the sum, rounded by the addition.
-    float magnitude;
-    __builtin_memcpy(&magnitude, &size, sizeof magnitude);
-    const float shifted = magnitude + 0.5f;
-    uint32_t shifted_bits;
-    __builtin_memcpy(&shifted_bits, &shifted, sizeof shifted_bits);
-    return static_cast<uint16_t>(sign | (shifted_bits - 0x3f000000u));
-  }
-  return static_cast<uint16_t>(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13));
-}
-
 }  // namespace
 
 void start_queries(const QueryTile& tile) {

@@ -2,6 +2,10 @@
 
 #include <atomic>
 
+#if TQ_HAS_X86_VARIANTS
+#include <cpuid.h>
+#endif
+
 namespace tq {
 
 namespace {
@@ -21,7 +25,31 @@ Isa detect_isa() {
 
 std::atomic<Isa> g_limit{Isa::kAvx512};
 
+#if TQ_HAS_X86_VARIANTS
+// Bits of cpuid leaf 7: the compilers that build this do not all know these features by name.
+bool has_leaf_7_bit(unsigned subleaf, bool in_edx, unsigned bit) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx) == 0) return false;
+  return ((in_edx ? edx : eax) >> bit & 1u) != 0;
+}
+#endif
+
 }  // namespace
+
+bool cpu_has([[maybe_unused]] CpuTrait trait) {
+#if TQ_HAS_X86_VARIANTS
+  switch (trait) {
+    case CpuTrait::kBf16Dot:
+      return has_leaf_7_bit(1, false, 5);
+    case CpuTrait::kAmx:
+      return has_leaf_7_bit(0, true, 24);
+    case CpuTrait::kAmd:
+      __builtin_cpu_init();
+      return __builtin_cpu_is("amd") != 0;
+  }
+#endif
+  return false;
+}
 
 Isa current_isa() {
   static const Isa detected = detect_isa();

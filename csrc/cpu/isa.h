@@ -25,6 +25,12 @@ void limit_isa(Isa limit);
 
 const char* isa_name(Isa isa);
 
+// What the choice between kernels depends on beyond the variants. Always false off x86-64.
+enum class CpuTrait : int { kBf16Dot, kAmx, kAmd };
+
+// The processor's own, whatever the limit.
+bool cpu_has(CpuTrait trait);
+
 }  // namespace tq
 
 // TQ_FOR_EACH_ISA(DECLARE) expands DECLARE(base) and, on x86-64, DECLARE(avx2) and DECLARE(avx512).

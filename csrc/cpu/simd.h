@@ -107,15 +107,53 @@ TQ_INLINE float float_from_half(uint16_t half) {
   return value;
 }
 
-// How one stored element type becomes floats. `Stored` is the type in memory.
+// Round to nearest even.
+TQ_INLINE uint16_t bfloat16_from(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+TQ_INLINE uint16_t half_from(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t size = bits & 0x7fffffffu;
+  if (size > 0x7f800000u) return sign | 0x7e00u;
+  if (size >= 0x477ff000u) return sign | 0x7c00u;
+  if (size < 0x38800000u) {
+    // Adding 0.5 leaves the subnormal's bits at the bottom of the sum, rounded by the addition.
+    float magnitude;
+    __builtin_memcpy(&magnitude, &size, sizeof magnitude);
+    const float shifted = magnitude + 0.5f;
+    uint32_t shifted_bits;
+    __builtin_memcpy(&shifted_bits, &shifted, sizeof shifted_bits);
+    return static_cast<uint16_t>(sign | (shifted_bits - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13));
+}
+
+// How one stored element type becomes floats, and floats it, rounded. `Stored` is the type in memory.
 struct Float32 {
   using Stored = float;
+  TQ_INLINE float rounded(float value) { return value; }
+  TQ_INLINE void store_rounded(float* to, F32x16 value) { store(to, value); }
   TQ_INLINE float scalar(float stored) { return stored; }
   TQ_INLINE F32x16 vector(const float* from) { return load(from); }
 };
 
 struct BFloat16 {
   using Stored = uint16_t;
+  TQ_INLINE uint16_t rounded(float value) { return bfloat16_from(value); }
+  TQ_INLINE void store_rounded(uint16_t* to, F32x16 value) {
+    const U32x16 bits = (U32x16)value;
+    const U32x16 high = bits >> 16;
+    const U32x16 up = (bits + 0x7fffu + (high & 1u)) >> 16;
+    const I32x16 is_number = value == value;
+    const U32x16 kept = (up & (U32x16)is_number) | ((high | 0x40u) & ~(U32x16)is_number);
+    *reinterpret_cast<U16x16u*>(to) = __builtin_convertvector(kept, U16x16);
+  }
   TQ_INLINE float scalar(uint16_t stored) {
     const uint32_t bits = static_cast<uint32_t>(stored) << 16;
     float value;
@@ -129,6 +167,10 @@ struct BFloat16 {
 
 struct Float16 {
   using Stored = uint16_t;
+  TQ_INLINE uint16_t rounded(float value) { return half_from(value); }
+  TQ_INLINE void store_rounded(uint16_t* to, F32x16 value) {
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = half_from(value[lane]);
+  }
   TQ_INLINE float scalar(uint16_t stored) { return float_from_half(stored); }
   TQ_INLINE F32x16 vector(const uint16_t* from) {
 #if defined(__AVX512F__)

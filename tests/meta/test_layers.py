@@ -50,6 +50,7 @@ OPS = (
     "topk_logprobs",
     "sample_tokens",
     "advance_rollouts",
+    "few_rows_linear",
     "trajectory_log_ratio",
     "linear_trajectory_logprob",
     "reweight_sample",

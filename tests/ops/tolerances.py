@@ -40,3 +40,7 @@ ATTENTION_LSE = {torch.float32: 5e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 # One fp32 convex combination, and one rounding to the output type.
 MERGE_OUT = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+# A linear layer beside torch's own: sums of at most 2050 products of unit numbers in another order
+# (2050^0.5 eps32 of the sum, itself below 200), and half a spacing of a 16-bit result below 256.
+FEW_ROWS = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}

@@ -1,62 +1,81 @@
 """Linear layers on CPU when few rows go through them.
 
-`x @ W.T` with a handful of rows is read in an order that leaves most of the memory's speed unused;
-`(W @ x.T).T`, the same product, is not: measured 1.1 to 2.3 times as fast for 5 to 40 rows in fp32
-and 1.4 to 1.9 times for 2 to 80 rows in bf16 (bench/test_few_rows.py). The weights are neither
-copied nor changed, and the layers are as they were after the block.
+`x @ W.T` with a handful of rows costs what reading W costs, and torch's product reads it at a
+fraction of the memory's speed. `ops.few_rows_linear` stands in for the layer's forward while a
+forest runs, for so many rows as it was measured to win (bench/test_few_rows.py). The weights are
+neither copied nor changed, and the layers are as they were after the block.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
-# Rows (first and last) for which the transposed product wins, by dtype.
-_ROWS = {
-    torch.float32: (5, 40),
-    torch.bfloat16: (2, 80),
-    torch.float16: (2, 80),
-}
+from .. import _native
+from ..ops.few_rows_linear import NativeLinear, unchecked_few_rows_linear
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-class _TransposedLinear:
-    """Stands in for the `forward` of one `nn.Linear`."""
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows up to which `few_rows_linear` is the faster one on this processor; 0: never.
 
-    __slots__ = ("layer",)
+    Measured beside torch 2.13 on Zen 5, whole and with its instruction sets held down to AVX2. A
+    processor with AMX was not at hand: there few_rows_linear serves while memory sets the pace.
+    """
+    isa = _native.cpu_isa()
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or isa in (None, "base"):
+        return 0
+    if isa == "avx2":
+        return 24 if dtype is torch.float32 else 64
+    if dtype is torch.float32:
+        # MKL makes half of what AMD's processors can do, whatever the number of rows.
+        return 1024 if _native.cpu_has("amd") else 40
+    if _native.cpu_has("amx"):
+        return 16
+    return 32 if dtype is torch.bfloat16 and _native.cpu_has("avx512_bf16") else 64
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.layer.weight, self.layer.bias
-        product = (weight @ x.reshape(-1, x.shape[-1]).t()).t().contiguous()
-        if bias is not None:
-            product += bias
-        return product.view(*x.shape[:-1], weight.shape[0])
+def most_rows_transposed(dtype: torch.dtype) -> int:
+    """Rows up to which `(W @ x.T).T` beats `x @ W.T`; it loses on AMD's processors.
+
+    Measured with bf16 on a Xeon with AMX: 1.4 to 1.9 times as fast for 2 to 80 rows.
+    """
+    return 80 if dtype is torch.bfloat16 and _native.cpu_has("amx") else 0
 
 
 class FewRows:
-    """The linear layers of a model, and whether a pass of so many rows is better transposed."""
+    """The linear layers of a model, and what stands in for them in a pass of so many rows.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._stand_ins = [
-            (module, _TransposedLinear(module))
+    Args:
+        model: whose layers; those of a class derived from `nn.Linear` are left alone.
+        backend: as of an op: one other than cpu leaves every layer alone.
+    """
+
+    def __init__(self, model: nn.Module, backend: str | None = None) -> None:
+        self._native = unchecked_few_rows_linear(backend)
+        self._layers = [
+            module
             for module in model.modules()
-            if type(module) is nn.Linear
+            if self._native is not None
+            and type(module) is nn.Linear
+            and type(module.weight) is nn.Parameter
             and module.weight.device.type == "cpu"
-            and module.weight.dtype in _ROWS
         ]
+        self._stand_ins: dict[int, list[tuple[nn.Linear, Forward]]] = {}
 
     @contextlib.contextmanager
     def during(self, num_rows: int) -> Iterator[None]:
-        """Within the block, layers for which it pays multiply the transposed way."""
+        """Within the block, layers for which it pays multiply another way."""
+        stand_ins = self._stand_ins.get(num_rows)
+        if stand_ins is None:
+            stand_ins = self._stand_ins[num_rows] = self._choose(num_rows)
         changed = []
-        for layer, stand_in in self._stand_ins:
-            first, last = _ROWS[layer.weight.dtype]
-            if first <= num_rows <= last and "forward" not in layer.__dict__:
+        for layer, stand_in in stand_ins:
+            if "forward" not in layer.__dict__:
                 layer.__dict__["forward"] = stand_in
                 changed.append(layer)
         try:
@@ -64,3 +83,36 @@ class FewRows:
         finally:
             for layer in changed:
                 del layer.__dict__["forward"]
+
+    def _choose(self, num_rows: int) -> list[tuple[nn.Linear, Forward]]:
+        chosen = []
+        for layer in self._layers:
+            if num_rows <= most_rows(layer.weight.dtype):
+                chosen.append((layer, _native_forward(layer, self._native)))
+            elif num_rows <= most_rows_transposed(layer.weight.dtype):
+                chosen.append((layer, _transposed_forward(layer)))
+        return chosen
+
+
+def _native_forward(layer: nn.Linear, native: NativeLinear) -> Forward:
+    # Straight from the dict: `layer.weight` costs a search through the module for each call.
+    parameters = layer._parameters
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        weight, bias = parameters["weight"], parameters["bias"]
+        if x.dtype is not weight.dtype or x.dim() not in (2, 3):
+            return nn.functional.linear(x, weight, bias)
+        return native(x, weight, bias)
+
+    return forward
+
+
+def _transposed_forward(layer: nn.Linear) -> Forward:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        weight, bias = layer.weight, layer.bias
+        product = (weight @ x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+        if bias is not None:
+            product += bias
+        return product.view(*x.shape[:-1], weight.shape[0])
+
+    return forward

@@ -52,7 +52,7 @@ class Forest:
             branch_capacity=branch_capacity,
         )
         self.num_token_forwards = 0
-        self.few_rows = FewRows(model) if few_rows else None
+        self.few_rows = FewRows(model, backend) if few_rows else None
 
     @property
     def peak_kv_bytes(self) -> int:

@@ -6,6 +6,7 @@ size, V vocabulary, D hidden, k candidates, n roll-outs. All logarithms are natu
 
 from ._dispatch import describe_backends
 from .advance_rollouts import advance_rollouts_, advance_rollouts_ref
+from .few_rows_linear import few_rows_linear, few_rows_linear_ref
 from .linear_trajectory_logprob import linear_trajectory_logprob, linear_trajectory_logprob_ref
 from .merge_attention_states import (
     AttentionState,
@@ -26,6 +27,8 @@ __all__ = [
     "advance_rollouts_",
     "advance_rollouts_ref",
     "describe_backends",
+    "few_rows_linear",
+    "few_rows_linear_ref",
     "linear_trajectory_logprob",
     "linear_trajectory_logprob_ref",
     "merge_attention_states",

@@ -1,0 +1,95 @@
+"""few_rows_linear in every vector variant; tests/ops holds the contract itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.test_few_rows_linear import DTYPES, assert_accurate, problem
+from tq_fast.ops.few_rows_linear import few_rows_linear_native
+
+# Columns and outputs: of no multiple, of several blocks of columns, of several panels.
+SIZES = [(1, 1), (16, 4), (31, 3), (33, 17), (64, 130), (768, 70), (770, 5), (2050, 21), (40, 600)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size_in, size_out", SIZES)
+def test_kernel_is_accurate_and_a_row_does_not_depend_on_the_others(isa, dtype, size_in, size_out):
+    x, weight, bias = problem(64, size_in, size_out, dtype)
+    whole = few_rows_linear_native(x, weight, bias)
+    assert_accurate(whole, x, weight, bias)
+    for num_rows in (*range(1, 41), 63):
+        part = few_rows_linear_native(x[:num_rows], weight, bias)
+        assert torch.equal(part, whole[:num_rows])
+    assert torch.equal(few_rows_linear_native(x[17:20], weight, bias), whole[17:20])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(isa, dtype):
+    x, weight, bias = problem(30, 900, 1003, dtype)
+    results: list[Tensor] = []
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(few_rows_linear_native(x, weight, bias))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_go_where_they_belong_and_nowhere_else(isa, dtype, special):
+    x, weight, _ = problem(14, 50, 9, dtype)
+    clean = few_rows_linear_native(x, weight, None)
+    for row, column in ((3, 0), (13, 49)):
+        spoiled = x.clone()
+        spoiled[row, column] = special
+        result = few_rows_linear_native(spoiled, weight, None)
+        expected = spoiled[row].double() @ weight.double().T
+        assert torch.equal(result[row].isnan(), expected.isnan())
+        assert torch.equal(result[row].isposinf(), expected.isposinf())
+        assert not result[row].isfinite().any()
+        others = torch.arange(14) != row
+        assert torch.equal(result[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_to_nearest_even_and_overflow_to_infinity(isa, dtype):
+    # Sixteen outputs and three: whole vectors and the rest are rounded by different code.
+    values = torch.randn(4000).double() * 10.0 ** torch.randint(-6, 4, (4000,))
+    weight = torch.cat([values.to(dtype), torch.tensor([torch.finfo(dtype).max] * 3, dtype=dtype)])
+    x = torch.tensor([[1.0 + torch.finfo(dtype).eps]], dtype=dtype)
+    result = few_rows_linear_native(x, weight[:, None], None)
+    expected = (x.double() * weight.double()).float().to(dtype)
+    smallest = torch.finfo(dtype).tiny
+    normal = (expected.abs() >= smallest) | (dtype is torch.float16)
+    assert torch.equal(result[0][normal[0]], expected[0][normal[0]])
+    assert result[0, -3:].isinf().all()
+
+
+def test_opcheck_passes():
+    op = torch.ops.tq_fast.few_rows_linear.default
+    x, weight, bias = problem(5, 20, 7, torch.float32)
+    torch.library.opcheck(op, (x, weight, bias))
+    torch.library.opcheck(op, (x[:, None], weight, None))
+
+
+def test_the_operator_itself_refuses_what_would_read_out_of_bounds():
+    op = torch.ops.tq_fast.few_rows_linear.default
+    x, weight, bias = problem(5, 20, 7, torch.float32)
+    for arguments in (
+        (x[:, :19], weight, bias),
+        (x, weight, bias[:6]),
+        (x, weight.bfloat16(), None),
+        (x[0], weight, None),
+    ):
+        with pytest.raises(RuntimeError, match="few_rows_linear"):
+            op(*arguments)
+
+
+def test_unknown_traits_of_processors_are_refused():
+    with pytest.raises(RuntimeError, match="sse9"):
+        torch.ops.tq_fast.cpu_has("sse9")

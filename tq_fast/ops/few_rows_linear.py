@@ -1,0 +1,96 @@
+"""A linear layer for few rows, with the weights as they lie in the model.
+
+    y[n, o] = sum_d x[n, d] weight[o, d] + bias[o]        summed in fp32, rounded once
+
+Bytes: the weights are read once, `O * D * itemsize`, which is nearly all there is to do for a few
+rows. A row of the result does not depend on the other rows, their number or the threads, bit for
+bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import env
+from ..errors import InvalidArgument
+from . import _checks
+from ._dispatch import Backend, Op, native_function
+
+NativeLinear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def few_rows_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """`torch.nn.functional.linear(x, weight, bias)`, made for a handful of rows.
+
+    Args:
+        x: `[N, D]` or `[N, T, D]`, floating point.
+        weight: `[O, D]`, the dtype of `x`.
+        bias: `[O]`, the dtype of `x`, or None.
+        backend: pins one of cuda, triton, cpu, ref; None lets TQ_FAST_BACKEND decide.
+
+    Returns:
+        `[N, O]` or `[N, T, O]`, contiguous, in the dtype of `x`.
+
+    Raises:
+        InvalidArgument: shapes or dtypes that do not fit, or an input with grad.
+        BackendRefused: the pinned backend does not take these inputs.
+    """
+    op = "few_rows_linear"
+    if x.dim() not in (2, 3):
+        raise InvalidArgument(
+            f"{op}: x has shape {list(x.shape)}, expected 2 or 3 axes, [N, D] or [N, T, D]"
+        )
+    _checks.require_float(op, "x", x)
+    _checks.require_dim(op, "weight", weight, 2, "[O, D]")
+    shape = (weight.shape[0], x.shape[-1])
+    _checks.require_shape(op, "weight", weight, shape, "[O, D] with the D of x")
+    _checks.require_dtype(op, "weight", weight, x.dtype)
+    if bias is not None:
+        _checks.require_shape(op, "bias", bias, (weight.shape[0],), "[O]")
+        _checks.require_dtype(op, "bias", bias, x.dtype)
+    _checks.refuse_grad(op, x=x, weight=weight, bias=bias)
+    return _OP(backend, x, weight, bias)
+
+
+def few_rows_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The reference of `few_rows_linear`: plain PyTorch, fp32 inside (fp64 for fp64)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    product = torch.nn.functional.linear(
+        x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+    )
+    return product.to(x.dtype)
+
+
+def few_rows_linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The C++ kernel, with the arguments of the reference."""
+    return torch.ops.tq_fast.few_rows_linear.default(x, weight, bias)
+
+
+def unchecked_few_rows_linear(backend: str | None) -> NativeLinear | None:
+    """The C++ kernel without checks and choice, for callers with thousands of calls a second.
+
+    None where it was not built, or `backend` (None: TQ_FAST_BACKEND) asks for another.
+    """
+    if (backend or env.backend()) not in ("auto", "cpu") or _OP.why_not("cpu") is not None:
+        return None
+    return torch.ops.tq_fast.few_rows_linear.default
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _refuse_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    return _checks.refuse_float64(x=x)
+
+
+_OP = Op(
+    "few_rows_linear",
+    few_rows_linear_ref,
+    Backend("cpu", native_function("few_rows_linear", few_rows_linear_native, _fake), _refuse_cpu),
+)
