@@ -198,6 +198,52 @@ def demo(
     run_demo(options, Console())
 
 
+@app.command(name="eval")
+def evaluate(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A TOML file, or a recipe such as 'tiny'.")
+    ],
+    *,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder of results; it may be new.")
+    ],
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Processes; not given: as the configuration says."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again, whatever the output holds.")
+    ] = False,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Decode again the prompts that failed.")
+    ] = False,
+) -> None:
+    """Compare methods: every prompt, seed and method a record, and tables with intervals.
+
+    Stopped at any moment, the same command goes on where it was. A prompt that fails becomes an
+    error record, and the rest go on.
+
+    Exit codes: 0, every prompt has a response by every method; 1, some failed; 2, the configuration
+    is wrong or the output belongs to another evaluation; 130, interrupted.
+    """
+    from .commands.evaluate import EvalOptions, run_eval
+
+    options = EvalOptions(workers=workers, overwrite=overwrite, retry_errors=retry_errors)
+    raise typer.Exit(run_eval(config, output, options, Console(stderr=True)))
+
+
+@app.command()
+def report(
+    results: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder of results of `tq-fast eval`.")
+    ],
+) -> None:
+    """Make report.html, one file with all pictures and tables, and the pictures as PNG."""
+    from .commands.report import run_report
+
+    run_report(results, Console(stderr=True))
+
+
 @app.command()
 def info() -> None:
     """Show what is installed and built, which backend each op uses, and why not the others."""

@@ -42,9 +42,9 @@ RANKS = {
     "method_call": 11,
     "presets": 12,
     "__init__": 13,
-    "commands": 14,
     "evaluation": 14,
-    "cli": 15,
+    "commands": 15,
+    "cli": 16,
 }
 OPS = (
     "topk_logprobs",

@@ -206,7 +206,7 @@ class DecodeJob:
             return
         except Exception as error:
             left = [(index, prompt) for index, prompt in group if index not in self.done]
-            if _ends_the_job(error) or not left:
+            if ends_the_job(error) or not left:
                 raise
             if len(group) == 1:
                 self._write_error(group[0][0], error)
@@ -267,7 +267,7 @@ class DecodeJob:
             say(self.console, noise)
 
 
-def _ends_the_job(error: Exception) -> bool:
+def ends_the_job(error: Exception) -> bool:
     """Whether it is every prompt's failure: the settings, the output, or a device that is lost."""
     is_lost = isinstance(error.__cause__ or error, torch.AcceleratorError)
     return is_lost or isinstance(error, (BackendRefused, UnsupportedModel, OutputRefused))

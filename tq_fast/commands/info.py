@@ -60,13 +60,13 @@ def _hardware() -> list[tuple[str, str]]:
     isa = _native.cpu_isa()
     kernels = f", kernels for {isa}" if isa else ""
     threads = torch.get_num_threads()
-    cpu = f"{_cpu_name()}, {os.cpu_count()} cores ({threads} used by torch){kernels}"
+    cpu = f"{cpu_name()}, {os.cpu_count()} cores ({threads} used by torch){kernels}"
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = [f"{gpu.name}, {gpu.total_memory >> 30} GiB" for gpu in gpus]
     return [("CPU", cpu), ("GPU", "; ".join(names) or "none that torch sees")]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

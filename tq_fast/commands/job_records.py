@@ -22,7 +22,7 @@ def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -
         "response": result.text,
         "token_ids": result.sequence.tolist(),
         "steps": len(result.trace),
-        "certificate": _finite(dataclasses.asdict(result.certificate)),
+        "certificate": finite(dataclasses.asdict(result.certificate)),
     }
     if traces:
         record["trace"] = [_compact(step) for step in result.trace]
@@ -48,20 +48,20 @@ def _compact(step: StepTrace) -> dict[str, Any]:
         "candidates": step.candidates.tolist(),
         "choice": step.choice,
         **{
-            name: _finite(getattr(step, name).tolist())
+            name: finite(getattr(step, name).tolist())
             for name in ("q", "q_stderr", "ess", "prior_logprobs", "final_logprobs")
         },
-        "kl_to_sft": _finite(step.kl_to_sft),
-        "kl_to_baseline": _finite(step.kl_to_baseline),
+        "kl_to_sft": finite(step.kl_to_sft),
+        "kl_to_baseline": finite(step.kl_to_baseline),
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with seven digits of every number, all that fp32 holds, and None for the others."""
     if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
+        return {name: finite(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value

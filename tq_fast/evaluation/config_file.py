@@ -1,0 +1,277 @@
+"""Reads the configuration of an evaluation: TOML, checked as a whole before any model is touched.
+
+    title, description, seeds, workers, batch_size, traces, resamples
+    [prompts]  [models]  [decode]
+    [[setup]]  name, title, compare_with, [setup.models], [setup.decode]
+    [[setup.method]]  method, name, label, models, sweep, and the method's own settings
+
+What stands in [models] and [decode] holds for every set-up, what stands in a set-up for each of its
+methods; the innermost wins. `sweep = { alpha = [0.5, 1.0] }` stands for one method a value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .. import presets
+from ..config import DecodeConfig
+from ..errors import InvalidArgument
+from .config import MODEL_ROLES, EvalConfig, MethodSpec, Models, ModelSource, SetupSpec
+from .keys import check_keys, nearest
+from .prompt_source import read_prompt_source
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LOADING = (
+    *("tokenizer", "reward_tokenizer", "baseline_reward_tokenizer", "reward_index"),
+    *("device", "dtype"),
+)
+_COUNTS = {"workers": 1, "batch_size": 16, "traces": 4, "resamples": 2000}
+_TOP = ("title", "description", "seeds", *_COUNTS, "prompts", "models", "decode", "setup")
+_SETUP = ("name", "title", "compare_with", "models", "decode", "method")
+_METHOD = ("method", "name", "label", "models", "sweep")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]*")
+# Arguments that every preset has; the others are its own settings.
+_COMMON = ("prompts", "baseline", "reward", "sft", "options")
+_DECODE = tuple(field.name for field in dataclasses.fields(DecodeConfig) if field.name != "seed")
+# What a preset cannot do without, beside what its settings ask for.
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "sft": ("sft",),
+    "baseline": ("baseline",),
+    "dera": ("sft", "baseline"),
+    "best_of_n": ("reward",),
+    "args": ("reward",),
+    "controlled_decoding": ("sft", "reward"),
+    "transfer_q": ("baseline", "reward"),
+    "direct_on_target": ("baseline", "reward"),
+    "transfer_q_indirect": ("baseline", "reward"),
+}
+
+
+def find_config(name: str) -> Path:
+    """The file `name`, or the shipped recipe of that name.
+
+    Raises:
+        InvalidArgument: there is neither; the message names the nearest recipe.
+    """
+    path = Path(name)
+    known = {recipe.stem: recipe for recipe in recipe_files()}
+    if not path.is_file() and name not in known:
+        hint = nearest(name, known)
+        raise InvalidArgument(f"config {name!r} is neither a file nor a shipped recipe; {hint}")
+    return path if path.is_file() else known[name]
+
+
+def recipe_files() -> list[Path]:
+    """The recipes that come with the package."""
+    return sorted(Path(str(resources.files(__package__) / "recipes")).glob("*.toml"))
+
+
+def load_config(path: Path) -> EvalConfig:
+    """Read and check a configuration; no model is loaded and no prompt read.
+
+    Raises:
+        InvalidArgument: the message names the table, the key and what was expected.
+    """
+    where = f"config {path.name!r}"
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise InvalidArgument(f"{where} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidArgument(f"{where} is not TOML: {error}") from error
+    check_keys(table, _TOP, where)
+    for key in ("prompts", "setup"):
+        if key not in table:
+            raise InvalidArgument(f"{where}: {key} is missing")
+    seeds = table.get("seeds", [0])
+    if not _is_list_of(seeds, int) or len(set(seeds)) != len(seeds):
+        raise InvalidArgument(f"{where}: seeds must be different integers, got {seeds!r}")
+    for key, default in _COUNTS.items():
+        low = 0 if key == "traces" else 1
+        if type(table.setdefault(key, default)) is not int or table[key] < low:
+            raise InvalidArgument(
+                f"{where}: {key} must be an integer of at least {low}, got {table[key]!r}"
+            )
+    models = _models(table.get("models", {}), f"{where}, models", path.parent)
+    decode = _decode(table.get("decode", {}), f"{where}, decode")
+    setups = [
+        _setup(part, f"{where}, set-up {i + 1}", path.parent, models, decode)
+        for i, part in enumerate(_tables(table["setup"], f"{where}, setup"))
+    ]
+    _check_unique([setup.name for setup in setups], f"{where}, setup")
+    return EvalConfig(
+        title=str(table.get("title", path.stem)),
+        description=str(table.get("description", "")),
+        seeds=tuple(seeds),
+        **{key: table[key] for key in _COUNTS},
+        prompts=read_prompt_source(table["prompts"], f"{where}, prompts", path.parent),
+        setups=tuple(setups),
+        text=text,
+    )
+
+
+def _setup(
+    table: dict[str, Any], where: str, folder: Path, models: Models, decode: Mapping[str, Any]
+) -> SetupSpec:
+    check_keys(table, _SETUP, where)
+    name = _checked_name(table.get("name"), where)
+    where = f"{where} ({name})"
+    models = {**models, **_models(table.get("models", {}), f"{where}, models", folder)}
+    decode = {**decode, **_decode(table.get("decode", {}), f"{where}, decode")}
+    if "reward" not in models:
+        raise InvalidArgument(f"{where}: models must name a reward, the target")
+    methods: list[MethodSpec] = []
+    for i, part in enumerate(_tables(table.get("method"), f"{where}, method")):
+        methods += _methods(part, f"{where}, method {i + 1}", folder, models, decode)
+    names = [method.name for method in methods]
+    _check_unique(names, f"{where}, method")
+    compare_with = table.get("compare_with", [])
+    for other in compare_with:
+        if other not in names:
+            hint = nearest(other, names)
+            raise InvalidArgument(f"{where}: compare_with names no method: {other!r}; {hint}")
+    return SetupSpec(
+        name, str(table.get("title", name)), tuple(compare_with), models, tuple(methods)
+    )
+
+
+def _methods(
+    table: dict[str, Any], where: str, folder: Path, models: Models, decode: Mapping[str, Any]
+) -> list[MethodSpec]:
+    """One method, or one for each value of its sweep."""
+    preset = table.get("method")
+    if preset not in presets.METHODS:
+        hint = nearest(str(preset), presets.METHODS)
+        raise InvalidArgument(f"{where}: method is {preset!r}; {hint}")
+    name = _checked_name(table.get("name", preset), where)
+    where = f"{where} ({name})"
+    settings = (*own_settings(preset), *_DECODE)
+    check_keys(table, (*_METHOD, *settings), where)
+    models = {**models, **_models(table.get("models", {}), f"{where}, models", folder)}
+    given = {key: _value(key, value) for key, value in table.items() if key not in _METHOD}
+    label, sweep = str(table.get("label", name)), table.get("sweep")
+    base = MethodSpec(name, label, preset, {}, {}, models, None, name)
+    if sweep is None:
+        return [_with_settings(base, decode, given, where)]
+    check_keys(_as_table(sweep, f"{where}, sweep"), settings, f"{where}, sweep")
+    if len(sweep) != 1 or not _is_list_of(next(iter(sweep.values())), int, float):
+        raise InvalidArgument(f"{where}: sweep must be one setting and its numbers, got {sweep!r}")
+    (key, values), *_ = sweep.items()
+    swept = []
+    for value in values:
+        one = dataclasses.replace(
+            base,
+            name=f"{name}-{key}={value:g}",
+            label=f"{label}, {key} = {value:g}",
+            swept=(key, float(value)),
+        )
+        swept.append(_with_settings(one, decode, {**given, key: value}, where))
+    return swept
+
+
+def _with_settings(
+    spec: MethodSpec, shared: Mapping[str, Any], given: Mapping[str, Any], where: str
+) -> MethodSpec:
+    """Tell the preset's own settings from those of decoding; check both, and the models."""
+    fixed = presets.FIXED_FIELDS[spec.method]
+    own = {key: value for key, value in given.items() if key in own_settings(spec.method)}
+    decode = {key: value for key, value in given.items() if key not in own}
+    for key in decode.keys() & fixed.keys():
+        raise InvalidArgument(f"{where}: {spec.method} fixes {key} = {fixed[key]!r}")
+    # What is said for all methods gives way where a method fixes it or has a setting of that name.
+    kept = {key: value for key, value in shared.items() if key not in fixed and key not in own}
+    try:
+        config = DecodeConfig(**{**kept, **decode, **fixed})
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{where}: {error}") from error
+    needed = list(_NEEDS[spec.method])
+    if spec.method == "best_of_n":
+        needed.append(own.get("source", "baseline"))
+    elif spec.method == "args":
+        needed.append(own.get("prior", "sft"))
+    elif spec.method == "transfer_q_indirect":
+        needed.append("sft" if config.needs_log_ratio else "baseline_reward")
+    for role in needed:
+        if role in MODEL_ROLES and role not in spec.models:
+            raise InvalidArgument(f"{where}: {spec.method} needs a model as {role}; there is none")
+    return dataclasses.replace(spec, own=own, decode={**kept, **decode})
+
+
+def own_settings(preset: str) -> tuple[str, ...]:
+    """Settings that a preset has beside the fields of `DecodeConfig`."""
+    parameters = inspect.signature(presets.METHODS[preset]).parameters
+    return tuple(name for name in parameters if name not in _COMMON)
+
+
+def _models(table: Any, where: str, folder: Path) -> dict[str, ModelSource | str | int]:
+    check_keys(_as_table(table, where), (*MODEL_ROLES, *LOADING), where)
+    read: dict[str, ModelSource | str | int] = {}
+    for key, value in table.items():
+        read[key] = value if key in LOADING else _source(value, f"{where}, {key}", folder)
+    return read
+
+
+def _source(value: Any, where: str, folder: Path) -> ModelSource:
+    table = {"name": value} if isinstance(value, str) else _as_table(value, where)
+    check_keys(table, ("name", "keep", "sparsify_seed"), where)
+    name, keep, seed = table.get("name"), table.get("keep", 1.0), table.get("sparsify_seed", 0)
+    if not isinstance(name, str) or not name:
+        raise InvalidArgument(f"{where}: name must be a hub id or a folder, got {name!r}")
+    if type(keep) not in (int, float) or not 0.0 < keep <= 1.0:
+        raise InvalidArgument(f"{where}: keep must be in (0, 1], got {keep!r}")
+    if type(seed) is not int:
+        raise InvalidArgument(f"{where}: sparsify_seed must be an integer, got {seed!r}")
+    # A folder is looked for from where the configuration lies.
+    name = str(folder / name) if name.startswith("./") or name.startswith("../") else name
+    return ModelSource(name, float(keep), seed)
+
+
+def _decode(table: Any, where: str) -> dict[str, Any]:
+    check_keys(_as_table(table, where), _DECODE, where)
+    return {key: _value(key, value) for key, value in table.items()}
+
+
+def _value(key: str, value: Any) -> Any:
+    # TOML has no null.
+    return None if key == "horizon" and value == "none" else value
+
+
+def _as_table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{where} must be a table, got {value!r}")
+    return value
+
+
+def _tables(value: Any, where: str) -> list[dict[str, Any]]:
+    if not _is_list_of(value, dict):
+        raise InvalidArgument(f"{where} must be a list of at least one table, got {value!r}")
+    return value
+
+
+def _is_list_of(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) in kinds for item in value)
+
+
+def _checked_name(name: Any, where: str) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        expected = "letters, digits and _ . = + -, and begin with a letter or digit"
+        raise InvalidArgument(f"{where}: name must consist of {expected}, got {name!r}")
+    return name
+
+
+def _check_unique(names: list[str], where: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidArgument(f"{where}: the name {name!r} stands there twice")

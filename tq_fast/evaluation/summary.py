@@ -1,0 +1,191 @@
+"""From the records of an evaluation to its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .config import EvalConfig, MethodSpec, SetupSpec
+from .intervals import Bootstrap, Cells, Interval
+from .metrics import compare_scores
+
+# Measures of single responses; those that are in no record of a set-up are left out of its table.
+MEASURES = (
+    *("reward", "baseline_reward", "gold", "kl_to_sft", "diversity", "coherence"),
+    *(
+        "rep_2",
+        "rep_3",
+        "rep_4",
+        "tokens",
+        "ess",
+        "q_stderr",
+        "prior_mass",
+        "seconds",
+        "cpu_seconds",
+    ),
+)
+_SHOWN = {
+    "reward": "reward",
+    "gain": "over baseline",
+    "normalised": "normalised",
+    "gold": "gold reward",
+    "kl_to_sft": "KL to SFT, nats",
+    "diversity": "diversity",
+    "coherence": "coherence",
+    "token_forwards": "token-forwards",
+    "cpu_seconds": "CPU s a response",
+}
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def summarise(config: EvalConfig, records: Mapping[tuple[str, str], Records]) -> dict[str, Any]:
+    """Return the summary of all set-ups, ready for JSON.
+
+    Args:
+        config: what was run.
+        records: of each (set-up, method); error records count as failed and enter no mean.
+    """
+    bootstrap = Bootstrap(config.resamples)
+    return {
+        "title": config.title,
+        "description": config.description,
+        "seeds": list(config.seeds),
+        "intervals": f"95 %, percentile bootstrap, {config.resamples} resamples of the prompts, "
+        "each with the responses of all its seeds",
+        "setups": [_summarise_setup(setup, records, bootstrap) for setup in config.setups],
+    }
+
+
+def _summarise_setup(
+    setup: SetupSpec, records: Mapping[tuple[str, str], Records], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    by_method = {
+        method.name: records.get((setup.name, method.name), ()) for method in setup.methods
+    }
+    judge = _judge(setup)
+    plain = next((method.name for method in setup.methods if method.method == "baseline"), None)
+    rows = []
+    for method in setup.methods:
+        own = by_method[method.name]
+        metrics = {name: bootstrap.mean(cells_of(own, name)) for name in MEASURES}
+        if plain is not None:
+            reward, other = cells_of(own, "reward"), cells_of(by_method[plain], "reward")
+            metrics["gain"] = bootstrap.difference(reward, other)
+            metrics["normalised"] = bootstrap.ratio(reward, other)
+        for other in setup.compare_with:
+            if other != method.name:
+                outcomes = _outcomes(own, by_method[other], judge)
+                metrics[f"win_tie:{other}"] = bootstrap.mean(outcomes)
+        metrics["token_forwards"] = bootstrap.mean(_all_forwards(own))
+        rows.append(_row(method, own, metrics))
+    return {
+        "name": setup.name,
+        "title": setup.title,
+        "target": str(setup.models["reward"]),
+        "baseline_reward": str(setup.models.get("baseline_reward", "")) or None,
+        "judge": judge,
+        "compare_with": list(setup.compare_with),
+        "methods": rows,
+    }
+
+
+def _row(
+    method: MethodSpec, records: Records, metrics: Mapping[str, Interval | None]
+) -> dict[str, Any]:
+    failed = sum("error" in record for record in records)
+    is_bound = method.method == "best_of_n" and method.own.get("n", 16) > 1
+    return {
+        "name": method.name,
+        "label": method.label,
+        "method": method.method,
+        "group": method.group,
+        "swept": method.swept,
+        "responses": len(records) - failed,
+        "failed": failed,
+        "kl_kind": "upper bound" if is_bound else "sum over the steps",
+        "metrics": {name: found._asdict() for name, found in metrics.items() if found is not None},
+    }
+
+
+def cells_of(records: Records, name: str) -> Cells:
+    """The values of one measure by (prompt, seed), without error records and what is not known."""
+    cells = {}
+    for record in records:
+        value = record.get("steps") if name == "tokens" else record.get("measures", {}).get(name)
+        if value is not None:
+            cells[(record["prompt_idx"], record["seed"])] = float(value)
+    return cells
+
+
+def _all_forwards(records: Records) -> Cells:
+    return {
+        (record["prompt_idx"], record["seed"]): sum(record["measures"]["token_forwards"].values())
+        for record in records
+        if "measures" in record
+    }
+
+
+def _judge(setup: SetupSpec) -> str:
+    """The role whose scores decide who wins: the judge, else the gold reward, else the target."""
+    return next(role for role in ("judge", "gold", "reward") if role in setup.models)
+
+
+def _outcomes(ours: Records, theirs: Records, judge: str) -> Cells:
+    first, second = cells_of(ours, judge), cells_of(theirs, judge)
+    both = first.keys() & second.keys()
+    return {cell: 100.0 * compare_scores(first[cell], second[cell]) for cell in both}
+
+
+def write_table(summary: Mapping[str, Any]) -> str:
+    """Return the tables of all set-ups in Markdown."""
+    parts = [
+        f"# {summary['title']}\n",
+        f"{summary['description']}\n" if summary["description"] else "",
+    ]
+    parts.append(
+        f"Seeds {', '.join(map(str, summary['seeds']))}. Intervals: {summary['intervals']}.\n"
+    )
+    for setup in summary["setups"]:
+        parts.append(_setup_table(setup))
+    return "\n".join(part for part in parts if part)
+
+
+def shown_columns(setup: Mapping[str, Any]) -> dict[str, str]:
+    """The measures that a table of the set-up shows, and their titles."""
+    known = {name for row in setup["methods"] for name in row["metrics"]}
+    shown = {name: title for name, title in _SHOWN.items() if name in known}
+    labels = {row["name"]: row["label"] for row in setup["methods"]}
+    for other in setup["compare_with"]:
+        shown[f"win_tie:{other}"] = f"win-tie against {labels[other]}, %"
+    return shown
+
+
+def _setup_table(setup: Mapping[str, Any]) -> str:
+    shown = shown_columns(setup)
+    lines = [
+        f"## {setup['title']}\n",
+        f"Target reward: {setup['target']}; judge: {setup['judge']}.\n",
+    ]
+    lines.append("| method | " + " | ".join(shown.values()) + " | failed |")
+    lines.append("|" + " --- |" * (len(shown) + 2))
+    for row in setup["methods"]:
+        cells = [format_interval(row["metrics"].get(name), name) for name in shown]
+        if row["kl_kind"] == "upper bound" and "kl_to_sft" in row["metrics"]:
+            place = list(shown).index("kl_to_sft")
+            cells[place] = f"≤ {cells[place]}"
+        lines.append(f"| {row['label']} | " + " | ".join(cells) + f" | {row['failed']} |")
+    return "\n".join(lines) + "\n"
+
+
+def format_interval(interval: Mapping[str, float] | None, name: str) -> str:
+    """An interval as a cell of a table: the estimate, and its ends in brackets."""
+    if interval is None:
+        return ""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if name == "token_forwards":
+        return f"{value:,.0f}"
+    if name == "cpu_seconds":
+        return f"{value:.3f}"
+    digits = 1 if name.startswith("win_tie") else 3 if name in ("diversity", "coherence") else 2
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
