@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +156,36 @@ def test_a_data_set_without_its_library_is_refused(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InvalidArgument, match="needs the `datasets` library"):
         check_readable(config.prompts)
+
+
+class _DataSet:
+    """What the library `datasets` returns, as far as it is used."""
+
+    column_names = ("prompt", "chosen")
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        assert column == "prompt"
+        return self.rows
+
+    def select(self, indices: range) -> _DataSet:
+        return _DataSet([self.rows[i] for i in indices])
+
+
+def test_prompts_of_a_data_set_are_its_first_texts_without_its_own_dialogue_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = 'dataset = "org/prompts"\nremove = ["Human: ", "Assistant:"]'
+    prompts = read(tmp_path, GOOD.replace("tiny = true", source).replace("5", "2")).prompts
+    rows = ["Human: a Assistant:", [{"role": "user", "content": "b"}], "c"]
+    library = types.SimpleNamespace(load_dataset=lambda *args, **options: _DataSet(rows))
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert prompts.read_texts() == ["a ", "b"]
+    other = dataclasses.replace(prompts, column="text")
+    with pytest.raises(InvalidArgument, match="no column 'text'; columns: prompt, chosen"):
+        other.read_texts()

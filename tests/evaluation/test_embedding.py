@@ -55,7 +55,7 @@ def test_padding_and_neighbours_change_nothing(folder: Path) -> None:
 
 
 def test_an_encoder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="embedder .* cannot be loaded"):
+    with pytest.raises(InvalidArgument, match=r"embedder .* cannot be loaded"):
         load_embedder(str(tmp_path), CPU)
 
 

@@ -133,8 +133,13 @@ class EvalWorker:
 
     def _call(self, method: MethodSpec, prompts: list[Prompt], seed: int) -> DecodeResult:
         with warnings.catch_warnings():
-            # The error of Q is a measure of every record.
-            warnings.filterwarnings("ignore", "the standard error of Q")
+            # The error of Q and the effective sample size are measures of every record.
+            for message in (
+                "the standard error of Q",
+                "the weights of indirect",
+                "transfer='indir",
+            ):
+                warnings.filterwarnings("ignore", message)
             return presets.METHODS[method.method](
                 prompts,
                 config=method.config(seed),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..diagnostics import known_ess
 from ..prompts import Prompt
 from ..results import DecodeResult, StepTrace
 from .metrics import cosine, diversity, rep_n
@@ -78,10 +79,12 @@ def _prompt_text(prompt: Prompt) -> str:
 
 
 def _trace_means(trace: Sequence[StepTrace]) -> dict[str, float | None]:
-    """Means over steps and candidates of ESS, of the error of Q, and of the prior mass."""
-    values = {"ess": [], "q_stderr": [], "prior_mass": []}
+    """Means over steps and candidates of ESS, of the error of Q, and of the prior mass.
+
+    Candidates with a single roll-out have neither of the first two.
+    """
+    values = {"ess": known_ess(trace), "q_stderr": [], "prior_mass": []}
     for step in trace:
-        values["ess"] += step.ess.tolist()
         values["q_stderr"] += step.q_stderr.tolist()
         values["prior_mass"].append(step.prior_mass if len(step.candidates) > 1 else math.nan)
     means = {}

@@ -12,7 +12,7 @@ from ..models.tiny import load_tiny_world
 from .keys import check_keys
 
 _KINDS = ("tiny", "file", "dataset")
-_KEYS = (*_KINDS, "limit", "chat", "split", "subset", "column")
+_KEYS = (*_KINDS, "limit", "chat", "split", "subset", "column", "remove")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class PromptSource:
         split: of a data set.
         subset: of a data set, or None.
         column: of a data set, text or messages (whose first user message is taken).
+        remove: texts of a data set's own dialogue format that are taken out of its prompts.
     """
 
     kind: Literal["tiny", "file", "dataset"]
@@ -37,6 +38,7 @@ class PromptSource:
     split: str = "test"
     subset: str | None = None
     column: str = "prompt"
+    remove: tuple[str, ...] = ()
 
     def read_texts(self) -> list[str]:
         """Prompts of the embedded world or of a data set, as text; the latter may download it.
@@ -57,7 +59,10 @@ class PromptSource:
             known = ", ".join(rows.column_names)
             raise InvalidArgument(f"prompts: no column {self.column!r}; columns: {known}")
         rows = rows.select(range(min(len(rows), self.limit or len(rows))))
-        return [_as_text(value) for value in rows[self.column]]
+        texts = [_as_text(value) for value in rows[self.column]]
+        for part in self.remove:
+            texts = [text.replace(part, "") for text in texts]
+        return texts
 
 
 def read_prompt_source(table: Any, where: str, folder: Path) -> PromptSource:
@@ -80,10 +85,15 @@ def read_prompt_source(table: Any, where: str, folder: Path) -> PromptSource:
     for key in ("split", "subset", "column"):
         if key in table and (kind != "dataset" or not isinstance(table[key], str)):
             raise InvalidArgument(f"{where}: {key} must be text, beside dataset")
+    remove = table.get("remove", [])
+    is_texts = isinstance(remove, list) and all(isinstance(part, str) for part in remove)
+    if not is_texts or (remove and kind != "dataset"):
+        raise InvalidArgument(f"{where}: remove must be a list of texts, beside dataset")
     if type(table.get("chat", False)) is not bool:
         raise InvalidArgument(f"{where}: chat must be true or false, got {table['chat']!r}")
     name = "held-out prompts" if kind == "tiny" else table[kind]
     options = {key: table[key] for key in _KEYS if key in table and key not in _KINDS}
+    options["remove"] = tuple(remove)
     return PromptSource(kind, str(folder / name) if kind == "file" else name, **options)
 
 
