@@ -191,7 +191,7 @@ class DecodeJob:
             return []
         except Exception as error:
             left = [(index, prompt) for index, prompt in waiting if index not in self.done]
-            if _ends_the_job(error) or not left:
+            if ends_the_job(error) or not left:
                 raise
         # Places in the forest are given out in order: what was under way are the first that are
         # left. Only here, where the error is gone and with it the memory that its traceback held.
