@@ -172,6 +172,8 @@ def test_weights_that_leave_one_rollout_are_warned_of_once() -> None:
         # Long roll-outs, so that hardly two are the same and share the weight.
         decode(beta=1e-5, weights="reward_gap", horizon=4, max_new_tokens=1)
     assert len(caught) == 1
+    # It names the line of the caller, wherever in the package it was noticed.
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decode(beta=20.0, weights="reward_gap")

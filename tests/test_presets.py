@@ -23,6 +23,7 @@ from tests.ops.statistics import chi_square_excess
 from tests.truncation import truncate
 from tq_fast import presets
 from tq_fast.errors import DecodingError, InvalidArgument, RewardError
+from tq_fast.sampling import mix_policies
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7]]
 SHORT = {"k": 4, "horizon": 3, "max_new_tokens": 5, "eos_token_id": ()}
@@ -229,6 +230,20 @@ def test_dera_draws_from_the_mixture_over_the_whole_vocabulary(mix: float) -> No
         assert result.certificate[0].prior == names[mix]
     else:
         assert result.certificate[0].prior == "mixture"
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0, 2.0])
+def test_a_token_that_one_model_never_gives_has_no_part_in_a_mixture(mix: float) -> None:
+    never = -math.inf
+    logits = {
+        "sft": torch.tensor([[0.0, 1.0, never, never]]),
+        "baseline": torch.tensor([[0.0, never, 2.0, never]]),
+    }
+    law = mix_policies(logits, {"sft": 1.0 - mix, "baseline": mix}, 4).softmax(-1)
+    alone = {0.0: [1 / (1 + math.e), math.e / (1 + math.e), 0, 0]}
+    alone[1.0] = [1 / (1 + math.e**2), 0, math.e**2 / (1 + math.e**2), 0]
+    expected = alone.get(mix, [1.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(law, torch.tensor([expected]))
 
 
 # Five tokens, so that the law of every response can be written down.
