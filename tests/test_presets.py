@@ -87,6 +87,9 @@ def test_results_do_not_depend_on_the_batch(method: str, strategy: str) -> None:
     assert tokens(run(method, batch_size=2, **options)) == together
     for idx in range(3):
         assert tokens(run(method, PROMPTS[idx], **options)) == [together[idx]]
+    # Four prompts of which not two fit, and of the best of n not even all responses of one.
+    budget = {"memory_budget": 45_000 if method == "best_of_n" else 100_000}
+    assert tokens(run(method, **budget, **options)) == together
     if strategy == "sample":
         assert tokens(run(method, **{**options, "seed": 4})) != together
         assert together[0] != together[3]
@@ -373,6 +376,23 @@ def test_the_winner_of_n_is_the_first_with_the_highest_reward() -> None:
     assert tokens(one) == tokens(run("sft"))
 
 
+def test_a_small_memory_budget_draws_the_same_responses_in_waves() -> None:
+    options = {"n": 12, "eos_token_id": ENDS, "max_new_tokens": 8}
+    large = run("best_of_n", **options)
+    per_token = 2 * 2 * 2 * 8 * 4  # two layers, keys and values, two heads of eight, fp32
+    budget = 40 * 8 * per_token
+    small = run("best_of_n", memory_budget=budget, **options)
+    assert tokens(small) == tokens(large)
+    for ours, theirs in zip(small.traces, large.traces, strict=True):
+        torch.testing.assert_close(ours[0].rewards, theirs[0].rewards, rtol=0, atol=ATOL)
+    assert small.stats.rollouts_run == large.stats.rollouts_run == 48
+    assert small.stats.rollout_steps > 4 * large.stats.rollout_steps
+    assert sum(small.stats.peak_kv_bytes.values()) <= budget
+    assert sum(large.stats.peak_kv_bytes.values()) > 2 * budget
+    with pytest.raises(InvalidArgument, match="memory_budget must be at least"):
+        run("best_of_n", memory_budget=1000, **options)
+
+
 def test_the_certificate_of_the_best_of_n_bounds_its_divergence() -> None:
     extra = math.log(3) - 2 / 3
     from_sft = run("best_of_n", source="sft", baseline=None).certificate
@@ -486,7 +506,7 @@ def test_rewards_that_are_wrong_name_the_prompt() -> None:
     def nan(prompts: list, responses: list) -> list[float]:
         return [math.nan if prompt == [13] else 0.0 for prompt in prompts]
 
-    with pytest.raises(RewardError, match="prompt 2, step 4: the reward returned nan"):
+    with pytest.raises(RewardError, match="prompt 2, step 0: the reward returned nan"):
         run("best_of_n", reward=nan)
     with pytest.raises(RewardError, match="the reward returned 1 scores for 12 responses"):
         run("best_of_n", reward=lambda prompts, responses: [0.0])

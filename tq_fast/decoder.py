@@ -15,7 +15,7 @@ from .diagnostics import known_ess, warn_of_collapse, warn_of_noise
 from .errors import DecodingError, InvalidArgument
 from .estimators import Certificate, certify
 from .levers import Levers
-from .memory import ForestSize, Needs, fit_forest
+from .memory import ForestSize, Needs, check_sizes, fit_forest
 from .models.language import LanguageForest, check_runs, max_positions
 from .models.loading import (
     ModelLike,
@@ -190,14 +190,7 @@ class TransferDecoder:
         as soon as its response is complete. What they raise ends the call.
         """
         config = DecodeConfig.from_options(config, **options)
-        if not _is_positive_int(batch_size):
-            raise InvalidArgument(
-                f"batch_size must be an integer of at least 1, got {batch_size!r}"
-            )
-        if memory_budget is not None and not _is_positive_int(memory_budget):
-            raise InvalidArgument(
-                f"memory_budget must be a number of bytes, or None, got {memory_budget!r}"
-            )
+        check_sizes(batch_size, memory_budget)
         prior = self._check_config(config)
         read = self._read_prompts(prompts, config)
         eos = config.eos_token_id
@@ -423,10 +416,6 @@ class TransferDecoder:
             is_exact=all(step.is_complete for step in trace),
             reward_bounds=self.reward_bounds,
         )
-
-
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _rows_per_slot(config: DecodeConfig) -> int:

@@ -45,6 +45,20 @@ class Needs:
     rows_per_slot: int
 
 
+def check_sizes(batch_size: object, memory_budget: object) -> None:
+    """Refuse what is no number of prompts, or no number of bytes.
+
+    Raises:
+        InvalidArgument: the message names the argument and its value.
+    """
+    if not _is_positive_int(batch_size):
+        raise InvalidArgument(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    if memory_budget is not None and not _is_positive_int(memory_budget):
+        raise InvalidArgument(
+            f"memory_budget must be a number of bytes, or None, got {memory_budget!r}"
+        )
+
+
 def fit_forest(needs: Needs, *, batch_size: int, memory_budget: int) -> ForestSize:
     """Return the largest forest of at most `batch_size` prompts that `memory_budget` bytes hold.
 
@@ -65,3 +79,7 @@ def fit_forest(needs: Needs, *, batch_size: int, memory_budget: int) -> ForestSi
             f"one roll-out, got {memory_budget}"
         )
     return ForestSize(1, max_rows)
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

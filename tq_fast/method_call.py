@@ -18,7 +18,7 @@ from .results import DecodeResult, StepTrace
 
 _DECODER_ARGUMENTS = frozenset(inspect.signature(TransferDecoder).parameters)
 _PLAIN_ARGUMENTS = frozenset(inspect.signature(PlainDecoder).parameters)
-_FIELDS = frozenset(field.name for field in dataclasses.fields(DecodeConfig))
+_RUNNING = ("batch_size", "memory_budget", "progress")
 
 
 class MethodCall:
@@ -43,9 +43,7 @@ class MethodCall:
     ) -> None:
         options = dict(options)
         self.method = method
-        self.running = {
-            name: options.pop(name) for name in ("batch_size", "progress") if name in options
-        }
+        self.running = {name: options.pop(name) for name in _RUNNING if name in options}
         base = options.pop("config", None) or DecodeConfig()
         self.loading = {
             name: options.pop(name) for name in tuple(options) if name in _DECODER_ARGUMENTS

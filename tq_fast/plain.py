@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .config import DecodeConfig
-from .errors import DecodingError, InvalidArgument, RewardError
-from .models.language import LanguageForest, max_positions
+from .errors import DecodingError, InvalidArgument
+from .memory import ForestSize, Needs, check_sizes, fit_forest
+from .models.language import LanguageForest, check_runs, max_positions
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -22,11 +22,12 @@ from .models.loading import (
     load_tokenizer,
     place_models,
 )
-from .models.reward import RewardFunction, Texts
+from .models.reward import CausalReward, RewardFunction, Texts
 from .progress import TokenBar
 from .prompts import Prompt, PromptLike, read_prompts
-from .results import DecodeResult, DecodeStats, PromptResult
+from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .sampling import Drawn, certify_plain, sample_responses, trace_plain
+from .scoring import Scorer
 
 
 class PlainDecoder:
@@ -95,6 +96,7 @@ class PlainDecoder:
         num: int = 1,
         config: DecodeConfig,
         batch_size: int = 8,
+        memory_budget: int | None = None,
         progress: bool = False,
     ) -> DecodeResult:
         """Draw a response from `softmax(sum_m c_m log pi_m)` for each prompt.
@@ -106,29 +108,33 @@ class PlainDecoder:
             num: responses for a prompt; of several the reward chooses the first highest.
             config: strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
                 eos_token_id, seed and backend are read.
-            batch_size: prompts that are decoded together. Results do not depend on it.
+            batch_size: prompts that are decoded together, at most. Results do not depend on it.
+            memory_budget: bytes of KV and logits at most, as for `tq_fast.decode`.
             progress: show a progress bar.
 
         Raises:
             InvalidArgument: an argument is wrong; raised before any forward pass.
             DecodingError: a prompt failed; `finished` holds the responses of earlier batches.
         """
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise InvalidArgument(
-                f"batch_size must be an integer of at least 1, got {batch_size!r}"
-            )
+        check_sizes(batch_size, memory_budget)
         read = read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
         self._check(read, config)
+        size = ForestSize(batch_size, batch_size * num)
+        if read and memory_budget is not None:
+            needs = self._needs(read, num, config)
+            size = fit_forest(needs, batch_size=batch_size, memory_budget=memory_budget)
+        wave = min(num, size.max_rows // size.num_slots)
         stats = DecodeStats()
         results: list[PromptResult] = []
         with (
-            TokenBar(len(read) * config.max_new_tokens, visible=progress) as bar,
+            TokenBar(len(read) * num * config.max_new_tokens, visible=progress) as bar,
             evaluating(self._all_models()),
         ):
-            for start in range(0, len(read), batch_size):
-                group = read[start : start + batch_size]
+            for start in range(0, len(read), size.num_slots):
+                group = read[start : start + size.num_slots]
+                waves = [range(i, min(i + wave, num)) for i in range(0, num, wave)]
                 try:
-                    results += self._decode_group(group, weights, num, config, stats, bar)
+                    results += self._decode_group(group, weights, waves, config, stats, bar)
                 except DecodingError as error:
                     moved = type(error)(
                         error.reason, prompt_idx=start + error.prompt_idx, step=error.step
@@ -147,38 +153,45 @@ class PlainDecoder:
         self,
         prompts: list[Prompt],
         weights: Mapping[str, float],
-        num: int,
+        waves: Sequence[range],
         config: DecodeConfig,
         stats: DecodeStats,
         bar: TokenBar,
     ) -> list[PromptResult]:
-        own = DecodeStats()
-        forests = self._open(prompts, num, config)
+        """Decode a few prompts over one forest a model, their responses wave by wave."""
+        own, num = DecodeStats(), waves[-1].stop
+        forests = self._open(prompts, len(waves[0]), config)
         with own.phase("prefill"):
             for forest in forests.values():
                 for tree, prompt in enumerate(prompts):
                     forest.prefill(tree, prompt.token_ids)
+        drawn: list[Drawn] = []
         with own.phase("rollout"):
-            drawn = sample_responses(
-                forests,
-                weights,
-                num=num,
-                prompt_keys=[prompt.key for prompt in prompts],
-                eos=self.end_ids(config),
-                config=config,
-                on_depth=lambda: bar.advance(len(prompts)),
-            )
-        longest = max(len(response.token_ids) for response in drawn)
-        bar.advance(len(prompts) * (config.max_new_tokens - longest))
+            for numbers in waves:
+                new = sample_responses(
+                    forests,
+                    weights,
+                    numbers=numbers,
+                    prompt_keys=[prompt.key for prompt in prompts],
+                    eos=self.end_ids(config),
+                    config=config,
+                    on_depth=bar.advance,
+                )
+                longest = max(len(response.token_ids) for response in new)
+                bar.advance(len(new) * (config.max_new_tokens - longest))
+                own.rollout_steps += longest - 1
+                drawn += new
+        # By prompt, and there by number, as the waves came.
+        drawn.sort(key=lambda response: response.tree)
         for role, forest in forests.items():
             own.token_forwards[role] = forest.num_token_forwards
             own.peak_kv_bytes[role] = forest.peak_kv_bytes
         scores = [0.0] * len(drawn)
         if self.reward is not None:
             with own.phase("reward"):
-                scores = self._score(prompts, drawn, config, own)
+                per_call = len(prompts) * len(waves[0])
+                scores = self._score(prompts, drawn, per_call, config, own)
             own.rollouts_run = len(drawn)
-        own.rollout_steps = longest - 1
         finished = []
         for start in range(0, len(drawn), num):
             mine = scores[start : start + num]
@@ -208,32 +221,33 @@ class PlainDecoder:
         self,
         prompts: Sequence[Prompt],
         drawn: Sequence[Drawn],
+        per_call: int,
         config: DecodeConfig,
         stats: DecodeStats,
     ) -> list[float]:
         session = self.reward.open(
-            prompts, num_rows=len(drawn), max_new=config.max_new_tokens, backend=config.backend
+            prompts, num_rows=per_call, max_new=config.max_new_tokens, backend=config.backend
         )
-        last = max(len(response.token_ids) for response in drawn) - 1
-        responses = [response.token_ids for response in drawn]
-        try:
-            scores = list(session.score([response.tree for response in drawn], responses))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            message = f"the reward raised {error!r}"
-            raise RewardError(message, prompt_idx=0, step=last) from error
-        if len(scores) != len(drawn):
-            message = f"the reward returned {len(scores)} scores for {len(drawn)} responses"
-            raise RewardError(message, prompt_idx=0, step=last)
-        for response, score in zip(drawn, scores, strict=True):
-            if not math.isfinite(score):
-                step = len(response.token_ids) - 1
-                message = f"the reward returned {score}"
-                raise RewardError(message, prompt_idx=response.tree, step=step)
+        responses = [Response(tree, prompt) for tree, prompt in enumerate(prompts)]
+        scorer = Scorer(session, responses, bounds=None, remembers=False)
+        texts = [(response.tree, tuple(response.token_ids)) for response in drawn]
+        scores: list[float] = []
+        for start in range(0, len(texts), per_call):
+            scores += scorer.score_texts(texts[start : start + per_call])
         stats.token_forwards["reward"] = session.num_token_forwards
         stats.peak_kv_bytes["reward"] = session.peak_kv_bytes
         return scores
+
+    def _needs(self, prompts: Sequence[Prompt], num: int, config: DecodeConfig) -> Needs:
+        """Bytes of a prompt and of a response, for the longest of `prompts`."""
+        prefix = max(len(prompt.token_ids) for prompt in prompts)
+        per_token = sum(check_runs(model) for model in self.models.values())
+        logits = 2 * 4 * self.vocab_size * len(self.models)
+        needs = Needs(per_token * prefix, per_token * config.max_new_tokens + logits, num)
+        if not isinstance(self.reward, CausalReward):
+            return needs
+        whole = check_runs(self.reward.model) * (prefix + config.max_new_tokens)
+        return Needs(needs.per_slot + whole, needs.per_row + whole, num)
 
     def _finish(
         self, drawn: Drawn, rewards: torch.Tensor, weights: Mapping[str, float]

@@ -80,32 +80,34 @@ def sample_responses(
     forests: Mapping[str, LanguageForest],
     weights: Mapping[str, float],
     *,
-    num: int,
+    numbers: Sequence[int],
     prompt_keys: Sequence[int],
     eos: tuple[int, ...],
     config: DecodeConfig,
-    on_depth: Callable[[], None],
+    on_depth: Callable[[int], None],
 ) -> list[Drawn]:
-    """Draw `num` responses for every tree; return them by tree, then number.
+    """Draw a response of each of `numbers` for every tree; return them by tree, then number.
+
+    The prefixes and tips stay as they were, so that further responses may follow.
 
     Args:
-        forests: one a role, prompts encoded, with `num` rows a tree and room for
+        forests: one a role, prompts encoded, with a row for every response and room for
             `max_new_tokens - 1` tokens a branch.
         weights: c_m of each role.
-        num: responses for a prompt.
+        numbers: of the responses of a prompt; each has a random stream of its own.
         prompt_keys: one key a tree, of its random stream.
         eos: ids that end a response.
         config: strategy, temperature and truncation of roll-outs, max_new_tokens, seed.
-        on_depth: called after every token of all responses.
+        on_depth: called after every token of all responses, with their number.
 
     Raises:
         DecodingError: logits that are no law; prompt_idx is the tree.
     """
     vocab_size = min(forest.vocab_size for forest in forests.values())
     first = next(iter(forests.values()))
-    num_trees, device = len(prompt_keys), first.device
+    num_trees, num, device = len(prompt_keys), len(numbers), first.device
     row_tree = torch.arange(num_trees, device=device).repeat_interleave(num)
-    keys = stream_keys([(key, 0, _NO_CANDIDATE, i) for key in prompt_keys for i in range(num)])
+    keys = stream_keys([(key, 0, _NO_CANDIDATE, i) for key in prompt_keys for i in numbers])
     rows = _Rows(keys.to(device), list(forests), config.max_new_tokens)
     end_ids = torch.tensor(eos, dtype=torch.int64, device=device)
     logits = {role: forest.tip.repeat_interleave(num, 0) for role, forest in forests.items()}
@@ -114,7 +116,7 @@ def sample_responses(
         ids = _draw(rows, logits, weights, depth, config, vocab_size, row_tree)
         rows.lengths[:active] += ~rows.finished[:active]
         rows.finished[:active] |= torch.isin(ids, end_ids)
-        on_depth()
+        on_depth(num_trees * num)
         running = (~rows.finished[:active]).nonzero().squeeze(1)
         if depth + 1 == config.max_new_tokens or running.numel() == 0:
             break

@@ -52,12 +52,12 @@ class Scorer:
             emitted = self.responses[tree].token_ids
             texts.append((tree, (*emitted, branch.candidate, *branch.tokens)))
         if not self.remembers:
-            return self._ask(texts)
+            return self.score_texts(texts)
         new = list(
             dict.fromkeys((tree, text) for tree, text in texts if text not in self._known[tree])
         )
         if new:
-            for (tree, text), score in zip(new, self._ask(new), strict=True):
+            for (tree, text), score in zip(new, self.score_texts(new), strict=True):
                 self._known[tree][text] = score
         return [self._known[tree][text] for tree, text in texts]
 
@@ -80,7 +80,12 @@ class Scorer:
         drop_from(self._known, tree)
         self.session.drop_tree(tree)
 
-    def _ask(self, texts: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
+    def score_texts(self, texts: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
+        """Return the reward of each (tree, whole response), whether it is known or not; checked.
+
+        Raises:
+            RewardError: as `score` does.
+        """
         try:
             scores = self.session.score([tree for tree, _ in texts], [list(t) for _, t in texts])
         except (torch.OutOfMemoryError, DecodingError):
