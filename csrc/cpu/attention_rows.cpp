@@ -3,6 +3,7 @@
 #include "cpu/logit_rows.h"
 #include "cpu/simd.h"
 #include "cpu/transcendental.h"
+#include "cpu/transpose.h"
 
 namespace tq {
 namespace TQ_ISA {
@@ -17,163 +18,121 @@ constexpr int kTileVectors = 4;
 constexpr int kTileRows = 2;
 constexpr int kTileVectors = 2;
 #endif
+// Queries whose scores are in the scratch together.
 constexpr int kScoreRows = 6;
+constexpr int kKeyVectors = kKeysPerBlock / kLanes;
 
-// c [rows, 16 * vectors] (+)= a [rows, depth] @ b [depth, 16 * vectors]
+// c [rows, 16 * vectors] = (c * shrinks) + a [rows, depth] @ b [depth, 16 * vectors]; without
+// shrinks, c holds nothing yet.
+struct Product {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  int64_t depth;
+  float* c;
+  int64_t c_stride;
+  const float* shrinks;
+};
+
 template <int kRows, int kVectors, bool kAccumulate>
-TQ_INLINE void multiply_tile(
-    const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride) {
-  F32x16 sums[kRows][kVectors];
-  for (int row = 0; row < kRows; ++row) {
-    for (int v = 0; v < kVectors; ++v) {
-      sums[row][v] = kAccumulate ? load(c + row * c_stride + v * kLanes) : F32x16{};
-    }
+TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column) {
+  const float* const a = x.a + row * x.a_stride;
+  const float* const b = x.b + column;
+  float* const c = x.c + row * x.c_stride + column;
+  F32x16 sums[kRows][kVectors] = {};
+  for (int r = 0; kAccumulate && r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = load(c + r * x.c_stride + v * kLanes) * x.shrinks[row + r];
   }
-  for (int64_t i = 0; i < depth; ++i) {
+  for (int64_t i = 0; i < x.depth; ++i) {
     F32x16 right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + i * b_stride + v * kLanes);
-    for (int row = 0; row < kRows; ++row) {
-      const F32x16 left = broadcast(a[row * a_stride + i]);
-      for (int v = 0; v < kVectors; ++v) sums[row][v] += left * right[v];
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + i * x.b_stride + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const F32x16 left = broadcast(a[r * x.a_stride + i]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
     }
   }
-  for (int row = 0; row < kRows; ++row) {
-    for (int v = 0; v < kVectors; ++v) store(c + row * c_stride + v * kLanes, sums[row][v]);
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) store(c + r * x.c_stride + v * kLanes, sums[r][v]);
   }
 }
 
 template <int kVectors, bool kAccumulate>
-void multiply_column(
-    int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
-    int64_t c_stride) {
+void multiply_columns(const Product& x, int64_t rows, int64_t column) {
   int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) {
-    multiply_tile<kTileRows, kVectors, kAccumulate>(
-        a + row * a_stride, a_stride, b, b_stride, depth, c + row * c_stride, c_stride);
-  }
-  for (; row + 2 <= rows; row += 2) {
-    multiply_tile<2, kVectors, kAccumulate>(
-        a + row * a_stride, a_stride, b, b_stride, depth, c + row * c_stride, c_stride);
-  }
-  if (row < rows) {
-    multiply_tile<1, kVectors, kAccumulate>(
-        a + row * a_stride, a_stride, b, b_stride, depth, c + row * c_stride, c_stride);
-  }
+  for (; row + kTileRows <= rows; row += kTileRows) multiply_tile<kTileRows, kVectors, kAccumulate>(x, row, column);
+  for (; row + 4 <= rows; row += 4) multiply_tile<4, kVectors, kAccumulate>(x, row, column);
+  for (; row + 2 <= rows; row += 2) multiply_tile<2, kVectors, kAccumulate>(x, row, column);
+  if (row < rows) multiply_tile<1, kVectors, kAccumulate>(x, row, column);
 }
 
-// c [rows, width] (+)= a [rows, depth] @ b [depth, width]; width is a multiple of 16.
+// `width` is a multiple of 16.
 template <bool kAccumulate>
-void multiply(
-    int64_t rows, int64_t width, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-    float* c, int64_t c_stride) {
+void multiply(const Product& x, int64_t rows, int64_t width) {
   int64_t column = 0;
   for (; column + kTileVectors * kLanes <= width; column += kTileVectors * kLanes) {
-    multiply_column<kTileVectors, kAccumulate>(rows, a, a_stride, b + column, b_stride, depth, c + column, c_stride);
+    multiply_columns<kTileVectors, kAccumulate>(x, rows, column);
   }
-  for (; column < width; column += kLanes) {
-    multiply_column<1, kAccumulate>(rows, a, a_stride, b + column, b_stride, depth, c + column, c_stride);
-  }
-}
-
-// to [16, 64-strided] = from [16, stride] transposed: to[i * kKeysPerBlock + j] = from[j * stride + i].
-TQ_INLINE void transpose_16x16(const float* from, int64_t stride, float* to) {
-#if defined(__AVX512F__)
-  __m512 r[16];
-  __m512 t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * stride);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    for (int half = 0; half < 2; ++half) {
-      const __m512d a = _mm512_castps_pd(t[i + half]);
-      const __m512d b = _mm512_castps_pd(t[i + half + 2]);
-      r[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      r[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    }
-  }
-  // r[4 * q + c]: rows 4q to 4q + 3, columns c, c + 4, c + 8, c + 12, one in each 128-bit part.
-  for (int c = 0; c < 4; ++c) {
-    const __m512 low = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
-    const __m512 high = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512 low_odd = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
-    const __m512 high_odd = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-    _mm512_storeu_ps(to + c * kKeysPerBlock, _mm512_shuffle_f32x4(low, high, 0x88));
-    _mm512_storeu_ps(to + (c + 8) * kKeysPerBlock, _mm512_shuffle_f32x4(low, high, 0xdd));
-    _mm512_storeu_ps(to + (c + 4) * kKeysPerBlock, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
-    _mm512_storeu_ps(to + (c + 12) * kKeysPerBlock, _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd));
-  }
-#else
-  for (int j = 0; j < 16; ++j) {
-    for (int i = 0; i < 16; ++i) to[i * kKeysPerBlock + j] = from[j * stride + i];
-  }
-#endif
+  for (; column < width; column += kLanes) multiply_columns<1, kAccumulate>(x, rows, column);
 }
 
 // Positions [begin, end) of one side of a segment as floats with a row stride of `*stride`: where
 // they lie if they are such already, else widened into `room`.
 const float* rows_as_floats(
-    const void* base, int64_t base_stride, ElementType type, int64_t head_size, int64_t begin, int64_t end,
+    const char* base, int64_t base_stride, ElementType type, int64_t head_size, int64_t begin, int64_t end,
     float* room, int64_t* stride) {
-  const int64_t padded = padded_head(head_size);
-  if (type == ElementType::kFloat32 && padded == head_size) {
+  const int64_t width = padded(head_size);
+  if (type == ElementType::kFloat32 && width == head_size) {
     *stride = base_stride;
-    return static_cast<const float*>(base) + begin * base_stride;
+    return reinterpret_cast<const float*>(base) + begin * base_stride;
   }
   const int64_t bytes = type == ElementType::kFloat32 ? 4 : 2;
   for (int64_t j = begin; j < end; ++j) {
-    widen_padded(
-        static_cast<const char*>(base) + j * base_stride * bytes, type, head_size, room + (j - begin) * padded);
+    widen_padded(base + j * base_stride * bytes, type, head_size, room + (j - begin) * width);
   }
-  *stride = padded;
+  *stride = width;
   return room;
 }
 
-// scores [rows, 64] of few queries: a dot product for each key.
-void score_few(
-    const float* q, int64_t rows, int64_t width, const float* keys, int64_t key_stride, int64_t count,
-    float* scores) {
-  for (int64_t j = 0; j < count; ++j) {
-    for (int64_t row = 0; row < rows; ++row) {
-      F32x16 sum = {};
-      for (int64_t i = 0; i < width; i += kLanes) sum += load(q + row * width + i) * load(keys + j * key_stride + i);
-      scores[row * kKeysPerBlock + j] = add_lanes(sum);
+// The keys of a block with the positions as columns, [padded(head_size), 64]; zero from `count` on to
+// the end of a vector. `room` is for sixteen keys.
+void transpose_keys(const float* keys, int64_t stride, int64_t count, int64_t head_size, float* room, float* to) {
+  const int64_t width = padded(head_size);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const float* from = keys + j * stride;
+    int64_t from_stride = stride;
+    if (count - j < kLanes) {
+      for (int64_t i = 0; i < kLanes * width; i += kLanes) {
+        const int64_t key = j + i / width;
+        store(room + i, key < count ? load(keys + key * stride + i % width) : F32x16{});
+      }
+      from = room;
+      from_stride = width;
     }
-  }
-}
-
-// The keys of a block with the positions as columns, [head_size, 64]; zero beyond `count`.
-void transpose_keys(const float* keys, int64_t stride, int64_t count, int64_t head_size, float* to) {
-  const int64_t width = padded_head(head_size);
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
     for (int64_t i = 0; i < width; i += kLanes) {
-      transpose_16x16(keys + j * stride + i, stride, to + i * kKeysPerBlock + j);
-    }
-  }
-  if (j == kKeysPerBlock) return;
-  for (int64_t i = 0; i < width; ++i) {
-    for (int64_t column = j; column < kKeysPerBlock; ++column) {
-      to[i * kKeysPerBlock + column] = column < count ? keys[column * stride + i] : 0.0f;
+      transpose_16x16(from + i, from_stride, to + i * kKeysPerBlock + j, kKeysPerBlock);
     }
   }
 }
 
-// Scores of one query become weights relative to its new peak; what it had is rescaled to that.
-TQ_INLINE void soften(
+TQ_INLINE F32x16 transformed(F32x16 score, const ScoreTransform& transform) {
+  const F32x16 scaled = score * transform.scale;
+  return transform.softcap == 0.0f ? scaled : transform.softcap * tanh_of(scaled / transform.softcap);
+}
+
+// Scores of one query become weights relative to its new peak. Returns what shrinks its output so far.
+template <int kVectors>
+TQ_INLINE float soften(
     const QueryTile& tile, int64_t m, int64_t begin, int64_t end, const ScoreTransform& transform, float* scores) {
-  constexpr int kVectors = kKeysPerBlock / kLanes;
   const int64_t first = tile.first_seen[m] > begin ? tile.first_seen[m] - begin : 0;
   const int64_t last = tile.end_seen[m] < end ? tile.end_seen[m] - begin : end - begin;
   const F32x16 lowest = broadcast(kMinusInfinity);
   const I32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const bool sees_all = first == 0 && last == kKeysPerBlock;
+  const bool sees_all = first == 0 && last == kVectors * kLanes;
   F32x16 x[kVectors];
   F32x16 best = lowest;
   for (int v = 0; v < kVectors; ++v) {
-    x[v] = load(scores + v * kLanes) * transform.scale;
-    if (transform.softcap != 0.0f) x[v] = transform.softcap * tanh_of(x[v] / transform.softcap);
+    x[v] = transformed(load(scores + v * kLanes), transform);
     if (!sees_all) {
       const I32x16 position = lane + v * kLanes;
       const I32x16 is_seen = (position >= static_cast<int32_t>(first)) & (position < static_cast<int32_t>(last));
@@ -182,16 +141,16 @@ TQ_INLINE void soften(
     best = max_or_second(x[v], best);
   }
   const float block_peak = reduce_max(best);
-  const float peak = block_peak > tile.peaks[m] ? block_peak : tile.peaks[m];
+  const float before = tile.peaks[m];
+  const float peak = block_peak > before ? block_peak : before;
+  tile.peaks[m] = peak;
   // Nothing seen so far: any finite peak will do, and every weight is 0 (or NaN, for a NaN score).
   const F32x16 peaks = broadcast(peak == kMinusInfinity ? 0.0f : peak);
   F32x16 mass = load(tile.masses + m * kLanes);
-  if (peak != tile.peaks[m]) {
-    const F32x16 shrink = exp_nonpositive(broadcast(tile.peaks[m]) - peaks);
+  float shrink = 1.0f;
+  if (peak != before) {
+    shrink = exp_nonpositive(broadcast(before) - peaks)[0];
     mass *= shrink;
-    float* const out = tile.out + m * padded_head(tile.head_size);
-    for (int64_t i = 0; i < tile.head_size; i += kLanes) store(out + i, load(out + i) * shrink);
-    tile.peaks[m] = peak;
   }
   for (int v = 0; v < kVectors; ++v) {
     const F32x16 weight = select(x[v] == x[v], exp_nonpositive(x[v] - peaks), x[v]);
@@ -199,12 +158,87 @@ TQ_INLINE void soften(
     mass += weight;
   }
   store(tile.masses + m * kLanes, mass);
+  return shrink;
+}
+
+float soften_block(
+    const QueryTile& tile, int64_t m, int64_t begin, int64_t end, const ScoreTransform& transform, float* scores) {
+  switch ((end - begin + kLanes - 1) / kLanes) {
+    case 1:
+      return soften<1>(tile, m, begin, end, transform, scores);
+    case 2:
+      return soften<2>(tile, m, begin, end, transform, scores);
+    case 3:
+      return soften<3>(tile, m, begin, end, transform, scores);
+    default:
+      return soften<kKeyVectors>(tile, m, begin, end, transform, scores);
+  }
+}
+
+// scores [padded(count)] of one query: a dot product for each key.
+void score_few(
+    const float* q, int64_t width, const float* keys, int64_t key_stride, int64_t count, float* scores) {
+  int64_t j = 0;
+  const auto dot = [&](int64_t key) __attribute__((always_inline)) {
+    F32x16 sum = {};
+    for (int64_t i = 0; i < width; i += kLanes) sum += load(q + i) * load(keys + key * key_stride + i);
+    return sum;
+  };
+  for (; j + kLanes <= count; j += kLanes) {
+    F32x16 sums[kLanes];
+    for (int key = 0; key < kLanes; ++key) sums[key] = dot(j + key);
+    store(scores + j, add_across(sums));
+  }
+  if (j == count) return;
+  F32x16 sums[kLanes] = {};
+  for (int64_t key = 0; key < count - j; ++key) sums[key] = dot(j + key);
+  store(scores + j, add_across(sums));
+}
+
+// out [16 * kVectors] = out * shrink + weights [count] @ values; even and odd keys apart, so that no
+// sum waits for the one before it.
+template <int kVectors>
+TQ_INLINE void add_values_of_few(
+    const float* weights, float shrink, const float* values, int64_t value_stride, int64_t count, float* out) {
+  F32x16 even[kVectors];
+  F32x16 odd[kVectors] = {};
+  for (int v = 0; v < kVectors; ++v) even[v] = load(out + v * kLanes) * shrink;
+  int64_t j = 0;
+  for (; j + 2 <= count; j += 2) {
+    for (int v = 0; v < kVectors; ++v) {
+      even[v] += weights[j] * load(values + j * value_stride + v * kLanes);
+      odd[v] += weights[j + 1] * load(values + (j + 1) * value_stride + v * kLanes);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    if (j < count) even[v] += weights[j] * load(values + j * value_stride + v * kLanes);
+    store(out + v * kLanes, even[v] + odd[v]);
+  }
+}
+
+// to[i + lane] = value[lane] as an Element, up to to[size].
+template <typename Element>
+TQ_INLINE void store_typed(F32x16 value, int64_t i, int64_t size, void* to) {
+  auto* const at = static_cast<typename Element::Stored*>(to) + i;
+  if (i + kLanes <= size) return Element::store_rounded(at, value);
+  for (int64_t lane = 0; lane < size - i; ++lane) at[lane] = Element::rounded(value[lane]);
+}
+
+TQ_INLINE void store_as(ElementType type, F32x16 value, int64_t i, int64_t size, void* to) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return store_typed<Float32>(value, i, size, to);
+    case ElementType::kBFloat16:
+      return store_typed<BFloat16>(value, i, size, to);
+    case ElementType::kFloat16:
+      return store_typed<Float16>(value, i, size, to);
+  }
 }
 
 }  // namespace
 
 void start_queries(const QueryTile& tile) {
-  const int64_t width = padded_head(tile.head_size);
+  const int64_t width = padded(tile.head_size);
   for (int64_t i = 0; i < tile.count * width; i += kLanes) store(tile.out + i, F32x16{});
   for (int64_t m = 0; m < tile.count; ++m) {
     tile.peaks[m] = kMinusInfinity;
@@ -213,35 +247,54 @@ void start_queries(const QueryTile& tile) {
 }
 
 void attend_block(
-    const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end, bool is_few,
-    const ScoreTransform& transform, const AttentionScratch& scratch) {
-  const int64_t width = padded_head(tile.head_size);
+    const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end, const ScoreTransform& transform,
+    const AttentionScratch& scratch) {
+  const int64_t width = padded(tile.head_size);
   const int64_t count = end - begin;
   int64_t key_stride;
   int64_t value_stride;
-  float* const key_room = is_few ? scratch.keys : scratch.values;
-  const float* keys = rows_as_floats(
-      segment.keys, segment.key_stride, segment.type, tile.head_size, begin, end, key_room, &key_stride);
-  if (!is_few) {
-    transpose_keys(keys, key_stride, count, tile.head_size, scratch.keys);
-    keys = scratch.keys;
-  }
+  const float* const keys = rows_as_floats(
+      segment.keys, segment.key_stride, segment.type, tile.head_size, begin, end, scratch.values, &key_stride);
+  transpose_keys(keys, key_stride, count, tile.head_size, scratch.room, scratch.keys);
   const float* const values = rows_as_floats(
       segment.values, segment.value_stride, segment.type, tile.head_size, begin, end, scratch.values, &value_stride);
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
-    const float* const q = tile.q + m * width;
-    if (is_few) {
-      score_few(q, rows, width, keys, key_stride, count, scratch.scores);
-    } else {
-      multiply<false>(
-          rows, kKeysPerBlock, q, width, keys, kKeysPerBlock, tile.head_size, scratch.scores, kKeysPerBlock);
-    }
+    const Product scored{tile.q + m * width, width, scratch.keys, kKeysPerBlock, tile.head_size,
+                         scratch.scores, kKeysPerBlock, nullptr};
+    multiply<false>(scored, rows, padded(count));
+    float shrinks[kScoreRows];
     for (int64_t row = 0; row < rows; ++row) {
-      soften(tile, m + row, begin, end, transform, scratch.scores + row * kKeysPerBlock);
+      shrinks[row] = soften_block(tile, m + row, begin, end, transform, scratch.scores + row * kKeysPerBlock);
     }
-    multiply<true>(
-        rows, width, scratch.scores, kKeysPerBlock, values, value_stride, count, tile.out + m * width, width);
+    const Product weighted{scratch.scores, kKeysPerBlock, values, value_stride, count,
+                           tile.out + m * width, width, shrinks};
+    multiply<true>(weighted, rows, width);
+  }
+}
+
+void attend_block_of_few(
+    const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end, const ScoreTransform& transform,
+    const AttentionScratch& scratch) {
+  const int64_t width = padded(tile.head_size);
+  const int64_t count = end - begin;
+  int64_t key_stride;
+  int64_t value_stride;
+  const float* const keys = rows_as_floats(
+      segment.keys, segment.key_stride, segment.type, tile.head_size, begin, end, scratch.keys, &key_stride);
+  const float* const values = rows_as_floats(
+      segment.values, segment.value_stride, segment.type, tile.head_size, begin, end, scratch.values, &value_stride);
+  for (int64_t m = 0; m < tile.count; ++m) {
+    score_few(tile.q + m * width, width, keys, key_stride, count, scratch.scores);
+    const float shrink = soften_block(tile, m, begin, end, transform, scratch.scores);
+    float* const out = tile.out + m * width;
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+      add_values_of_few<4>(scratch.scores, shrink, values + i, value_stride, count, out + i);
+    }
+    for (; i < width; i += kLanes) {
+      add_values_of_few<1>(scratch.scores, shrink, values + i, value_stride, count, out + i);
+    }
   }
 }
 
@@ -249,25 +302,15 @@ void finish_query(const QueryTile& tile, int64_t m, ElementType type, void* out,
   const double mass = reduce_sum(load(tile.masses + m * kLanes));
   *lse = mass == 0.0 ? kMinusInfinity : static_cast<float>(tile.peaks[m] + __builtin_log(mass));
   const float share = mass == 0.0 ? 0.0f : static_cast<float>(1.0 / mass);
-  const float* const from = tile.out + m * padded_head(tile.head_size);
+  const float* const from = tile.out + m * padded(tile.head_size);
   for (int64_t i = 0; i < tile.head_size; i += kLanes) {
-    alignas(64) float values[kLanes];
-    store(values, load(from + i) * share);
-    const int64_t left = tile.head_size - i < kLanes ? tile.head_size - i : kLanes;
-    for (int64_t lane = 0; lane < left; ++lane) {
-      if (type == ElementType::kFloat32) {
-        static_cast<float*>(out)[i + lane] = values[lane];
-      } else {
-        static_cast<uint16_t*>(out)[i + lane] =
-            type == ElementType::kBFloat16 ? bfloat16_from(values[lane]) : half_from(values[lane]);
-      }
-    }
+    store_as(type, load(from + i) * share, i, tile.head_size, out);
   }
 }
 
 void widen_padded(const void* from, ElementType type, int64_t size, float* to) {
   widen(from, type, size, to);
-  for (int64_t i = size; i < padded_head(size); ++i) to[i] = 0.0f;
+  for (int64_t i = size; i < padded(size); ++i) to[i] = 0.0f;
 }
 
 }  // namespace TQ_ISA

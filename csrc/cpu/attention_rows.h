@@ -9,15 +9,15 @@ namespace tq {
 // Keys are taken in blocks of this many, from the first one on, for every query alike.
 constexpr int64_t kKeysPerBlock = 64;
 
-// Room in floats for a head of d numbers: a whole number of vectors.
-TQ_HOST_DEVICE int64_t padded_head(int64_t head_size) { return (head_size + 15) / 16 * 16; }
+// Room for `count` numbers in whole vectors.
+TQ_HOST_DEVICE int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
 // Queries in fp32 and what has been gathered for each so far. Everything is padded to whole vectors.
 struct QueryTile {
   int64_t count;
   int64_t head_size;
-  const float* q;  // [count, padded_head], zero beyond head_size
-  float* out;      // [count, padded_head], not yet divided by the mass
+  const float* q;  // [count, padded(head_size)], zero beyond head_size
+  float* out;      // [count, padded(head_size)], not yet divided by the mass
   float* peaks;    // [count]
   float* masses;   // [count, 16], one partial sum a lane
   // Each query sees the keys [first_seen, end_seen) of the segment.
@@ -27,8 +27,8 @@ struct QueryTile {
 
 // A segment of keys and values: the prefix of a tree, or the branch of a row.
 struct KeySegment {
-  const void* keys;
-  const void* values;
+  const char* keys;
+  const char* values;
   int64_t key_stride;  // in elements, from one position to the next
   int64_t value_stride;
   ElementType type;
@@ -41,18 +41,23 @@ struct ScoreTransform {
 
 // Room for one block of keys and values in fp32, and of scores.
 struct AttentionScratch {
-  float* keys;    // [padded_head, 64] or [64, padded_head]
-  float* values;  // [64, padded_head]
-  float* scores;  // [6, 64]
+  float* keys;     // [padded(head_size), 64] or [64, padded(head_size)]
+  float* values;   // [64, padded(head_size)]
+  float* scores;   // [6, 64]
+  float* room;     // [16, padded(head_size)]
 };
 
 #define TQ_DECLARE(isa)                                                                               \
   namespace isa {                                                                                     \
   void start_queries(const QueryTile& tile);                                                          \
-  /* Takes the keys [begin, end) of the segment, at most kKeysPerBlock of them, into every query.     \
-     is_few: a dot product a score, instead of transposing the keys; rounds differently. */           \
+  /* Takes the keys [begin, end) of the segment, at most kKeysPerBlock of them, into every query. */  \
   void attend_block(const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end,     \
-                    bool is_few, const ScoreTransform& transform, const AttentionScratch& scratch);   \
+                    const ScoreTransform& transform, const AttentionScratch& scratch);                \
+  /* The same by dot products, where there are too few queries to pay for transposing the keys;       \
+     rounds differently. */                                                                           \
+  void attend_block_of_few(const QueryTile& tile, const KeySegment& segment, int64_t begin,           \
+                           int64_t end, const ScoreTransform& transform,                              \
+                           const AttentionScratch& scratch);                                          \
   /* out[m] = the mean of the values in `type`; lse[m] = natural log of the mass. */                  \
   void finish_query(const QueryTile& tile, int64_t m, ElementType type, void* out, float* lse);       \
   /* One query of `size` numbers as floats, padded with zeros. */                                     \

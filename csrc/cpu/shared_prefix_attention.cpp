@@ -16,13 +16,34 @@ namespace tq {
 
 namespace {
 
-// Below this many queries a row's branch is scored by dot products.
+// Below this many queries of a row its branch is taken with a key in each lane.
 constexpr int64_t kFewQueries = 8;
-// A piece has about this many queries, enough to pay for widening and transposing the keys.
+// A piece has about this many queries: enough to pay for widening the keys, and its queries and their
+// output stay in the cache.
 constexpr int64_t kQueriesPerPiece = 96;
 
+// Rows of numbers with unit stride: [i, j, k] is where row k of head j of row or tree i begins.
+class HeadRows {
+ public:
+  explicit HeadRows(const Tensor& tensor)
+      : tensor_(with_unit_inner_stride(tensor)),
+        data_(static_cast<const char*>(tensor_.const_data_ptr())),
+        bytes_(static_cast<int64_t>(tensor_.element_size())),
+        strides_{tensor_.stride(0), tensor_.stride(1), tensor_.stride(2)} {}
+  const char* at(int64_t i, int64_t j, int64_t k) const {
+    return data_ + (i * strides_[0] + j * strides_[1] + k * strides_[2]) * bytes_;
+  }
+  int64_t stride() const { return strides_[2]; }
+
+ private:
+  Tensor tensor_;  // keeps the data alive where it is a copy
+  const char* data_;
+  int64_t bytes_;
+  int64_t strides_[3];
+};
+
 struct Problem {
-  Tensor q, prefix_k, prefix_v, branch_k, branch_v;
+  HeadRows q, prefix_k, prefix_v, branch_k, branch_v;
   const int64_t* prefix_len;
   const int64_t* branch_len;
   ElementType type;
@@ -45,16 +66,10 @@ struct Piece {
   int64_t end_row;
 };
 
-const char* element_at(const Tensor& tensor, int64_t i, int64_t j, int64_t k, int64_t element_size) {
-  const int64_t offset = i * tensor.stride(0) + j * tensor.stride(1) + k * tensor.stride(2);
-  return static_cast<const char*>(tensor.const_data_ptr()) + offset * element_size;
-}
-
 // What one thread needs, sized for its largest piece and used again for the next.
 class PieceWorker {
  public:
-  explicit PieceWorker(const Problem& problem)
-      : problem_(problem), width_(padded_head(problem.head_size)) {}
+  explicit PieceWorker(const Problem& problem) : problem_(problem), width_(padded(problem.head_size)) {}
 
   void run(const Piece& piece) {
     start(piece);
@@ -64,17 +79,19 @@ class PieceWorker {
   }
 
  private:
-  // Floats on 64-byte boundaries, carved out of one allocation.
-  float* carve(int64_t count) {
+  // Room on 64-byte boundaries, carved out of one allocation.
+  template <typename Number>
+  Number* carve(int64_t count) {
+    static_assert(sizeof(Number) == sizeof(float));
     float* const begin = memory_ + used_;
-    used_ += (count + 15) / 16 * 16;
-    return begin;
+    used_ += padded(count);
+    return reinterpret_cast<Number*>(begin);
   }
 
   void start(const Piece& piece) {
     const int64_t count = (piece.end_row - piece.first_row) * problem_.queries_per_row();
-    const int64_t needed = 2 * (count * width_ + 16) + count + 16 + count * 16 + 2 * (width_ * kKeysPerBlock) +
-                           6 * kKeysPerBlock + 64;
+    const int64_t block = kKeysPerBlock * width_;
+    const int64_t needed = 2 * count * width_ + 3 * padded(count) + count * 16 + 2 * block + 6 * kKeysPerBlock + 16 * width_;
     if (needed > capacity_) {
       storage_.reset(new float[needed + 16]);
       const auto address = reinterpret_cast<uintptr_t>(storage_.get());
@@ -82,18 +99,16 @@ class PieceWorker {
       capacity_ = needed;
     }
     used_ = 0;
-    first_seen_.assign(count, 0);
-    end_seen_.assign(count, 0);
-    q_ = carve(count * width_);
-    tile_ = {count, problem_.head_size, q_, carve(count * width_), carve(count), carve(count * 16),
-             first_seen_.data(), end_seen_.data()};
-    scratch_ = {carve(width_ * kKeysPerBlock), carve(width_ * kKeysPerBlock), carve(6 * kKeysPerBlock)};
+    q_ = carve<float>(count * width_);
+    first_seen_ = carve<int32_t>(count);
+    end_seen_ = carve<int32_t>(count);
+    tile_ = {count, problem_.head_size, q_, carve<float>(count * width_), carve<float>(count),
+             carve<float>(count * 16), first_seen_, end_seen_};
+    scratch_ = {carve<float>(block), carve<float>(block), carve<float>(6 * kKeysPerBlock), carve<float>(16 * width_)};
 
     const auto widen_padded = TQ_SELECT_ISA(widen_padded);
     for_each_query(piece, [&](int64_t m, int64_t row, int64_t head, int64_t t) {
-      widen_padded(
-          element_at(problem_.q, row, head, t, problem_.element_size), problem_.type, problem_.head_size,
-          q_ + m * width_);
+      widen_padded(problem_.q.at(row, head, t), problem_.type, problem_.head_size, q_ + m * width_);
     });
     TQ_SELECT_ISA(start_queries)(tile_);
   }
@@ -126,14 +141,14 @@ class PieceWorker {
       least = std::min<int64_t>(least, first_seen_[m]);
     });
     const KeySegment segment{
-        element_at(problem_.prefix_k, piece.tree, piece.head, 0, problem_.element_size),
-        element_at(problem_.prefix_v, piece.tree, piece.head, 0, problem_.element_size),
-        problem_.prefix_k.stride(2), problem_.prefix_v.stride(2), problem_.type};
-    attend(tile_, segment, least / kKeysPerBlock * kKeysPerBlock, length, false);
+        problem_.prefix_k.at(piece.tree, piece.head, 0), problem_.prefix_v.at(piece.tree, piece.head, 0),
+        problem_.prefix_k.stride(), problem_.prefix_v.stride(), problem_.type};
+    attend(TQ_SELECT_ISA(attend_block), tile_, segment, least, length);
   }
 
   void attend_branches(const Piece& piece) {
     const int64_t each = problem_.queries_per_row();
+    const auto attend_block = each < kFewQueries ? TQ_SELECT_ISA(attend_block_of_few) : TQ_SELECT_ISA(attend_block);
     for (int64_t row = piece.first_row; row < piece.end_row; ++row) {
       const int64_t first = (row - piece.first_row) * each;
       int64_t least = problem_.branch_len[row];
@@ -152,18 +167,18 @@ class PieceWorker {
       tile.first_seen += first;
       tile.end_seen += first;
       const KeySegment segment{
-          element_at(problem_.branch_k, row, piece.head, 0, problem_.element_size),
-          element_at(problem_.branch_v, row, piece.head, 0, problem_.element_size),
-          problem_.branch_k.stride(2), problem_.branch_v.stride(2), problem_.type};
-      attend(
-          tile, segment, least / kKeysPerBlock * kKeysPerBlock, problem_.branch_len[row], each < kFewQueries);
+          problem_.branch_k.at(row, piece.head, 0), problem_.branch_v.at(row, piece.head, 0),
+          problem_.branch_k.stride(), problem_.branch_v.stride(), problem_.type};
+      attend(attend_block, tile, segment, least, problem_.branch_len[row]);
     }
   }
 
-  void attend(const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end, bool is_few) {
-    const auto attend_block = TQ_SELECT_ISA(attend_block);
-    for (int64_t j = begin; j < end; j += kKeysPerBlock) {
-      attend_block(tile, segment, j, std::min(j + kKeysPerBlock, end), is_few, problem_.transform, scratch_);
+  // The block of the first key that any query sees is the first; blocks begin at multiples of their size.
+  template <typename AttendBlock>
+  void attend(
+      AttendBlock attend_block, const QueryTile& tile, const KeySegment& segment, int64_t least, int64_t end) const {
+    for (int64_t j = least / kKeysPerBlock * kKeysPerBlock; j < end; j += kKeysPerBlock) {
+      attend_block(tile, segment, j, std::min(j + kKeysPerBlock, end), problem_.transform, scratch_);
     }
   }
 
@@ -183,9 +198,9 @@ class PieceWorker {
   float* memory_ = nullptr;
   int64_t capacity_ = -1;
   int64_t used_ = 0;
-  std::vector<int32_t> first_seen_;
-  std::vector<int32_t> end_seen_;
   float* q_ = nullptr;
+  int32_t* first_seen_ = nullptr;
+  int32_t* end_seen_ = nullptr;
   QueryTile tile_{};
   AttentionScratch scratch_{};
 };
@@ -224,11 +239,11 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
   Tensor out = new_tensor({rows, q.size(1), q.size(2), q.size(3)}, q.scalar_type());
   Tensor lse = new_tensor({rows, q.size(1), q.size(2)}, ScalarType::Float);
   const Problem problem{
-      with_unit_inner_stride(q),
-      with_unit_inner_stride(prefix_k),
-      with_unit_inner_stride(prefix_v),
-      with_unit_inner_stride(branch_k),
-      with_unit_inner_stride(branch_v),
+      HeadRows(q),
+      HeadRows(prefix_k),
+      HeadRows(prefix_v),
+      HeadRows(branch_k),
+      HeadRows(branch_v),
       static_cast<const int64_t*>(prefix_lens.const_data_ptr()),
       static_cast<const int64_t*>(branch_lens.const_data_ptr()),
       element_type_of(q, "shared_prefix_attention", "q"),

@@ -30,7 +30,8 @@ typedef uint16_t U16x16u __attribute__((vector_size(32), aligned(2)));
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
-TQ_INLINE F32x16 broadcast(float value) { return F32x16{} + value; }
+// Subtracting 0 leaves every number as it is, so nothing is computed; adding it would change -0.
+TQ_INLINE F32x16 broadcast(float value) { return value - F32x16{}; }
 
 TQ_INLINE F32x16 load(const float* from) { return *reinterpret_cast<const F32x16u*>(from); }
 TQ_INLINE void store(float* to, F32x16 value) { *reinterpret_cast<F32x16u*>(to) = value; }

@@ -1,0 +1,70 @@
+// Sixteen vectors of sixteen floats, crosswise. Included only by *_rows.cpp (see isa.h).
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace tq {
+namespace TQ_ISA {
+
+// to[i * to_stride + j] = from[j * stride + i] for i and j below 16.
+TQ_INLINE void transpose_16x16(const float* from, int64_t stride, float* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+  __m512 r[16];
+  __m512 t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      const __m512d a = _mm512_castps_pd(t[i + half]);
+      const __m512d b = _mm512_castps_pd(t[i + half + 2]);
+      r[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      r[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  // r[4 * q + c]: rows 4q to 4q + 3, columns c, c + 4, c + 8, c + 12, one in each 128-bit part.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
+    const __m512 high = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512 low_odd = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
+    const __m512 high_odd = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+    _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(low, high, 0x88));
+    _mm512_storeu_ps(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(low, high, 0xdd));
+    _mm512_storeu_ps(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
+    _mm512_storeu_ps(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd));
+  }
+#else
+  for (int j = 0; j < 16; ++j) {
+    for (int i = 0; i < 16; ++i) to[i * to_stride + j] = from[j * stride + i];
+  }
+#endif
+}
+
+// Lane i: the sum of the lanes of sums[i].
+TQ_INLINE F32x16 add_across(F32x16 (&sums)[kLanes]) {
+#if defined(__AVX512F__)
+  // Four rounds, each adding the halves of two vectors into one: of quads, pairs, numbers.
+  __m512 r[kLanes];
+  for (int i = 0; i < kLanes; ++i) r[i] = (__m512)sums[i];
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[i], r[i + 8], 0x44), _mm512_shuffle_f32x4(r[i], r[i + 8], 0xee));
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd));
+  }
+  // r[i], 128 bits at a time: what is left of sums i, i + 8, i + 4, i + 12.
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
+  const __m512 mixed = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  return (F32x16)_mm512_shuffle_f32x4(mixed, mixed, 0xd8);
+#else
+  F32x16 out;
+  for (int i = 0; i < kLanes; ++i) out[i] = add_lanes(sums[i]);
+  return out;
+#endif
+}
+
+}  // namespace TQ_ISA
+}  // namespace tq
