@@ -27,14 +27,13 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
       " -> (Tensor choice, Tensor final_logprobs, Tensor q, Tensor q_stderr, Tensor ess)");
   m.def(
       "trajectory_log_ratio(Tensor logits_p, Tensor logits_q, Tensor tokens, Tensor lengths,"
-      " int vocab_size) -> Tensor");
-  // softcap 0: none, here and below; window 0: none.
+      " int? vocab_size) -> Tensor");
   m.def(
       "linear_trajectory_logprob(Tensor hidden, Tensor weight, Tensor tokens, Tensor lengths,"
-      " Tensor? bias, float scale, float softcap, int vocab_size) -> Tensor");
+      " Tensor? bias, float scale, float? softcap, int vocab_size) -> Tensor");
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "shared_prefix_attention(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor prefix_len,"
-      " Tensor branch_k, Tensor branch_v, Tensor branch_len, float scale, float softcap, int window,"
+      " Tensor branch_k, Tensor branch_v, Tensor branch_len, float scale, float? softcap, int? window,"
       " Tensor? tree) -> (Tensor out, Tensor lse)");
 }

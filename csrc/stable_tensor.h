@@ -40,6 +40,13 @@ inline Tensor dense(const Tensor& tensor, ScalarType type) {
   return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
 }
 
+// Rows of unit stride; any outer stride is kept, so a slice of a wider tensor is not copied.
+inline Tensor with_unit_inner_stride(const Tensor& tensor) {
+  const int64_t inner = tensor.dim() - 1;
+  if (tensor.size(inner) <= 1 || tensor.stride(inner) == 1) return tensor;
+  return torch::stable::contiguous(tensor);
+}
+
 inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor, ScalarType type) {
   if (!tensor.has_value()) return std::nullopt;
   return dense(*tensor, type);

@@ -1,10 +1,16 @@
 """tq_fast: Transfer Q* decoding, fast (arXiv 2405.20495)."""
 
-from . import ops, presets
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .config import DecodeConfig
-from .decoder import TransferDecoder, decode
-from .results import DecodeResult, DecodeStats, StepTrace
+
+if TYPE_CHECKING:
+    from . import ops, presets
+    from .decoder import TransferDecoder, decode
+    from .results import DecodeResult, DecodeStats, StepTrace
 
 __all__ = [
     "DecodeConfig",
@@ -17,3 +23,29 @@ __all__ = [
     "ops",
     "presets",
 ]
+
+# Imported at first use: the ops need torch and not transformers, the command line at first neither.
+_HOMES = {
+    "DecodeResult": "results",
+    "DecodeStats": "results",
+    "StepTrace": "results",
+    "TransferDecoder": "decoder",
+    "decode": "decoder",
+    "ops": "ops",
+    "presets": "presets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f".{_HOMES[name]}", __name__)
+    value = home if _HOMES[name] == name else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

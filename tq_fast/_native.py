@@ -10,12 +10,19 @@ import functools
 import importlib
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 LibraryName = Literal["cpu", "cuda"]
+_Function = TypeVar("_Function")
 _PACKAGE_FOLDER = Path(__file__).resolve().parent
+
+
+def constant_when_compiling(function: _Function) -> _Function:
+    """As torch.compiler.assume_constant_result, which would import torch._dynamo, a second, now."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def _load(name: LibraryName) -> str | None:
@@ -32,14 +39,14 @@ def _load(name: LibraryName) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiling
 @functools.cache
 def cpu_refusal() -> str | None:
     """Why the CPU library cannot serve: a sentence, or None once it is loaded."""
     return _load("cpu")
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiling
 @functools.cache
 def cuda_refusal() -> str | None:
     """Why the CUDA library cannot serve: a sentence, or None once it is loaded."""

@@ -45,8 +45,16 @@ void advance_rollouts_cpu(
     const std::optional<Tensor>& top_ps, int64_t vocab_size, int64_t seed,
     const std::optional<Tensor>& seed_tensor) {
   const DrawArguments arguments(
-      "advance_rollouts_", logits, keys, step, step_tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps, vocab_size,
-      seed, seed_tensor);
+      "advance_rollouts_", logits, keys, step, step_tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps,
+      vocab_size, seed, seed_tensor);
+  const int64_t rows = logits.size(0);
+  require_contract(
+      tokens.dim() == 2 && is_integers(tokens, {rows, tokens.size(1)}) && is_integers(lengths, {rows}) &&
+          has_shape(finished, {rows}) && finished.scalar_type() == ScalarType::Bool &&
+          has_shape(logprob_sums, {rows}) && logprob_sums.scalar_type() == ScalarType::Float &&
+          has_shape(proposal_logprob_sums, {rows}) && proposal_logprob_sums.scalar_type() == ScalarType::Float &&
+          eos.dim() == 1 && is_integer(eos),
+      "advance_rollouts_");
   const int64_t capacity = tokens.size(1);
   const IntegerView tokens_view(tokens);
   const IntegerView lengths_view(lengths);
@@ -61,7 +69,10 @@ void advance_rollouts_cpu(
 
   draw_rows(
       arguments,
-      [&](int64_t row) { return !finished_data[row * finished_stride] && lengths_view.get(row) < capacity; },
+      [&](int64_t row) {
+        const int64_t length = lengths_view.get(row);
+        return !finished_data[row * finished_stride] && length >= 0 && length < capacity;
+      },
       [&](int64_t row, const DrawnToken& token) {
         if (!token.is_valid) {
           finished_data[row * finished_stride] = true;

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "common/philox.h"
+#include "cpu/contract.h"
 #include "cpu/sampler.h"
 #include "cpu/tensor_access.h"
 
@@ -37,7 +38,15 @@ struct DrawArguments {
         step(read_int(step_number, step_tensor)),
         temperature(static_cast<float>(temperature_number), temperatures, ScalarType::Float),
         top_k(top_k_number, top_ks, ScalarType::Long),
-        top_p(top_p_number, top_ps, ScalarType::Double) {}
+        top_p(top_p_number, top_ps, ScalarType::Double) {
+    const int64_t rows = logits.size(0);
+    require_contract(
+        logits_in.dim() == 2 && is_integers(keys_in, {rows}) && vocab_size >= 1 && vocab_size <= logits_in.size(1) &&
+            is_per_row(temperatures, rows, temperature_number >= 0.0) && is_per_row(top_ks, rows, top_k_number >= 0) &&
+            is_per_row(top_ps, rows, top_p_number >= 0.0 && top_p_number <= 1.0) && is_int(step_tensor) &&
+            is_int(seed_tensor),
+        op);
+  }
 
   SamplerParameters parameters(int64_t row) const { return {temperature.at(row), top_k.at(row), top_p.at(row)}; }
   double uniform(int64_t row) const {

@@ -78,8 +78,14 @@ void take_block(
 
 Tensor linear_trajectory_logprob_cpu(
     const Tensor& hidden_in, const Tensor& weight_in, const Tensor& tokens, const Tensor& lengths,
-    const std::optional<Tensor>& bias_in, double scale, double softcap, int64_t vocab_size) {
+    const std::optional<Tensor>& bias_in, double scale, std::optional<double> softcap, int64_t vocab_size) {
   const char* const op = "linear_trajectory_logprob";
+  require_contract(
+      Trajectories::are(tokens, lengths, hidden_in) && weight_in.dim() == 2 && weight_in.size(1) == hidden_in.size(2) &&
+          weight_in.scalar_type() == hidden_in.scalar_type() &&
+          (!bias_in.has_value() || is_floats(*bias_in, {weight_in.size(0)})) && vocab_size >= 1 &&
+          vocab_size <= weight_in.size(0) && !(softcap.has_value() && !(*softcap > 0.0)),
+      op);
   const Tensor hidden = with_unit_inner_stride(hidden_in);
   const Tensor weight = with_unit_inner_stride(weight_in);
   const ElementType type = element_type_of(hidden, op, "hidden");
@@ -87,7 +93,7 @@ Tensor linear_trajectory_logprob_cpu(
   const int64_t size = hidden.size(2);
   const std::optional<Tensor> bias = dense(bias_in, ScalarType::Float);
   const auto* const bias_data = data_or_null<float>(bias);
-  const LogitTransform transform{static_cast<float>(scale), static_cast<float>(softcap), bias.has_value()};
+  const LogitTransform transform{static_cast<float>(scale), static_cast<float>(softcap.value_or(0.0)), bias.has_value()};
 
   std::vector<int64_t> counted;
   for (int64_t i = 0; i < trajectories.rows * trajectories.length; ++i) {

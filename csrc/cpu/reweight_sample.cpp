@@ -7,6 +7,7 @@
 
 #include "common/online_softmax.h"
 #include "common/reweight.h"
+#include "cpu/contract.h"
 #include "cpu/tensor_access.h"
 
 namespace tq {
@@ -81,6 +82,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cpu(
     const std::optional<Tensor>& log_weights_in, const std::optional<Tensor>& lengths_in, double alpha, bool is_soft,
     bool is_greedy, int64_t seed, const std::optional<Tensor>& seed_tensor, const std::optional<Tensor>& keys_in,
     int64_t step, const std::optional<Tensor>& step_tensor) {
+  require_contract(
+      rewards_in.dim() == 3 && rewards_in.size(1) >= 1 && is_floating(rewards_in) &&
+          is_floats(prior_logprobs_in, {rewards_in.size(0), rewards_in.size(1)}) &&
+          is_integers(token_ids_in, {rewards_in.size(0), rewards_in.size(1)}) &&
+          (!log_weights_in.has_value() ||
+           is_floats(*log_weights_in, {rewards_in.size(0), rewards_in.size(1), rewards_in.size(2)})) &&
+          (!lengths_in.has_value() || is_integers(*lengths_in, {rewards_in.size(0), rewards_in.size(1)})) &&
+          (!keys_in.has_value() || is_integers(*keys_in, {rewards_in.size(0)})) && alpha > 0.0 && std::isfinite(alpha) &&
+          is_int(seed_tensor) && is_int(step_tensor),
+      "reweight_sample");
   // float32 is read as it is; any other mixture of types is widened first.
   const bool is_float = prior_logprobs_in.scalar_type() == ScalarType::Float &&
                         rewards_in.scalar_type() == ScalarType::Float &&

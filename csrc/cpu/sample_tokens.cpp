@@ -10,10 +10,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cpu(
     double temperature, const std::optional<Tensor>& temperatures, int64_t top_k,
     const std::optional<Tensor>& top_ks, double top_p, const std::optional<Tensor>& top_ps, int64_t vocab_size,
     int64_t seed, const std::optional<Tensor>& seed_tensor) {
-  const int64_t rows = logits.size(0);
   const DrawArguments arguments(
-      "sample_tokens", logits, keys, step, step_tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps, vocab_size,
-      seed, seed_tensor);
+      "sample_tokens", logits, keys, step, step_tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps,
+      vocab_size, seed, seed_tensor);
+  const int64_t rows = logits.size(0);
   Tensor ids = new_tensor({rows}, ScalarType::Long);
   Tensor logprobs = new_tensor({rows}, ScalarType::Float);
   Tensor proposal_logprobs = new_tensor({rows}, ScalarType::Float);

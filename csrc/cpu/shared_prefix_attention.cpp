@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/attention_rows.h"
+#include "cpu/contract.h"
 #include "cpu/tensor_access.h"
 
 namespace tq {
@@ -226,12 +227,45 @@ std::vector<Piece> cut_into_pieces(
   return pieces;
 }
 
+// q [N, H_q, T, d] beside the prefixes [G, H_kv, P, d] and the branches [N, H_kv, S, d], of one type.
+bool are_in_shape(
+    const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& branch_k, const Tensor& branch_v) {
+  if (q.dim() != 4 || prefix_k.dim() != 4 || branch_k.dim() != 4) return false;
+  const int64_t heads = prefix_k.size(1);
+  const int64_t size = q.size(3);
+  const ScalarType type = q.scalar_type();
+  return heads > 0 && q.size(1) % heads == 0 && prefix_k.size(3) == size &&
+         has_shape(prefix_v, {prefix_k.size(0), heads, prefix_k.size(2), size}) &&
+         has_shape(branch_k, {q.size(0), heads, branch_k.size(2), size}) &&
+         has_shape(branch_v, {q.size(0), heads, branch_k.size(2), size}) && prefix_k.scalar_type() == type &&
+         prefix_v.scalar_type() == type && branch_k.scalar_type() == type && branch_v.scalar_type() == type;
+}
+
+// A length beyond its buffer would be read beyond it.
+void check_lengths(const char* name, const Tensor& lengths, int64_t low, int64_t high) {
+  const auto* const data = static_cast<const int64_t*>(lengths.const_data_ptr());
+  for (int64_t i = 0; i < lengths.size(0); ++i) {
+    STD_TORCH_CHECK(
+        data[i] >= low && data[i] <= high, "shared_prefix_attention: ", name, "[", i, "] is ", data[i], ", expected ",
+        low, " to ", high);
+  }
+}
+
+bool splits_evenly(int64_t rows, int64_t trees) { return trees == 0 ? rows == 0 : rows % trees == 0; }
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
     const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& prefix_len,
-    const Tensor& branch_k, const Tensor& branch_v, const Tensor& branch_len, double scale, double softcap,
-    int64_t window, const std::optional<Tensor>& tree_in) {
+    const Tensor& branch_k, const Tensor& branch_v, const Tensor& branch_len, double scale,
+    std::optional<double> softcap, std::optional<int64_t> window, const std::optional<Tensor>& tree_in) {
+  const char* const op = "shared_prefix_attention";
+  require_contract(
+      are_in_shape(q, prefix_k, prefix_v, branch_k, branch_v) && is_integers(prefix_len, {prefix_k.size(0)}) &&
+          is_integers(branch_len, {q.size(0)}) && !(softcap.has_value() && !(*softcap > 0.0)) &&
+          !(window.has_value() && *window < 1) &&
+          (tree_in.has_value() ? is_integers(*tree_in, {q.size(0)}) : splits_evenly(q.size(0), prefix_k.size(0))),
+      op);
   const Tensor prefix_lens = dense(prefix_len, ScalarType::Long);
   const Tensor branch_lens = dense(branch_len, ScalarType::Long);
   const std::optional<Tensor> tree = dense(tree_in, ScalarType::Long);
@@ -246,10 +280,10 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
       HeadRows(branch_v),
       static_cast<const int64_t*>(prefix_lens.const_data_ptr()),
       static_cast<const int64_t*>(branch_lens.const_data_ptr()),
-      element_type_of(q, "shared_prefix_attention", "q"),
+      element_type_of(q, op, "q"),
       static_cast<int64_t>(q.element_size()),
-      {static_cast<float>(scale), static_cast<float>(softcap)},
-      window,
+      {static_cast<float>(scale), static_cast<float>(softcap.value_or(0.0))},
+      window.value_or(0),
       q.size(1),
       prefix_k.size(1),
       q.size(2),
@@ -257,6 +291,8 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
       static_cast<char*>(out.mutable_data_ptr()),
       static_cast<float*>(lse.mutable_data_ptr())};
   if (lse.numel() == 0) return {out, lse};
+  check_lengths("prefix_len", prefix_lens, 0, prefix_k.size(2));
+  check_lengths("branch_len", branch_lens, 0, branch_k.size(2));
   const std::vector<Piece> pieces = cut_into_pieces(problem, rows, prefix_k.size(0), tree);
   torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
     PieceWorker worker(problem);

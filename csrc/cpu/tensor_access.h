@@ -23,13 +23,6 @@ inline ElementType element_type_of(const Tensor& tensor, const char* op, const c
   }
 }
 
-// Rows of unit stride; any outer stride is kept, so a slice of a wider tensor is not copied.
-inline Tensor with_unit_inner_stride(const Tensor& tensor) {
-  const int64_t inner = tensor.dim() - 1;
-  if (tensor.size(inner) <= 1 || tensor.stride(inner) == 1) return tensor;
-  return torch::stable::contiguous(tensor);
-}
-
 // A dense CPU tensor, uninitialised.
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
   return new_tensor_on(aoti_torch_device_type_cpu(), 0, sizes, type);

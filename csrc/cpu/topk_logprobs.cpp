@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/ordered_key.h"
+#include "cpu/contract.h"
 #include "cpu/softmax_rows.h"
 #include "cpu/tensor_access.h"
 
@@ -63,7 +64,12 @@ Pieces cut_rows(int64_t rows, int64_t blocks, int64_t width, int64_t k) {
 std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cpu(
     const Tensor& logits_in, int64_t k, double temperature, const std::optional<Tensor>& temperatures,
     int64_t vocab_size) {
-  const ElementType type = element_type_of(logits_in, "topk_logprobs", "logits");
+  const char* const op = "topk_logprobs";
+  require_contract(
+      logits_in.dim() == 2 && vocab_size >= 1 && vocab_size <= logits_in.size(1) && k >= 1 && k <= vocab_size &&
+          is_per_row(temperatures, logits_in.size(0), temperature >= std::numeric_limits<float>::min()),
+      op);
+  const ElementType type = element_type_of(logits_in, op, "logits");
   const Tensor logits = with_unit_inner_stride(logits_in);
   const int64_t rows = logits.size(0);
   const PerRow<float> divisors(static_cast<float>(temperature), temperatures, ScalarType::Float);

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "common/online_softmax.h"
+#include "cpu/contract.h"
 #include "cpu/tensor_access.h"
 
 namespace tq {
@@ -26,6 +27,11 @@ struct Trajectories {
         lengths(static_cast<const int64_t*>(lengths_tensor.const_data_ptr())),
         rows(tokens_in.size(0)),
         length(tokens_in.size(1)) {}
+
+  // What both ops require of tokens and lengths beside states or logits [N, T, ...].
+  static bool are(const Tensor& tokens, const Tensor& lengths, const Tensor& of) {
+    return of.dim() == 3 && is_integers(tokens, {of.size(0), of.size(1)}) && is_integers(lengths, {of.size(0)});
+  }
 
   bool counts(int64_t row, int64_t t) const { return t < lengths[row]; }
 

@@ -33,8 +33,15 @@ double logprob_of_token(const LogitsRow& row, int64_t token, std::vector<Softmax
 }  // namespace
 
 Tensor trajectory_log_ratio_cpu(
-    const Tensor& logits_p, const Tensor& logits_q, const Tensor& tokens, const Tensor& lengths, int64_t vocab_size) {
+    const Tensor& logits_p, const Tensor& logits_q, const Tensor& tokens, const Tensor& lengths,
+    std::optional<int64_t> bound) {
   const char* const op = "trajectory_log_ratio";
+  require_contract(
+      Trajectories::are(tokens, lengths, logits_p) && Trajectories::are(tokens, lengths, logits_q) &&
+          (bound.has_value() ? *bound <= logits_q.size(2) : logits_p.size(2) == logits_q.size(2)),
+      op);
+  const int64_t vocab_size = bound.value_or(logits_p.size(2));
+  require_contract(vocab_size >= 1 && vocab_size <= logits_p.size(2), op);
   const TrajectoryLogits p{with_unit_inner_stride(logits_p), element_type_of(logits_p, op, "logits_p"), vocab_size};
   const TrajectoryLogits q{with_unit_inner_stride(logits_q), element_type_of(logits_q, op, "logits_q"), vocab_size};
   const Trajectories trajectories(tokens, lengths);

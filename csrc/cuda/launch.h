@@ -28,13 +28,6 @@ inline Tensor new_cuda_tensor(int32_t device, std::initializer_list<int64_t> siz
   return new_tensor_on(aoti_torch_device_type_cuda(), device, sizes, type);
 }
 
-// Rows of unit stride; any outer stride is kept, so a slice of a wider tensor is not copied.
-inline Tensor with_unit_inner_stride(const Tensor& tensor) {
-  const int64_t inner = tensor.dim() - 1;
-  if (tensor.size(inner) <= 1 || tensor.stride(inner) == 1) return tensor;
-  return torch::stable::contiguous(tensor);
-}
-
 constexpr int kThreads = 256;
 constexpr int kMostBlocksOfGroup = 8;  // what every device with clusters can place
 constexpr int64_t kRowsOfLaunch = int64_t{1} << 27;

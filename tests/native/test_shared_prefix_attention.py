@@ -150,6 +150,6 @@ def test_strided_views_are_read_where_they_lie():
 def test_opcheck_passes():
     op = torch.ops.tq_fast.shared_prefix_attention.default
     inputs = problem((2, 4, 4, 2, 16, 5, 10, 2), torch.float32, True)
-    torch.library.opcheck(op, (*inputs, 0.25, 0.0, 0, None))
+    torch.library.opcheck(op, (*inputs, 0.25, None, None, None))
     tree = torch.tensor([0, 0, 0, 1])
     torch.library.opcheck(op, (*inputs, 0.25, 5.0, 6, tree))

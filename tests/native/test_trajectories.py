@@ -77,5 +77,5 @@ def test_opcheck_passes():
     torch.library.opcheck(op, (p, q, tokens, lengths, 20))
     op = torch.ops.tq_fast.linear_trajectory_logprob.default
     weight, hidden = torch.randn(20, 8), torch.randn(2, 3, 8)
-    torch.library.opcheck(op, (hidden, weight, tokens, lengths, None, 1.0, 0.0, 20))
+    torch.library.opcheck(op, (hidden, weight, tokens, lengths, None, 1.0, None, 20))
     torch.library.opcheck(op, (hidden, weight, tokens, lengths, torch.randn(20), 2.0, 5.0, 20))

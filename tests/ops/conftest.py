@@ -7,6 +7,7 @@ that is added to the package is picked up without a change here.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tq_fast import ops
-from tq_fast.errors import BackendRefused
+from tq_fast.errors import BackendRefused, InvalidArgument
 
 
 class OpUnderTest:
@@ -75,3 +76,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "op", [OpUnderTest(name, backend) for backend in backends], ids=backends
         )
+
+
+@pytest.fixture(params=[True, False], ids=["autograd", "no_grad"])
+def rejects(request: pytest.FixtureRequest) -> Callable[[str, Callable[[], Any]], None]:
+    """Call it with words and a call: InvalidArgument with these words must come of it.
+
+    Without autograd the kernel is asked before the arguments are checked, and an input that
+    requires grad is as good as any.
+    """
+
+    def check(words: str, call: Callable[[], Any]) -> None:
+        with torch.set_grad_enabled(request.param):
+            if words.endswith("requires grad") and not request.param:
+                call()
+                return
+            with pytest.raises(InvalidArgument, match=words):
+                call()
+
+    return check

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tests.ops import tolerances
-from tq_fast.errors import InvalidArgument
 from tq_fast.ops import merge_attention_states, shared_prefix_attention
 
 OP = "shared_prefix_attention"
@@ -333,22 +332,25 @@ def valid_arguments() -> dict[str, Tensor]:
         ({"prefix_v": torch.zeros(2, 2, 6, 8, requires_grad=True)}, "prefix_v requires grad"),
     ],
 )
-def test_rejects(changes, words):
-    with pytest.raises(InvalidArgument, match=f"shared_prefix_attention: {words}"):
-        shared_prefix_attention(**valid_arguments() | changes)
+def test_rejects(rejects, changes, words):
+    rejects(
+        f"shared_prefix_attention: {words}",
+        lambda: shared_prefix_attention(**valid_arguments() | changes),
+    )
 
 
-def test_rejects_integers_and_rows_that_do_not_divide():
+def test_rejects_integers_and_rows_that_do_not_divide(rejects):
     given = valid_arguments()
     whole = {
         name: tensor if name.endswith("len") else tensor.int() for name, tensor in given.items()
     }
-    with pytest.raises(InvalidArgument, match=r"q is torch.int32"):
-        shared_prefix_attention(**whole)
+    rejects(r"q is torch.int32", lambda: shared_prefix_attention(**whole))
     three = {"prefix_k": torch.zeros(3, 2, 6, 8), "prefix_v": torch.zeros(3, 2, 6, 8)}
     three["prefix_len"] = torch.tensor([6, 6, 6])
-    with pytest.raises(InvalidArgument, match="q has 4 rows, expected a multiple of the 3 trees"):
-        shared_prefix_attention(**given | three)
+    rejects(
+        "q has 4 rows, expected a multiple of the 3 trees",
+        lambda: shared_prefix_attention(**given | three),
+    )
 
 
 @pytest.mark.parametrize("backend", ["ref", None])

@@ -6,7 +6,7 @@ An op file declares one `Op`, with one line for each backend beyond the referenc
         "topk_logprobs",
         topk_logprobs_ref,
         Backend("triton", python_function("tq_fast.kernels.topk_logprobs", "topk_logprobs_triton")),
-        Backend("cpu", native_function("topk_logprobs", topk_logprobs_cpu, _fake), refuse_cpu),
+        Backend("cpu", native_function("topk_logprobs", topk_logprobs_native, _fake), refuse_cpu),
     )
 
 Every implementation and every refusal takes exactly the arguments of the reference. A refusal
@@ -130,6 +130,35 @@ class Op:
             self._warn_slow(first, *args, **kwargs)
         return self.reference(first, *args, **kwargs)
 
+    def at_once(self, backend: str | None, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The result of the first CPU kernel, or NotImplemented: then check, and call as usual.
+
+        For a caller that has not checked its arguments yet. The kernel refuses whatever breaks
+        its contract before it reads or writes anything, and what it refuses is explained by the
+        checks: in the usual case they cost more than a small op does. Where autograd is on,
+        inputs that require grad have to be looked for, so nothing runs at once.
+        """
+        if (
+            backend is not None
+            or torch.is_grad_enabled()
+            or not first.is_cpu
+            or torch.compiler.is_compiling()
+            or env.backend() != "auto"
+        ):
+            return NotImplemented
+        plan = self._plans.get("cpu")
+        if plan is None:
+            plan = self._plan("cpu")
+        if not plan:
+            return NotImplemented
+        refuse, implementation = plan[0]
+        try:
+            if refuse(first, *args, **kwargs) is None:
+                return implementation(first, *args, **kwargs)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+            pass
+        return NotImplemented
+
     def forget(self) -> None:
         """Resolve every backend again at the next call (after a build, and in tests)."""
         self._resolved.clear()
@@ -152,7 +181,7 @@ class Op:
     def _indices(self, name: str) -> list[int]:
         return [idx for idx, entry in enumerate(self._backends) if entry.name == name]
 
-    @torch.compiler.assume_constant_result
+    @_native.constant_when_compiling
     def _resolve_all(self) -> bool:
         """Load everything now: torch.compile runs this instead of tracing into it."""
         for idx in range(len(self._backends)):

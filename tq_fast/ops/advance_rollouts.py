@@ -61,28 +61,13 @@ def advance_rollouts_(
         BackendRefused: the pinned backend does not take these inputs.
     """
     name = "advance_rollouts_"
-    check_sampler(name, logits, keys, temperature, top_k, top_p)
-    vocab_size = _checks.bound_vocab(name, logits, vocab_size)
-    _check_state(
-        name, logits.shape[0], tokens, lengths, finished, logprob_sums, proposal_logprob_sums, eos
-    )
-    _OP(
-        backend,
-        logits,
-        keys,
-        step,
-        tokens,
-        lengths,
-        finished,
-        logprob_sums,
-        proposal_logprob_sums,
-        eos,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        vocab_size=vocab_size,
-        seed=seed,
-    )
+    state = (tokens, lengths, finished, logprob_sums, proposal_logprob_sums, eos)
+    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    parameters |= {"vocab_size": vocab_size, "seed": seed}
+    if _OP.at_once(backend, logits, keys, step, *state, **parameters) is NotImplemented:
+        check_sampler(name, logits, keys, temperature, top_k, top_p, vocab_size)
+        _check_state(name, logits.shape[0], *state)
+        _OP(backend, logits, keys, step, *state, **parameters)
 
 
 def advance_rollouts_ref(

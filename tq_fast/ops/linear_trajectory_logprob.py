@@ -58,6 +58,23 @@ def linear_trajectory_logprob(
         InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
+    parameters = {"bias": bias, "scale": scale, "softcap": softcap, "vocab_size": vocab_size}
+    result = _OP.at_once(backend, hidden, weight, tokens, lengths, **parameters)
+    if result is NotImplemented:
+        _check(hidden, weight, tokens, lengths, bias, softcap, vocab_size)
+        result = _OP(backend, hidden, weight, tokens, lengths, **parameters)
+    return result
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    vocab_size: int | None,
+) -> None:
     op = "linear_trajectory_logprob"
     _checks.require_dim(op, "hidden", hidden, 3, "[N, T, D]")
     _checks.require_float(op, "hidden", hidden)
@@ -68,24 +85,12 @@ def linear_trajectory_logprob(
     if bias is not None:
         _checks.require_shape(op, "bias", bias, (weight.shape[0],), "[V]")
         _checks.require_float(op, "bias", bias)
-    if vocab_size is None:
-        vocab_size = weight.shape[0]
-    _checks.require_count(op, "vocab_size", vocab_size, 1, weight.shape[0])
+    if vocab_size is not None:
+        _checks.require_count(op, "vocab_size", vocab_size, 1, weight.shape[0])
     if softcap is not None and not softcap > 0:
         raise InvalidArgument(f"{op}: softcap is {softcap}, expected a number above 0")
     check_trajectories(op, tokens, lengths, rows, length)
     _checks.refuse_grad(op, hidden=hidden, weight=weight, bias=bias)
-    return _OP(
-        backend,
-        hidden,
-        weight,
-        tokens,
-        lengths,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        vocab_size=vocab_size,
-    )
 
 
 def linear_trajectory_logprob_ref(
@@ -143,8 +148,8 @@ def linear_trajectory_logprob_cpu(
         lengths,
         bias,
         scale,
-        softcap or 0.0,
-        weight.shape[0] if vocab_size is None else vocab_size,
+        softcap,
+        weight.size(0) if vocab_size is None else vocab_size,
     )
 
 

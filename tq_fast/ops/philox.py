@@ -38,7 +38,9 @@ def as_int64(value: int | Tensor) -> int | Tensor:
 
 def split_int64(value: int | Tensor) -> tuple[int, Tensor | None]:
     """A seed or step as the pair that a C++ schema takes: an int64, or a tensor beside 0."""
-    return (0, value) if isinstance(value, Tensor) else (int(as_int64(value)), None)
+    if isinstance(value, Tensor):
+        return 0, value
+    return (value if -(2**63) <= value < 2**63 else int(as_int64(value))), None
 
 
 def philox4x32(counter: Sequence[Tensor] | Tensor, key: Sequence[Tensor] | Tensor) -> Tensor:

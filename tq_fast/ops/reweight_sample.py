@@ -24,6 +24,7 @@ from . import _checks, philox
 from ._dispatch import Backend, Op, native_function
 
 Estimator = Literal["mean", "soft"]
+_IS_SOFT = {"mean": False, "soft": True}
 
 
 class ReweightedSample(NamedTuple):
@@ -82,22 +83,14 @@ def reweight_sample(
         InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    _check(prior_logprobs, token_ids, rewards, log_weights, lengths, alpha, estimator, keys)
-    result = _OP(
-        backend,
-        prior_logprobs,
-        token_ids,
-        rewards,
-        log_weights,
-        lengths,
-        alpha=alpha,
-        estimator=estimator,
-        greedy=greedy,
-        seed=seed,
-        keys=keys,
-        step=step,
-    )
-    return ReweightedSample(*result)
+    inputs = (prior_logprobs, token_ids, rewards, log_weights, lengths)
+    parameters = {"alpha": alpha, "estimator": estimator, "greedy": greedy}
+    parameters |= {"seed": seed, "keys": keys, "step": step}
+    result = _OP.at_once(backend, *inputs, **parameters)
+    if result is NotImplemented:
+        _check(*inputs, alpha, estimator, keys)
+        result = _OP(backend, *inputs, **parameters)
+    return ReweightedSample._make(result)
 
 
 def reweight_sample_ref(
@@ -204,7 +197,7 @@ def _check(
         _checks.require_integer(op, "keys", keys)
     if not 0 < alpha < float("inf"):
         raise InvalidArgument(f"{op}: alpha is {alpha}, expected a number above 0")
-    if estimator not in ("mean", "soft"):
+    if estimator not in _IS_SOFT:
         raise InvalidArgument(f'{op}: estimator is {estimator!r}, expected "mean" or "soft"')
     _checks.refuse_grad(op, prior_logprobs=prior_logprobs, rewards=rewards, log_weights=log_weights)
 
@@ -231,7 +224,7 @@ def reweight_sample_native(
         log_weights,
         lengths,
         alpha,
-        estimator == "soft",
+        _IS_SOFT[estimator],
         greedy,
         *philox.split_int64(seed),
         keys,

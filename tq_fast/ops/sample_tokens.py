@@ -69,24 +69,23 @@ def sample_tokens(
         InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    check_sampler("sample_tokens", logits, keys, temperature, top_k, top_p)
-    vocab_size = _checks.bound_vocab("sample_tokens", logits, vocab_size)
-    result = _OP(
-        backend,
-        logits,
-        keys,
-        step,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        vocab_size=vocab_size,
-        seed=seed,
-    )
-    return SampledTokens(*result)
+    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    parameters |= {"vocab_size": vocab_size, "seed": seed}
+    result = _OP.at_once(backend, logits, keys, step, **parameters)
+    if result is NotImplemented:
+        check_sampler("sample_tokens", logits, keys, temperature, top_k, top_p, vocab_size)
+        result = _OP(backend, logits, keys, step, **parameters)
+    return SampledTokens._make(result)
 
 
 def check_sampler(
-    op: str, logits: Tensor, keys: Tensor, temperature: PerRow, top_k: PerRow, top_p: PerRow
+    op: str,
+    logits: Tensor,
+    keys: Tensor,
+    temperature: PerRow,
+    top_k: PerRow,
+    top_p: PerRow,
+    vocab_size: int | None,
 ) -> None:
     """The checks that sample_tokens and advance_rollouts_ share."""
     _checks.require_dim(op, "logits", logits, 2, "[N, V]")
@@ -98,6 +97,7 @@ def check_sampler(
     _checks.require_per_row(op, "temperature", temperature, rows, 0.0)
     _checks.require_per_row(op, "top_k", top_k, rows, 0)
     _checks.require_per_row(op, "top_p", top_p, rows, 0.0, 1.0)
+    _checks.bound_vocab(op, logits, vocab_size)
 
 
 def sample_tokens_ref(
@@ -221,7 +221,7 @@ def split_sampler(
         *_checks.split_per_row(temperature),
         *_checks.split_per_row(top_k),
         *_checks.split_per_row(top_p),
-        logits.shape[-1] if vocab_size is None else vocab_size,
+        logits.size(-1) if vocab_size is None else vocab_size,
         *philox.split_int64(seed),
     )
 

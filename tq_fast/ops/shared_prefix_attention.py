@@ -66,26 +66,15 @@ def shared_prefix_attention(
         InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    _check(q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len, tree)
-    if softcap is not None and not softcap > 0:
-        raise InvalidArgument(f"{_NAME}: softcap is {softcap}, expected a number above 0")
-    if window is not None and window < 1:
-        raise InvalidArgument(f"{_NAME}: window is {window}, expected at least 1")
-    result = _OP(
-        backend,
-        q,
-        prefix_k,
-        prefix_v,
-        prefix_len,
-        branch_k,
-        branch_v,
-        branch_len,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        window=window,
-        tree=tree,
-    )
-    return AttentionState(*result)
+    inputs = (q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len)
+    parameters = {"scale": scale, "softcap": softcap, "window": window, "tree": tree}
+    result = _OP.at_once(backend, *inputs, **parameters)
+    if result is NotImplemented:
+        _check(*inputs, tree, softcap, window)
+        if scale is None:
+            parameters["scale"] = q.shape[-1] ** -0.5
+        result = _OP(backend, *inputs, **parameters)
+    return AttentionState._make(result)
 
 
 def shared_prefix_attention_ref(
@@ -163,8 +152,13 @@ def _check(
     branch_v: Tensor,
     branch_len: Tensor,
     tree: Tensor | None,
+    softcap: float | None,
+    window: int | None,
 ) -> None:
-    """Comparisons of shapes and dtypes, a microsecond or two: this runs once a layer."""
+    if softcap is not None and not softcap > 0:
+        raise InvalidArgument(f"{_NAME}: softcap is {softcap}, expected a number above 0")
+    if window is not None and window < 1:
+        raise InvalidArgument(f"{_NAME}: window is {window}, expected at least 1")
     if not (q.dim() == prefix_k.dim() == branch_k.dim() == 4):
         _checks.require_dim(_NAME, "q", q, 4, "[N, H_q, T, d]")
         _checks.require_dim(_NAME, "prefix_k", prefix_k, 4, "[G, H_kv, P, d]")
@@ -223,7 +217,7 @@ def shared_prefix_attention_cpu(
     branch_v: Tensor,
     branch_len: Tensor,
     *,
-    scale: float,
+    scale: float | None,
     softcap: float | None,
     window: int | None,
     tree: Tensor | None,
@@ -237,9 +231,9 @@ def shared_prefix_attention_cpu(
         branch_k,
         branch_v,
         branch_len,
-        scale,
-        softcap or 0.0,
-        window or 0,
+        q.size(-1) ** -0.5 if scale is None else scale,
+        softcap,
+        window,
         tree,
     )
 

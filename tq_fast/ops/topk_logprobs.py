@@ -54,15 +54,11 @@ def topk_logprobs(
         InvalidArgument: wrong axes, dtype, k, temperature or vocab_size, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    name = "topk_logprobs"
-    _checks.require_dim(name, "logits", logits, 2, "[N, V]")
-    _checks.require_float(name, "logits", logits)
-    _checks.refuse_grad(name, logits=logits)
-    vocab_size = _checks.bound_vocab(name, logits, vocab_size)
-    _checks.require_count(name, "k", k, 1, vocab_size)
-    _checks.require_per_row(name, "temperature", temperature, logits.shape[0], _SMALLEST)
-    result = _OP(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
-    return TopKLogprobs(*result)
+    result = _OP.at_once(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
+    if result is NotImplemented:
+        _check(logits, k, temperature, vocab_size)
+        result = _OP(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
+    return TopKLogprobs._make(result)
 
 
 def topk_logprobs_ref(
@@ -117,13 +113,23 @@ def logprobs_at(values: Tensor, ids: Tensor, log_norm: Tensor, peak: Tensor) -> 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
+def _check(logits: Tensor, k: int, temperature: PerRow, vocab_size: int | None) -> None:
+    name = "topk_logprobs"
+    _checks.require_dim(name, "logits", logits, 2, "[N, V]")
+    _checks.require_float(name, "logits", logits)
+    _checks.refuse_grad(name, logits=logits)
+    vocab_size = _checks.bound_vocab(name, logits, vocab_size)
+    _checks.require_count(name, "k", k, 1, vocab_size)
+    _checks.require_per_row(name, "temperature", temperature, logits.shape[0], _SMALLEST)
+
+
 def topk_logprobs_native(
     logits: Tensor, k: int, *, temperature: PerRow = 1.0, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The C++ or CUDA kernel, by the device, with the arguments of the reference."""
     number, numbers = split_per_row(temperature)
     return torch.ops.tq_fast.topk_logprobs.default(
-        logits, k, number, numbers, logits.shape[-1] if vocab_size is None else vocab_size
+        logits, k, number, numbers, logits.size(-1) if vocab_size is None else vocab_size
     )
 
 

@@ -49,6 +49,16 @@ def trajectory_log_ratio(
         InvalidArgument: wrong shapes, dtypes or vocab_size, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
+    result = _OP.at_once(backend, logits_p, logits_q, tokens, lengths, vocab_size=vocab_size)
+    if result is NotImplemented:
+        _check(logits_p, logits_q, tokens, lengths, vocab_size)
+        result = _OP(backend, logits_p, logits_q, tokens, lengths, vocab_size=vocab_size)
+    return result
+
+
+def _check(
+    logits_p: Tensor, logits_q: Tensor, tokens: Tensor, lengths: Tensor, vocab_size: int | None
+) -> None:
     op = "trajectory_log_ratio"
     _checks.require_dim(op, "logits_p", logits_p, 3, "[N, T, V]")
     _checks.require_float(op, "logits_p", logits_p)
@@ -60,7 +70,6 @@ def trajectory_log_ratio(
     _checks.bound_vocab(op, logits_q, vocab_size, "logits_q")
     check_trajectories(op, tokens, lengths, rows, length)
     _checks.refuse_grad(op, logits_p=logits_p, logits_q=logits_q)
-    return _OP(backend, logits_p, logits_q, tokens, lengths, vocab_size=vocab_size)
 
 
 def check_trajectories(op: str, tokens: Tensor, lengths: Tensor, rows: int, length: int) -> None:
@@ -109,9 +118,8 @@ def trajectory_log_ratio_cpu(
     vocab_size: int | None = None,
 ) -> Tensor:
     """The C++ kernel, with the arguments of the reference."""
-    width = logits_p.shape[-1] if vocab_size is None else vocab_size
     return torch.ops.tq_fast.trajectory_log_ratio.default(
-        logits_p, logits_q, tokens, lengths, width
+        logits_p, logits_q, tokens, lengths, vocab_size
     )
 
 
