@@ -11,8 +11,9 @@ import torch
 from .config import DecodeConfig
 from .rollouts import Branch, Place
 
-# Roll-outs that a wave of the lazy arg-max runs at least: fewer leave a forward pass half empty.
-_WAVE = 16
+# Roll-outs that a wave of the lazy arg-max runs at least, over all trees: fewer leave a forward pass
+# half empty. Measured on the embedded models: 16 and 64 save as much, 256 half as much.
+_WAVE = 32
 # Room for the rounding of fp32 scores, relative to their size.
 _SLACK = 1e-5
 
@@ -116,11 +117,13 @@ class LazyArgmax:
         open_trees = missing.flatten(1).any(1).nonzero().squeeze(1).tolist()
         if not open_trees:
             return []
+        # Half of what is missing, at least: a wave costs as many forward passes as a horizon.
         share = -(-_WAVE // len(open_trees))
+        counts = missing.flatten(1).sum(1).tolist()
         high = self.base + self.value_bounds(values)[1] / self.config.alpha
         places: list[Place] = []
         for tree in open_trees:
-            places += self._soonest(tree, high[tree].tolist(), missing[tree], share)
+            places += self._soonest(tree, high[tree].tolist(), missing[tree], max(share, -(-counts[tree] // 2)))
         return sorted(places)
 
     def _soonest(
