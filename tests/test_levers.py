@@ -196,6 +196,31 @@ def test_a_free_slot_goes_to_the_next_prompt(strategy: str) -> None:
     assert_same(result, plain)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_prompts_have_in_common_is_encoded_once(architecture: str) -> None:
+    common = [1 + i * 7 % (VOCAB - 1) for i in range(20)]
+    prompts = [
+        [*common, 3, 4, 5],
+        [9],
+        [*common, 3, 4, 7],
+        common,
+        [*common, 3, 4, 5],
+        [*common[:9]],
+    ]
+    baseline = language_model(architecture)
+    options = {"prompts": prompts, "sft": language_model(architecture, seed=2)}
+    reward = zoo.classifier("llama", vocab_size=VOCAB)
+    plain = run(baseline, NONE, reward, **options)
+    ours = run(baseline, dataclasses.replace(NONE, share_prefixes=True), reward, **options)
+    assert_same(ours, plain)
+    # Of the baseline: 22 of the third, 19 of the fourth, 22 of the fifth.
+    saved = plain.stats.token_forwards["baseline"] - ours.stats.token_forwards["baseline"]
+    assert saved == 22 + 19 + 22
+    # A prompt that comes later finds what is in the forest then.
+    queued = run(baseline, Levers(), reward, batch_size=1, **options)
+    assert_same(queued, plain)
+
+
 def test_bounds_that_do_not_hold_are_an_error() -> None:
     with pytest.raises(RewardError, match=r"prompt 0, step 0: .*outside of its reward_bounds"):
         run(language_model(), Levers(), reward_bounds=(0.0, 0.01), alpha=1e-3)

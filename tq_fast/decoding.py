@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 
 from . import ops
+from .cache import share_prefix
 from .config import DecodeConfig
 from .errors import DecodingError
 from .estimators import kl_divergence
@@ -133,11 +134,16 @@ class ForestDecoder:
                 on_token(response, is_finished)
 
     def _prefill(self, trees: Sequence[int]) -> None:
+        """Encode the prompts of `trees`, whose prefixes are empty."""
+        texts = [[*r.prompt.token_ids, *r.token_ids] for r in self.active]
         with self.stats.phase("prefill"):
             for forest in self.languages.values():
                 for tree in trees:
-                    response = self.active[tree]
-                    forest.prefill(tree, [*response.prompt.token_ids, *response.token_ids])
+                    known = 0
+                    if self.rules.levers.share_prefixes:
+                        # Without its last token, after which the tip is.
+                        known = share_prefix(forest.cache, tree, texts[tree][:-1], texts)
+                    forest.prefill(tree, texts[tree][known:])
 
     def _step(self) -> list[tuple[Response, bool]]:
         """Choose one more token for every response; return them, and which are complete."""

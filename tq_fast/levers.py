@@ -23,6 +23,8 @@ class Levers:
         lazy_argmax: with a reward that is declared bounded, candidates that cannot win any more are
             not rolled out (E0: the noise of the choice is drawn first).
         refill_slots: a finished prompt's place in the forest goes to the next prompt at once (E0).
+        share_prefixes: what a prompt has in common with another one in the forest is not encoded
+            again (E0 up to rounding).
         few_rows: linear layers on CPU run in an order made for few rows (E0 up to rounding).
     """
 
@@ -31,4 +33,5 @@ class Levers:
     score_once: bool = True
     lazy_argmax: bool = True
     refill_slots: bool = True
+    share_prefixes: bool = True
     few_rows: bool = True

@@ -79,7 +79,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **opti
     """One prefill through `forest_attention`; rows are `[1, H, T, d]`."""
     model = zoo.language_model("llama", num_hidden_layers=1)
     cache = ForestCache(num_trees=1, num_rows=1, prefix_capacity=16, branch_capacity=1)
-    with attention.running(model, cache, PrefillPass(0), None):
+    with attention.running(model, cache, PrefillPass(0, 0), None):
         cache.update(keys, values, 0)
         out, weights = forest_attention(torch.nn.Identity(), query, keys, values, **options)
     assert weights is None
@@ -143,7 +143,7 @@ def test_keys_that_were_changed_after_they_were_stored_are_refused() -> None:
     model = zoo.language_model("llama", num_hidden_layers=1)
     cache = ForestCache(num_trees=1, num_rows=1, prefix_capacity=4, branch_capacity=1)
     with (
-        attention.running(model, cache, PrefillPass(0), None),
+        attention.running(model, cache, PrefillPass(0, 0), None),
         pytest.raises(UnsupportedModel, match="attends with 4 key-value heads, but stores 2"),
     ):
         cache.update(keys, keys, 0)
@@ -157,7 +157,7 @@ def test_a_layer_that_never_attends_is_refused_at_the_end_of_the_pass() -> None:
     cache = ForestCache(num_trees=1, num_rows=1, prefix_capacity=4, branch_capacity=1)
     with (
         pytest.raises(UnsupportedModel, match="attention code of its own"),
-        attention.running(model, cache, PrefillPass(0), None),
+        attention.running(model, cache, PrefillPass(0, 0), None),
     ):
         cache.update(keys, keys, 0)
     assert model.config._attn_implementation == "eager"

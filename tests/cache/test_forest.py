@@ -28,7 +28,7 @@ class Writer:
         self.num_layers = num_layers
 
     def prefill(self, tree: int, ids: list[int]) -> None:
-        self._write(PrefillPass(tree), torch.tensor([ids]))
+        self._write(PrefillPass(tree, 0), torch.tensor([ids]))
         self.cache.prefix_len[tree] = len(ids)
 
     def branch(self, ids: list[list[int]], start: int) -> None:
@@ -164,7 +164,7 @@ def test_reserve_before_the_first_pass_allocates_nothing_and_counts(cache: Fores
 
 
 def test_a_layer_attends_once_to_what_it_stored(cache: ForestCache) -> None:
-    cache.current_pass = PrefillPass(0)
+    cache.current_pass = PrefillPass(0, 0)
     keys = torch.ones(1, HEADS, 2, SIZE)
     cache.update(keys, keys, 0)
     with pytest.raises(UnsupportedModel, match="attention code of its own"):

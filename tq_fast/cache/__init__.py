@@ -2,5 +2,6 @@
 
 from .attention import forest_attention
 from .forest import ForestCache, SavedTokens
+from .sharing import common_length, share_prefix
 
-__all__ = ["ForestCache", "SavedTokens", "forest_attention"]
+__all__ = ["ForestCache", "SavedTokens", "common_length", "forest_attention", "share_prefix"]

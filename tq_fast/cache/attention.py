@@ -123,11 +123,13 @@ def forest_attention(
             f"{layer.branch_k.shape[1]}, which the shared-prefix cache does not honour"
         )
     if isinstance(now, PrefillPass):
-        # A prompt is a branch of an empty prefix.
-        none = torch.zeros(1, dtype=torch.int64, device=query.device)
+        # A prompt is a branch of what is known of it, often of an empty prefix.
+        one = slice(now.tree, now.tree + 1)
+        known = torch.full((1,), now.start, device=query.device)
         length = torch.full((1,), key.shape[2], device=query.device)
-        empty = key[:, :, :0]
-        args = (query, empty, value[:, :, :0], none, key, value, length)
+        prefix_k = layer.prefix_k[one, :, : now.start]
+        prefix_v = layer.prefix_v[one, :, : now.start]
+        args = (query, prefix_k, prefix_v, known, key, value, length)
         tree = None
     else:
         longest = max(cache.prefix_len)

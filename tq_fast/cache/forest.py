@@ -37,9 +37,10 @@ SavedTokens: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class PrefillPass:
-    """One forward pass over the whole prompt of one tree, `[1, T]`."""
+    """One forward pass over the prompt of one tree, `[1, T]`, from token `start` on."""
 
     tree: int
+    start: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +127,9 @@ class ForestCache(Cache):
             layer = self._kv[layer_idx] = self._allocate(key_states, value_states)
         now = self.current_pass
         if isinstance(now, PrefillPass):
-            num_tokens = key_states.shape[2]
-            layer.prefix_k[now.tree, :, :num_tokens] = key_states[0]
-            layer.prefix_v[now.tree, :, :num_tokens] = value_states[0]
+            end = now.start + key_states.shape[2]
+            layer.prefix_k[now.tree, :, now.start : end] = key_states[0]
+            layer.prefix_v[now.tree, :, now.start : end] = value_states[0]
         else:
             assert isinstance(now, BranchPass), "a forward pass outside of the forest"
             end = now.start + now.num_tokens
@@ -199,6 +200,14 @@ class ForestCache(Cache):
                 layer.prefix_v[at] = values[row_idx, :, offset]
         for tree in trees:
             self.prefix_len[tree] += num_tokens
+
+    def copy_prefix(self, source: int, tree: int, num_tokens: int) -> None:
+        """`tree`, whose prefix is empty, takes over the first `num_tokens` of `source`'s."""
+        assert self.prefix_len[tree] == 0 and num_tokens <= self.prefix_len[source]
+        for layer in self._kv.values():
+            for buffer in (layer.prefix_k, layer.prefix_v):
+                buffer[tree, :, :num_tokens] = buffer[source, :, :num_tokens]
+        self.prefix_len[tree] = num_tokens
 
     def truncate(self, tree: int, num_tokens: int) -> None:
         """Keep the first `num_tokens` prefix tokens of `tree`."""

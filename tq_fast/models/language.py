@@ -62,12 +62,12 @@ class Forest:
     def run_prefill(
         self, module: PreTrainedModel, tree: int, token_ids: Sequence[int], **options: object
     ) -> object:
-        """Encode the prompt of `tree`, whose prefix is empty, with `module`; return its output."""
-        assert self.cache.prefix_len[tree] == 0
+        """Append `token_ids` to the prefix of `tree` with `module`; return its output."""
+        start = self.cache.prefix_len[tree]
         tokens = torch.tensor([token_ids], device=self.device)
-        positions = torch.arange(len(token_ids), device=self.device)[None]
-        output = self._run(module, tokens, positions, PrefillPass(tree), options)
-        self.cache.prefix_len[tree] = len(token_ids)
+        positions = torch.arange(start, start + len(token_ids), device=self.device)[None]
+        output = self._run(module, tokens, positions, PrefillPass(tree, start), options)
+        self.cache.prefix_len[tree] = start + len(token_ids)
         return output
 
     def run_branches(
@@ -135,7 +135,7 @@ class LanguageForest(Forest):
         )
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
-        """Encode the prompt of `tree`; its tip is ready afterwards."""
+        """Encode what is left of the prompt of `tree`; its tip is ready afterwards."""
         output = self.run_prefill(self.model, tree, token_ids, **self._last_only())
         self.tip[tree] = output.logits[0, -1]
 

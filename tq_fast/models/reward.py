@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache import common_length, share_prefix
 from ..errors import InvalidArgument
 from ..prompts import Prompt, chat_token_ids
 from .language import Forest, check_runs, max_positions
@@ -301,8 +302,9 @@ class _CausalSession:
         common = rows[0][: min(common_length(rows), min(map(len, rows)) - 1)]
         stored = self.prefixes[tree]
         if not stored:
-            if common:
-                self.forest.run_prefill(self.backbone, tree, common)
+            known = share_prefix(self.forest.cache, tree, common, self.prefixes)
+            if common[known:]:
+                self.forest.run_prefill(self.backbone, tree, common[known:])
             self.prefixes[tree] = common
             return
         kept = common_length([stored, common])
@@ -425,20 +427,6 @@ def check_label(model: PreTrainedModel, label: int | None) -> int:
             f"reward_index must be in [0, {num_labels}) for this reward model, got {label!r}"
         )
     return label or 0
-
-
-def common_length(rows: Sequence[list[int]]) -> int:
-    """Return how many tokens all `rows` start with in common."""
-    # What the least and the greatest row share, all rows in between share too.
-    low, high = min(rows), max(rows)
-    known, unknown = 0, min(len(low), len(high))
-    while known < unknown:
-        middle = (known + unknown + 1) // 2
-        if low[known:middle] == high[known:middle]:
-            known = middle
-        else:
-            unknown = middle - 1
-    return known
 
 
 def drop_from(entries: list[Any], idx: int) -> None:
