@@ -1,4 +1,4 @@
-"""What an import costs: torch for the ops, nothing for the command line, transformers for neither."""
+"""What an import costs: torch for the ops, next to nothing for the command line."""
 
 from __future__ import annotations
 

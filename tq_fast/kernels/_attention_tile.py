@@ -6,10 +6,39 @@ and the sum of exp2(score - peak) * value. Scores are in base 2.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from ._softcap import LOG2_E, soften
+
+# Sizes that follow the batch, the caches and the step: never specialised.
+COUNTS = ("rows_per_unit", "num_queries", "num_prefix", "num_folded", "split_len", "blocks")
+COUNTS += ("window", "num_branch")
+
+
+class Tiles(NamedTuple):
+    """Sizes of the tiles of one kernel, by head size and dtype only."""
+
+    queries: int
+    keys: int
+    num_warps: int
+
+
+def choose_tiles(queries: int, size: int, dtype: torch.dtype, folds: bool) -> Tiles:
+    """Tiles for `queries` of one key-value head, with `folds` those of many rows.
+
+    Chosen so that nothing is spilled on sm_80 to sm_100; products in fp32 run outside the tensor
+    cores and take more registers.
+    """
+    if dtype == torch.float32:
+        few = queries <= 16 or size > 64
+        return Tiles(16 if few else 32, 16 if size > 64 else 32, 8 if folds and size > 128 else 4)
+    if queries <= 16:
+        return Tiles(16, 32, 4 if size > 128 else 2)
+    return Tiles(64, 16 if size > 128 else 64, 8 if size > 64 else 4)
 
 
 @triton.jit
