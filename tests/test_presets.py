@@ -163,6 +163,7 @@ def test_another_value_of_a_fixed_field_is_refused_by_name(
         ("sft", {"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ("sft", {"eos_token_id": zoo.VOCAB_SIZE}, "eos_token_id must be inside"),
         ("sft", {"max_new_tokens": 126}, "that makes 129, but the sft model allows 128"),
+        ("args", {"max_new_tokens": 126}, "that makes 129, but the sft model allows 128"),
         ("sft", {"sft": "./no/such/folder"}, "sft='./no/such/folder': there is no such folder"),
         ("args", {"sft": "./no/such/folder"}, "sft='./no/such/folder': there is no such folder"),
         ("dera", {"sft": zoo.language_model("llama", vocab_size=99)}, "sizes 99 and 150"),

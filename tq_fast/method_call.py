@@ -13,7 +13,7 @@ from .errors import InvalidArgument
 from .estimators import Certificate, certify
 from .models.loading import load_language_model, load_tokenizer, place_models
 from .plain import PlainDecoder
-from .prompts import PromptLike
+from .prompts import Prompt, PromptLike
 from .results import DecodeResult, StepTrace
 
 _DECODER_ARGUMENTS = frozenset(inspect.signature(TransferDecoder).parameters)
@@ -94,7 +94,7 @@ class MethodCall:
             self.models["sft"], "sft", device=device, dtype=loading.get("dtype", "auto")
         )
         tokenizer = load_tokenizer(loading.pop("tokenizer", None), self.models["sft"], "tokenizer")
-        decoder = TransferDecoder(
+        decoder = _SftDecoder(
             model, self.models["reward"], tokenizer=tokenizer, device=device, **loading
         )
         config = dataclasses.replace(self.config, prior="baseline", candidates_from="baseline")
@@ -126,6 +126,18 @@ class MethodCall:
         )
         ess = {"median_ess": certificate.median_ess, "min_ess": certificate.min_ess}
         return dataclasses.replace(bounded, **ess)
+
+
+class _SftDecoder(TransferDecoder):
+    """A decoder whose every part is played by the SFT model: its messages say so."""
+
+    def check_length(self, idx: int, prompt: Prompt, config: DecodeConfig) -> None:
+        try:
+            super().check_length(idx, prompt, config)
+        except InvalidArgument as error:
+            raise InvalidArgument(
+                str(error).replace("the baseline model", "the sft model")
+            ) from None
 
 
 def _as_sft(step: StepTrace) -> StepTrace:

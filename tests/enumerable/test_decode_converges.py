@@ -25,6 +25,7 @@ from tests.enumerable.world import (
     state_values,
 )
 from tests.ops.statistics import chi_square_excess
+from tq_fast import presets
 
 V, T = 4, 3
 NUM_WORLDS = V * V
@@ -213,6 +214,55 @@ def test_with_greedy_rollouts_decode_is_exact_and_so_is_its_certificate(
         bound = T / ALPHA - along(masses) + (1 / BETA if prior == "baseline" else 0.0)
         assert one.kl_bound == pytest.approx(bound, abs=T * ATOL)
         assert along(to_sft) - T * ATOL <= one.kl_to_sft <= one.kl_bound
+
+
+def test_controlled_decoding_is_exact_with_greedy_rollouts_of_the_sft_model() -> None:
+    sft = world().sft
+    exact = reweight(sft, state_values(greedy(sft), world().reward), world().alpha)
+    result = presets.controlled_decoding(
+        [prompt_of(number, V) for number in range(NUM_WORLDS)],
+        reward=reward_of(world().reward),
+        sft=TableModel(sft),
+        rollout="greedy",
+        k=V,
+        alpha=ALPHA,
+        horizon=None,
+        max_new_tokens=T,
+        eos_token_id=(),
+    )
+    for number, step, history, entry in states(result):
+        law = exact[step][number, history, entry.candidates]
+        torch.testing.assert_close(entry.final_logprobs.double(), law, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("mix", [0.4, 1.5])
+def test_dera_draws_from_the_exact_mixture(mix: float) -> None:
+    sft, baseline, copies = world().sft, any_policy(), 100
+    mixture = [
+        ((1 - mix) * a + mix * b).log_softmax(-1) for a, b in zip(sft, baseline, strict=True)
+    ]
+    result = presets.dera(
+        [prompt_of(number, V) for number in range(NUM_WORLDS) for _ in range(copies)],
+        TableModel(baseline),
+        sft=TableModel(sft),
+        mix=mix,
+        max_new_tokens=T,
+        eos_token_id=(),
+        batch_size=800,
+    )
+    drawn = torch.tensor(
+        [
+            V**T * (idx // copies) + number_of(ids.tolist(), V)
+            for idx, ids in enumerate(result.sequences)
+        ]
+    )
+    assert chi_square_excess(drawn, log_law(mixture).exp().flatten() / NUM_WORLDS) < 10
+    for policy in (sft, baseline):
+        assert chi_square_excess(drawn, log_law(policy).exp().flatten() / NUM_WORLDS) > 10
+    divergences = [divergence(a, b) for a, b in zip(mixture, sft, strict=True)]
+    for idx, (ids, one) in enumerate(zip(result.sequences, result.certificate, strict=True)):
+        expected = path_sum(divergences, idx // copies, ids.tolist())
+        assert one.kl_to_sft == pytest.approx(expected, abs=T * ATOL)
 
 
 @pytest.mark.parametrize("prior", ["sft", "baseline"])

@@ -53,6 +53,7 @@ def _compact(step: StepTrace) -> dict[str, Any]:
         },
         "kl_to_sft": finite(step.kl_to_sft),
         "kl_to_baseline": finite(step.kl_to_baseline),
+        "kl_baseline_to_sft": finite(step.kl_baseline_to_sft),
     }
 
 
