@@ -18,10 +18,12 @@ import pytest
 from rich.console import Console
 
 from tq_fast.commands import eval_work
-from tq_fast.commands.evaluate import EvalOptions, run_eval
+from tq_fast.commands.eval_work import EvalWorker
+from tq_fast.commands.evaluate import EvalOptions, read_prompts_of, run_eval
 from tq_fast.commands.record_file import OutputRefused
 from tq_fast.commands.report import run_report
 from tq_fast.errors import InvalidArgument
+from tq_fast.evaluation.config_file import find_config, load_config
 from tq_fast.evaluation.metrics import diversity
 from tq_fast.models.tiny import gold_reward, load_tiny_world
 
@@ -316,6 +318,17 @@ def test_the_report_is_one_file_with_every_picture_in_it(whole: Results) -> None
     for step in record["trace"]:
         assert step["texts"][step["choice"]].strip() in page
     assert record["response"].split()[0] in page and "Reward by method" in page
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-ablations"])
+def test_the_shipped_configurations_pass_every_check_before_decoding(name: str) -> None:
+    config = load_config(find_config(name))
+    worker = EvalWorker(config, read_prompts_of(config))
+    assert len(worker.entries) == 64
+    for setup in config.setups:
+        worker.models_of(setup)
+        for method in setup.methods:
+            worker.check(method)
 
 
 def test_a_folder_without_results_has_no_report(tmp_path: Path) -> None:

@@ -106,3 +106,6 @@ def test_intervals_as_cells() -> None:
     assert format_interval(found, "diversity") == "0.512 [0.400, 0.600]"
     assert format_interval({"value": 12345.6, "low": 0, "high": 0}, "token_forwards") == "12,346"
     assert format_interval(None, "reward") == ""
+    assert format_interval({"value": -0.001, "low": -0.1, "high": 0.1}, "reward").startswith(
+        "0.00 ["
+    )

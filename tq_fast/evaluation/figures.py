@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .summary import Records, cells_of
+from .summary import Records, cells_of, format_number
 
 _COLOURS = {
     "transfer_q": "#1f5fa8",
@@ -195,7 +195,7 @@ def _dots(
         is_bound = name == "kl_to_sft" and row["kl_kind"] == "upper bound"
         face = "white" if is_bound else colour
         axis.plot(value, place, "o", color=colour, markerfacecolor=face, markersize=6.5)
-        number = f"≤ {value:.2f}" if is_bound else f"{value:.2f}"
+        number = ("≤ " if is_bound else "") + format_number(value, 2)
         axis.annotate(
             number,
             (found["high"], place),

@@ -188,4 +188,11 @@ def format_interval(interval: Mapping[str, float] | None, name: str) -> str:
     if name == "cpu_seconds":
         return f"{value:.3f}"
     digits = 1 if name.startswith("win_tie") else 3 if name in ("diversity", "coherence") else 2
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    shown = [format_number(number, digits) for number in (value, low, high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def format_number(number: float, digits: int) -> str:
+    """`number` with `digits` decimals, and no sign where that makes it 0."""
+    # Adding 0.0 turns -0.0 into 0.0.
+    return f"{round(number, digits) + 0.0:.{digits}f}"
