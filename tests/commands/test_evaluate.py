@@ -260,6 +260,19 @@ def test_results_of_other_settings_are_left_alone(broken: Results) -> None:
     assert broken.run(overwrite=True) == 1
 
 
+def test_results_of_another_evaluation_are_left_alone(broken: Results) -> None:
+    assert broken.run() == 1
+    before = broken.responses()
+    text = broken.config.read_text()
+    broken.config.write_text(text.replace('name = "one"', 'name = "two"'))
+    with pytest.raises(OutputRefused, match="has not: one/baseline, one/transfer_q"):
+        broken.run()
+    assert broken.responses() == before
+    assert broken.config.read_text() != (broken.output / "config.toml").read_text()
+    assert broken.run(overwrite=True) == 1
+    assert set(broken.responses()) == {"two/baseline", "two/transfer_q"}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

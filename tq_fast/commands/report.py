@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..errors import InvalidArgument, TqFastError
 from ..evaluation.config_file import load_config
-from .evaluate import read_records, write_summary, write_text
+from .eval_results import read_records, write_summary, write_text
 from .record_file import OutputRefused
 from .terminal import say
 
@@ -39,7 +39,9 @@ def run_report(results: Path, console: Console) -> Path:
     if not any(records.values()):
         raise InvalidArgument(f"{str(results)!r} holds no record yet")
     summary = write_summary(results, config)
-    versions = json.loads((results / "versions.json").read_text(encoding="utf-8"))
+    # Not there before the first run has ended.
+    file = results / "versions.json"
+    versions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     report = build_report(summary, records, versions=versions, config_text=config.text)
     folder = results / "pictures"
     page = results / "report.html"

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .page import probability
 from .summary import Records, cells_of, format_number
 
 _COLOURS = {
@@ -129,8 +130,8 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 def trace_figure(record: Mapping[str, Any], label: str, num_steps: int = 6) -> Figure:
     """The steps of a response that moved furthest from the prior: candidates, Q and the choice."""
     trace = record["trace"]
-    shift = [_moved(step) for step in trace]
-    picked = sorted(sorted(range(len(trace)), key=lambda i: -shift[i])[:num_steps])
+    by_shift = sorted(range(len(trace)), key=lambda i: -_moved(trace[i]))
+    picked = sorted(by_shift[:num_steps])
     columns = 3
     num_rows = -(-len(picked) // columns)
     figure = Figure(figsize=(11.0, 0.6 + 2.5 * num_rows), dpi=DPI, layout="constrained")
@@ -149,7 +150,7 @@ def _draw_step(axis: Axes, trace: Sequence[Mapping[str, Any]], idx: int) -> None
     step = trace[idx]
     texts = step.get("texts") or [str(token) for token in step["candidates"]]
     places = np.arange(len(texts))
-    prior, final = (np.exp(step[f"{name}_logprobs"]) for name in ("prior", "final"))
+    prior, final = _laws(step)
     axis.barh(places - 0.2, prior, 0.38, color="#b9b9b9", label="prior probability")
     axis.barh(places + 0.2, final, 0.38, color=colour_of("transfer_q"), label="final probability")
     names = []
@@ -170,9 +171,16 @@ def _draw_step(axis: Axes, trace: Sequence[Mapping[str, Any]], idx: int) -> None
     axis.set_title(title, fontsize=9, loc="right")
 
 
+def _laws(step: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Prior and final probabilities of the candidates."""
+    kinds = ("prior_logprobs", "final_logprobs")
+    prior, final = (np.array([probability(value) for value in step[kind]]) for kind in kinds)
+    return prior, final
+
+
 def _moved(step: Mapping[str, Any]) -> float:
     """Total variation between the final law and the prior on the candidates, as it was."""
-    prior, final = (np.exp(step[f"{name}_logprobs"]) for name in ("prior", "final"))
+    prior, final = _laws(step)
     return float(np.abs(final - prior / prior.sum()).sum() / 2)
 
 

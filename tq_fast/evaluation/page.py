@@ -115,7 +115,8 @@ def _step(trace: Sequence[Mapping[str, Any]], idx: int) -> str:
     for place in range(len(step["candidates"])):
         is_chosen = place == step["choice"]
         q, error = step["q"][place], step["q_stderr"][place]
-        value = "" if q is None else f"{q:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+        # One roll-out has no error.
+        value = f"{q:+.2f}" + ("" if error is None else f" ± {error:.2f}")
         rows.append(
             f'<tr{" class=chosen" if is_chosen else ""}><td class="token">'
             f"{'▶ ' if is_chosen else ''}{html.escape(_text(step, place))}</td>"
@@ -128,8 +129,13 @@ def _step(trace: Sequence[Mapping[str, Any]], idx: int) -> str:
     )
 
 
+def probability(logprob: float | None) -> float:
+    """Probability of a log-prob as records hold it: None stands for minus infinity."""
+    return 0.0 if logprob is None else math.exp(logprob)
+
+
 def _bar(kind: str, logprob: float | None) -> str:
-    share = 0.0 if logprob is None else math.exp(logprob)
+    share = probability(logprob)
     return (
         f'<div class="bar {kind}"><i style="width:{100 * share:.1f}%"></i>'
         f"<span>{share:.2f}</span></div>"
