@@ -170,7 +170,12 @@ struct Float16 {
   using Stored = uint16_t;
   TQ_INLINE uint16_t rounded(float value) { return half_from(value); }
   TQ_INLINE void store_rounded(uint16_t* to, F32x16 value) {
+#if defined(__AVX512F__)
+    const __m256i halves = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+#else
     for (int lane = 0; lane < kLanes; ++lane) to[lane] = half_from(value[lane]);
+#endif
   }
   TQ_INLINE float scalar(uint16_t stored) { return float_from_half(stored); }
   TQ_INLINE F32x16 vector(const uint16_t* from) {

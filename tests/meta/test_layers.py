@@ -51,6 +51,8 @@ OPS = (
     "sample_tokens",
     "advance_rollouts",
     "few_rows_linear",
+    "project_qkv",
+    "finish_decoder_layer",
     "trajectory_log_ratio",
     "linear_trajectory_logprob",
     "reweight_sample",

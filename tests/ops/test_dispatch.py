@@ -170,7 +170,7 @@ def test_describe_backends_names_a_reason_for_whatever_cannot_run(monkeypatch):
 def test_every_public_op_describes_itself(monkeypatch):
     monkeypatch.setattr(_dispatch, "_OPS", REAL_OPS)
     described = ops.describe_backends()
-    assert len(described) == 9
+    assert len(described) == 11
     for name, backends in described.items():
         assert backends["ref"] is None
         assert callable(getattr(ops, name))

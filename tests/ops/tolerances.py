@@ -44,3 +44,9 @@ MERGE_OUT = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 # A linear layer beside torch's own: sums of at most 2050 products of unit numbers in another order
 # (2050^0.5 eps32 of the sum, itself below 200), and half a spacing of a 16-bit result below 256.
 FEW_ROWS = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+
+# Half a decoder layer beside the same steps in PyTorch, whose own error it may have twice (rounded
+# at the same places, but sums in another order fall to other neighbours), and in fp32 a few eps32
+# of values below 100.
+LAYER_FACTOR = 2.0
+LAYER = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-4}

@@ -1,9 +1,10 @@
-"""Linear layers on CPU when few rows go through them.
+"""Linear layers, and whole decoder layers, on CPU when few rows go through them.
 
 `x @ W.T` with a handful of rows costs what reading W costs, and torch's product reads it at a
 fraction of the memory's speed. `ops.few_rows_linear` stands in for the layer's forward while a
-forest runs, for so many rows as it was measured to win (bench/test_few_rows.py). The weights are
-neither copied nor changed, and the layers are as they were after the block.
+forest runs, for so many rows as it was measured to win (bench/test_few_rows.py); so does all of a
+decoder layer where `decoder_layers` knows its formula. The weights are neither copied nor changed,
+and the modules are as they were after the block.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import nn
 
 from .. import _native
 from ..ops.few_rows_linear import NativeLinear, unchecked_few_rows_linear
+from .decoder_layers import fused_forward, is_plain_linear
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[..., torch.Tensor]
 
 
 def most_rows(dtype: torch.dtype) -> int:
@@ -48,7 +50,7 @@ def most_rows_transposed(dtype: torch.dtype) -> int:
 
 
 class FewRows:
-    """The linear layers of a model, and what stands in for them in a pass of so many rows.
+    """The layers of a model, and what stands in for them in a pass of so many rows.
 
     Args:
         model: whose layers; those of a class derived from `nn.Linear` are left alone.
@@ -57,19 +59,21 @@ class FewRows:
 
     def __init__(self, model: nn.Module, backend: str | None = None) -> None:
         self._native = unchecked_few_rows_linear(backend)
-        self._layers = [
-            module
-            for module in model.modules()
-            if self._native is not None
-            and type(module) is nn.Linear
-            and type(module.weight) is nn.Parameter
-            and module.weight.device.type == "cpu"
-        ]
-        self._stand_ins: dict[int, list[tuple[nn.Linear, Forward]]] = {}
+        self._linears: list[nn.Linear] = []
+        self._fused: list[tuple[nn.Module, Forward, torch.dtype]] = []
+        for module in model.modules() if self._native is not None else ():
+            if is_plain_linear(module):
+                self._linears.append(module)
+            elif (forward := fused_forward(module)) is not None:
+                self._fused.append((module, forward, next(module.parameters()).dtype))
+        self._stand_ins: dict[int, list[tuple[nn.Module, Forward]]] = {}
 
     @contextlib.contextmanager
     def during(self, num_rows: int) -> Iterator[None]:
-        """Within the block, layers for which it pays multiply another way."""
+        """Within the block, layers for which it pays compute another way."""
+        if torch.is_autocast_enabled("cpu"):
+            yield
+            return
         stand_ins = self._stand_ins.get(num_rows)
         if stand_ins is None:
             stand_ins = self._stand_ins[num_rows] = self._choose(num_rows)
@@ -84,9 +88,16 @@ class FewRows:
             for layer in changed:
                 del layer.__dict__["forward"]
 
-    def _choose(self, num_rows: int) -> list[tuple[nn.Linear, Forward]]:
-        chosen = []
-        for layer in self._layers:
+    def _choose(self, num_rows: int) -> list[tuple[nn.Module, Forward]]:
+        chosen = [
+            (module, forward)
+            for module, forward, dtype in self._fused
+            if num_rows <= most_rows(dtype)
+        ]
+        inside = {part for module, _ in chosen for part in module.modules()}
+        for layer in self._linears:
+            if layer in inside:
+                continue
             if num_rows <= most_rows(layer.weight.dtype):
                 chosen.append((layer, _native_forward(layer, self._native)))
             elif num_rows <= most_rows_transposed(layer.weight.dtype):

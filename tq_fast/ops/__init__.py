@@ -7,12 +7,14 @@ size, V vocabulary, D hidden, k candidates, n roll-outs. All logarithms are natu
 from ._dispatch import describe_backends
 from .advance_rollouts import advance_rollouts_, advance_rollouts_ref
 from .few_rows_linear import few_rows_linear, few_rows_linear_ref
+from .finish_decoder_layer import finish_decoder_layer, finish_decoder_layer_ref
 from .linear_trajectory_logprob import linear_trajectory_logprob, linear_trajectory_logprob_ref
 from .merge_attention_states import (
     AttentionState,
     merge_attention_states,
     merge_attention_states_ref,
 )
+from .project_qkv import QueriesKeysValues, project_qkv, project_qkv_ref
 from .reweight_sample import ReweightedSample, reweight_sample, reweight_sample_ref
 from .sample_tokens import SampledTokens, sample_tokens, sample_tokens_ref
 from .shared_prefix_attention import shared_prefix_attention, shared_prefix_attention_ref
@@ -21,6 +23,7 @@ from .trajectory_log_ratio import trajectory_log_ratio, trajectory_log_ratio_ref
 
 __all__ = [
     "AttentionState",
+    "QueriesKeysValues",
     "ReweightedSample",
     "SampledTokens",
     "TopKLogprobs",
@@ -29,10 +32,14 @@ __all__ = [
     "describe_backends",
     "few_rows_linear",
     "few_rows_linear_ref",
+    "finish_decoder_layer",
+    "finish_decoder_layer_ref",
     "linear_trajectory_logprob",
     "linear_trajectory_logprob_ref",
     "merge_attention_states",
     "merge_attention_states_ref",
+    "project_qkv",
+    "project_qkv_ref",
     "reweight_sample",
     "reweight_sample_ref",
     "sample_tokens",

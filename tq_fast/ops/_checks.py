@@ -119,3 +119,30 @@ def refuse_other_device(first: Tensor, **others: object) -> str | None:
         if isinstance(other, Tensor) and other.device != first.device:
             return f"{name} is on {other.device}, the first tensor on {first.device}"
     return None
+
+
+def require_linear(
+    op: str,
+    name: str,
+    linear: tuple[Tensor, Tensor | None],
+    size_in: int,
+    size_out: int | None = None,
+) -> dict[str, Tensor]:
+    """Raise unless `linear` is weight and bias of a layer of these sizes; its tensors by name."""
+    weight, bias = linear
+    require_dim(op, f"{name}_weight", weight, 2, "[out, in]")
+    shape = (weight.shape[0] if size_out is None else size_out, size_in)
+    require_shape(op, f"{name}_weight", weight, shape, "[out, in]")
+    if bias is None:
+        return {f"{name}_weight": weight}
+    require_shape(op, f"{name}_bias", bias, (weight.shape[0],), "[out]")
+    return {f"{name}_weight": weight, f"{name}_bias": bias}
+
+
+def require_heads(op: str, name: str, weight: Tensor, head_size: int) -> None:
+    """Raise InvalidArgument unless the outputs of `weight` are whole heads of an even size."""
+    if head_size < 2 or head_size % 2 or weight.shape[0] % head_size:
+        raise InvalidArgument(
+            f"{op}: {name} has shape {list(weight.shape)}, expected outputs in heads of an even "
+            f"size, that of cos: {head_size}"
+        )

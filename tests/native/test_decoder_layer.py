@@ -1,0 +1,88 @@
+"""project_qkv and finish_decoder_layer in every vector variant; tests/ops holds the contracts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops import test_finish_decoder_layer as finishing
+from tests.ops import test_project_qkv as projecting
+from tests.ops.test_project_qkv import DTYPES
+from tq_fast.ops.finish_decoder_layer import finish_decoder_layer_cpu, finish_decoder_layer_ref
+from tq_fast.ops.project_qkv import project_qkv_cpu, project_qkv_ref
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", projecting.SHAPES)
+def test_projections_equal_the_reference(isa, shape, dtype):
+    inputs = projecting.problem(shape, dtype)
+    exact = project_qkv_ref(*map(projecting.widened, inputs), eps=1e-5)
+    plain = project_qkv_ref(*inputs, eps=1e-5)
+    for parts in zip(project_qkv_cpu(*inputs, eps=1e-5), plain, exact, strict=True):
+        projecting.assert_near(*parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", finishing.SHAPES)
+def test_the_rest_of_the_layer_equals_the_reference(isa, shape, dtype):
+    inputs = finishing.problem(shape, dtype)
+    exact = finish_decoder_layer_ref(*map(projecting.widened, inputs), eps=1e-5)
+    result = finish_decoder_layer_cpu(*inputs, eps=1e-5)
+    projecting.assert_near(result, finish_decoder_layer_ref(*inputs, eps=1e-5), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_depends_on_nothing_else_bit_for_bit(isa, num_threads, dtype):
+    x, norm, q, k, v, cos, sin = projecting.problem((70, 1, 96, 4, 2, 24), dtype)
+    whole = project_qkv_cpu(x, norm, q, k, v, cos, sin, eps=1e-5)
+    parts = [value[31:33] for value in (x, cos, sin)]
+    few = project_qkv_cpu(parts[0], norm, q, k, v, *parts[1:], eps=1e-5)
+    assert all(torch.equal(a[31:33], b) for a, b in zip(whole, few, strict=True))
+    attended, residual, *rest = finishing.problem((70, 1, 64, 96, 130), dtype)
+    whole = finish_decoder_layer_cpu(attended, residual, *rest, eps=1e-5)
+    few = finish_decoder_layer_cpu(attended[31:33], residual[31:33], *rest, eps=1e-5)
+    assert torch.equal(whole[31:33], few)
+
+
+def test_views_of_any_strides_give_the_same(isa):
+    inputs = projecting.problem((6, 2, 40, 2, 1, 8), torch.bfloat16)
+    expected = project_qkv_cpu(*inputs, eps=1e-5)
+    inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
+    inputs[5], inputs[6] = (torch.stack([angle] * 2, -1)[..., 1] for angle in inputs[5:])
+    got = project_qkv_cpu(*inputs, eps=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_opcheck_passes():
+    x, norm, q, k, v, cos, sin = projecting.problem((2, 3, 16, 2, 1, 8), torch.float32)
+    op = torch.ops.tq_fast.project_qkv.default
+    torch.library.opcheck(op, (x, norm, 1e-5, *q, *k, v[0], None, cos, sin))
+    attended, residual, o, norm, gate, up, down = finishing.problem(
+        (2, 3, 16, 24, 40), torch.float32
+    )
+    op = torch.ops.tq_fast.finish_decoder_layer.default
+    torch.library.opcheck(op, (attended, residual, *o, norm, 1e-5, *gate, *up, down[0], None))
+
+
+def test_the_operators_refuse_what_would_read_out_of_bounds():
+    x, norm, q, k, v, cos, sin = projecting.problem((2, 3, 16, 2, 1, 8), torch.float32)
+    op = torch.ops.tq_fast.project_qkv.default
+    for arguments in (
+        (x, norm[1:], 1e-5, *q, *k, *v, cos, sin),
+        (x, norm, 1e-5, q[0][1:], None, *k, *v, cos, sin),
+        (x, norm, 1e-5, *q, *k, *v, cos, sin[:1]),
+        (x, norm, 1e-5, *q, *k, *v, cos[:, :2], sin[:, :2]),
+    ):
+        with pytest.raises(RuntimeError, match="project_qkv"):
+            op(*arguments)
+    attended, residual, o, norm, gate, up, down = finishing.problem(
+        (2, 3, 16, 24, 40), torch.float32
+    )
+    op = torch.ops.tq_fast.finish_decoder_layer.default
+    for arguments in (
+        (attended[:1], residual, *o, norm, 1e-5, *gate, *up, *down),
+        (attended, residual, *o, norm, 1e-5, *gate, up[0][1:], None, *down),
+        (attended, residual, *o, norm[1:], 1e-5, *gate, *up, *down),
+    ):
+        with pytest.raises(RuntimeError, match="finish_decoder_layer"):
+            op(*arguments)
