@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from tests import zoo
 from tq_fast.models.language import LanguageForest, max_positions
 
-# fp32 in another order of summation: up to 8e-6 was seen at logits that reach 15.
-ATOL = 2e-5
+# fp32 in another order of summation, at logits that reach 15: up to 8e-6 was seen, and 2.1e-5 with
+# granite, whose plain model is itself 2.4e-5 from float64 there (the forest 0.6e-5).
+ATOL = 3e-5
 PROMPTS = [3, 11, 20]
 ROWS_PER_TREE = 4
 DEPTH = 4
