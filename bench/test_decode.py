@@ -21,9 +21,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import tq_fast
+from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
 from tests.naive import NaiveResponse, NaiveSettings, classifier_reward, decode_naively
 
 K = 10
@@ -33,15 +33,6 @@ TOKENS = 4
 RESPONSE = 128
 ROUNDS = 3
 SETTINGS = {"k": K, "horizon": HORIZON, "strategy": "greedy", "rollout": "greedy"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Duo:
-    """Baseline and reward of one dtype."""
-
-    baseline: LlamaForCausalLM
-    reward: LlamaForSequenceClassification
 
 
 @dataclasses.dataclass
@@ -62,23 +53,7 @@ class Timing:
 
 @pytest.fixture(scope="module")
 def fp32_duo() -> Duo:
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=2_048,
-        max_position_embeddings=4_096,
-        tie_word_embeddings=False,
-        num_labels=1,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(134)
-    duo = Duo(LlamaForCausalLM(config).eval(), LlamaForSequenceClassification(config).eval())
-    assert sum(parameter.numel() for parameter in duo.baseline.parameters()) == 134_105_856
-    return duo
+    return random_duo()
 
 
 @pytest.fixture(scope="module", params=list(DTYPES))
@@ -88,15 +63,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def duo(fp32_duo: Duo, dtype: str) -> Duo:
-    if dtype == "fp32":
-        return fp32_duo
-    kinds = (fp32_duo.baseline, LlamaForCausalLM), (fp32_duo.reward, LlamaForSequenceClassification)
-    copies = []
-    for model, kind in kinds:
-        copy = kind(model.config).to(DTYPES[dtype]).eval()
-        copy.load_state_dict(model.state_dict())
-        copies.append(copy)
-    return Duo(*copies)
+    return fp32_duo if dtype == "fp32" else fp32_duo.to(DTYPES[dtype])
 
 
 @dataclasses.dataclass
@@ -112,11 +79,6 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs() -> Runs:
     return Runs()
-
-
-def prompt_of(length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(1, 32_000, (length,), generator=generator)
 
 
 def timed_decode(

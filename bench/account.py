@@ -1,0 +1,368 @@
+"""Where the time of a decode goes, beside the least that the machine allows.
+
+    python -m bench.account [--dtype bf16] [--prompt 512] [--k 10] [--rollouts 1] [--horizon 20]
+
+Counts weights, KV, FLOPs and token-forwards per emitted token of the naive loop, of ours and of the
+least possible; measures, in the same run, how fast the machine reads memory and multiplies; and
+gives, phase by phase, the time that the least would take as a share of the time that was taken.
+
+The least possible of a phase: every pass reads the weights once and the KV that it attends to once,
+or computes its FLOPs, whichever takes longer at the measured rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import transformers
+from torch import nn
+
+import tq_fast
+from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
+from tq_fast import decoding, rollouts
+from tq_fast.models.language import LanguageForest
+
+_ROUNDS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is decoded: one prompt, k candidates, n roll-outs of L tokens each."""
+
+    dtype: str
+    prompt: int
+    k: int
+    num_rollouts: int
+    horizon: int
+    tokens: int
+
+    @property
+    def num_branches(self) -> int:
+        return self.k * self.num_rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What was measured: bytes read and FLOPs done in a second."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a forward pass of a model reads and computes.
+
+    Attributes:
+        weight_bytes: of all weights that every pass multiplies by.
+        body_flops: of one token, without the head and attention.
+        head_flops: of one token through the output head.
+        kv_bytes: of one token.
+        attention_flops: of one token for each token that it attends to.
+    """
+
+    weight_bytes: int
+    body_flops: int
+    head_flops: int
+    kv_bytes: int
+    attention_flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Least work of some forward passes."""
+
+    bytes_read: float
+    flops: float
+
+    def seconds(self, machine: Machine) -> float:
+        """The slower of reading and computing."""
+        reading = self.bytes_read / machine.bytes_per_second
+        return max(reading, self.flops / machine.flops_per_second)
+
+
+def measure_machine(dtype: torch.dtype) -> Machine:
+    """Read a large buffer, and multiply matrices; the fastest of several rounds is the ceiling."""
+    buffer = torch.ones(1 << 27, dtype=torch.float32)
+    reading = _least_seconds(lambda: buffer.sum())
+    rates = []
+    for rows, size, columns in ((1024, 2048, 2048), (512, 768, 2048), (256, 2048, 768)):
+        left, right = torch.randn(rows, size).to(dtype), torch.randn(columns, size).to(dtype)
+        # What anything reaches is a fair ceiling, so our own kernel takes part.
+        for product in (nn.functional.linear, tq_fast.ops.few_rows_linear):
+            seconds = _least_seconds(lambda p=product, x=left, w=right: p(x, w))
+            rates.append(2 * rows * size * columns / seconds)
+    return Machine(buffer.nbytes / reading, max(rates))
+
+
+def describe_model(model: nn.Module) -> Model:
+    """Count the linear layers of a Llama shape; the embedding table is only looked up in."""
+    config = model.config
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    heads = {name for name in linear if name in ("lm_head", "score")}
+    size = config.hidden_size
+    itemsize = next(model.parameters()).element_size()
+    return Model(
+        weight_bytes=sum(layer.weight.nbytes for layer in linear.values()),
+        body_flops=sum(2 * m.weight.numel() for name, m in linear.items() if name not in heads),
+        head_flops=sum(2 * linear[name].weight.numel() for name in heads),
+        kv_bytes=2 * config.num_hidden_layers * size * itemsize,
+        attention_flops=4 * config.num_hidden_layers * size,
+    )
+
+
+def naive_token_forwards(setting: Setting) -> dict[str, int]:
+    """Tokens through each model for one emitted token of the naive loop, the prompt at its start.
+
+    The candidates' pass over the context; `generate` of every branch, which encodes context and
+    candidate and then one token a step; the reward of every whole text.
+    """
+    branch = setting.prompt + 1 + setting.horizon
+    return {
+        "baseline": setting.prompt + setting.num_branches * (branch - 1),
+        "reward": setting.num_branches * branch,
+    }
+
+
+def least_token_forwards(setting: Setting) -> dict[str, int]:
+    """The candidates, and then every roll-out token but the last once; the reward all of them."""
+    rollouts = setting.num_branches * (setting.horizon - 1)
+    return {
+        "baseline": setting.k + rollouts,
+        "reward": setting.k + setting.num_branches * setting.horizon,
+    }
+
+
+def least_work(setting: Setting, baseline: Model, reward: Model) -> dict[str, Work]:
+    """Least work of each phase, per emitted token."""
+    rollout_tokens = least_token_forwards(setting)["baseline"]
+    scored = least_token_forwards(setting)["reward"]
+    # Prefix read once a pass, whatever the number of branches; a branch half of its length.
+    context = setting.prompt + setting.num_branches * setting.horizon / 2
+    attended = setting.prompt + setting.horizon / 2
+    return {
+        "rollout": Work(
+            setting.horizon * (baseline.weight_bytes + baseline.kv_bytes * context),
+            rollout_tokens
+            * (baseline.body_flops + baseline.head_flops + baseline.attention_flops * attended),
+        ),
+        "reward": Work(
+            reward.weight_bytes + reward.kv_bytes * setting.prompt,
+            scored * (reward.body_flops + reward.attention_flops * attended),
+        ),
+        "prefill": Work(
+            baseline.weight_bytes + reward.weight_bytes,
+            setting.prompt
+            * (baseline.body_flops + reward.body_flops + baseline.attention_flops * setting.prompt),
+        ),
+    }
+
+
+@contextlib.contextmanager
+def _timed(owner: object, name: str, seconds: dict[str, float], key: str) -> Iterator[None]:
+    function = getattr(owner, name)
+
+    def wrapper(*args: object, **kwargs: object) -> object:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
+
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
+
+
+def measure_phases(
+    duo: Duo, setting: Setting
+) -> tuple[dict[str, float], tq_fast.DecodeResult, dict[str, float]]:
+    """Seconds of each phase per emitted token, the decode, and seconds of kernels by op.
+
+    The prefill, of both models, is of the whole decode.
+    """
+    decoder = tq_fast.TransferDecoder(duo.baseline, duo.reward)
+    options = {
+        "k": setting.k,
+        "num_rollouts": setting.num_rollouts,
+        "horizon": setting.horizon,
+        "rollout": "greedy" if setting.num_rollouts == 1 else "sample",
+        "strategy": "greedy",
+        "eos_token_id": (),
+        "backend": None,
+    }
+    prompt = prompt_of(setting.prompt)
+
+    def run(tokens: int) -> tuple[dict[str, float], tq_fast.DecodeResult]:
+        inner: dict[str, float] = {}
+        with (
+            _timed(LanguageForest, "forward_rows", inner, "rollout forward"),
+            _timed(rollouts.ops, "advance_rollouts_", inner, "sampling"),
+            _timed(decoding, "run_rollouts", inner, "rollout"),
+        ):
+            result = decoder.decode(prompt, max_new_tokens=tokens, **options)
+        phases = dict(result.stats.seconds)
+        phases["rollout forward"] = inner["rollout forward"]
+        phases["sampling"] = inner["sampling"]
+        phases["roll-out rest"] = (
+            phases.pop("rollout") - phases["rollout forward"] - phases["sampling"]
+        )
+        return phases, result
+
+    run(1)
+    first, whole = [], []
+    for _ in range(_ROUNDS):
+        first.append(run(1)[0])
+        phases, result = run(1 + setting.tokens)
+        whole.append(phases)
+
+    def median(rounds: list[dict[str, float]], name: str) -> float:
+        return statistics.median(phases[name] for phases in rounds)
+
+    # Two lengths apart: prefill and the reward's first pass over the prompt drop out.
+    token = {
+        name: (median(whole, name) - median(first, name)) / setting.tokens for name in whole[0]
+    }
+    token["prefill"] = median(first, "prefill") + median(first, "reward") - token["reward"]
+    return token, result, _kernel_seconds(lambda: run(1 + setting.tokens), setting)
+
+
+def _kernel_seconds(run: Callable[[], object], setting: Setting) -> dict[str, float]:
+    """Self time of every op in one profiled decode, seconds, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    times = {
+        event.key: event.self_cpu_time_total / 1e6
+        for event in profile.key_averages()
+        if event.self_cpu_time_total
+    }
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def _least_seconds(function: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(15):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def report(setting: Setting, duo: Duo) -> list[str]:
+    """The account, as lines of text."""
+    dtype = DTYPES[setting.dtype]
+    machine = measure_machine(dtype)
+    baseline, reward = describe_model(duo.baseline), describe_model(duo.reward)
+    token, result, kernels = measure_phases(duo, setting)
+    lines = [
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, tq_fast "
+        f"{tq_fast.__version__}",
+        f"memory {machine.bytes_per_second / 1e9:.1f} GB/s, {setting.dtype} products "
+        f"{machine.flops_per_second / 1e9:.0f} GFLOP/s (measured in this run)",
+        f"{setting.dtype}, prompt {setting.prompt}, k {setting.k}, n {setting.num_rollouts}, "
+        f"L {setting.horizon}; weights {baseline.weight_bytes / 1e6:.0f} MB a baseline pass, "
+        f"{reward.weight_bytes / 1e6:.0f} MB a reward pass; KV {baseline.kv_bytes / 1e3:.0f} kB "
+        "a token",
+        "",
+        *_count_lines(setting, baseline, reward, result),
+        "",
+        *_phase_lines(token, least_work(setting, baseline, reward), machine),
+        "",
+        *_kernel_lines(kernels, result),
+    ]
+    return lines
+
+
+def _count_lines(
+    setting: Setting, baseline: Model, reward: Model, result: tq_fast.DecodeResult
+) -> list[str]:
+    stats = result.stats
+    # Less the prompt's own encoding, which the naive loop does for every token.
+    ours = {
+        role: (count - setting.prompt) / stats.num_steps
+        for role, count in stats.token_forwards.items()
+    }
+    columns = {
+        "naive loop": naive_token_forwards(setting),
+        "ours": ours,
+        "least": least_token_forwards(setting),
+    }
+    lines = ["per emitted token      naive loop         ours        least"]
+    for role in ("baseline", "reward"):
+        cells = "".join(f"{column[role]:13.0f}" for column in columns.values())
+        lines.append(f"{role + ' tokens':20}{cells}")
+    attended = setting.prompt + setting.horizon / 2
+    flops = [
+        column["baseline"]
+        * (baseline.body_flops + baseline.head_flops + baseline.attention_flops * attended)
+        + column["reward"] * (reward.body_flops + reward.attention_flops * attended)
+        for column in columns.values()
+    ]
+    lines.append(f"{'GFLOPs (about)':20}" + "".join(f"{count / 1e9:13.0f}" for count in flops))
+    passes = setting.horizon * baseline.weight_bytes + reward.weight_bytes
+    naive = (setting.horizon + 1) * baseline.weight_bytes + reward.weight_bytes
+    weights = f"{naive / 1e9:13.2f}{passes / 1e9:13.2f}{passes / 1e9:13.2f}"
+    return [*lines, f"{'GB of weights':20}{weights}"]
+
+
+def _phase_lines(token: dict[str, float], least: dict[str, Work], machine: Machine) -> list[str]:
+    floors = {name: work.seconds(machine) for name, work in least.items()}
+    floors["rollout forward"] = floors.pop("rollout")
+    lines = ["phase (a token)             ms     least ms     share of the least"]
+    order = ("candidates", "rollout forward", "sampling", "roll-out rest", "reward")
+    for name in (*order, "reweight", "commit"):
+        lines.append(_phase_line(name, token[name], floors.get(name)))
+    names = [name for name in token if name != "prefill"]
+    total = sum(token[name] for name in names)
+    least_total = floors["rollout forward"] + floors["reward"]
+    lines.append(_phase_line("all", total, least_total))
+    return [*lines, _phase_line("prefill (once)", token["prefill"], floors["prefill"])]
+
+
+def _phase_line(name: str, seconds: float, floor: float | None) -> str:
+    line = f"{name:20}{1e3 * seconds:10.2f}"
+    if floor is not None:
+        line += f"{1e3 * floor:13.2f}{100 * floor / seconds:12.0f} %"
+    return line
+
+
+def _kernel_lines(kernels: dict[str, float], result: tq_fast.DecodeResult) -> list[str]:
+    whole = sum(kernels.values())
+    wall = sum(result.stats.seconds.values())
+    lines = [
+        f"self time of ops in one profiled decode of {result.stats.num_steps} tokens, prefill "
+        f"included: {whole:.2f} s, of {wall:.2f} s without the profiler; the rest is Python and "
+        "dispatch"
+    ]
+    for name, seconds in list(kernels.items())[:14]:
+        lines.append(f"  {name:48}{1e3 * seconds:9.1f} ms{100 * seconds / whole:6.1f} %")
+    return lines
+
+
+def main() -> None:
+    """Parse the setting and print its account."""
+    parser = argparse.ArgumentParser(prog="bench.account", description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    for name, value in (("prompt", 512), ("k", 10), ("rollouts", 1), ("horizon", 20)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--tokens", type=int, default=4, help="emitted tokens that are timed")
+    args = parser.parse_args()
+    setting = Setting(args.dtype, args.prompt, args.k, args.rollouts, args.horizon, args.tokens)
+    duo = random_duo()
+    if args.dtype != "fp32":
+        duo = duo.to(DTYPES[args.dtype])
+    print("\n".join(report(setting, duo)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What speculative roll-outs could win on the embedded models, at best.
+
+    python -m bench.speculation
+
+A draft for a roll-out's next token comes from the roll-outs of the step before: what followed the
+same last tokens there. A pass would verify one draft a row: the draft is right if the token that
+the roll-out's own random number draws is the same, so nothing changes but the number of passes.
+The bench decodes, replays every roll-out with the drafts that it would have had, and counts passes
+(a pass goes on until its slowest row is done); then it times passes of one and of two tokens a row.
+Speculation wins where `passes x cost` is below 1. Drafting itself is taken to cost nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+import tq_fast
+from tq_fast import decoding
+from tq_fast.models.language import LanguageForest
+from tq_fast.models.loading import load_language_model
+from tq_fast.models.tiny import load_tiny_world
+
+_HORIZON = 20
+_CONTEXT = 2
+# Roll-outs of one step: (tree, candidate, tokens).
+Step = list[tuple[int, int, list[int]]]
+
+
+def record_steps(num_prompts: int, rollout: str, num_rollouts: int) -> list[Step]:
+    """Decode, and return what every step rolled out."""
+    world = load_tiny_world()
+    steps: list[Step] = []
+    run = decoding.run_rollouts
+
+    def record(*args: object, **kwargs: object) -> object:
+        rollouts = run(*args, **kwargs)
+        steps.append([(b.place.tree, b.candidate, b.tokens) for b in rollouts.branches])
+        return rollouts
+
+    decoding.run_rollouts = record
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tq_fast.decode(
+                list(world.prompts[:num_prompts]),
+                world.baseline,
+                world.reward,
+                sft=world.sft,
+                k=10,
+                horizon=_HORIZON,
+                rollout=rollout,
+                num_rollouts=num_rollouts,
+                max_new_tokens=24,
+                # Greedy roll-outs that are reused would not be replayed in full.
+                levers=tq_fast.levers.Levers(reuse_greedy=False, refill_slots=False),
+            )
+    finally:
+        decoding.run_rollouts = run
+    return steps
+
+
+def replay(steps: Sequence[Step]) -> tuple[float, float]:
+    """Share of drafts that are right, and of the passes that are left."""
+    right = tried = passes = plain = 0
+    before: Step = []
+    for step in steps:
+        drafts: dict[tuple[int, ...], int] = {}
+        for tree, candidate, tokens in before:
+            text = [candidate, *tokens]
+            for length in range(1, _CONTEXT + 1):
+                for end in range(length, len(text)):
+                    drafts[(tree, *text[end - length : end])] = text[end]
+        needed: defaultdict[int, int] = defaultdict(int)
+        for number, (tree, candidate, tokens) in enumerate(step):
+            text, known = [candidate, *tokens], 1
+            while known < len(text):
+                needed[number] += 1
+                tried += 1
+                contexts = [(tree, *text[known - n : known]) for n in range(_CONTEXT, 0, -1)]
+                draft = next((drafts[c] for c in contexts if c in drafts), None)
+                right += draft == text[known]
+                known += 1 + (draft == text[known])
+        plain += max(len(tokens) for _, _, tokens in step)
+        passes += max(needed.values(), default=0)
+        before = step
+    return right / tried, passes / plain
+
+
+def cost_of_two(num_rows: int) -> float:
+    """Time of a pass with two tokens a row over that of one with one."""
+    world = load_tiny_world()
+    model = load_language_model(
+        world.baseline, "baseline", device=torch.device("cpu"), dtype="auto"
+    )
+    forest = LanguageForest(
+        model,
+        num_trees=1,
+        num_rows=num_rows,
+        prefix_capacity=40,
+        branch_capacity=_HORIZON,
+        backend=None,
+    )
+    forest.prefill(0, list(range(1, 30)))
+    tokens = torch.randint(1, 100, (num_rows, 2))
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(40):
+        for count in (1, 2):
+            start = time.perf_counter()
+            forest.run_branches(model, tokens[:, :count], start=8, tree=None)
+            seconds[count].append(time.perf_counter() - start)
+    return statistics.median(seconds[2]) / statistics.median(seconds[1])
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print acceptance, passes, cost, and their product."""
+    torch.set_num_threads(1)
+    print("prompts  roll-outs   drafts right   passes   cost of a pass   passes x cost")
+    for num_prompts, rollout, num in ((1, "greedy", 1), (8, "greedy", 1), (8, "sample", 4)):
+        right, passes = replay(record_steps(num_prompts, rollout, num))
+        cost = cost_of_two(10 * num * num_prompts)
+        print(
+            f"{num_prompts:7}  {num:2} {rollout:6}{100 * right:13.0f} %{passes:9.2f}{cost:17.2f}"
+            f"{passes * cost:16.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
