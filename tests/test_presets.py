@@ -306,7 +306,6 @@ def draws(method: str, **options: object) -> list[tuple[int, ...]]:
     "options",
     [
         {},
-        {"rollout_temperature": 0.6},
         {"rollout_temperature": 2.0, "rollout_top_k": 4, "rollout_top_p": 0.8},
     ],
     ids=str,
@@ -501,6 +500,17 @@ def test_logits_that_are_no_law_name_prompt_and_step_and_keep_what_is_finished()
         run("sft", sft=broken, batch_size=2)
     assert sorted(caught.value.finished) == [0, 1]
     assert len(caught.value.finished[0]) == SHORT["max_new_tokens"]
+
+
+def test_what_prompts_have_in_common_is_encoded_once() -> None:
+    start = list(range(40, 70))
+    given = [[*start, 5], [*start, 6, 7], [8], [*start, 5]]
+    options = {"strategy": "greedy", "sft": None}
+    result = run("baseline", given, **options)
+    assert result.stats.token_forwards["baseline"] == 31 + 2 + 1 + 1 + 4 * 4
+    alone = run("baseline", given, batch_size=1, **options)
+    assert tokens(result) == tokens(alone)
+    assert alone.stats.token_forwards["baseline"] == 31 + 32 + 1 + 31 + 4 * 4
 
 
 def test_rewards_that_are_wrong_name_the_prompt() -> None:

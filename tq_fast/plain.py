@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .cache.sharing import share_prefix
 from .config import DecodeConfig
 from .errors import DecodingError, InvalidArgument
 from .memory import ForestSize, Needs, check_sizes, fit_forest
@@ -161,10 +162,13 @@ class PlainDecoder:
         """Decode a few prompts over one forest a model, their responses wave by wave."""
         own, num = DecodeStats(), waves[-1].stop
         forests = self._open(prompts, len(waves[0]), config)
+        texts = [prompt.token_ids for prompt in prompts]
         with own.phase("prefill"):
             for forest in forests.values():
-                for tree, prompt in enumerate(prompts):
-                    forest.prefill(tree, prompt.token_ids)
+                for tree, text in enumerate(texts):
+                    # Without its last token, after which the tip is.
+                    known = share_prefix(forest.cache, tree, text[:-1], texts)
+                    forest.prefill(tree, text[known:])
         drawn: list[Drawn] = []
         with own.phase("rollout"):
             for numbers in waves:
