@@ -25,7 +25,7 @@ constexpr int64_t kPanelBytes = 1 << 18;
 constexpr int64_t kLeastPanelRows = 16;
 constexpr int64_t kMostPanelRows = 64;
 // Between a weight's prefetch and its use, in times four weight rows.
-constexpr int64_t kFoursAhead = 2;
+TQ_INLINE int64_t fours_ahead(int64_t rows) { return rows <= kRowsBesideWeights ? 1 : 2; }
 
 // The columns in blocks of `size`, whole steps; those that fill no step are a block of their own.
 struct Blocks {
@@ -224,7 +224,7 @@ class Share {
     const int64_t in_panel = fours * blocks_.count;
     const int64_t now = (group * blocks_.count + block) * fours + (row - panel) / kWeightRowsPerTile;
     if (now % num_groups_ != 0) return 0;
-    int64_t next = now / num_groups_ + (num_groups_ == 1 ? kFoursAhead : in_panel);
+    int64_t next = now / num_groups_ + (num_groups_ == 1 ? fours_ahead(product_.rows) : in_panel);
     int64_t next_panel = panel;
     if (next >= in_panel) {
       next -= in_panel;

@@ -181,6 +181,10 @@ TQ_INLINE void load_once(Vector& value) {
 #endif
 }
 
+// So few rows of x leave room in the first-level cache for weights to come; otherwise these are
+// prefetched into the second.
+constexpr int kRowsBesideWeights = 6;
+
 // sums[m * kWeights + r] = weights[r] times row m of x, over `count` columns, whole steps. What lies
 // `ahead` elements from each weight is prefetched.
 template <typename Step, int kWeights, int kRows>
@@ -193,8 +197,9 @@ TQ_INLINE void multiply_tile(
   for (int i = 0; i < kPieces * kSums; ++i) lanes[i] = Piece{};
   for (int64_t i = 0; i < count; i += Step::kColumns) {
 #pragma GCC unroll 4
-    // To the second-level cache: the first is full of x.
-    for (int r = 0; r < kWeights; ++r) __builtin_prefetch(weights[r] + i + ahead, 0, 2);
+    for (int r = 0; r < kWeights; ++r) {
+      __builtin_prefetch(weights[r] + i + ahead, 0, kRows <= kRowsBesideWeights ? 3 : 2);
+    }
 #pragma GCC unroll 8
     for (int part = 0; part < Step::kParts; ++part) {
       Piece* const to = lanes + part % kPieces * kSums;

@@ -33,12 +33,14 @@ def most_rows(dtype: torch.dtype) -> int:
         return 0
     if isa == "avx2":
         return 24 if dtype is torch.float32 else 64
-    if dtype is torch.float32:
-        # MKL makes half of what AMD's processors can do, whatever the number of rows.
-        return 1024 if _native.cpu_has("amd") else 40
-    if _native.cpu_has("amx"):
-        return 16
-    return 32 if dtype is torch.bfloat16 and _native.cpu_has("avx512_bf16") else 64
+    if dtype is torch.bfloat16:
+        # Beyond that, oneDNN's product makes up for all else.
+        return 16 if _native.cpu_has("amx") else 64
+    if _native.cpu_has("amd"):
+        # MKL makes half of what AMD's processors can do with fp32, whatever the number of rows, and
+        # there is no library for fp16.
+        return 1024
+    return 40 if dtype is torch.float32 else 16
 
 
 def most_rows_transposed(dtype: torch.dtype) -> int:
