@@ -23,11 +23,14 @@ struct RolloutWeights {
   double peak;
   // Where the weights are kept once they are made; null: made again each time.
   double* kept;
+  // Whether `kept` holds them already.
+  bool is_made;
 };
 
 template <typename Real>
 TQ_HOST_DEVICE double make_weight(const RolloutWeights<Real>& weights, int64_t i) {
   if (weights.log_weights == nullptr) return 1.0;
+  if (weights.is_made) return weights.kept[i];
   return ::exp(static_cast<double>(weights.log_weights[i]) - weights.peak);
 }
 
@@ -45,20 +48,27 @@ struct OneReader {
 TQ_HOST_DEVICE double sum_over(OneReader, double value) { return value; }
 TQ_HOST_DEVICE double max_over(OneReader, double value) { return value; }
 
+template <typename Real, typename Reader = OneReader>
+TQ_HOST_DEVICE double largest_of(const Real* numbers, int64_t n, Reader reader = {}) {
+  double largest = -INFINITY;
+  for (int64_t i = reader.rank; i < n; i += reader.size) {
+    const double number = static_cast<double>(numbers[i]);
+    largest = number > largest ? number : largest;
+  }
+  return max_over(reader, largest);
+}
+
 // The value of one candidate from its n roll-outs, whose weights are normalised within it; NaN where
 // no roll-out has any weight, since 0/0 is.
 // `log_weights` may be null: all equal. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
-// `room` is null, or holds n numbers: it saves making the weights three times.
+// `room` is null, or holds n numbers: it saves making the weights three times. With `is_made` it
+// already holds the weights exp(log_weight - peak), peak being the largest.
 template <typename Real, typename Reader = OneReader>
 TQ_HOST_DEVICE CandidateValue value_candidate(
     const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, double* room,
-    Reader reader = {}) {
-  RolloutWeights<Real> weights{log_weights, log_weights == nullptr ? 0.0 : -INFINITY, room};
-  for (int64_t i = reader.rank; log_weights != nullptr && i < n; i += reader.size) {
-    const double log_weight = static_cast<double>(log_weights[i]);
-    weights.peak = log_weight > weights.peak ? log_weight : weights.peak;
-  }
-  weights.peak = max_over(reader, weights.peak);
+    Reader reader = {}, bool is_made = false) {
+  RolloutWeights<Real> weights{log_weights, 0.0, room, is_made};
+  if (log_weights != nullptr && !is_made) weights.peak = largest_of(log_weights, n, reader);
 
   double mass = 0.0;
   double mass_of_squares = 0.0;

@@ -9,6 +9,7 @@
 #include "common/reweight.h"
 #include "cpu/contract.h"
 #include "cpu/tensor_access.h"
+#include "cpu/weight_rows.h"
 
 namespace tq {
 
@@ -39,16 +40,33 @@ struct Job {
   float* ess;
 };
 
-// `scores` is room for k numbers, `weights` for n.
+template <typename Real>
+int64_t valid_rollouts(const Job<Real>& job, int64_t at) {
+  return job.lengths == nullptr ? job.n : job.lengths[at] < job.n ? job.lengths[at] : job.n;
+}
+
+// exp(log_weight - largest of the candidate) for every roll-out of a prompt, [k, n], at once.
+template <typename Real>
+void make_weights(const Job<Real>& job, int64_t g, double* weights) {
+  for (int64_t z = 0; z < job.k; ++z) {
+    const int64_t at = g * job.k + z;
+    const Real* const log_weights = job.log_weights + at * job.n;
+    const double peak = largest_of(log_weights, valid_rollouts(job, at));
+    for (int64_t i = 0; i < job.n; ++i) weights[z * job.n + i] = static_cast<double>(log_weights[i]) - peak;
+  }
+  TQ_SELECT_ISA(exp_in_place)(weights, job.k * job.n);
+}
+
+// `scores` is room for k numbers, `weights` for k * n.
 template <typename Real>
 void reweight_prompt(const Job<Real>& job, int64_t g, double* scores, double* weights) {
+  if (job.log_weights != nullptr) make_weights(job, g, weights);
   SoftmaxState<double> state = empty_softmax_state<double>();
   for (int64_t z = 0; z < job.k; ++z) {
     const int64_t at = g * job.k + z;
-    const int64_t valid = job.lengths == nullptr ? job.n : job.lengths[at] < job.n ? job.lengths[at] : job.n;
     const CandidateValue value = value_candidate(
-        job.rewards + at * job.n, job.log_weights == nullptr ? nullptr : job.log_weights + at * job.n, valid,
-        job.alpha, job.is_soft, weights);
+        job.rewards + at * job.n, job.log_weights == nullptr ? nullptr : job.log_weights + at * job.n,
+        valid_rollouts(job, at), job.alpha, job.is_soft, weights + z * job.n, OneReader{}, true);
     job.q[at] = static_cast<float>(value.q);
     job.q_stderr[at] = static_cast<float>(value.standard_error);
     job.ess[at] = static_cast<float>(value.ess);
@@ -89,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cpu(
           (!log_weights_in.has_value() ||
            is_floats(*log_weights_in, {rewards_in.size(0), rewards_in.size(1), rewards_in.size(2)})) &&
           (!lengths_in.has_value() || is_integers(*lengths_in, {rewards_in.size(0), rewards_in.size(1)})) &&
-          (!keys_in.has_value() || is_integers(*keys_in, {rewards_in.size(0)})) && alpha > 0.0 && std::isfinite(alpha) &&
-          is_int(seed_tensor) && is_int(step_tensor),
+          (!keys_in.has_value() || is_integers(*keys_in, {rewards_in.size(0)})) && alpha > 0.0 &&
+          std::isfinite(alpha) && is_int(seed_tensor) && is_int(step_tensor),
       "reweight_sample");
   // float32 is read as it is; any other mixture of types is widened first.
   const bool is_float = prior_logprobs_in.scalar_type() == ScalarType::Float &&
@@ -135,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cpu(
         static_cast<float*>(ess.mutable_data_ptr())};
     torch::stable::parallel_for(0, prompts, kPromptsPerThread, [&](int64_t begin, int64_t end) {
       std::vector<double> scores(k);
-      std::vector<double> weights(job.n);
+      std::vector<double> weights(job.k * job.n);
       for (int64_t g = begin; g < end; ++g) reweight_prompt(job, g, scores.data(), weights.data());
     });
   };
