@@ -68,6 +68,32 @@ def reweight_sample(backend: str | None) -> Case:
     return run
 
 
+def trajectories(seed: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 3000, (6, 5), generator=generator).cuda()
+    return tokens, torch.tensor([5, 0, 3, 5, 1, 4]).cuda()
+
+
+def trajectory_log_ratio(backend: str | None) -> Case:
+    inputs = (random(6, 5, 3000), random(6, 5, 3000, seed=4), *trajectories())
+    return lambda seed, step: (ops.trajectory_log_ratio(*inputs, backend=backend),)
+
+
+def linear_trajectory_logprob(backend: str | None) -> Case:
+    inputs = (random(6, 5, 64), random(3000, 64, seed=4) / 8, *trajectories())
+    return lambda seed, step: (ops.linear_trajectory_logprob(*inputs, backend=backend),)
+
+
+def shared_prefix_attention(backend: str | None, new: int) -> Case:
+    q = random(6, 8, new, 64)
+    prefix = [random(2, 2, 300, 64, seed=seed) for seed in (4, 5)]
+    branch = [random(6, 2, 40, 64, seed=seed) for seed in (6, 7)]
+    prefix_len, branch_len = torch.tensor([300, 17]).cuda(), torch.full((6,), 33).cuda()
+    return lambda seed, step: tuple(
+        ops.shared_prefix_attention(q, *prefix, prefix_len, *branch, branch_len, backend=backend)
+    )
+
+
 CUDA_CASES: dict[str, Callable[[str | None], Case]] = {
     "topk_logprobs": topk_logprobs,
     "sample_tokens": sample_tokens,
@@ -75,6 +101,25 @@ CUDA_CASES: dict[str, Callable[[str | None], Case]] = {
     "advance_rollouts_": advance_rollouts,
     "reweight_sample": reweight_sample,
 }
+TRITON_CASES: dict[str, Callable[[str | None], Case]] = {
+    "trajectory_log_ratio": trajectory_log_ratio,
+    "linear_trajectory_logprob": linear_trajectory_logprob,
+    "shared_prefix_attention": lambda backend: shared_prefix_attention(backend, 1),
+    "shared_prefix_attention, many queries": lambda backend: shared_prefix_attention(backend, 20),
+}
+
+
+def kernel(name: str) -> Case:
+    """The case on the backend that has its kernel."""
+    if name in TRITON_CASES:
+        return TRITON_CASES[name]("triton")
+    return CUDA_CASES[name]("cuda")
+
+
+def reference(name: str) -> Case:
+    return (CUDA_CASES | TRITON_CASES)[name]("ref")
+
+
 # Whose result follows seed and step: the place of a chosen token among the tensors it answers.
 RANDOM_CASES = {
     "sample_tokens": 0,

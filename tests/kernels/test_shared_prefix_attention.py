@@ -66,9 +66,10 @@ FEATURES = {"window": 100, "softcap": 30.0, "has_tree": True}
     [
         (torch.bfloat16, {"size": 128} | FEATURES, DECODING),
         (torch.bfloat16, {"size": 128, "new": 20}, DECODING[1:]),
+        (torch.bfloat16, {"size": 64, "new": 20}, DECODING[1:]),
         (torch.float32, {"size": 128}, DECODING[:1]),
     ],
-    ids=["bf16-features", "bf16-many-queries", "fp32"],
+    ids=["bf16-features", "bf16-many-queries", "bf16-small-heads", "fp32"],
 )
 def test_compiles_without_spills(dtype, parameters, kernels, architecture):
     recorded = {launch.kernel.__name__: launch for launch in launches(dtype, **parameters)}

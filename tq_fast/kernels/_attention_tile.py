@@ -38,7 +38,7 @@ def choose_tiles(queries: int, size: int, dtype: torch.dtype, folds: bool) -> Ti
         return Tiles(16 if few else 32, 16 if size > 64 else 32, 8 if folds and size > 128 else 4)
     if queries <= 16:
         return Tiles(16, 32, 4 if size > 128 else 2)
-    return Tiles(64, 16 if size > 128 else 64, 8 if size > 64 else 4)
+    return Tiles(64, 16 if size > 128 else 64, 8)
 
 
 @triton.jit

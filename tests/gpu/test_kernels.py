@@ -1,4 +1,4 @@
-"""The CUDA kernels on the device: poisoned memory, no waiting, graphs whose randomness advances."""
+"""The kernels on the device: poisoned memory, no waiting, graphs whose randomness advances."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.cases import CUDA_CASES, RANDOM_CASES, device_int
+from tests.gpu.cases import (
+    CUDA_CASES,
+    RANDOM_CASES,
+    TRITON_CASES,
+    device_int,
+    kernel,
+    reference,
+)
 from tq_fast import _native, ops
 
 
@@ -21,39 +28,41 @@ def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=2e-5, atol=2e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", CUDA_CASES)
+@pytest.mark.parametrize("name", [*CUDA_CASES, *TRITON_CASES])
 def test_agrees_with_the_reference(name):
     seed, step = device_int(11), device_int(2)
-    same(CUDA_CASES[name]("cuda")(seed, step), CUDA_CASES[name]("ref")(seed, step))
+    same(kernel(name)(seed, step), reference(name)(seed, step))
 
 
-@pytest.mark.parametrize("name", CUDA_CASES)
+@pytest.mark.parametrize("name", [*CUDA_CASES, *TRITON_CASES])
 def test_every_output_is_written_whatever_the_memory_held(name):
-    expected = CUDA_CASES[name]("cuda")(device_int(1), device_int(0))
+    expected = kernel(name)(device_int(1), device_int(0))
     torch.cuda.synchronize()
     # The allocator hands these blocks out again: what is not written stays NaN, or -1.
     poison = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(8)]
     sizes = [size for size in (16, 64, 128, 256, 1024, 4096) for _ in range(24)]
     poison += [torch.full((size,), torch.nan, device="cuda") for size in sizes]
     del poison
-    case = CUDA_CASES[name]("cuda")
+    case = kernel(name)
     for a, b in zip(case(device_int(1), device_int(0)), expected, strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", CUDA_CASES)
+@pytest.mark.parametrize("name", [*CUDA_CASES, *TRITON_CASES])
 def test_nothing_waits_for_the_device(name, no_sync):
-    case, seed, step = CUDA_CASES[name]("cuda"), device_int(1), device_int(0)
+    case, seed, step = kernel(name), device_int(1), device_int(0)
     case(seed, step)
     with no_sync:
         case(seed, step)
 
 
-@pytest.mark.parametrize("name", CUDA_CASES)
+@pytest.mark.parametrize("name", [*CUDA_CASES, *TRITON_CASES])
 def test_a_captured_graph_replays_and_its_randomness_advances(name):
     seed, step = device_int(5), device_int(0)
-    case = CUDA_CASES[name]("cuda")
+    case = kernel(name)
     warm = torch.cuda.Stream()
+    # The inputs are still being made on the stream that is current now.
+    warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
         case(seed, step)
     torch.cuda.synchronize()
@@ -61,7 +70,7 @@ def test_a_captured_graph_replays_and_its_randomness_advances(name):
     with torch.cuda.graph(graph):
         captured = case(seed, step)
         step.add_(1)
-    plain = CUDA_CASES[name]("cuda")
+    plain = kernel(name)
     if name == "advance_rollouts_":
         # The state has moved on by the warm-up call: so does the other's.
         plain(seed, device_int(0))

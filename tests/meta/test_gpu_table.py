@@ -1,0 +1,90 @@
+"""The code of bench/gpu_table.py on small CPU tensors: only the clock needs a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from bench import gpu_cases, gpu_table
+from tq_fast import ops
+
+# Each bench at a size that takes milliseconds.
+SMALL = {
+    "bench_topk": (3, torch.bfloat16),
+    "bench_sample": (40, torch.bfloat16),
+    "bench_reweight": (4,),
+    "bench_advance": (40,),
+    "bench_log_ratio": (3, 4, 500),
+    "bench_linear_logprob": (3, 4, 32),
+    "bench_attention": (6, 4, 2, 16, 70),
+}
+
+
+class OnTheCpu(TorchFunctionMode):
+    """What is asked for on the device "cuda" is made on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def small_benches(monkeypatch):
+    monkeypatch.setattr(gpu_cases, "VOCAB", 2000)
+    monkeypatch.setattr(gpu_table, "turns", lambda make: [make() for _ in range(2)])
+
+    def run_each(function, inputs):
+        for arguments in inputs:
+            function(*arguments)
+        return 7.0
+
+    monkeypatch.setattr(gpu_table, "time_in_graph", run_each)
+    with OnTheCpu():
+        yield [getattr(gpu_cases, name)(*sizes) for name, sizes in SMALL.items()]
+
+
+def test_every_bench_passes_its_gate_and_fills_its_row(small_benches, tmp_path):
+    rows = [gpu_table.measure(bench, copy=100.0) for bench in small_benches]
+    run = {"date": "2026-01-01", "machine": "no GPU"}
+    table = gpu_table.write_table(tmp_path, run, rows).read_text()
+    for bench in small_benches:
+        assert f"| {bench.op} | {bench.shape} | 7.0 | 7.0 | 1.00 |" in table
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    (stored,) = tmp_path.glob("*.json")
+    assert json.loads(stored.read_text())["rows"][0]["ours_us"] == 7.0
+
+
+def test_the_gate_of_every_bench_can_fail(small_benches):
+    for bench in small_benches:
+        inputs = bench.make()
+
+        def spoiled(*given, bench=bench):
+            answer = bench.ours(*given)
+            return (
+                type(answer)(*(x + 1 for x in answer))
+                if hasattr(answer, "_fields")
+                else [x + 1 for x in answer]
+            )
+
+        with pytest.raises(AssertionError):
+            gpu_table.gate(bench._replace(ours=spoiled), inputs)
+
+
+def test_every_op_that_has_a_gpu_kernel_is_in_the_table():
+    listed = {bench for bench in SMALL}
+    assert listed == {name for name in vars(gpu_cases) if name.startswith("bench_")}
+    described = ops.describe_backends()
+    with_kernel = {
+        name
+        for name, reasons in described.items()
+        if any(reasons[gpu] != f"{name} has no {gpu} kernel" for gpu in ("cuda", "triton"))
+    }
+    with OnTheCpu():
+        made = {getattr(gpu_cases, name)(*sizes).op for name, sizes in SMALL.items()}
+    assert made == with_kernel
