@@ -25,7 +25,8 @@ class Levers:
         refill_slots: a finished prompt's place in the forest goes to the next prompt at once (E0).
         share_prefixes: what a prompt has in common with another one in the forest is not encoded
             again (E0 up to rounding).
-        few_rows: linear layers on CPU run in an order made for few rows (E0 up to rounding).
+        few_rows: linear and decoder layers on CPU run in kernels made for few rows (E0 up to
+            rounding).
     """
 
     merge_equal: bool = True
