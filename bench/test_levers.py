@@ -1,0 +1,181 @@
+"""Each speed lever alone, with it and without it in turns, and where it cannot help.
+
+Ratios are of medians: above 1, the lever wins. "cannot help" is one greedy roll-out a candidate of
+a model without an end of sequence, where only `reuse_greedy` and `few_rows` find work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from pytest_benchmark.fixture import BenchmarkFixture
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import tq_fast
+from bench.decode_models import prompt_of, random_duo
+from tq_fast.levers import Levers
+from tq_fast.models.tiny import load_tiny_world
+
+ROUNDS = 3
+NONE = Levers(**{field.name: False for field in dataclasses.fields(Levers)})
+# On the embedded models: sampled roll-outs to the end, prompts together.
+SAMPLED = {"k": 10, "num_rollouts": 4, "horizon": None, "max_new_tokens": 32, "alpha": 1.0}
+GREEDY = {"k": 10, "horizon": 20, "rollout": "greedy", "strategy": "greedy", "eos_token_id": ()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A lever where it has work: on the embedded models, or on the random ones of 134 M."""
+
+    lever: tuple[str, ...]
+    embedded: bool
+    options: dict[str, Any]
+    num_prompts: int = 8
+
+
+CASES = {
+    "merge_equal": Case(("merge_equal",), True, SAMPLED),
+    "score_once": Case(("score_once",), True, SAMPLED),
+    "lazy_argmax": Case(("lazy_argmax",), True, SAMPLED),
+    "lazy_argmax and merge_equal": Case(("lazy_argmax", "merge_equal"), True, SAMPLED),
+    "refill_slots": Case(("refill_slots",), True, {**SAMPLED, "batch_size": 8}, 24),
+    "reuse_greedy": Case(("reuse_greedy",), False, {**GREEDY, "max_new_tokens": 4}, 1),
+    "share_prefixes": Case(("share_prefixes",), False, {**GREEDY, "max_new_tokens": 1}, 4),
+    "few_rows": Case(("few_rows",), False, {**GREEDY, "max_new_tokens": 4}, 1),
+}
+
+
+class Embedded:
+    """The embedded trio, loaded once."""
+
+    def __init__(self) -> None:
+        transformers.logging.disable_progress_bar()
+        world = load_tiny_world()
+        self.prompts = list(world.prompts)
+        self.models = {
+            "baseline": AutoModelForCausalLM.from_pretrained(world.baseline).eval(),
+            "sft": AutoModelForCausalLM.from_pretrained(world.sft).eval(),
+            "reward": AutoModelForSequenceClassification.from_pretrained(world.reward).eval(),
+            "tokenizer": AutoTokenizer.from_pretrained(world.baseline),
+            "reward_tokenizer": AutoTokenizer.from_pretrained(world.reward),
+            # The embedded reward stays within 3.3 of 0 on what its models write.
+            "reward_bounds": (-4.0, 4.0),
+        }
+
+    def decode(self, levers: Levers, num_prompts: int, **options: Any) -> tq_fast.DecodeResult:
+        decoder = tq_fast.TransferDecoder(**self.models, levers=levers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return decoder.decode(self.prompts[:num_prompts], **options)
+
+
+class Random:
+    """The random-weight models of 134 M parameters, and prompts that have 192 tokens in common."""
+
+    def __init__(self) -> None:
+        self.duo = random_duo()
+
+    def decode(self, levers: Levers, num_prompts: int, **options: Any) -> tq_fast.DecodeResult:
+        common = prompt_of(192)
+        prompts = [torch.cat([common, prompt_of(16 + i)]) for i in range(num_prompts)]
+        decoder = tq_fast.TransferDecoder(self.duo.baseline, self.duo.reward, levers=levers)
+        return decoder.decode(prompts, **options)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Embedded:
+    return Embedded()
+
+
+@pytest.fixture(scope="module")
+def random_models() -> Random:
+    return Random()
+
+
+def alternate(
+    benchmark: BenchmarkFixture,
+    run: Callable[[Levers], tq_fast.DecodeResult],
+    off: Levers,
+    on: Levers,
+) -> tuple[float, float, tq_fast.DecodeResult, tq_fast.DecodeResult]:
+    """Time `run` with `off` and with `on` in turns; check that the tokens are the same."""
+    seconds: dict[Levers, list[float]] = {off: [], on: []}
+    results: dict[Levers, tq_fast.DecodeResult] = {}
+    run(on)
+
+    def both() -> None:
+        for which in (off, on):
+            start = time.perf_counter()
+            results[which] = run(which)
+            seconds[which].append(time.perf_counter() - start)
+
+    benchmark.pedantic(both, rounds=ROUNDS)
+    for ours, plain in zip(results[on].sequences, results[off].sequences, strict=True):
+        assert torch.equal(ours, plain)
+    medians = [statistics.median(seconds[which]) for which in (off, on)]
+    return medians[0], medians[1], results[off], results[on]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lever(
+    benchmark: BenchmarkFixture,
+    figure: Callable[[str], None],
+    embedded: Embedded,
+    random_models: Random,
+    name: str,
+) -> None:
+    benchmark.group = f"lever: {name}"
+    case = CASES[name]
+    models = embedded if case.embedded else random_models
+    levers = dataclasses.replace(NONE, **dict.fromkeys(case.lever, True))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if case.embedded else before)
+    try:
+        without, ours, plain, result = alternate(
+            benchmark,
+            lambda which: models.decode(which, case.num_prompts, **case.options),
+            NONE,
+            levers,
+        )
+    finally:
+        torch.set_num_threads(before)
+    forwards = {
+        role: result.stats.token_forwards[role] / plain.stats.token_forwards[role]
+        for role in ("baseline", "reward")
+    }
+    benchmark.extra_info.update(lever=name, ratio=without / ours, forwards=forwards)
+    figure(
+        f"{name}: {without / ours:.2f}x ({1e3 * without:.0f} ms without, {1e3 * ours:.0f} ms with),"
+        f" token-forwards of the baseline {forwards['baseline']:.2f}x, of the reward "
+        f"{forwards['reward']:.2f}x"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(Levers) if field.name != "few_rows"]
+)
+def test_lever_that_cannot_help(
+    benchmark: BenchmarkFixture, figure: Callable[[str], None], random_models: Random, name: str
+) -> None:
+    benchmark.group = "levers that cannot help"
+    options = {**GREEDY, "max_new_tokens": 2}
+    if name == "reuse_greedy":
+        # A horizon of one leaves nothing to reuse.
+        options["horizon"] = 1
+    levers = dataclasses.replace(NONE, few_rows=True)
+    without, ours, _, _ = alternate(
+        benchmark,
+        lambda which: random_models.decode(which, 1, **options),
+        levers,
+        dataclasses.replace(levers, **{name: True}),
+    )
+    benchmark.extra_info.update(lever=name, ratio=without / ours, cannot_help=True)
+    figure(f"{name} where it cannot help: {without / ours:.3f}x")
