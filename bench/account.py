@@ -26,7 +26,7 @@ from torch import nn
 
 import tq_fast
 from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
-from tq_fast import decoding, rollouts
+from tq_fast import rollouts, step
 from tq_fast.models.language import LanguageForest
 
 _ROUNDS = 5
@@ -207,7 +207,7 @@ def measure_phases(
         with (
             _timed(LanguageForest, "forward_rows", inner, "rollout forward"),
             _timed(rollouts.ops, "advance_rollouts_", inner, "sampling"),
-            _timed(decoding, "run_rollouts", inner, "rollout"),
+            _timed(step, "run_rollouts", inner, "rollout"),
         ):
             result = decoder.decode(prompt, max_new_tokens=tokens, **options)
         phases = dict(result.stats.seconds)

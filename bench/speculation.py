@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 
 import tq_fast
-from tq_fast import decoding
+from tq_fast import step as decode_step
 from tq_fast.models.language import LanguageForest
 from tq_fast.models.loading import load_language_model
 from tq_fast.models.tiny import load_tiny_world
@@ -36,14 +36,14 @@ def record_steps(num_prompts: int, rollout: str, num_rollouts: int) -> list[Step
     """Decode, and return what every step rolled out."""
     world = load_tiny_world()
     steps: list[Step] = []
-    run = decoding.run_rollouts
+    run = decode_step.run_rollouts
 
     def record(*args: object, **kwargs: object) -> object:
         rollouts = run(*args, **kwargs)
         steps.append([(b.place.tree, b.candidate, b.tokens) for b in rollouts.branches])
         return rollouts
 
-    decoding.run_rollouts = record
+    decode_step.run_rollouts = record
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -61,7 +61,7 @@ def record_steps(num_prompts: int, rollout: str, num_rollouts: int) -> list[Step
                 levers=tq_fast.levers.Levers(reuse_greedy=False, refill_slots=False),
             )
     finally:
-        decoding.run_rollouts = run
+        decode_step.run_rollouts = run
     return steps
 
 

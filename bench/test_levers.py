@@ -27,7 +27,7 @@ from tq_fast.models.tiny import load_tiny_world
 ROUNDS = 3
 NONE = Levers(**{field.name: False for field in dataclasses.fields(Levers)})
 # On the embedded models: sampled roll-outs to the end, prompts together.
-SAMPLED = {"k": 10, "num_rollouts": 4, "horizon": None, "max_new_tokens": 32, "alpha": 1.0}
+SAMPLED = {"k": 10, "num_rollouts": 4, "horizon": None, "max_new_tokens": 24, "alpha": 1.0}
 GREEDY = {"k": 10, "horizon": 20, "rollout": "greedy", "strategy": "greedy", "eos_token_id": ()}
 
 
@@ -46,7 +46,7 @@ CASES = {
     "score_once": Case(("score_once",), True, SAMPLED),
     "lazy_argmax": Case(("lazy_argmax",), True, SAMPLED),
     "lazy_argmax and merge_equal": Case(("lazy_argmax", "merge_equal"), True, SAMPLED),
-    "refill_slots": Case(("refill_slots",), True, {**SAMPLED, "batch_size": 8}, 24),
+    "refill_slots": Case(("refill_slots",), True, {**SAMPLED, "horizon": 12}, 24),
     "reuse_greedy": Case(("reuse_greedy",), False, {**GREEDY, "max_new_tokens": 4}, 1),
     "share_prefixes": Case(("share_prefixes",), False, {**GREEDY, "max_new_tokens": 1}, 4),
     "few_rows": Case(("few_rows",), False, {**GREEDY, "max_new_tokens": 4}, 1),

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from .config import DecodeConfig
-from .decoding import ForestDecoder, Players, Rules
+from .decoding import ForestDecoder
 from .diagnostics import known_ess, warn_of_collapse, warn_of_noise
 from .errors import DecodingError, InvalidArgument
 from .estimators import Certificate, certify
+from .forests import Models, count_needs, open_players, rows_per_slot
 from .levers import Levers
-from .memory import ForestSize, Needs, check_sizes, fit_forest
-from .models.language import LanguageForest, check_runs, max_positions
+from .memory import ForestSize, check_sizes, fit_forest
+from .models.language import max_positions
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -28,10 +29,11 @@ from .models.loading import (
     load_tokenizer,
     place_models,
 )
-from .models.reward import CausalReward, RewardFunction, Texts
+from .models.reward import RewardFunction, Texts
 from .progress import TokenBar
 from .prompts import Prompt, PromptLike, PromptReader, read_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response
+from .step import Rules
 
 _MODEL_ARGUMENTS = (
     "sft",
@@ -199,11 +201,10 @@ class TransferDecoder:
         stats = DecodeStats()
         responses = [Response(idx, prompt) for idx, prompt in enumerate(read)]
         batch_size = min(batch_size, max(1, len(read)))
-        size = ForestSize(batch_size, batch_size * _rows_per_slot(config))
+        size = ForestSize(batch_size, batch_size * rows_per_slot(config))
         if read and memory_budget is not None:
-            size = fit_forest(
-                self._needs(read, config), batch_size=batch_size, memory_budget=memory_budget
-            )
+            needs = count_needs(self._models(), read, config)
+            size = fit_forest(needs, batch_size=batch_size, memory_budget=memory_budget)
         finished: dict[int, PromptResult] = {}
 
         def note(response: Response, is_finished: bool) -> None:
@@ -256,7 +257,10 @@ class TransferDecoder:
     ) -> None:
         """Decode everything, over smaller forests where the memory does not suffice."""
         while unfinished := [r for r in responses if not self._is_finished(r, rules)]:
-            group = unfinished if rules.levers.refill_slots else unfinished[: size.num_slots]
+            # Roll-outs to the end get shorter from step to step: prompts that began together stay
+            # together, or each step is as long as that of the newest.
+            refills = rules.levers.refill_slots and rules.config.horizon is not None
+            group = unfinished if refills else unfinished[: size.num_slots]
             try:
                 self._decode_group(group, rules, size, stats, note)
             except torch.OutOfMemoryError as error:
@@ -284,44 +288,11 @@ class TransferDecoder:
         note: Callable[[Response, bool], None],
     ) -> None:
         """Decode prompts over one forest a model, as many at a time as `size` says."""
-        config = rules.config
-        num_slots = min(size.num_slots, len(group))
-        num_rows = max(num_slots, min(size.max_rows, num_slots * _rows_per_slot(config)))
-        branch = _branch_capacity(config)
-        prompts = [response.prompt for response in group]
-        sizes = {
-            "num_trees": num_slots,
-            "prefix_capacity": _prefix_capacity(prompts, config),
-            "backend": config.backend,
-            "few_rows": rules.levers.few_rows,
-        }
-        opening = {
-            "waiting": prompts[num_slots:],
-            "num_rows": num_rows,
-            "max_new": config.max_new_tokens + branch,
-            "backend": config.backend,
-        }
-        players = Players(
-            baseline=LanguageForest(
-                self.baseline, num_rows=num_rows, branch_capacity=branch, **sizes
-            ),
-            sft=None
-            if self.sft is None
-            else LanguageForest(
-                self.sft,
-                num_rows=num_rows if config.needs_log_ratio else num_slots,
-                branch_capacity=branch if config.needs_log_ratio else 1,
-                **sizes,
-            ),
-            reward=self.reward.open(prompts[:num_slots], **opening),
-            baseline_reward=self.baseline_reward.open(prompts[:num_slots], **opening)
-            if config.needs_baseline_reward
-            else None,
-        )
+        active, waiting = group[: size.num_slots], group[size.num_slots :]
+        players = open_players(self._models(), active, waiting, rules)
         own = DecodeStats()
         try:
-            forest = ForestDecoder(players, group, rules, num_slots=num_slots, stats=own)
-            forest.run(note)
+            ForestDecoder(players, active, waiting, rules, stats=own).run(note)
         finally:
             for role, player in vars(players).items():
                 if player is not None:
@@ -329,22 +300,8 @@ class TransferDecoder:
                     own.peak_kv_bytes[role] = player.peak_kv_bytes
             stats.add(own)
 
-    def _needs(self, prompts: Sequence[Prompt], config: DecodeConfig) -> Needs:
-        """Bytes of a slot and of a roll-out, for the longest of `prompts`."""
-        prefix, branch = _prefix_capacity(prompts, config), _branch_capacity(config)
-        per_token = check_runs(self.baseline)
-        logits = 2 * 4 * self.baseline.get_output_embeddings().weight.shape[0]
-        per_slot, per_row = per_token * prefix, per_token * (branch + 1) + logits
-        if self.sft is not None:
-            per_token = check_runs(self.sft)
-            per_slot += per_token * (prefix + 1)
-            per_row += per_token * branch if config.needs_log_ratio else 0
-        for reward in (self.reward, self.baseline_reward if config.needs_baseline_reward else None):
-            if isinstance(reward, CausalReward):
-                per_token = check_runs(reward.model)
-                per_slot += per_token * (prefix + branch)
-                per_row += per_token * (branch + 2)
-        return Needs(per_slot, per_row, _rows_per_slot(config))
+    def _models(self) -> Models:
+        return Models(self.baseline, self.sft, self.reward, self.baseline_reward)
 
     def _check_config(self, config: DecodeConfig) -> str:
         """Check what depends on the models; return the prior in use."""
@@ -416,18 +373,6 @@ class TransferDecoder:
             is_exact=all(step.is_complete for step in trace),
             reward_bounds=self.reward_bounds,
         )
-
-
-def _rows_per_slot(config: DecodeConfig) -> int:
-    return config.k * config.rollouts_per_candidate
-
-
-def _prefix_capacity(prompts: Sequence[Prompt], config: DecodeConfig) -> int:
-    return max(len(prompt.token_ids) for prompt in prompts) + config.max_new_tokens
-
-
-def _branch_capacity(config: DecodeConfig) -> int:
-    return max(1, config.max_new_tokens if config.horizon is None else config.horizon)
 
 
 def _check_bounds(bounds: Any) -> tuple[float, float] | None:

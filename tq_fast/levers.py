@@ -22,7 +22,8 @@ class Levers:
         score_once: a text that was scored at this or the last step is not scored again (E0).
         lazy_argmax: with a reward that is declared bounded, candidates that cannot win any more are
             not rolled out (E0: the noise of the choice is drawn first).
-        refill_slots: a finished prompt's place in the forest goes to the next prompt at once (E0).
+        refill_slots: with a fixed horizon, a finished prompt's place in the forest goes to the next
+            prompt at once (E0). Prompts that roll out to the end stay together.
         share_prefixes: what a prompt has in common with another one in the forest is not encoded
             again (E0 up to rounding).
         few_rows: linear and decoder layers on CPU run in kernels made for few rows (E0 up to

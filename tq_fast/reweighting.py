@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from . import estimators, ops
+from .branches import Branch
 from .config import DecodeConfig
 from .models.language import LanguageForest
 from .results import StepTrace
-from .rollouts import Branch
 from .values import LazyArgmax, StepValues
 
 

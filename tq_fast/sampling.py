@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from . import ops
+from .branches import stream_keys
 from .config import DecodeConfig
 from .errors import DecodingError
 from .estimators import Certificate, kl_divergence
@@ -25,7 +26,6 @@ from .models.language import LanguageForest
 from .ops.sample_tokens import proposal_logprobs
 from .ops.topk_logprobs import clean_logits
 from .results import StepTrace
-from .rollouts import stream_keys
 
 # Stands where roll-outs have their candidate: no token has this id.
 _NO_CANDIDATE = 0xFFFFFFFF

@@ -8,11 +8,11 @@ from typing import NoReturn
 
 import torch
 
+from .branches import Branch
 from .errors import DecodingError, RewardError
 from .models.reward import RewardSession, drop_from
 from .prompts import Prompt
 from .results import Response
-from .rollouts import Branch
 
 
 class Scorer:
@@ -38,6 +38,16 @@ class Scorer:
         self.bounds = bounds
         self.remembers = remembers
         self._known: list[dict[tuple[int, ...], float]] = [{} for _ in responses]
+
+    @property
+    def num_token_forwards(self) -> int:
+        """Tokens that went through the reward's model so far."""
+        return self.session.num_token_forwards
+
+    @property
+    def peak_kv_bytes(self) -> int:
+        """Most bytes of KV that the reward held so far."""
+        return self.session.peak_kv_bytes
 
     def score(self, branches: Sequence[Branch]) -> list[float]:
         """Return the reward of each branch's whole response.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .branches import Branch, Place
 from .config import DecodeConfig
-from .rollouts import Branch, Place
 
 # Roll-outs that a wave of the lazy arg-max runs at least, over all trees: fewer leave a forward
 # pass half empty. Measured on the embedded models: 16 and 64 save as much, 256 half as much.
