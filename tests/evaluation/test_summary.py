@@ -71,6 +71,8 @@ def test_means_differences_and_ratios_are_those_of_the_shared_prompts(summary: d
     assert ours["normalised"]["value"] == pytest.approx(1.5)
     assert ours["token_forwards"]["value"] == pytest.approx(5.0)
     assert ours["tokens"]["value"] == 2.0
+    # Against the SFT model's 0 and -2, prompt by prompt.
+    assert ours["gain:sft"] == {"value": 4.0, "low": 4.0, "high": 4.0}
 
 
 def test_the_gold_reward_judges_where_there_is_no_other_judge(summary: dict) -> None:

@@ -64,7 +64,7 @@ def reward_by_method(setup: Setup) -> Figure:
     rows = plain_rows(setup)
     has_gold = any("gold" in row["metrics"] for row in rows)
     figure, axes = new_figure(9.0 if has_gold else 6.2, _height(rows), 2 if has_gold else 1)
-    _dots(axes[0], rows, "reward", "average target reward (sd of SFT samples = 1)")
+    _dots(axes[0], rows, "reward", "average target reward")
     if has_gold:
         _dots(axes[1], rows, "gold", "average gold reward (points)", with_names=False)
     return figure

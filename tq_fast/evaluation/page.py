@@ -33,7 +33,7 @@ summary { cursor: pointer; font-weight: 600; }
 .step { border: 1px solid #e2e2e2; border-radius: 6px; padding: 6px 10px; font-size: 0.82rem; }
 .step h4 { margin: 0 0 4px; font-size: 0.82rem; font-weight: 500; color: #555; }
 .step table { width: 100%; font-size: 0.8rem; } .step td, .step th { padding: 1px 4px; border: 0;
-  background: none; vertical-align: middle; }
+  background: none; vertical-align: middle; text-align: left; }
 .step tr.chosen td { font-weight: 700; background: #eaf2fb; }
 .token { max-width: 90px; overflow: hidden; text-overflow: ellipsis; }
 .bar { position: relative; width: 78px; height: 15px; background: #f0f0f0; }

@@ -86,9 +86,9 @@ class _Builder:
         self._add_methods(setup, name, len(rows))
         self._add_shift(setup, name)
         self._add_sweeps(setup, name)
-        self._add_traces(setup, name)
         self.add(page.heading(3, "Table"))
         self.add(page.results_table(setup))
+        self._add_traces(setup, name)
 
     def _add_methods(self, setup: Mapping[str, Any], name: str, num_rows: int) -> None:
         if num_rows < 3:
@@ -116,9 +116,10 @@ class _Builder:
             return
         self.add(page.heading(3, "The shift between the two rewards"))
         caption = (
-            "The reward that the baseline was aligned to, against the target. Alignment moved the "
-            "first (middle) and much less the second (right): that is what indirect transfer has "
-            "to make up for. After figures 4 and 7 of the paper."
+            "Left: the reward that the baseline was aligned to, against the target; the less they "
+            "agree, the larger the shift. Middle and right: how far alignment moved either. Where "
+            "the target moved less, indirect transfer has something to make up for. After figures "
+            "4 and 7 of the paper."
         )
         by_name = {n: self.records[(name, n)] for n in sources.values()}
         self.add_picture(f"{name}-shift", figures.reward_shift(setup, by_name), caption)

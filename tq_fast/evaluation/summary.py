@@ -75,6 +75,8 @@ def _summarise_setup(
             metrics["normalised"] = bootstrap.ratio(reward, other)
         for other in setup.compare_with:
             if other != method.name:
+                reward, theirs = (cells_of(r, "reward") for r in (own, by_method[other]))
+                metrics[f"gain:{other}"] = bootstrap.difference(reward, theirs)
                 outcomes = _outcomes(own, by_method[other], judge)
                 metrics[f"win_tie:{other}"] = bootstrap.mean(outcomes)
         metrics["token_forwards"] = bootstrap.mean(_all_forwards(own))
@@ -157,6 +159,7 @@ def shown_columns(setup: Mapping[str, Any]) -> dict[str, str]:
     shown = {name: title for name, title in _SHOWN.items() if name in known}
     labels = {row["name"]: row["label"] for row in setup["methods"]}
     for other in setup["compare_with"]:
+        shown[f"gain:{other}"] = f"reward over {labels[other]}"
         shown[f"win_tie:{other}"] = f"win-tie against {labels[other]}, %"
     return shown
 
