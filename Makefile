@@ -31,8 +31,9 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# TABLE=FILE keeps the table of ratios.
 bench: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only
+	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only $(if $(TABLE),--table $(TABLE))
 
 tiny-models: $(INSTALLED_TRAIN)
 	$(VENV_PYTHON) scripts/train_tiny_models.py

@@ -1,16 +1,43 @@
-"""What all benches share: figures that stand in the summary below pytest-benchmark's own table."""
+"""What all benches share: figures that stand in one table below pytest-benchmark's own."""
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import importlib.util
 import os
 import platform
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-_FIGURES = pytest.StashKey[list[str]]()
+
+class Ratios(NamedTuple):
+    """One row of the table: how long ours took, and how many times that the others took."""
+
+    group: str
+    micros: float
+    others: dict[str, float]
+
+
+_FIGURES = pytest.StashKey[list["str | Ratios"]]()
 _LOAD = pytest.StashKey[float]()
+
+# Libraries that do the same on a GPU, and have nothing that runs on a CPU.
+_GPU_PEERS = {
+    "liger-kernel": "liger_kernel",
+    "cut-cross-entropy": "cut_cross_entropy",
+    "flashinfer-python": "flashinfer",
+    "flash-attn": "flash_attn",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--table", type=Path, help="write the table of figures to this file, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,20 +47,59 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Call it with one line of plain words and numbers, and the summary prints it."""
+def figure(request: pytest.FixtureRequest) -> Callable[[str | Ratios], None]:
+    """Call it with a row of ratios, or one line of plain words and numbers."""
     return request.config.stash[_FIGURES].append
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    lines = terminalreporter.config.stash[_FIGURES]
-    if not lines:
+    config = terminalreporter.config
+    figures = config.stash[_FIGURES]
+    if not figures:
         return
-    loads = terminalreporter.config.stash[_LOAD], os.getloadavg()[0]
+    lines = [*_describe_run(config.stash[_LOAD]), "", *_table(figures)]
+    lines += [line for line in figures if isinstance(line, str)]
     terminalreporter.section("figures")
-    terminalreporter.write_line(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, load average {loads[0]:.1f} before and {loads[1]:.1f} after"
-    )
     for line in lines:
         terminalreporter.write_line(line)
+    if config.option.table is not None:
+        config.option.table.parent.mkdir(parents=True, exist_ok=True)
+        config.option.table.write_text("\n".join(lines) + "\n")
+
+
+def _table(figures: list[str | Ratios]) -> list[str]:
+    rows = [row for row in figures if isinstance(row, Ratios)]
+    if not rows:
+        return []
+    lines = ["| op and shape | ours, us | times as long: |", "|---|---|---|"]
+    for row in rows:
+        others = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.others.items())
+        lines.append(f"| {row.group} | {row.micros:.1f} | {others} |")
+    return [*lines, ""]
+
+
+def _describe_run(load: float) -> list[str]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    versions = [f"tq_fast {commit.stdout.strip() or 'of no commit'}", f"torch {torch.__version__}"]
+    for name in ("triton", "transformers"):
+        if importlib.util.find_spec(name):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    peers = [name for name, module in _GPU_PEERS.items() if importlib.util.find_spec(module)]
+    absent = "none of them installed" if not peers else f"installed: {', '.join(peers)}"
+    return [
+        f"{datetime.date.today()}, {_processor()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, Python {platform.python_version()}",
+        ", ".join(versions),
+        f"load average {load:.1f} before and {os.getloadavg()[0]:.1f} after, of these benches "
+        f"{torch.get_num_threads()} at most: more than that disturbs the figures",
+        f"not measured here, since they run on a GPU only: {', '.join(_GPU_PEERS)} ({absent})",
+    ]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

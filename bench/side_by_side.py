@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.conftest import Ratios
+
 PROVIDERS = ("eager", "compiled", "ours")
 
 # Inputs take turns until they hold this much, so that a round does not find its own in the cache.
@@ -27,7 +29,7 @@ def turns(make: Callable[[int], tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
 
 def time_provider(
     benchmark: BenchmarkFixture,
-    figure: Callable[[str], None],
+    figure: Callable[[Ratios], None],
     provider: str,
     group: str,
     function: Callable[..., Any],
@@ -48,5 +50,4 @@ def time_provider(
     others = {
         name: median for (of, name), median in _medians.items() if of == group and name != "ours"
     }
-    ratios = ", ".join(f"{median / ours:.1f}x {name}" for name, median in others.items())
-    figure(f"{group}: {ours * 1e6:.0f} us, {ratios or 'nothing beside it'}")
+    figure(Ratios(group, ours * 1e6, {name: median / ours for name, median in others.items()}))

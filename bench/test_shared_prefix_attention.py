@@ -22,6 +22,11 @@ SHAPES = [
     (10, 12, 12, 64, 20, 512),
     (10, 12, 12, 64, 20, 2048),
     (160, 16, 4, 64, 20, 1024),
+    # Prefixes too short to be worth sharing: here plain attention could win, and does not.
+    (10, 12, 12, 64, 4, 16),
+    (10, 12, 12, 64, 20, 1),
+    (10, 16, 4, 64, 20, 16),
+    (1, 12, 12, 64, 1, 16),
 ]
 
 

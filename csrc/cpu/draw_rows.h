@@ -77,7 +77,7 @@ void draw_rows(const DrawArguments& arguments, const Wants& wants, const Finish&
     return;
   }
   // Few rows: their blocks are split over the threads instead, where the draw allows it.
-  constexpr int64_t kMinBlocksPerPiece = 8;
+  constexpr int64_t kMinBlocksPerPiece = 16;
   RowSampler sampler;
   for (int64_t row = 0; row < rows; ++row) {
     if (!wants(row)) continue;

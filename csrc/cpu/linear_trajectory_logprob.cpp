@@ -93,7 +93,8 @@ Tensor linear_trajectory_logprob_cpu(
   const int64_t size = hidden.size(2);
   const std::optional<Tensor> bias = dense(bias_in, ScalarType::Float);
   const auto* const bias_data = data_or_null<float>(bias);
-  const LogitTransform transform{static_cast<float>(scale), static_cast<float>(softcap.value_or(0.0)), bias.has_value()};
+  const LogitTransform transform{
+      static_cast<float>(scale), static_cast<float>(softcap.value_or(0.0)), bias.has_value()};
 
   std::vector<int64_t> counted;
   for (int64_t i = 0; i < trajectories.rows * trajectories.length; ++i) {

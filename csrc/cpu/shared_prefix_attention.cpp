@@ -22,6 +22,8 @@ constexpr int64_t kFewQueries = 8;
 // A piece has about this many queries: enough to pay for widening the keys, and its queries and their
 // output stay in the cache.
 constexpr int64_t kQueriesPerPiece = 96;
+// Products below which one thread is done before another is awake, about 15 us.
+constexpr int64_t kProductsPerThread = int64_t{1} << 20;
 
 // Rows of numbers with unit stride: [i, j, k] is where row k of head j of row or tree i begins.
 class HeadRows {
@@ -92,7 +94,8 @@ class PieceWorker {
   void start(const Piece& piece) {
     const int64_t count = (piece.end_row - piece.first_row) * problem_.queries_per_row();
     const int64_t block = kKeysPerBlock * width_;
-    const int64_t needed = 2 * count * width_ + 3 * padded(count) + count * 16 + 2 * block + 6 * kKeysPerBlock + 16 * width_;
+    const int64_t needed =
+        2 * count * width_ + 3 * padded(count) + count * 16 + 2 * block + 6 * kKeysPerBlock + 16 * width_;
     if (needed > capacity_) {
       storage_.reset(new float[needed + 16]);
       const auto address = reinterpret_cast<uintptr_t>(storage_.get());
@@ -214,7 +217,8 @@ std::vector<Piece> cut_into_pieces(
   std::vector<Piece> pieces;
   for (int64_t row = 0; row < rows;) {
     const int64_t g = tree_of_row == nullptr ? row / (rows / trees) : tree_of_row[row];
-    STD_TORCH_CHECK(g >= 0 && g < trees, "shared_prefix_attention: tree[", row, "] is ", g, ", expected 0 to ", trees - 1);
+    STD_TORCH_CHECK(
+        g >= 0 && g < trees, "shared_prefix_attention: tree[", row, "] is ", g, ", expected 0 to ", trees - 1);
     int64_t end = row;
     while (end < rows && (tree_of_row == nullptr ? end / (rows / trees) : tree_of_row[end]) == g) ++end;
     for (int64_t head = 0; head < problem.num_kv_heads; ++head) {
@@ -294,7 +298,10 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
   check_lengths("prefix_len", prefix_lens, 0, prefix_k.size(2));
   check_lengths("branch_len", branch_lens, 0, branch_k.size(2));
   const std::vector<Piece> pieces = cut_into_pieces(problem, rows, prefix_k.size(0), tree);
-  torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+  const int64_t num_pieces = static_cast<int64_t>(pieces.size());
+  const int64_t products = 2 * lse.numel() * q.size(3) * (prefix_k.size(2) + branch_k.size(2));
+  const int64_t grain = std::max<int64_t>(1, num_pieces * kProductsPerThread / std::max<int64_t>(products, 1));
+  torch::stable::parallel_for(0, num_pieces, grain, [&](int64_t begin, int64_t end) {
     PieceWorker worker(problem);
     for (int64_t i = begin; i < end; ++i) worker.run(pieces[i]);
   });

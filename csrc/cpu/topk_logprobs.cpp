@@ -19,6 +19,8 @@ namespace {
 // Rows are split over threads where they are few; a piece has at least this many blocks, so that
 // its queue's first flood stays a small part of the work.
 constexpr int64_t kMinBlocksPerPiece = 8;
+// A row of fewer blocks is done before another thread is awake.
+constexpr int64_t kMinBlocksToCut = 32;
 constexpr int64_t kMinQueue = 64;
 
 struct Output {
@@ -51,7 +53,9 @@ struct Pieces {
 Pieces cut_rows(int64_t rows, int64_t blocks, int64_t width, int64_t k) {
   const int64_t threads = torch::stable::get_num_threads();
   int64_t per_row = 1;
-  if (rows < 2 * threads) per_row = std::clamp<int64_t>(blocks / kMinBlocksPerPiece, 1, 2 * threads);
+  if (rows < 2 * threads && rows * blocks >= kMinBlocksToCut) {
+    per_row = std::clamp<int64_t>(blocks / kMinBlocksPerPiece, 1, 2 * threads);
+  }
   const int64_t blocks_each = (blocks + per_row - 1) / per_row;
   per_row = (blocks + blocks_each - 1) / blocks_each;
   const int64_t most = std::min(width, blocks_each * kBlock);
@@ -90,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cpu(
       const std::unique_ptr<uint64_t[]> keys(new uint64_t[pieces.queue_capacity]);
       for (int64_t row = begin; row < end; ++row) {
         TopKQueue queue{keys.get(), 0, pieces.queue_capacity, k, std::numeric_limits<float>::quiet_NaN()};
-        reduce_blocks({logits_row(logits, type, row, vocab_size), divisors.at(row), states.data(), nullptr, 1.0f, &queue}, 0, blocks);
+        const LogitsRow whole = logits_row(logits, type, row, vocab_size);
+        reduce_blocks({whole, divisors.at(row), states.data(), nullptr, 1.0f, &queue}, 0, blocks);
         finish_row(queue.keys, queue.size, k, merge_blocks(states.data(), blocks), row, out);
       }
     });

@@ -222,7 +222,9 @@ TQ_DEVICE void cut(RowPasses<Type>& passes, Weigh& weigh, Amount kept, double wa
   uint32_t high = ordered_bits(whole.peak) + 1;
   Amount above{0.0, 0};
   int count = kept.count;
-  const auto is_found = [&] { return count - above.count <= 1 || (!is_by_mass && static_cast<double>(count) == wanted); };
+  const auto is_found = [&] {
+    return count - above.count <= 1 || (!is_by_mass && static_cast<double>(count) == wanted);
+  };
   while (high - low > 1 && !is_found()) {
     const uint32_t middle = low + (high - low) / 2;
     Weigh tried = whole;

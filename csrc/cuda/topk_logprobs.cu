@@ -21,7 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cuda(
   STD_TORCH_CHECK(
       k >= 1 && k <= kMostTopK && k <= vocab_size, "topk_logprobs: k is ", k, ", expected 1 to ", kMostTopK);
   STD_TORCH_CHECK(
-      vocab_size <= kMostVocabOfTopK, "topk_logprobs: vocab_size is ", vocab_size, ", expected at most ", kMostVocabOfTopK);
+      vocab_size <= kMostVocabOfTopK, "topk_logprobs: vocab_size is ", vocab_size, ", expected at most ",
+      kMostVocabOfTopK);
   const int32_t device = logits_in.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor logits = with_unit_inner_stride(logits_in);

@@ -12,7 +12,7 @@ from tests.ops import tolerances
 from tq_fast.ops import philox, sample_tokens
 
 OP = "sample_tokens"
-SIZES = [1, 2, 31, 1000, 4097, 32000, 128256]
+SIZES = [1, 2, 31, 1000, 1024, 4097, 32000, 50257, 128256, 151936]
 
 
 def draw(op, logits: Tensor, num: int, **parameters):

@@ -36,7 +36,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [1, 2, 31, 1000, 4097, 50257, 128256])
+@pytest.mark.parametrize("size", [1, 2, 31, 1000, 1024, 4097, 32000, 50257, 128256, 151936])
 def test_matches_float64_at_every_size_and_dtype(op, generator, size, dtype):
     inputs = problem(generator, 3, 4, size, dtype)
     close(op(*inputs), exact(*inputs))

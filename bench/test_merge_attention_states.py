@@ -1,0 +1,38 @@
+"""merge_attention_states, which has no kernel, beside the lines that one would write."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.side_by_side import time_provider, turns
+from tq_fast.ops import merge_attention_states
+
+
+def eager(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(lse_a, lse_b)
+    shares = [(part - lse).exp().unsqueeze(-1) for part in (lse_a, lse_b)]
+    return out_a * shares[0] + out_b * shares[1], lse
+
+
+def ours(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor):
+    return merge_attention_states((out_a, lse_a), (out_b, lse_b))
+
+
+@pytest.mark.parametrize("provider", ["eager, empty states give NaN", "ours"])
+@pytest.mark.parametrize(("rows", "heads", "size"), [(10, 12, 64), (160, 16, 128)])
+def test_merge_attention_states(benchmark, figure, rows, heads, size, provider) -> None:
+    def make(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        outs = torch.randn(2, rows, heads, 1, size, generator=generator)
+        lses = torch.randn(2, rows, heads, 1, generator=generator)
+        return outs[0], lses[0], outs[1], lses[1]
+
+    inputs = turns(make)
+    example = next(inputs)
+    for a, b in zip(ours(*example), eager(*example), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    group = f"merge_attention_states {rows}x{heads}x1x{size} fp32"
+    function = ours if provider == "ours" else eager
+    time_provider(benchmark, figure, provider, group, function, inputs, rounds=200)
