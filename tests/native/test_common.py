@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tq_fast import _native
@@ -66,6 +66,7 @@ def test_choice_gumbel_is_minus_log_minus_log_of_its_uniform(common):
         assert common.choice_gumbel(17, 4, 2, token_id) == pytest.approx(expected, rel=1e-14)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(FLOATS, st.integers(0, 2**32 - 1)), max_size=30))
 def test_ordered_keys_sort_by_value_descending_then_id_ascending(candidates):
     common = _native.load_common()
@@ -76,6 +77,7 @@ def test_ordered_keys_sort_by_value_descending_then_id_ascending(candidates):
         assert (common.value_of_key(key), common.id_of_key(key)) == (value, token_id)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e4, 1e4), max_size=20))
 def test_merged_softmax_states_give_logsumexp(values):
     common = _native.load_common()
@@ -92,6 +94,7 @@ def test_two_empty_attention_parts_give_an_empty_one(common):
     assert common.merge_attention(math.nan, 1.5) == (0.0, 1.0, 1.5)
 
 
+@settings(deadline=None)
 @given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
 def test_attention_weights_are_a_softmax(lse_a, lse_b):
     weight_a, weight_b, lse = _native.load_common().merge_attention(lse_a, lse_b)

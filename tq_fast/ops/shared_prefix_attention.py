@@ -44,10 +44,10 @@ def shared_prefix_attention(
 ) -> AttentionState:
     """`F.scaled_dot_product_attention` over every row's prefix and branch, the prefix read once.
 
-    Queries causal among themselves. On a CPU there is no prefix so short that plain attention would
-    be faster (`bench/test_shared_prefix_attention.py` has prefixes of 1 and 16 tokens), so nothing
-    is chosen by length. Grouped queries: head h reads key-value head
-    `h // (H_q // H_kv)`.
+    Queries causal among themselves. Grouped queries: head h reads key-value head
+    `h // (H_q // H_kv)`. Nothing is chosen by the length of the prefix: on a CPU, copying it to
+    every row and attending plainly is slower at 1 and at 16 tokens, too
+    (`bench/test_shared_prefix_attention.py`).
 
     Args:
         q: `[N, H_q, T, d]`, floating point; the last T branch tokens of each row.
