@@ -129,8 +129,8 @@ class _Builder:
         if sweep_figures.has_frontier(setup):
             self.add(page.heading(3, "Reward against divergence"))
             caption = (
-                "Each line is one method with its setting changed; numbers name the ends of a "
-                "line. Further up is better, further left is closer to the SFT model. For best of "
+                "Each line is one method with its setting changed, as the legend says from left to "
+                "right. Further up is better, further left is closer to the SFT model. For best of "
                 "n the divergence is an upper bound. Bars: 95 % intervals of the reward."
             )
             self.add_picture(f"{name}-frontier", sweep_figures.frontier(setup), caption)
@@ -146,7 +146,8 @@ class _Builder:
             self.add(page.heading(3, "How good Q is"))
             caption = (
                 "Left: how many of the n roll-outs of a candidate carry weight; with equal weights "
-                "all n do. Right: the Monte-Carlo standard error of Q, to be held against alpha."
+                "all n do. Right: the Monte-Carlo standard error of Q, to be held against alpha; "
+                "where few roll-outs carry the weight it is itself estimated too low."
             )
             self.add_picture(f"{name}-estimates", sweep_figures.estimate_quality(setup), caption)
 

@@ -50,7 +50,7 @@ def ablation(setup: Setup, setting: str) -> Figure:
 
 def frontier(setup: Setup) -> Figure:
     """Reward against KL to SFT: every sweep a line, every other method a point."""
-    figure, axes = new_figure(7.6, 4.8)
+    figure, axes = new_figure(8.8, 4.6)
     axis = axes[0]
     for setting in swept_settings(setup):
         if setting not in ("alpha", "n", "mix"):
@@ -72,7 +72,7 @@ def frontier(setup: Setup) -> Figure:
                 linestyle="none",
                 zorder=4,
             )
-    axis.margins(x=0.1, y=0.08)
+    axis.margins(x=0.12, y=0.08)
     axis.set_xlabel("KL to SFT (nats a response)")
     axis.set_ylabel("average target reward")
     axis.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -163,7 +163,8 @@ def _draw_path(
         [found["high"] - found["value"] for _, _, found in known],
     ]
     colour = colour_of(method)
-    suffix = " (KL: bound)" if is_bound else ""
+    near, far = (choose(known, key=lambda point: point[1])[0] for choose in (min, max))
+    suffix = f", {setting} {near:g} to {far:g}" + (" (KL: bound)" if is_bound else "")
     axis.errorbar(
         x,
         y,
@@ -177,16 +178,17 @@ def _draw_path(
         elinewidth=0.8,
         label=f"{label}{suffix}",
     )
-    for (value, kl, found), side in ((known[0], "bottom"), (known[-1], "top")):
-        axis.annotate(
-            f"{setting} {value:g}",
-            (kl, found["value"]),
-            xytext=(4, 5 if side == "bottom" else -5),
-            textcoords="offset points",
-            fontsize=7.5,
-            color=colour,
-            va=side,
-        )
+    # The far end alone: near the SFT model lines meet, and names would cover each other.
+    value, kl, found = max(known, key=lambda point: point[1])
+    axis.annotate(
+        f"{setting} {value:g}",
+        (kl, found["value"]),
+        xytext=(6, -2),
+        textcoords="offset points",
+        fontsize=8,
+        color=colour,
+        va="top",
+    )
 
 
 def _legend_below(figure: Figure, axis: Axes) -> None:
