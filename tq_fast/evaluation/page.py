@@ -29,7 +29,7 @@ td small { display: block; color: #777; }
 details { border: 1px solid #ddd; border-radius: 6px; margin: 10px 0; padding: 8px 14px; }
 summary { cursor: pointer; font-weight: 600; }
 .prompt { color: #555; } .response { background: #f6f8fb; padding: 8px 12px; border-radius: 6px; }
-.steps { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 12px; }
+.steps { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 12px; }
 .step { border: 1px solid #e2e2e2; border-radius: 6px; padding: 6px 10px; font-size: 0.82rem; }
 .step h4 { margin: 0 0 4px; font-size: 0.82rem; font-weight: 500; color: #555; }
 .step table { width: 100%; font-size: 0.8rem; } .step td, .step th { padding: 1px 4px; border: 0;
