@@ -46,7 +46,9 @@ CASES = {
     "score_once": Case(("score_once",), True, SAMPLED),
     "lazy_argmax": Case(("lazy_argmax",), True, SAMPLED),
     "lazy_argmax and merge_equal": Case(("lazy_argmax", "merge_equal"), True, SAMPLED),
-    "refill_slots": Case(("refill_slots",), True, {**SAMPLED, "horizon": 12}, 24),
+    "refill_slots": Case(
+        ("refill_slots",), True, {**SAMPLED, "horizon": 6, "max_new_tokens": 48}, 24
+    ),
     "reuse_greedy": Case(("reuse_greedy",), False, {**GREEDY, "max_new_tokens": 4}, 1),
     "share_prefixes": Case(("share_prefixes",), False, {**GREEDY, "max_new_tokens": 1}, 4),
     "few_rows": Case(("few_rows",), False, {**GREEDY, "max_new_tokens": 4}, 1),
