@@ -39,7 +39,7 @@ def most_rows(dtype: torch.dtype) -> int:
     if _native.cpu_has("amd"):
         # MKL makes half of what AMD's processors can do with fp32, whatever the number of rows, and
         # there is no library for fp16.
-        return 1024
+        return 4096
     return 40 if dtype is torch.float32 else 16
 
 
