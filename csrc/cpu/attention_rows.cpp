@@ -1,5 +1,6 @@
 #include "cpu/attention_rows.h"
 
+#include "cpu/attention_tile.h"
 #include "cpu/logit_rows.h"
 #include "cpu/simd.h"
 #include "cpu/transcendental.h"
@@ -10,71 +11,9 @@ namespace TQ_ISA {
 
 namespace {
 
-// A tile of kTileRows x kTileVectors accumulators, its operands beside it, fills the registers.
-#if defined(__AVX512F__)
-constexpr int kTileRows = 6;
-constexpr int kTileVectors = 4;
-#else
-constexpr int kTileRows = 2;
-constexpr int kTileVectors = 2;
-#endif
 // Queries whose scores are in the scratch together.
 constexpr int kScoreRows = 6;
 constexpr int kKeyVectors = kKeysPerBlock / kLanes;
-
-// c [rows, 16 * vectors] = (c * shrinks) + a [rows, depth] @ b [depth, 16 * vectors]; without
-// shrinks, c holds nothing yet.
-struct Product {
-  const float* a;
-  int64_t a_stride;
-  const float* b;
-  int64_t b_stride;
-  int64_t depth;
-  float* c;
-  int64_t c_stride;
-  const float* shrinks;
-};
-
-template <int kRows, int kVectors, bool kAccumulate>
-TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column) {
-  const float* const a = x.a + row * x.a_stride;
-  const float* const b = x.b + column;
-  float* const c = x.c + row * x.c_stride + column;
-  F32x16 sums[kRows][kVectors] = {};
-  for (int r = 0; kAccumulate && r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = load(c + r * x.c_stride + v * kLanes) * x.shrinks[row + r];
-  }
-  for (int64_t i = 0; i < x.depth; ++i) {
-    F32x16 right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + i * x.b_stride + v * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const F32x16 left = broadcast(a[r * x.a_stride + i]);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(c + r * x.c_stride + v * kLanes, sums[r][v]);
-  }
-}
-
-template <int kVectors, bool kAccumulate>
-void multiply_columns(const Product& x, int64_t rows, int64_t column) {
-  int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) multiply_tile<kTileRows, kVectors, kAccumulate>(x, row, column);
-  for (; row + 4 <= rows; row += 4) multiply_tile<4, kVectors, kAccumulate>(x, row, column);
-  for (; row + 2 <= rows; row += 2) multiply_tile<2, kVectors, kAccumulate>(x, row, column);
-  if (row < rows) multiply_tile<1, kVectors, kAccumulate>(x, row, column);
-}
-
-// `width` is a multiple of 16.
-template <bool kAccumulate>
-void multiply(const Product& x, int64_t rows, int64_t width) {
-  int64_t column = 0;
-  for (; column + kTileVectors * kLanes <= width; column += kTileVectors * kLanes) {
-    multiply_columns<kTileVectors, kAccumulate>(x, rows, column);
-  }
-  for (; column < width; column += kLanes) multiply_columns<1, kAccumulate>(x, rows, column);
-}
 
 // Positions [begin, end) of one side of a segment as floats with a row stride of `*stride`: where
 // they lie if they are such already, else widened into `room`.
@@ -216,6 +155,56 @@ TQ_INLINE void add_values_of_few(
   }
 }
 
+// A block for attend_operands, beside its transposed keys in the scratch; strides and depths in words.
+struct Operands {
+  const float* q;
+  int64_t q_stride;
+  int64_t q_depth;
+  const float* values;
+  int64_t value_stride;
+  int64_t value_depth;
+};
+
+// Asks for the keys [begin, end) and their values.
+TQ_INLINE void prefetch_keys(const KeySegment& segment, int64_t head_size, int64_t begin, int64_t end) {
+  const int64_t element = segment.type == ElementType::kFloat32 ? 4 : 2;
+  for (int64_t j = begin; j < end; ++j) {
+    for (int64_t i = 0; i < head_size * element; i += 64) {
+      __builtin_prefetch(segment.keys + j * segment.key_stride * element + i);
+      __builtin_prefetch(segment.values + j * segment.value_stride * element + i);
+    }
+  }
+}
+
+template <typename Words>
+void attend_operands(
+    const QueryTile& tile, const KeySegment& segment, const Operands& operands, int64_t begin, int64_t end,
+    const ScoreTransform& transform, const AttentionScratch& scratch) {
+  const int64_t width = padded(tile.head_size);
+  // The memory would rest while a block in the cache is worked on: each query asks for its share of the next.
+  const int64_t next_end = end + kKeysPerBlock < segment.end ? end + kKeysPerBlock : segment.end;
+  const int64_t share = (next_end - end + tile.count - 1) / tile.count;
+  int64_t asked = end;
+  for (int64_t m = 0; m < tile.count; m += kScoreRows) {
+    const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
+    const Product scored{operands.q + m * operands.q_stride, operands.q_stride, scratch.keys, kKeysPerBlock,
+                         operands.q_depth, scratch.scores, kKeysPerBlock, nullptr};
+    multiply<Words, false>(scored, rows, padded(end - begin));
+    float shrinks[kScoreRows];
+    for (int64_t row = 0; row < rows; ++row) {
+      float* const scores = scratch.scores + row * kKeysPerBlock;
+      const int64_t asked_end = asked + share < next_end ? asked + share : next_end;
+      prefetch_keys(segment, tile.head_size, asked, asked_end);
+      asked = asked_end;
+      shrinks[row] = soften_block(tile, m + row, begin, end, transform, scores);
+      Words::pack_weights(scores);
+    }
+    const Product weighted{scratch.scores, kKeysPerBlock, operands.values, operands.value_stride,
+                           operands.value_depth, tile.out + m * width, width, shrinks};
+    multiply<Words, true>(weighted, rows, width);
+  }
+}
+
 // to[i + lane] = value[lane] as an Element, up to to[size].
 template <typename Element>
 TQ_INLINE void store_typed(F32x16 value, int64_t i, int64_t size, void* to) {
@@ -251,6 +240,16 @@ void attend_block(
     const AttentionScratch& scratch) {
   const int64_t width = padded(tile.head_size);
   const int64_t count = end - begin;
+#if defined(__AVX512F__)
+  if (tile.q_pairs != nullptr) {
+    const char* const keys = segment.keys + begin * segment.key_stride * 2;
+    const char* const values = segment.values + begin * segment.value_stride * 2;
+    transpose_key_pairs(keys, segment.key_stride, count, tile.head_size, scratch.room, scratch.keys);
+    pair_values(values, segment.value_stride, count, tile.head_size, scratch.values);
+    const Operands pairs{tile.q_pairs, width / 2, width / 2, scratch.values, width, (count + 1) / 2};
+    return attend_operands<PairWords>(tile, segment, pairs, begin, end, transform, scratch);
+  }
+#endif
   int64_t key_stride;
   int64_t value_stride;
   const float* const keys = rows_as_floats(
@@ -258,19 +257,8 @@ void attend_block(
   transpose_keys(keys, key_stride, count, tile.head_size, scratch.room, scratch.keys);
   const float* const values = rows_as_floats(
       segment.values, segment.value_stride, segment.type, tile.head_size, begin, end, scratch.values, &value_stride);
-  for (int64_t m = 0; m < tile.count; m += kScoreRows) {
-    const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
-    const Product scored{tile.q + m * width, width, scratch.keys, kKeysPerBlock, tile.head_size,
-                         scratch.scores, kKeysPerBlock, nullptr};
-    multiply<false>(scored, rows, padded(count));
-    float shrinks[kScoreRows];
-    for (int64_t row = 0; row < rows; ++row) {
-      shrinks[row] = soften_block(tile, m + row, begin, end, transform, scratch.scores + row * kKeysPerBlock);
-    }
-    const Product weighted{scratch.scores, kKeysPerBlock, values, value_stride, count,
-                           tile.out + m * width, width, shrinks};
-    multiply<true>(weighted, rows, width);
-  }
+  const Operands floats{tile.q, width, tile.head_size, values, value_stride, count};
+  attend_operands<FloatWords>(tile, segment, floats, begin, end, transform, scratch);
 }
 
 void attend_block_of_few(

@@ -16,7 +16,8 @@ TQ_HOST_DEVICE int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 struct QueryTile {
   int64_t count;
   int64_t head_size;
-  const float* q;  // [count, padded(head_size)], zero beyond head_size
+  const float* q;        // [count, padded(head_size)], zero beyond head_size
+  const float* q_pairs;  // the same bf16 numbers, two a word, [count, head_size / 2]; null: multiply floats
   float* out;      // [count, padded(head_size)], not yet divided by the mass
   float* peaks;    // [count]
   float* masses;   // [count, 16], one partial sum a lane
@@ -32,6 +33,7 @@ struct KeySegment {
   int64_t key_stride;  // in elements, from one position to the next
   int64_t value_stride;
   ElementType type;
+  int64_t end;  // positions, all of them readable
 };
 
 struct ScoreTransform {

@@ -4,6 +4,7 @@
 // The work is cut by (tree, key-value head, some rows); each query takes the same blocks of keys in
 // the same order however it is cut, so its result depends on neither threads nor other rows.
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <tuple>
@@ -54,6 +55,7 @@ struct Problem {
   ScoreTransform transform;
   int64_t window;  // 0: none
   int64_t num_heads, num_kv_heads, num_queries, head_size;
+  bool use_bf16_dot;
   char* out;
   float* lse;
 
@@ -95,7 +97,7 @@ class PieceWorker {
     const int64_t count = (piece.end_row - piece.first_row) * problem_.queries_per_row();
     const int64_t block = kKeysPerBlock * width_;
     const int64_t needed =
-        2 * count * width_ + 3 * padded(count) + count * 16 + 2 * block + 6 * kKeysPerBlock + 16 * width_;
+        5 * count * width_ / 2 + 3 * padded(count) + count * 16 + 2 * block + 6 * kKeysPerBlock + 16 * width_;
     if (needed > capacity_) {
       storage_.reset(new float[needed + 16]);
       const auto address = reinterpret_cast<uintptr_t>(storage_.get());
@@ -106,13 +108,16 @@ class PieceWorker {
     q_ = carve<float>(count * width_);
     first_seen_ = carve<int32_t>(count);
     end_seen_ = carve<int32_t>(count);
-    tile_ = {count, problem_.head_size, q_, carve<float>(count * width_), carve<float>(count),
+    q_pairs_ = problem_.use_bf16_dot ? carve<float>(count * width_ / 2) : nullptr;
+    tile_ = {count, problem_.head_size, q_, q_pairs_, carve<float>(count * width_), carve<float>(count),
              carve<float>(count * 16), first_seen_, end_seen_};
     scratch_ = {carve<float>(block), carve<float>(block), carve<float>(6 * kKeysPerBlock), carve<float>(16 * width_)};
 
     const auto widen_padded = TQ_SELECT_ISA(widen_padded);
     for_each_query(piece, [&](int64_t m, int64_t row, int64_t head, int64_t t) {
-      widen_padded(problem_.q.at(row, head, t), problem_.type, problem_.head_size, q_ + m * width_);
+      const char* const query = problem_.q.at(row, head, t);
+      widen_padded(query, problem_.type, problem_.head_size, q_ + m * width_);
+      if (q_pairs_ != nullptr) std::memcpy(q_pairs_ + m * width_ / 2, query, 2 * width_);
     });
     TQ_SELECT_ISA(start_queries)(tile_);
   }
@@ -146,8 +151,8 @@ class PieceWorker {
     });
     const KeySegment segment{
         problem_.prefix_k.at(piece.tree, piece.head, 0), problem_.prefix_v.at(piece.tree, piece.head, 0),
-        problem_.prefix_k.stride(), problem_.prefix_v.stride(), problem_.type};
-    attend(TQ_SELECT_ISA(attend_block), tile_, segment, least, length);
+        problem_.prefix_k.stride(), problem_.prefix_v.stride(), problem_.type, length};
+    attend(TQ_SELECT_ISA(attend_block), tile_, segment, least);
   }
 
   void attend_branches(const Piece& piece) {
@@ -165,6 +170,7 @@ class PieceWorker {
       QueryTile tile = tile_;
       tile.count = each;
       tile.q += first * width_;
+      if (tile.q_pairs != nullptr) tile.q_pairs += first * width_ / 2;
       tile.out += first * width_;
       tile.peaks += first;
       tile.masses += first * 16;
@@ -172,17 +178,17 @@ class PieceWorker {
       tile.end_seen += first;
       const KeySegment segment{
           problem_.branch_k.at(row, piece.head, 0), problem_.branch_v.at(row, piece.head, 0),
-          problem_.branch_k.stride(), problem_.branch_v.stride(), problem_.type};
-      attend(attend_block, tile, segment, least, problem_.branch_len[row]);
+          problem_.branch_k.stride(), problem_.branch_v.stride(), problem_.type,
+          problem_.branch_len[row]};
+      attend(attend_block, tile, segment, least);
     }
   }
 
   // The block of the first key that any query sees is the first; blocks begin at multiples of their size.
   template <typename AttendBlock>
-  void attend(
-      AttendBlock attend_block, const QueryTile& tile, const KeySegment& segment, int64_t least, int64_t end) const {
-    for (int64_t j = least / kKeysPerBlock * kKeysPerBlock; j < end; j += kKeysPerBlock) {
-      attend_block(tile, segment, j, std::min(j + kKeysPerBlock, end), problem_.transform, scratch_);
+  void attend(AttendBlock attend_block, const QueryTile& tile, const KeySegment& segment, int64_t least) const {
+    for (int64_t j = least / kKeysPerBlock * kKeysPerBlock; j < segment.end; j += kKeysPerBlock) {
+      attend_block(tile, segment, j, std::min(j + kKeysPerBlock, segment.end), problem_.transform, scratch_);
     }
   }
 
@@ -203,6 +209,7 @@ class PieceWorker {
   int64_t capacity_ = -1;
   int64_t used_ = 0;
   float* q_ = nullptr;
+  float* q_pairs_ = nullptr;
   int32_t* first_seen_ = nullptr;
   int32_t* end_seen_ = nullptr;
   QueryTile tile_{};
@@ -255,6 +262,12 @@ void check_lengths(const char* name, const Tensor& lengths, int64_t low, int64_t
   }
 }
 
+// Pairs of bf16 numbers, sixteen at a time, as they lie in memory.
+bool can_multiply_pairs(ElementType type, int64_t head_size) {
+  static const bool has_bf16_dot = cpu_has(CpuTrait::kBf16Dot);
+  return has_bf16_dot && current_isa() == Isa::kAvx512 && type == ElementType::kBFloat16 && head_size % 32 == 0;
+}
+
 bool splits_evenly(int64_t rows, int64_t trees) { return trees == 0 ? rows == 0 : rows % trees == 0; }
 
 }  // namespace
@@ -292,6 +305,7 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
       prefix_k.size(1),
       q.size(2),
       q.size(3),
+      can_multiply_pairs(element_type_of(q, op, "q"), q.size(3)),
       static_cast<char*>(out.mutable_data_ptr()),
       static_cast<float*>(lse.mutable_data_ptr())};
   if (lse.numel() == 0) return {out, lse};

@@ -6,9 +6,9 @@
 namespace tq {
 namespace TQ_ISA {
 
-// to[i * to_stride + j] = from[j * stride + i] for i and j below 16.
-TQ_INLINE void transpose_16x16(const float* from, int64_t stride, float* to, int64_t to_stride) {
 #if defined(__AVX512F__)
+// As transpose_16x16, of any words of 32 bits, on any boundary; `stride` is in bytes.
+TQ_INLINE void transpose_16x16_words(const char* from, int64_t stride, float* to, int64_t to_stride) {
   __m512 r[16];
   __m512 t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * stride);
@@ -35,6 +35,13 @@ TQ_INLINE void transpose_16x16(const float* from, int64_t stride, float* to, int
     _mm512_storeu_ps(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
     _mm512_storeu_ps(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd));
   }
+}
+#endif
+
+// to[i * to_stride + j] = from[j * stride + i] for i and j below 16.
+TQ_INLINE void transpose_16x16(const float* from, int64_t stride, float* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+  transpose_16x16_words(reinterpret_cast<const char*>(from), stride * 4, to, to_stride);
 #else
   for (int j = 0; j < 16; ++j) {
     for (int i = 0; i < 16; ++i) to[i * to_stride + j] = from[j * stride + i];

@@ -89,8 +89,10 @@ def test_trees_of_unequal_numbers_of_rows(function, num_threads):
     check(function, inputs, tree=torch.tensor([0, 0, 0, 0, 2, 2, 2]))
 
 
-def test_memory_beyond_the_lengths_may_hold_nan(isa):
-    inputs = problem((2, 6, 4, 2, 32, 70, 130, 1), torch.float32, True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_memory_beyond_the_lengths_may_hold_nan(isa, queries, dtype):
+    inputs = problem((2, 6, 4, 2, 32, 70, 131, queries), dtype, True)
     expected = shared_prefix_attention_cpu(*inputs, **options(32))
     for keys_or_values, lengths in ((1, 3), (2, 3), (4, 6), (5, 6)):
         for i, length in enumerate(inputs[lengths].tolist()):
@@ -100,8 +102,9 @@ def test_memory_beyond_the_lengths_may_hold_nan(isa):
         assert torch.equal(a, b)
 
 
-def test_a_nan_query_is_loud_and_leaves_the_others_alone(isa):
-    inputs = problem((1, 9, 4, 2, 32, 5, 70, 1), torch.float32, False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_query_is_loud_and_leaves_the_others_alone(isa, dtype):
+    inputs = problem((1, 9, 4, 2, 32, 5, 70, 1), dtype, False)
     expected, _ = shared_prefix_attention_cpu(*inputs, **options(32))
     inputs[0][4, 1] = torch.nan
     out, _ = shared_prefix_attention_cpu(*inputs, **options(32))
@@ -111,8 +114,9 @@ def test_a_nan_query_is_loud_and_leaves_the_others_alone(isa):
 
 
 @pytest.mark.parametrize("given", [{}, {"window": 40}, {"softcap": 5.0}], ids=str)
-def test_a_row_does_not_depend_on_the_batch_or_the_threads(num_threads, given):
-    inputs = problem((2, 60, 4, 2, 32, 20, 150, 2), torch.float32, True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(num_threads, given, dtype):
+    inputs = problem((2, 60, 4, 2, 32, 20, 150, 2), dtype, True)
     out, lse = shared_prefix_attention_cpu(*inputs, **options(32, **given))
     for row in (0, 29, 30, 59):
         tree = row // 30
@@ -124,14 +128,17 @@ def test_a_row_does_not_depend_on_the_batch_or_the_threads(num_threads, given):
         assert torch.equal(lse_alone[0], lse[row])
 
 
-def test_strided_views_are_read_where_they_lie():
-    inputs = problem((2, 4, 4, 2, 32, 10, 50, 1), torch.float32, False)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_views_are_read_where_they_lie(dtype):
+    inputs = problem((2, 4, 4, 2, 32, 10, 50, 1), dtype, False)
     expected = shared_prefix_attention_cpu(*inputs, **options(32))
     q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len = inputs
-    buffer_k, buffer_v = torch.randn(2, 2, 90, 32), torch.randn(2, 50, 2, 32)
+    # Rows of 33 numbers: a bf16 row then begins on any even address.
+    buffer_k = torch.randn(2, 2, 90, 33, dtype=dtype)[..., 1:]
+    buffer_v = torch.randn(2, 50, 2, 32, dtype=dtype)
     buffer_k[:, :, 20:70] = prefix_k
     buffer_v.copy_(prefix_v.transpose(1, 2))
-    wide_q = torch.randn(4, 1, 4, 64)
+    wide_q = torch.randn(4, 1, 4, 64, dtype=dtype)
     wide_q[..., :32] = q.transpose(1, 2)
     got = shared_prefix_attention_cpu(
         wide_q.transpose(1, 2)[..., :32],
