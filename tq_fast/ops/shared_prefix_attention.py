@@ -226,7 +226,11 @@ def shared_prefix_attention_cpu(
     window: int | None,
     tree: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The C++ kernel, with the arguments of the reference; fp32 inside whatever the inputs."""
+    """The C++ kernel, with the arguments of the reference; fp32 inside whatever the inputs.
+
+    Except with avx512_bf16: bf16 heads of a multiple of 32 are multiplied as they are, and the
+    weights of the values rounded to bf16; every sum stays in fp32.
+    """
     return torch.ops.tq_fast.shared_prefix_attention.default(
         q,
         prefix_k,
