@@ -31,9 +31,12 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# TABLE=FILE keeps the table of ratios.
+# TABLE=FILE keeps the table of figures; the pictures go beside the stored results.
 bench: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only $(if $(TABLE),--table $(TABLE))
+	mkdir -p build
+	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only --benchmark-json=build/bench.json \
+	  $(if $(TABLE),--table $(TABLE))
+	$(VENV_PYTHON) -m bench.pictures build/bench.json bench/results
 
 tiny-models: $(INSTALLED_TRAIN)
 	$(VENV_PYTHON) scripts/train_tiny_models.py
