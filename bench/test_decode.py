@@ -73,7 +73,6 @@ class Runs:
     naive: dict[tuple[str, int], tuple[Timing, NaiveResponse]] = dataclasses.field(
         default_factory=dict
     )
-    decode: dict[tuple[str, int], Timing] = dataclasses.field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,7 @@ def test_decode(
     if naive_response is not None:
         check_against_naive(result, naive_response, dtype)
 
-    timing = runs.decode[dtype, length] = Timing()
+    timing = Timing()
     result = benchmark.pedantic(
         lambda: timed_decode(duo, prompt, timing, max_new_tokens=TOKENS), rounds=ROUNDS
     )
@@ -181,28 +180,29 @@ def test_decode(
             if seconds > 0.01 * whole
         ]
         figure(f"{dtype}, prompt {length}: of {TOKENS} tokens' time {', '.join(shares)}")
-    report_growth(info, figure, runs, dtype, length)
     report_memory(info, figure, duo, result, dtype, length)
 
 
-def report_growth(
-    info: dict[str, object],
-    figure: Callable[[str], None],
-    runs: Runs,
-    dtype: str,
-    length: int,
+@pytest.mark.parametrize("longer", [2048])
+def test_growth_with_the_prompt(
+    benchmark: BenchmarkFixture, figure: Callable[[str], None], duo: Duo, dtype: str, longer: int
 ) -> None:
-    """How much a token costs beside the same at the shortest prompt."""
-    shortest = runs.decode.get((dtype, 128))
-    if length == 2048 and shortest is not None:
-        ours = runs.decode[dtype, length]
-        info["growth"] = ours.seconds_per_token / shortest.seconds_per_token
-        between = statistics.median(ours.per_token) / statistics.median(shortest.per_token)
-        info["growth_between_tokens"] = between
-        figure(
-            f"{dtype}: a token at prompt 2048 costs {info['growth']:.2f}x one at prompt 128 "
-            f"({between:.2f}x without the share of encoding the prompt)"
-        )
+    """A long prompt and one of 128 tokens in turns: what a machine does beside changes both."""
+    benchmark.group = f"decode, prompt 128 and {longer} in turns, {dtype}"
+    short, long = Timing(), Timing()
+
+    def both() -> None:
+        for length, timing in ((128, short), (longer, long)):
+            timed_decode(duo, prompt_of(length), timing, max_new_tokens=TOKENS)
+
+    benchmark.pedantic(both, rounds=ROUNDS)
+    growth = long.seconds_per_token / short.seconds_per_token
+    between = statistics.median(long.per_token) / statistics.median(short.per_token)
+    benchmark.extra_info.update(growth=growth, growth_between_tokens=between)
+    figure(
+        f"{dtype}: a token at prompt {longer} costs {growth:.2f}x one at prompt 128 "
+        f"({between:.2f}x without the share of encoding the prompt)"
+    )
 
 
 def report_memory(
