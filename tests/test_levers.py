@@ -15,6 +15,7 @@ import tq_fast
 from tests import zoo
 from tq_fast.errors import InvalidArgument, RewardError
 from tq_fast.levers import Levers
+from tq_fast.models.language import LanguageForest
 
 VOCAB = 40
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7], [14, 15]]
@@ -271,3 +272,22 @@ def test_out_of_memory_with_a_single_rollout_is_raised() -> None:
         warnings.simplefilter("ignore")
         with pytest.raises(torch.OutOfMemoryError):
             run(language_model(), Levers(), never)
+
+
+def test_out_of_memory_in_a_refilled_slot_loses_no_response(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    baseline = language_model()
+    plain = run(baseline, NONE)
+    prefill, calls = LanguageForest.prefill, []
+
+    def short(forest: LanguageForest, tree: int, token_ids: Sequence[int]) -> None:
+        calls.append(tree)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        prefill(forest, tree, token_ids)
+
+    monkeypatch.setattr(LanguageForest, "prefill", short)
+    with pytest.warns(UserWarning, match="out of memory with 2 prompts"):
+        assert_same(run(baseline, Levers(), batch_size=2), plain)
+    assert len(calls) > 3

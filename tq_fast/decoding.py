@@ -46,8 +46,13 @@ class ForestDecoder:
         """Decode every response to its end; `on_token(response, is_finished)` after each token."""
         self._prefill(range(len(self.active)))
         while self.active:
-            for response, is_finished in self._step():
+            appended = self._step()
+            for response, is_finished in appended:
                 on_token(response, is_finished)
+            # Not before: a slot that runs out of memory as it is refilled loses no response.
+            for tree in reversed(range(len(appended))):
+                if appended[tree][1]:
+                    self._replace(tree)
 
     def _prefill(self, trees: Sequence[int]) -> None:
         """Encode the prompts of `trees`, whose prefixes are empty."""
@@ -82,9 +87,6 @@ class ForestDecoder:
             appended = list(zip(self.active, is_finished, strict=True))
             for scorer in self.players.scorers:
                 scorer.forget()
-        for tree in reversed(range(len(is_finished))):
-            if is_finished[tree]:
-                self._replace(tree)
         return appended
 
     def _replace(self, tree: int) -> None:
