@@ -79,7 +79,8 @@ gpu-sanitize: gpu-build
 	done
 
 gpu-bench: gpu-build
-	$(GPU_ENV) $(GPU_STAGE) $(GPU_PYTHON) -m bench.gpu_table $(RESULTS)
+	$(GPU_ENV) timeout --signal=INT 300 $(GPU_PYTHON) -m bench.gpu_table $(RESULTS)
+	$(GPU_ENV) timeout --signal=INT 200 $(GPU_PYTHON) -m bench.gpu_decode $(RESULTS)
 
 # Needs nvcc and no GPU: the whole library for every target, bindings and linking included; the
 # compiler's report of each kernel is printed, and a spill is an error.

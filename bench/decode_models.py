@@ -22,7 +22,7 @@ class Duo:
         """The same weights in another dtype."""
         copies = []
         for model in (self.baseline, self.reward):
-            copy = type(model)(model.config).to(dtype).eval()
+            copy = type(model)(model.config).to(model.device, dtype).eval()
             copy.load_state_dict(model.state_dict())
             copies.append(copy)
         return Duo(*copies)

@@ -92,9 +92,14 @@ def describe_run() -> dict[str, str]:
     }
 
 
+def file_stem(kind: str, run: dict[str, str]) -> str:
+    """Name of a table of this run, without its ending."""
+    return f"{kind}-{run['date']}-{run['machine'].replace(' ', '-')}"
+
+
 def write_table(folder: Path, run: dict[str, str], rows: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"gpu-{run['date']}-{run['machine'].replace(' ', '-')}"
+    stem = file_stem("gpu", run)
     (folder / f"{stem}.json").write_text(json.dumps({"run": run, "rows": rows}, indent=2) + "\n")
     lines = [", ".join(f"{name} {value}" for name, value in run.items()), ""]
     names = ["op", "shape", "ours us", "eager us", "ratio", "GB/s", "of copy", "of bare product"]

@@ -99,8 +99,8 @@ class Rollouts:
         first_row: the candidate `(tree, candidate_idx)` is this row of `first_logits` and `saved`.
         first_logits: logits `[C, V]` after each candidate that ran.
         saved: KV of these candidates.
-        row_of: row of the cache in which the roll-out of a place ended; empty where roll-outs were
-            merged.
+        row_of: row of the cache in which the roll-out of a place ended; empty where that was not
+            kept track of.
         num_steps: forward passes that were run.
     """
 

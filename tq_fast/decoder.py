@@ -294,10 +294,9 @@ class TransferDecoder:
         try:
             ForestDecoder(players, active, waiting, rules, stats=own).run(note)
         finally:
-            for role, player in vars(players).items():
-                if player is not None:
-                    own.token_forwards[role] = player.num_token_forwards
-                    own.peak_kv_bytes[role] = player.peak_kv_bytes
+            for role, player in players.by_role.items():
+                own.token_forwards[role] = player.num_token_forwards
+                own.peak_kv_bytes[role] = player.peak_kv_bytes
             stats.add(own)
 
     def _models(self) -> Models:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel
 
 from .config import DecodeConfig
@@ -13,6 +14,8 @@ from .models.language import LanguageForest, check_runs
 from .models.reward import CausalReward, Reward
 from .prompts import Prompt
 from .results import Response
+from .rollout_graphs import RolloutGraphs
+from .rollout_state import RolloutLaw
 from .scoring import Scorer
 from .step import Players, Rules
 
@@ -69,15 +72,20 @@ def open_players(
             branch_capacity=branch if config.needs_log_ratio else 1,
             **sizes,
         )
+    baseline = LanguageForest(models.baseline, num_rows=num_rows, branch_capacity=branch, **sizes)
+    vocab_size = min(forest.vocab_size for forest in (baseline, sft or baseline))
+    eos = torch.tensor(rules.eos, dtype=torch.int64, device=baseline.device)
+    law = RolloutLaw(eos, vocab_size, config)
+    has_graphs = rules.levers.graph_rollouts and baseline.device.type == "cuda"
     return Players(
-        baseline=LanguageForest(
-            models.baseline, num_rows=num_rows, branch_capacity=branch, **sizes
-        ),
+        baseline=baseline,
         sft=sft,
         reward=score_by(models.reward, rules.reward_bounds),
         baseline_reward=score_by(models.baseline_reward, None)
         if config.needs_baseline_reward
         else None,
+        law=law,
+        graphs=RolloutGraphs(baseline, law) if has_graphs else None,
     )
 
 

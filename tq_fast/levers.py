@@ -26,6 +26,9 @@ class Levers:
             prompt at once (E0). Prompts that roll out to the end stay together.
         share_prefixes: what a prompt has in common with another one in the forest is not encoded
             again (E0 up to rounding).
+        graph_rollouts: on a CUDA device, each depth of the roll-outs is one CUDA graph, replayed
+            (E0). Equal roll-outs part after the first depth then, and a greedy roll-out serves
+            again only where it is known to its end.
         few_rows: linear and decoder layers on CPU run in kernels made for few rows (E0 up to
             rounding).
     """
@@ -36,4 +39,5 @@ class Levers:
     lazy_argmax: bool = True
     refill_slots: bool = True
     share_prefixes: bool = True
+    graph_rollouts: bool = True
     few_rows: bool = True

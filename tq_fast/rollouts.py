@@ -6,32 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from . import ops
 from .branches import Branch, Head, KnownRollout, Place, Rollouts, stream_keys
 from .cache import SavedTokens
-from .config import DecodeConfig
 from .models.language import LanguageForest
-
-
-class _State:
-    """Roll-outs in the making; those that still run come first."""
-
-    def __init__(self, keys: torch.Tensor, limits: Sequence[int]) -> None:
-        device, num = keys.device, keys.shape[0]
-        self.keys = keys
-        self.limits = torch.tensor(limits, device=device)
-        self.tokens = torch.zeros(num, max(limits), dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(num, dtype=torch.int64, device=device)
-        self.finished = torch.zeros(num, dtype=torch.bool, device=device)
-        self.logprob = torch.zeros(num, dtype=torch.float32, device=device)
-        self.proposal_logprob = torch.zeros(num, dtype=torch.float32, device=device)
-        self.origin = torch.arange(num, device=device)
-
-    def permute(self, order: torch.Tensor) -> None:
-        """Roll-out i of the first becomes roll-out `order[i]`."""
-        num = order.shape[0]
-        for field in vars(self).values():
-            field[:num] = field[order]
+from .rollout_graphs import RolloutGraphs
+from .rollout_state import RolloutLaw, RolloutState
 
 
 def run_rollouts(
@@ -42,8 +21,8 @@ def run_rollouts(
     known: Mapping[tuple[int, int], KnownRollout],
     merge: bool,
     eos: tuple[int, ...],
-    config: DecodeConfig,
-    vocab_size: int,
+    law: RolloutLaw,
+    graphs: RolloutGraphs | None,
 ) -> Rollouts:
     """Roll out at `places`, all trees and branches together.
 
@@ -55,8 +34,8 @@ def run_rollouts(
             roll-outs only.
         merge: roll-outs that are still equal share a row.
         eos: ids that end a roll-out.
-        config: how roll-outs are drawn.
-        vocab_size: ids from here on are padding and never drawn.
+        law: how roll-outs are drawn.
+        graphs: run the depths after the first, if given.
     """
     done: dict[Place, Branch] = {}
     live = []
@@ -69,12 +48,9 @@ def run_rollouts(
             done[place] = Branch(place, token, [])
     if not live:
         return Rollouts([done[place] for place in places], {}, None, None, {}, 0)
-    run = _Run(forest, heads, live, known, merge and config.rollout == "sample")
-    run.advance(
-        eos=torch.tensor(eos, dtype=torch.int64, device=forest.device),
-        config=config,
-        vocab_size=vocab_size,
-    )
+    merge = merge and law.config.rollout == "sample"
+    run = _Run(forest, heads, live, known, law, merge)
+    run.advance(graphs)
     done.update((branch.place, branch) for branch in run.branches())
     return Rollouts(
         [done[place] for place in places],
@@ -99,9 +75,10 @@ class _Run:
         heads: Sequence[Head],
         places: Sequence[Place],
         known: Mapping[tuple[int, int], KnownRollout],
+        law: RolloutLaw,
         merge: bool,
     ) -> None:
-        self.forest, self.places = forest, places
+        self.forest, self.places, self.law = forest, places, law
         own = [heads[place.tree] for place in places]
         self.candidates = [
             head.candidates[place.candidate_idx] for head, place in zip(own, places, strict=True)
@@ -113,7 +90,7 @@ class _Run:
             ]
         )
         self.horizons = [head.horizon for head in own]
-        self.state = _State(keys.to(forest.device), self.horizons)
+        self.state = RolloutState.begin(keys.to(forest.device), self.horizons)
         self.known = {i: known[p.candidate] for i, p in enumerate(places) if p.candidate in known}
         self.num_active = len(places)
         self.num_steps = 0
@@ -137,12 +114,12 @@ class _Run:
         self.is_uniform = len({trees.count(tree) for tree in range(num_trees)}) == 1
         # Row of each active roll-out; None: roll-out i has row i.
         self.row_of: torch.Tensor | None = None
-        self.has_merged = len(first) < len(places)
-        if self.has_merged:
+        self.is_traced = len(first) == len(places)
+        if not self.is_traced:
             rows = [self.first_row[place.candidate] for place in places]
             self.row_of = torch.tensor(rows, device=device)
 
-    def advance(self, *, eos: torch.Tensor, config: DecodeConfig, vocab_size: int) -> None:
+    def advance(self, graphs: RolloutGraphs | None) -> None:
         """Run one forward pass and one draw a depth until every roll-out is finished or full."""
         state, depth = self.state, 0
         while depth is not None:
@@ -153,28 +130,31 @@ class _Run:
                 self.first_logits = logits
                 self.saved = self.forest.cache.save(slice(len(self.tokens)), 0, 1)
                 self._fill_known()
-            active = self.num_active
             if self.row_of is not None:
                 logits = logits.index_select(0, self.row_of)
-            ops.advance_rollouts_(
-                logits,
-                state.keys[:active],
-                depth,
-                state.tokens[:active],
-                state.lengths[:active],
-                state.finished[:active],
-                state.logprob[:active],
-                state.proposal_logprob[:active],
-                eos,
-                temperature=0.0 if config.rollout == "greedy" else config.rollout_temperature,
-                top_k=config.rollout_top_k,
-                top_p=config.rollout_top_p,
-                vocab_size=vocab_size,
-                seed=config.seed,
-                backend=config.backend,
-            )
-            state.finished |= state.lengths >= state.limits
+            self.law.advance(logits, state, depth)
+            if depth == 0 and graphs is not None and self._finish_in(graphs):
+                return
             depth = self._next_depth(depth)
+
+    def _finish_in(self, graphs: RolloutGraphs) -> bool:
+        """Leave all depths after the first to `graphs`; False where the model cannot be captured.
+
+        Roll-outs part at once there: on a GPU a few rows more cost less than to tell which are
+        still equal.
+        """
+        assert not self.resting, "what graphs ran is not known in part"
+        if self.row_of is not None:
+            self.forest.cache.take_rows(self.row_of, 1)
+            self.row_tree = self.row_tree[self.row_of]
+            self.is_uniform = self.forest.cache.num_trees == 1
+            self.row_of = None
+        num_depths = graphs.run(self.state, self.row_tree, max(self.horizons))
+        if num_depths is None:
+            return False
+        self.num_steps += num_depths
+        self.is_traced = False
+        return True
 
     def branches(self) -> list[Branch]:
         """What came of every place."""
@@ -189,8 +169,8 @@ class _Run:
         ]
 
     def row_of_place(self) -> dict[Place, int]:
-        """Row of the cache that holds each roll-out; empty where roll-outs were merged."""
-        if self.has_merged:
+        """Row of the cache that holds each roll-out; empty where that was not kept track of."""
+        if not self.is_traced:
             return {}
         return dict(zip(self.places, self.state.origin.argsort().tolist(), strict=True))
 

@@ -19,6 +19,8 @@ from .models.language import LanguageForest
 from .ops import philox
 from .results import DecodeStats, Response, StepTrace
 from .reweighting import Candidates, choose, log_ratios
+from .rollout_graphs import RolloutGraphs
+from .rollout_state import RolloutLaw
 from .rollouts import run_rollouts
 from .scoring import Scorer
 from .values import LazyArgmax, StepValues
@@ -33,28 +35,38 @@ class Players:
         sft: pi_sft, or None.
         reward: the target reward.
         baseline_reward: the reward that the baseline was aligned to, where the weights need it.
+        law: how the baseline's roll-outs are drawn.
+        graphs: run the roll-outs, on a CUDA device.
     """
 
     baseline: LanguageForest
     sft: LanguageForest | None
     reward: Scorer
     baseline_reward: Scorer | None
+    law: RolloutLaw
+    graphs: RolloutGraphs | None
+
+    @property
+    def by_role(self) -> dict[str, LanguageForest | Scorer]:
+        """All that take part."""
+        roles = ("baseline", "sft", "reward", "baseline_reward")
+        players = {role: getattr(self, role) for role in roles}
+        return {role: player for role, player in players.items() if player is not None}
 
     @property
     def languages(self) -> dict[str, LanguageForest]:
         """Language models by role."""
-        models = {"baseline": self.baseline, "sft": self.sft}
-        return {role: forest for role, forest in models.items() if forest is not None}
+        return {role: p for role, p in self.by_role.items() if isinstance(p, LanguageForest)}
 
     @property
     def scorers(self) -> list[Scorer]:
         """Rewards that take part."""
-        return [scorer for scorer in (self.reward, self.baseline_reward) if scorer is not None]
+        return [player for player in self.by_role.values() if isinstance(player, Scorer)]
 
     @property
     def vocab_size(self) -> int:
         """Ids from here on are padding."""
-        return min(forest.vocab_size for forest in self.languages.values())
+        return self.law.vocab_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +202,8 @@ class Step:
                 known=self.known,
                 merge=self.rules.levers.merge_equal,
                 eos=self.rules.eos,
-                config=config,
-                vocab_size=self.players.vocab_size,
+                law=self.players.law,
+                graphs=self.players.graphs,
             )
             for branch in rollouts.branches:
                 if math.isnan(branch.logprob):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench import gpu_cases, gpu_table
+from bench import gpu_cases, gpu_decode, gpu_table
+from bench.decode_models import Duo
+from tests import zoo
 from tq_fast import ops
 
 # Each bench at a size that takes milliseconds.
@@ -88,3 +90,18 @@ def test_every_op_that_has_a_gpu_kernel_is_in_the_table():
     with OnTheCpu():
         made = {getattr(gpu_cases, name)(*sizes).op for name, sizes in SMALL.items()}
     assert made == with_kernel
+
+
+def test_whole_decodes_fill_their_table(monkeypatch, tmp_path):
+    small = {"vocab_size": 50, "max_position_embeddings": 128}
+    monkeypatch.setattr(gpu_decode, "prompt_of", lambda length: torch.arange(length) % 50)
+    duo = Duo(zoo.language_model("llama", **small), zoo.classifier("llama", **small))
+    cases = [gpu_decode.Case("fp32", 9, 1), gpu_decode.Case("bf16", 9, 2)]
+    rows = [gpu_decode.measure(duo, case) for case in cases]
+    assert all(row["graphs_ms"] > 0 and row["launches_ms"] > 0 for row in rows)
+    assert rows[0]["generate_ms"] > 0 and rows[1]["generate_ms"] is None
+    run = {"date": "2026-01-01", "machine": "no GPU"}
+    table = gpu_decode.write_table(tmp_path, run, rows).read_text()
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| fp32 | 9 | 1 | ")

@@ -132,15 +132,13 @@ def forest_attention(
         args = (query, prefix_k, prefix_v, known, key, value, length)
         tree = None
     else:
-        longest = max(cache.prefix_len)
-        end = now.start + now.num_tokens
         args = (
             query,
-            layer.prefix_k[: cache.num_trees, :, :longest],
-            layer.prefix_v[: cache.num_trees, :, :longest],
+            layer.prefix_k[: cache.num_trees, :, : now.max_prefix],
+            layer.prefix_v[: cache.num_trees, :, : now.max_prefix],
             now.prefix_len,
-            layer.branch_k[: now.num_rows, :, :end],
-            layer.branch_v[: now.num_rows, :, :end],
+            layer.branch_k[: now.num_rows, :, : now.max_branch],
+            layer.branch_v[: now.num_rows, :, : now.max_branch],
             now.branch_len,
         )
         tree = now.tree

@@ -49,19 +49,22 @@ class BranchPass:
 
     Attributes:
         num_rows: rows in this pass, the first of the branch buffers.
-        start: branch tokens that every row holds already.
-        num_tokens: T.
+        where: branch tokens that the new ones become; a tensor (int64 `[T]`) where only the device
+            knows.
         tree: tree of each row, int64 `[N]`, ascending; None: `row // (N // G)`.
         prefix_len: prefix tokens of each tree, int64 `[G]`.
         branch_len: branch tokens of each row after the pass, int64 `[N]`.
+        max_prefix: no prefix is longer.
+        max_branch: no branch is longer.
     """
 
     num_rows: int
-    start: int
-    num_tokens: int
+    where: slice | torch.Tensor
     tree: torch.Tensor | None
     prefix_len: torch.Tensor
     branch_len: torch.Tensor
+    max_prefix: int
+    max_branch: int
 
 
 class ForestCache(Cache):
@@ -96,6 +99,11 @@ class ForestCache(Cache):
             for buffer in (layer.prefix_k, layer.prefix_v, layer.branch_k, layer.branch_v)
         )
 
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Changes whenever buffers move, or what is used of them."""
+        return self.num_trees, self.prefix_capacity, self.branch_capacity
+
     def branch_pass(
         self,
         *,
@@ -110,7 +118,35 @@ class ForestCache(Cache):
         assert start + num_tokens <= self.branch_capacity, (start, num_tokens)
         prefix_len = torch.tensor(self.prefix_len[: self.num_trees], device=device)
         branch_len = torch.full((num_rows,), start + num_tokens, device=device)
-        return BranchPass(num_rows, start, num_tokens, tree, prefix_len, branch_len)
+        return BranchPass(
+            num_rows,
+            slice(start, start + num_tokens),
+            tree,
+            prefix_len,
+            branch_len,
+            max(self.prefix_len),
+            start + num_tokens,
+        )
+
+    def depth_pass(
+        self, *, depth: torch.Tensor, tree: torch.Tensor, prefix_len: torch.Tensor
+    ) -> BranchPass:
+        """Describe a pass of one token for each row of `tree` `[n]`, known to the device alone.
+
+        What it reads and writes lies at fixed addresses for as long as `layout` stays the same:
+        `depth`, int64 `[1]`, is how many tokens each branch holds already, `prefix_len` `[G]` is
+        the caller's.
+        """
+        num_rows = tree.shape[0]
+        return BranchPass(
+            num_rows,
+            depth,
+            tree,
+            prefix_len,
+            (depth + 1).expand(num_rows),
+            self.prefix_capacity,
+            self.branch_capacity,
+        )
 
     def update(
         self,
@@ -132,9 +168,11 @@ class ForestCache(Cache):
             layer.prefix_v[now.tree, :, now.start : end] = value_states[0]
         else:
             assert isinstance(now, BranchPass), "a forward pass outside of the forest"
-            end = now.start + now.num_tokens
-            layer.branch_k[: now.num_rows, :, now.start : end] = key_states
-            layer.branch_v[: now.num_rows, :, now.start : end] = value_states
+            for buffer, states in ((layer.branch_k, key_states), (layer.branch_v, value_states)):
+                if isinstance(now.where, slice):
+                    buffer[: now.num_rows, :, now.where] = states
+                else:
+                    buffer[: now.num_rows].index_copy_(2, now.where, states)
         self.current_layer = layer
         return key_states, value_states
 

@@ -148,6 +148,27 @@ class LanguageForest(Forest):
         )
         return output.logits[:, -1]
 
+    def forward_depth(
+        self,
+        tokens: torch.Tensor,
+        *,
+        depth: torch.Tensor,
+        tree: torch.Tensor,
+        prefix_len: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward_rows` for what only the device knows, at fixed addresses; the host never waits.
+
+        Args:
+            tokens: int64 `[n, 1]`.
+            depth: int64 `[1]`, tokens that the rows hold already.
+            tree: int64 `[n]`, ascending, the tree of each row.
+            prefix_len: int64 `[G]`.
+        """
+        now = self.cache.depth_pass(depth=depth, tree=tree, prefix_len=prefix_len)
+        positions = (prefix_len.index_select(0, tree) + depth)[:, None]
+        output = self._run(self.model, tokens, positions, now, self._last_only())
+        return output.logits[:, -1]
+
     def score_rows(
         self, rows: Sequence[Sequence[int]], trees: Sequence[int], *, vocab_size: int
     ) -> list[float]:
