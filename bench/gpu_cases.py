@@ -58,7 +58,7 @@ def random_logits(rows: int, dtype: torch.dtype) -> Tensor:
     return (torch.randn(rows, VOCAB, device="cuda") * 2).to(dtype)
 
 
-def bench_topk(rows: int, dtype: torch.dtype) -> Bench:
+def bench_topk(rows: int, dtype: torch.dtype, backend: str | None = None) -> Bench:
     def eager(logits: Tensor) -> tuple[Tensor, ...]:
         values, ids = torch.topk(logits, 10)
         lse = torch.logsumexp(logits.float(), -1)
@@ -66,9 +66,9 @@ def bench_topk(rows: int, dtype: torch.dtype) -> Bench:
 
     return Bench(
         "topk_logprobs",
-        f"{rows} x {VOCAB} {dtype}, k = 10",
+        f"{rows} x {VOCAB} {dtype}, k = 10" + ("" if backend is None else f", {backend}"),
         lambda: (random_logits(rows, dtype),),
-        lambda logits: ops.topk_logprobs(logits, 10),
+        lambda logits: ops.topk_logprobs(logits, 10, backend=backend),
         eager,
         lambda logits: ops.topk_logprobs(logits, 10, backend="ref"),
         rows * VOCAB * dtype.itemsize,
@@ -272,6 +272,7 @@ def benches() -> list[Bench]:
         bench_topk(rows, dtype)
         for rows, dtype in itertools.product((1, 32, 160, 512), (torch.bfloat16, torch.float32))
     ]
+    found += [bench_topk(rows, torch.bfloat16, "triton") for rows in (1, 32, 160, 512)]
     found += [bench_sample(rows, torch.bfloat16) for rows in (1, 64, 160, 512)]
     found += [
         bench_sample(160, torch.bfloat16, top_k=50),

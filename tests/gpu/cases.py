@@ -102,6 +102,7 @@ CUDA_CASES: dict[str, Callable[[str | None], Case]] = {
     "reweight_sample": reweight_sample,
 }
 TRITON_CASES: dict[str, Callable[[str | None], Case]] = {
+    "topk_logprobs, Triton": topk_logprobs,
     "trajectory_log_ratio": trajectory_log_ratio,
     "linear_trajectory_logprob": linear_trajectory_logprob,
     "shared_prefix_attention": lambda backend: shared_prefix_attention(backend, 1),

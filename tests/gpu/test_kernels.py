@@ -90,12 +90,13 @@ def test_a_row_does_not_depend_on_how_many_rows_there_are(rows):
     """The number of rows decides how many blocks share one: the bits must not."""
     logits = torch.randn(rows, 70001, device="cuda").bfloat16()
     keys = torch.arange(rows, device="cuda")
-    whole = ops.topk_logprobs(logits, 50, backend="cuda")
     drawn = ops.sample_tokens(logits, keys, 3, backend="cuda")
     cut = ops.sample_tokens(logits, keys, 3, top_k=900, top_p=0.8, backend="cuda")
     last = slice(rows - 1, rows)
-    for a, b in zip(whole, ops.topk_logprobs(logits[last], 50, backend="cuda"), strict=True):
-        assert torch.equal(a[last], b)
+    for backend in ("cuda", "triton"):
+        whole = ops.topk_logprobs(logits, 50, backend=backend)
+        for a, b in zip(whole, ops.topk_logprobs(logits[last], 50, backend=backend), strict=True):
+            assert torch.equal(a[last], b)
     alone = ops.sample_tokens(logits[last], keys[last], 3, backend="cuda")
     for a, b in zip(drawn, alone, strict=True):
         assert torch.equal(a[last], b)
@@ -113,12 +114,13 @@ def test_offsets_beyond_int32():
     logits = whole.as_strided((rows, 4096), (stride, 1))
     logits.copy_(torch.randn(rows, 4096, device="cuda"))
     expected = logits.contiguous()
-    for a, b in zip(
-        ops.topk_logprobs(logits, 9, backend="cuda"),
-        ops.topk_logprobs(expected, 9, backend="cuda"),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
+    for backend in ("cuda", "triton"):
+        for a, b in zip(
+            ops.topk_logprobs(logits, 9, backend=backend),
+            ops.topk_logprobs(expected, 9, backend=backend),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
     keys = torch.arange(rows, device="cuda")
     assert torch.equal(
         ops.sample_tokens(logits, keys, 0, backend="cuda").ids,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _checks
 from ._checks import PerRow, split_per_row
-from ._dispatch import Backend, Op, native_function
+from ._dispatch import Backend, Op, native_function, python_function
 
 
 class TopKLogprobs(NamedTuple):
@@ -144,23 +144,23 @@ def _fake(
     )
 
 
-# The k best of 64 k candidates are sorted in the shared memory of one block, and so is one key of
-# eight bytes for every 64 elements of a row.
-_MOST_CUDA_K = 128
-_MOST_CUDA_VOCAB = 2**19
+# One block sorts the k best of 64 k candidates, and one key of eight bytes for every 64 elements
+# of a row: CUDA C++ in its shared memory, Triton in its registers.
+_MOST_GPU_K = 128
+_MOST_GPU_VOCAB = 2**19
 
 
-def _refuse_cuda(
+def _refuse_gpu(
     logits: Tensor, k: int, *, temperature: PerRow = 1.0, vocab_size: int | None = None
 ) -> str | None:
     width = logits.shape[-1] if vocab_size is None else vocab_size
-    if k > _MOST_CUDA_K:
-        return f"k is {k}; the kernel takes up to {_MOST_CUDA_K}"
-    if width > _MOST_CUDA_VOCAB:
-        return f"vocab_size is {width}; the kernel takes up to {_MOST_CUDA_VOCAB}"
-    return _checks.refuse_float64(logits=logits) or _checks.refuse_other_device(
-        logits, temperature=temperature
-    )
+    if k > _MOST_GPU_K:
+        return f"k is {k}; the kernel takes up to {_MOST_GPU_K}"
+    if width > _MOST_GPU_VOCAB:
+        return f"vocab_size is {width}; the kernel takes up to {_MOST_GPU_VOCAB}"
+    if logits.dtype == torch.float64:
+        return "logits is float64; the kernel takes float32, bfloat16 and float16"
+    return _checks.refuse_other_device(logits, temperature=temperature)
 
 
 def _refuse_cpu(logits: Tensor, k: int, **parameters: Any) -> str | None:
@@ -173,7 +173,12 @@ _OP = Op(
     Backend(
         "cuda",
         native_function("topk_logprobs", topk_logprobs_native, _fake, "cuda"),
-        _refuse_cuda,
+        _refuse_gpu,
+    ),
+    Backend(
+        "triton",
+        python_function("tq_fast.kernels.topk_logprobs", "topk_logprobs_triton"),
+        _refuse_gpu,
     ),
     Backend("cpu", native_function("topk_logprobs", topk_logprobs_native, _fake), _refuse_cpu),
 )
