@@ -1,0 +1,135 @@
+"""Whole decodes on a device that is not the CPU: every tensor is where it belongs.
+
+The device is simulated (tests/simulated_device.py): it says "meta", holds numbers, and refuses what
+a GPU refuses. The tokens are those of the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import tq_fast
+from tests import zoo
+from tests.simulated_device import Remote, move, simulated_device
+from tests.test_levers import NONE, PROMPTS, VOCAB, assert_same, language_model, share_of_low
+from tq_fast import decoder as decoder_module
+from tq_fast.forests import open_players
+from tq_fast.levers import Levers
+from tq_fast.rollout_graphs import RolloutGraphs
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
+    pytest.mark.filterwarnings("ignore:the weights of indirect transfer"),
+]
+
+SHORT = {"k": 4, "horizon": 4, "max_new_tokens": 4, "alpha": 0.3, "eos_token_id": (0, 11)}
+
+
+def models(*names: str) -> dict[str, Any]:
+    """New models, the same at every call, by their names in the API."""
+    made: dict[str, Callable[[], Any]] = {
+        "baseline": lambda: language_model(scale=2.0),
+        "sft": lambda: language_model(seed=2, scale=2.0),
+        "reward": lambda: zoo.classifier("llama", vocab_size=VOCAB),
+        "baseline_reward": lambda: zoo.classifier("llama", seed=5, vocab_size=VOCAB),
+    }
+    return {name: made[name]() for name in names}
+
+
+def decode_on_both(
+    call: Callable[..., tq_fast.DecodeResult], names: tuple[str, ...], **options: Any
+) -> tuple[tq_fast.DecodeResult, tq_fast.DecodeResult]:
+    """`call` with models on the simulated device, and with the same on the CPU."""
+    with simulated_device():
+        remote = call(PROMPTS[:3], **{n: move(m) for n, m in models(*names).items()}, **options)
+    return remote, call(PROMPTS[:3], **models(*names), **options)
+
+
+def assert_alike(remote: tq_fast.DecodeResult, local: tq_fast.DecodeResult) -> None:
+    assert not any(isinstance(ids, Remote) for ids in remote.sequences)
+    assert_same(remote, local)
+
+
+DECODES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "sampled": (("baseline",), {"reward": share_of_low, "num_rollouts": 3}),
+    "greedy": (("baseline",), {"reward": share_of_low, "rollout": "greedy", "strategy": "greedy"}),
+    "to the end": (("baseline", "reward"), {"horizon": None, "num_rollouts": 2}),
+    "truncated": (("baseline", "reward"), {"rollout_top_k": 9, "rollout_top_p": 0.8}),
+    "lazy": (
+        ("baseline",),
+        {"reward": share_of_low, "reward_bounds": (0.0, 1.0), "num_rollouts": 3},
+    ),
+    "refilled": (("baseline", "reward"), {"batch_size": 2, "num_rollouts": 2}),
+    "sft": (("baseline", "sft", "reward"), {"candidates_from": "sft", "estimator": "soft"}),
+    "log ratio": (
+        ("baseline", "sft", "reward"),
+        {"transfer": "indirect", "beta": 1.0, "num_rollouts": 3},
+    ),
+    "reward gap": (
+        ("baseline", "sft", "reward", "baseline_reward"),
+        {"transfer": "indirect", "beta": 1.0, "weights": "reward_gap", "num_rollouts": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECODES)
+@pytest.mark.parametrize("levers", [Levers(), NONE], ids=["all levers", "no lever"])
+def test_a_decode_on_another_device_gives_the_tokens_of_the_cpu(name: str, levers: Levers) -> None:
+    names, options = DECODES[name]
+    assert_alike(*decode_on_both(tq_fast.decode, names, levers=levers, **{**SHORT, **options}))
+
+
+@pytest.mark.parametrize("name", DECODES)
+def test_rollouts_at_fixed_addresses_give_the_tokens_of_the_cpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def opened(*args: Any) -> Any:
+        players = open_players(*args)
+        if players.baseline.device.type == "cpu":
+            return players
+        made.append(RolloutGraphs(players.baseline, players.law, captures=False))
+        return dataclasses.replace(players, graphs=made[-1])
+
+    monkeypatch.setattr(decoder_module, "open_players", opened)
+    names, options = DECODES[name]
+    assert_alike(*decode_on_both(tq_fast.decode, names, **{**SHORT, **options}))
+    assert made
+
+
+PRESETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "sft": (("sft",), {}),
+    "baseline": (("baseline",), {}),
+    "best_of_n": (("baseline", "reward"), {"n": 4}),
+    "args": (("sft", "reward"), {"k": 4, "alpha": 0.3}),
+    "controlled_decoding": (("sft", "reward"), {"k": 4, "alpha": 0.3, "horizon": 3}),
+    "dera": (("baseline", "sft"), {"mix": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_on_another_device_gives_the_tokens_of_the_cpu(name: str) -> None:
+    names, options = PRESETS[name]
+    preset = getattr(tq_fast.presets, name)
+    options = {"max_new_tokens": 4, "eos_token_id": (0, 11), **options}
+    assert_alike(*decode_on_both(preset, names, **options))
+
+
+def test_the_simulated_device_refuses_what_a_gpu_refuses() -> None:
+    with simulated_device() as device:
+        there, here = torch.arange(4, device=device), torch.arange(4)
+        with pytest.raises(RuntimeError, match="are on the CPU"):
+            there + here
+        with pytest.raises(RuntimeError, match="are on the CPU"):
+            there[:2] = here[:2] + there[2:]
+        assert (there + 1).tolist() == [1, 2, 3, 4] and there[here[:2]].tolist() == [0, 1]
+        there += torch.tensor(2)
+        assert there.cpu().equal(here + 2)
+        assert torch.tensor([3, 1], device=device).tolist() == [3, 1]
