@@ -22,7 +22,6 @@ from tq_fast.forests import open_players
 from tq_fast.levers import Levers
 from tq_fast.rollout_graphs import RolloutGraphs
 
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
     pytest.mark.filterwarnings("ignore:the weights of indirect transfer"),
