@@ -1,19 +1,13 @@
 #include "cpu/attention_rows.h"
 
+#include "cpu/attention_softmax.h"
 #include "cpu/attention_tile.h"
 #include "cpu/logit_rows.h"
-#include "cpu/simd.h"
-#include "cpu/transcendental.h"
-#include "cpu/transpose.h"
 
 namespace tq {
 namespace TQ_ISA {
 
 namespace {
-
-// Queries whose scores are in the scratch together.
-constexpr int kScoreRows = 6;
-constexpr int kKeyVectors = kKeysPerBlock / kLanes;
 
 // Positions [begin, end) of one side of a segment as floats with a row stride of `*stride`: where
 // they lie if they are such already, else widened into `room`.
@@ -51,66 +45,6 @@ void transpose_keys(const float* keys, int64_t stride, int64_t count, int64_t he
     for (int64_t i = 0; i < width; i += kLanes) {
       transpose_16x16(from + i, from_stride, to + i * kKeysPerBlock + j, kKeysPerBlock);
     }
-  }
-}
-
-TQ_INLINE F32x16 transformed(F32x16 score, const ScoreTransform& transform) {
-  const F32x16 scaled = score * transform.scale;
-  return transform.softcap == 0.0f ? scaled : transform.softcap * tanh_of(scaled / transform.softcap);
-}
-
-// Scores of one query become weights relative to its new peak. Returns what shrinks its output so far.
-template <int kVectors>
-TQ_INLINE float soften(
-    const QueryTile& tile, int64_t m, int64_t begin, int64_t end, const ScoreTransform& transform, float* scores) {
-  const int64_t first = tile.first_seen[m] > begin ? tile.first_seen[m] - begin : 0;
-  const int64_t last = tile.end_seen[m] < end ? tile.end_seen[m] - begin : end - begin;
-  const F32x16 lowest = broadcast(kMinusInfinity);
-  const I32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const bool sees_all = first == 0 && last == kVectors * kLanes;
-  F32x16 x[kVectors];
-  F32x16 best = lowest;
-  for (int v = 0; v < kVectors; ++v) {
-    x[v] = transformed(load(scores + v * kLanes), transform);
-    if (!sees_all) {
-      const I32x16 position = lane + v * kLanes;
-      const I32x16 is_seen = (position >= static_cast<int32_t>(first)) & (position < static_cast<int32_t>(last));
-      x[v] = select(is_seen, x[v], lowest);
-    }
-    best = max_or_second(x[v], best);
-  }
-  const float block_peak = reduce_max(best);
-  const float before = tile.peaks[m];
-  const float peak = block_peak > before ? block_peak : before;
-  tile.peaks[m] = peak;
-  // Nothing seen so far: any finite peak will do, and every weight is 0 (or NaN, for a NaN score).
-  const F32x16 peaks = broadcast(peak == kMinusInfinity ? 0.0f : peak);
-  F32x16 mass = load(tile.masses + m * kLanes);
-  float shrink = 1.0f;
-  if (peak != before) {
-    shrink = exp_nonpositive(broadcast(before) - peaks)[0];
-    mass *= shrink;
-  }
-  for (int v = 0; v < kVectors; ++v) {
-    const F32x16 weight = select(x[v] == x[v], exp_nonpositive(x[v] - peaks), x[v]);
-    store(scores + v * kLanes, weight);
-    mass += weight;
-  }
-  store(tile.masses + m * kLanes, mass);
-  return shrink;
-}
-
-float soften_block(
-    const QueryTile& tile, int64_t m, int64_t begin, int64_t end, const ScoreTransform& transform, float* scores) {
-  switch ((end - begin + kLanes - 1) / kLanes) {
-    case 1:
-      return soften<1>(tile, m, begin, end, transform, scores);
-    case 2:
-      return soften<2>(tile, m, begin, end, transform, scores);
-    case 3:
-      return soften<3>(tile, m, begin, end, transform, scores);
-    default:
-      return soften<kKeyVectors>(tile, m, begin, end, transform, scores);
   }
 }
 
@@ -155,6 +89,22 @@ TQ_INLINE void add_values_of_few(
   }
 }
 
+void add_row_of_values(
+    const float* weights, float shrink, const float* values, int64_t value_stride, int64_t count, int64_t width,
+    float* out) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
+    add_values_of_few<4>(weights, shrink, values + i, value_stride, count, out + i);
+  }
+  for (; i < width; i += kLanes) add_values_of_few<1>(weights, shrink, values + i, value_stride, count, out + i);
+}
+
+// How many keys a segment has from `begin` on, up to a block.
+TQ_INLINE int64_t keys_from(const KeySegment& segment, int64_t begin) {
+  const int64_t left = segment.end - begin;
+  return left < 0 ? 0 : left < kKeysPerBlock ? left : kKeysPerBlock;
+}
+
 // A block for attend_operands, beside its transposed keys in the scratch; strides and depths in words.
 struct Operands {
   const float* q;
@@ -165,43 +115,26 @@ struct Operands {
   int64_t value_depth;
 };
 
-// Asks for the keys [begin, end) and their values.
-TQ_INLINE void prefetch_keys(const KeySegment& segment, int64_t head_size, int64_t begin, int64_t end) {
-  const int64_t element = segment.type == ElementType::kFloat32 ? 4 : 2;
-  for (int64_t j = begin; j < end; ++j) {
-    for (int64_t i = 0; i < head_size * element; i += 64) {
-      __builtin_prefetch(segment.keys + j * segment.key_stride * element + i);
-      __builtin_prefetch(segment.values + j * segment.value_stride * element + i);
-    }
-  }
-}
-
 template <typename Words>
 void attend_operands(
     const QueryTile& tile, const KeySegment& segment, const Operands& operands, int64_t begin, int64_t end,
     const ScoreTransform& transform, const AttentionScratch& scratch) {
   const int64_t width = padded(tile.head_size);
-  // The memory would rest while a block in the cache is worked on: each query asks for its share of the next.
+  const int64_t columns = padded(end - begin);
   const int64_t next_end = end + kKeysPerBlock < segment.end ? end + kKeysPerBlock : segment.end;
-  const int64_t share = (next_end - end + tile.count - 1) / tile.count;
-  int64_t asked = end;
+  const int64_t products = operands.q_depth * columns + operands.value_depth * width;
+  Lookahead lookahead(segment, tile.head_size, end, next_end, tile.count * products / kLanes);
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
     const Product scored{operands.q + m * operands.q_stride, operands.q_stride, scratch.keys, kKeysPerBlock,
                          operands.q_depth, scratch.scores, kKeysPerBlock, nullptr};
-    multiply<Words, false>(scored, rows, padded(end - begin));
-    float shrinks[kScoreRows];
-    for (int64_t row = 0; row < rows; ++row) {
-      float* const scores = scratch.scores + row * kKeysPerBlock;
-      const int64_t asked_end = asked + share < next_end ? asked + share : next_end;
-      prefetch_keys(segment, tile.head_size, asked, asked_end);
-      asked = asked_end;
-      shrinks[row] = soften_block(tile, m + row, begin, end, transform, scores);
-      Words::pack_weights(scores);
-    }
+    multiply<Words, false>(scored, rows, columns, lookahead);
+    float shrinks[kLanes];
+    soften_block(tile, m, rows, begin, end - begin, transform, scratch.scores, shrinks);
+    for (int64_t row = 0; row < rows; ++row) Words::pack_weights(scratch.scores + row * kKeysPerBlock);
     const Product weighted{scratch.scores, kKeysPerBlock, operands.values, operands.value_stride,
                            operands.value_depth, tile.out + m * width, width, shrinks};
-    multiply<Words, true>(weighted, rows, width);
+    multiply<Words, true>(weighted, rows, width, lookahead);
   }
 }
 
@@ -262,33 +195,51 @@ void attend_block(
 }
 
 void attend_block_of_few(
-    const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end, const ScoreTransform& transform,
+    const QueryTile& tile, const KeySegment* segments, int64_t begin, const ScoreTransform& transform,
     const AttentionScratch& scratch) {
   const int64_t width = padded(tile.head_size);
-  const int64_t count = end - begin;
-  int64_t key_stride;
-  int64_t value_stride;
-  const float* const keys = rows_as_floats(
-      segment.keys, segment.key_stride, segment.type, tile.head_size, begin, end, scratch.keys, &key_stride);
-  const float* const values = rows_as_floats(
-      segment.values, segment.value_stride, segment.type, tile.head_size, begin, end, scratch.values, &value_stride);
-  for (int64_t m = 0; m < tile.count; ++m) {
-    score_few(tile.q + m * width, width, keys, key_stride, count, scratch.scores);
-    const float shrink = soften_block(tile, m, begin, end, transform, scratch.scores);
-    float* const out = tile.out + m * width;
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
-      add_values_of_few<4>(scratch.scores, shrink, values + i, value_stride, count, out + i);
+  for (int64_t m = 0; m < tile.count; m += kScoreRows) {
+    const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
+    // The queries of a row follow each other, so what was widened for one serves the next.
+    const auto is_next = [&](int64_t row) { return row == 0 || segments[m + row].keys != segments[m + row - 1].keys; };
+    int64_t counts[kScoreRows];
+    int64_t most = 0;
+    const float* keys = nullptr;
+    const float* values = nullptr;
+    int64_t stride = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const KeySegment& segment = segments[m + row];
+      counts[row] = keys_from(segment, begin);
+      if (counts[row] > most) most = counts[row];
+      if (counts[row] == 0) continue;
+      if (is_next(row)) {
+        keys = rows_as_floats(
+            segment.keys, segment.key_stride, segment.type, tile.head_size, begin, begin + counts[row], scratch.keys,
+            &stride);
+      }
+      score_few(tile.q + (m + row) * width, width, keys, stride, counts[row], scratch.scores + row * kKeysPerBlock);
     }
-    for (; i < width; i += kLanes) {
-      add_values_of_few<1>(scratch.scores, shrink, values + i, value_stride, count, out + i);
+    if (most == 0) continue;
+    float shrinks[kLanes];
+    soften_block(tile, m, rows, begin, most, transform, scratch.scores, shrinks);
+    for (int64_t row = 0; row < rows; ++row) {
+      const KeySegment& segment = segments[m + row];
+      if (counts[row] == 0) continue;
+      if (is_next(row)) {
+        values = rows_as_floats(
+            segment.values, segment.value_stride, segment.type, tile.head_size, begin, begin + counts[row],
+            scratch.values, &stride);
+      }
+      add_row_of_values(scratch.scores + row * kKeysPerBlock, shrinks[row], values, stride, counts[row], width,
+                        tile.out + (m + row) * width);
     }
   }
 }
 
 void finish_query(const QueryTile& tile, int64_t m, ElementType type, void* out, float* lse) {
+  constexpr double kLog2 = 0.69314718055994531;
   const double mass = reduce_sum(load(tile.masses + m * kLanes));
-  *lse = mass == 0.0 ? kMinusInfinity : static_cast<float>(tile.peaks[m] + __builtin_log(mass));
+  *lse = mass == 0.0 ? kMinusInfinity : static_cast<float>(tile.peaks[m] * kLog2 + __builtin_log(mass));
   const float share = mass == 0.0 ? 0.0f : static_cast<float>(1.0 / mass);
   const float* const from = tile.out + m * padded(tile.head_size);
   for (int64_t i = 0; i < tile.head_size; i += kLanes) {

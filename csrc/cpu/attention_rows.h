@@ -19,7 +19,7 @@ struct QueryTile {
   const float* q;        // [count, padded(head_size)], zero beyond head_size
   const float* q_pairs;  // the same bf16 numbers, two a word, [count, head_size / 2]; null: multiply floats
   float* out;      // [count, padded(head_size)], not yet divided by the mass
-  float* peaks;    // [count]
+  float* peaks;    // [count + 16], in units of log 2
   float* masses;   // [count, 16], one partial sum a lane
   // Each query sees the keys [first_seen, end_seen) of the segment.
   const int32_t* first_seen;
@@ -36,16 +36,17 @@ struct KeySegment {
   int64_t end;  // positions, all of them readable
 };
 
+// A score in units of log 2: q . k * scale, and of that cap * tanh where there is a cap.
 struct ScoreTransform {
   float scale;
-  float softcap;  // 0: none
+  float cap;  // 0: none
 };
 
 // Room for one block of keys and values in fp32, and of scores.
 struct AttentionScratch {
   float* keys;     // [padded(head_size), 64] or [64, padded(head_size)]
   float* values;   // [64, padded(head_size)]
-  float* scores;   // [6, 64]
+  float* scores;   // [12, 64]
   float* room;     // [16, padded(head_size)]
 };
 
@@ -55,11 +56,11 @@ struct AttentionScratch {
   /* Takes the keys [begin, end) of the segment, at most kKeysPerBlock of them, into every query. */  \
   void attend_block(const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end,     \
                     const ScoreTransform& transform, const AttentionScratch& scratch);                \
-  /* The same by dot products, where there are too few queries to pay for transposing the keys;       \
-     rounds differently. */                                                                           \
-  void attend_block_of_few(const QueryTile& tile, const KeySegment& segment, int64_t begin,           \
-                           int64_t end, const ScoreTransform& transform,                              \
-                           const AttentionScratch& scratch);                                          \
+  /* Takes the keys [begin, begin + kKeysPerBlock) of segments[m], what there is of them, into query    \
+     m: by dot products, where there are too few queries to pay for transposing the keys; rounds         \
+     differently. */                                                                                   \
+  void attend_block_of_few(const QueryTile& tile, const KeySegment* segments, int64_t begin,          \
+                           const ScoreTransform& transform, const AttentionScratch& scratch);         \
   /* out[m] = the mean of the values in `type`; lse[m] = natural log of the mass. */                  \
   void finish_query(const QueryTile& tile, int64_t m, ElementType type, void* out, float* lse);       \
   /* One query of `size` numbers as floats, padded with zeros. */                                     \

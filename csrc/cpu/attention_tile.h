@@ -45,6 +45,53 @@ struct PairWords {
 };
 #endif
 
+// Asks for the keys and values of the next block while this one is multiplied, line by line: what is
+// asked for beyond what the processor can wait for at a time is forgotten.
+class Lookahead {
+ public:
+  // The positions [begin, end) of a segment, in the course of `products` multiplied vectors.
+  Lookahead(const KeySegment& segment, int64_t head_size, int64_t begin, int64_t end, int64_t products)
+      : products_(products) {
+    const int64_t element = segment.type == ElementType::kFloat32 ? 4 : 2;
+    row_bytes_ = head_size * element;
+    strides_[0] = segment.key_stride * element;
+    strides_[1] = segment.value_stride * element;
+    row_ = segment.keys + begin * strides_[0];
+    values_ = segment.values + begin * strides_[1];
+    rows_left_ = end - begin;
+    rows_ = rows_left_;
+    lines_ = begin < end ? 2 * rows_ * ((row_bytes_ + 63) / 64) : 0;
+  }
+
+  TQ_ALWAYS_INLINE void step(int64_t multiplied) {
+    for (due_ += lines_ * multiplied; due_ >= products_; due_ -= products_) ask();
+  }
+
+ private:
+  TQ_ALWAYS_INLINE void ask() {
+    __builtin_prefetch(row_ + offset_);
+    offset_ += 64;
+    if (offset_ < row_bytes_) return;
+    offset_ = 0;
+    row_ += strides_[0];
+    if (--rows_left_ > 0) return;
+    rows_left_ = rows_;
+    row_ = values_;
+    strides_[0] = strides_[1];
+  }
+
+  int64_t products_;
+  int64_t lines_;
+  int64_t due_ = 0;
+  int64_t offset_ = 0;
+  int64_t row_bytes_;
+  int64_t rows_;
+  int64_t rows_left_;
+  int64_t strides_[2];
+  const char* row_;
+  const char* values_;
+};
+
 // c [rows, 16 * vectors] = (c * shrinks) + a [rows, depth] @ b [depth, 16 * vectors], strides and depth
 // in words; without shrinks, c holds nothing yet.
 struct Product {
@@ -59,7 +106,7 @@ struct Product {
 };
 
 template <typename Words, int kRows, int kVectors, bool kAccumulate>
-TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column) {
+TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column, Lookahead& lookahead) {
   const float* const a = x.a + row * x.a_stride;
   const float* const b = x.b + column;
   float* const c = x.c + row * x.c_stride + column;
@@ -68,6 +115,7 @@ TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column) {
     for (int v = 0; v < kVectors; ++v) sums[r][v] = load(c + r * x.c_stride + v * kLanes) * x.shrinks[row + r];
   }
   for (int64_t i = 0; i < x.depth; ++i) {
+    lookahead.step(kRows * kVectors);
     F32x16 right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + i * x.b_stride + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
@@ -81,24 +129,24 @@ TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column) {
 }
 
 template <typename Words, int kVectors, bool kAccumulate>
-static void multiply_columns(const Product& x, int64_t rows, int64_t column) {
+static void multiply_columns(const Product& x, int64_t rows, int64_t column, Lookahead& lookahead) {
   int64_t row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) {
-    multiply_tile<Words, kTileRows, kVectors, kAccumulate>(x, row, column);
+    multiply_tile<Words, kTileRows, kVectors, kAccumulate>(x, row, column, lookahead);
   }
-  for (; row + 4 <= rows; row += 4) multiply_tile<Words, 4, kVectors, kAccumulate>(x, row, column);
-  for (; row + 2 <= rows; row += 2) multiply_tile<Words, 2, kVectors, kAccumulate>(x, row, column);
-  if (row < rows) multiply_tile<Words, 1, kVectors, kAccumulate>(x, row, column);
+  for (; row + 4 <= rows; row += 4) multiply_tile<Words, 4, kVectors, kAccumulate>(x, row, column, lookahead);
+  for (; row + 2 <= rows; row += 2) multiply_tile<Words, 2, kVectors, kAccumulate>(x, row, column, lookahead);
+  if (row < rows) multiply_tile<Words, 1, kVectors, kAccumulate>(x, row, column, lookahead);
 }
 
 // `width` is a multiple of 16.
 template <typename Words, bool kAccumulate>
-static void multiply(const Product& x, int64_t rows, int64_t width) {
+static void multiply(const Product& x, int64_t rows, int64_t width, Lookahead& lookahead) {
   int64_t column = 0;
   for (; column + kTileVectors * kLanes <= width; column += kTileVectors * kLanes) {
-    multiply_columns<Words, kTileVectors, kAccumulate>(x, rows, column);
+    multiply_columns<Words, kTileVectors, kAccumulate>(x, rows, column, lookahead);
   }
-  for (; column < width; column += kLanes) multiply_columns<Words, 1, kAccumulate>(x, rows, column);
+  for (; column < width; column += kLanes) multiply_columns<Words, 1, kAccumulate>(x, rows, column, lookahead);
 }
 
 #if defined(__AVX512F__)

@@ -1,9 +1,10 @@
 // shared_prefix_attention on CPU: one pass over the prefix of a tree for all its rows, and over the
 // branch of each row, with one running softmax.
 //
-// The work is cut by (tree, key-value head, some rows); each query takes the same blocks of keys in
-// the same order however it is cut, so its result depends on neither threads nor other rows.
+// The work is cut by (tree, key-value head, some queries); each query takes the same blocks of keys
+// in the same order however it is cut, so its result depends on neither threads nor other rows.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -20,9 +21,12 @@ namespace {
 
 // Below this many queries of a row its branch is taken with a key in each lane.
 constexpr int64_t kFewQueries = 8;
-// A piece has about this many queries: enough to pay for widening the keys, and its queries and their
-// output stay in the cache.
-constexpr int64_t kQueriesPerPiece = 96;
+// A piece has at most about this many queries, which with their output stay in the cache ...
+constexpr int64_t kQueriesPerPiece = 256;
+// ... and, where there are too few pieces for the threads, not much fewer than these: they share the
+// transposing of the keys.
+constexpr int64_t kQueriesToShare = 48;
+constexpr double kLog2E = 1.4426950408889634;
 // Products below which one thread is done before another is awake, about 15 us.
 constexpr int64_t kProductsPerThread = int64_t{1} << 20;
 
@@ -63,12 +67,16 @@ struct Problem {
   int64_t queries_per_row() const { return group() * num_queries; }
 };
 
-// Some rows of one tree, one key-value head.
+// Some queries of one tree, one key-value head: those from `first` to `end` of [rows, T, group], the
+// rows counted from the tree's first.
 struct Piece {
   int64_t tree;
   int64_t head;
-  int64_t first_row;
-  int64_t end_row;
+  int64_t tree_row;
+  int64_t first;
+  int64_t end;
+
+  int64_t count() const { return end - first; }
 };
 
 // What one thread needs, sized for its largest piece and used again for the next.
@@ -94,10 +102,11 @@ class PieceWorker {
   }
 
   void start(const Piece& piece) {
-    const int64_t count = (piece.end_row - piece.first_row) * problem_.queries_per_row();
+    const int64_t count = piece.count();
     const int64_t block = kKeysPerBlock * width_;
+    const int64_t scores = 12 * kKeysPerBlock;
     const int64_t needed =
-        5 * count * width_ / 2 + 3 * padded(count) + count * 16 + 2 * block + 6 * kKeysPerBlock + 16 * width_;
+        5 * count * width_ / 2 + 3 * padded(count + 16) + count * 16 + 2 * block + scores + 16 * width_;
     if (needed > capacity_) {
       storage_.reset(new float[needed + 16]);
       const auto address = reinterpret_cast<uintptr_t>(storage_.get());
@@ -109,9 +118,9 @@ class PieceWorker {
     first_seen_ = carve<int32_t>(count);
     end_seen_ = carve<int32_t>(count);
     q_pairs_ = problem_.use_bf16_dot ? carve<float>(count * width_ / 2) : nullptr;
-    tile_ = {count, problem_.head_size, q_, q_pairs_, carve<float>(count * width_), carve<float>(count),
+    tile_ = {count, problem_.head_size, q_, q_pairs_, carve<float>(count * width_), carve<float>(count + 16),
              carve<float>(count * 16), first_seen_, end_seen_};
-    scratch_ = {carve<float>(block), carve<float>(block), carve<float>(6 * kKeysPerBlock), carve<float>(16 * width_)};
+    scratch_ = {carve<float>(block), carve<float>(block), carve<float>(scores), carve<float>(16 * width_)};
 
     const auto widen_padded = TQ_SELECT_ISA(widen_padded);
     for_each_query(piece, [&](int64_t m, int64_t row, int64_t head, int64_t t) {
@@ -122,14 +131,14 @@ class PieceWorker {
     TQ_SELECT_ISA(start_queries)(tile_);
   }
 
-  // Queries in the order (row, head of the group, t).
+  // Places of a row's queries ascend: [T, group].
   template <typename Visit>
   void for_each_query(const Piece& piece, const Visit& visit) const {
-    int64_t m = 0;
-    for (int64_t row = piece.first_row; row < piece.end_row; ++row) {
-      for (int64_t r = 0; r < problem_.group(); ++r) {
-        for (int64_t t = 0; t < problem_.num_queries; ++t) visit(m++, row, piece.head * problem_.group() + r, t);
-      }
+    const int64_t each = problem_.queries_per_row();
+    for (int64_t i = piece.first; i < piece.end; ++i) {
+      const int64_t in_row = i % each;
+      visit(i - piece.first, piece.tree_row + i / each, piece.head * problem_.group() + in_row % problem_.group(),
+            in_row / problem_.group());
     }
   }
 
@@ -143,53 +152,70 @@ class PieceWorker {
 
   void attend_prefix(const Piece& piece) {
     const int64_t length = problem_.prefix_len[piece.tree];
-    int64_t least = length;
     for_each_query(piece, [&](int64_t m, int64_t row, int64_t, int64_t t) {
       first_seen_[m] = first_in_window(length + place(row, t));
       end_seen_[m] = static_cast<int32_t>(length);
-      least = std::min<int64_t>(least, first_seen_[m]);
     });
     const KeySegment segment{
         problem_.prefix_k.at(piece.tree, piece.head, 0), problem_.prefix_v.at(piece.tree, piece.head, 0),
         problem_.prefix_k.stride(), problem_.prefix_v.stride(), problem_.type, length};
-    attend(TQ_SELECT_ISA(attend_block), tile_, segment, least);
+    attend(tile_, segment);
   }
 
   void attend_branches(const Piece& piece) {
     const int64_t each = problem_.queries_per_row();
-    const auto attend_block = each < kFewQueries ? TQ_SELECT_ISA(attend_block_of_few) : TQ_SELECT_ISA(attend_block);
-    for (int64_t row = piece.first_row; row < piece.end_row; ++row) {
-      const int64_t first = (row - piece.first_row) * each;
-      int64_t least = problem_.branch_len[row];
-      for (int64_t m = 0; m < each; ++m) {
-        const int64_t position = place(row, m % problem_.num_queries);
-        first_seen_[first + m] = first_in_window(position);
-        end_seen_[first + m] = static_cast<int32_t>(position + 1);
-        least = std::min<int64_t>(least, first_seen_[first + m]);
-      }
-      QueryTile tile = tile_;
-      tile.count = each;
-      tile.q += first * width_;
-      if (tile.q_pairs != nullptr) tile.q_pairs += first * width_ / 2;
-      tile.out += first * width_;
-      tile.peaks += first;
-      tile.masses += first * 16;
-      tile.first_seen += first;
-      tile.end_seen += first;
-      const KeySegment segment{
-          problem_.branch_k.at(row, piece.head, 0), problem_.branch_v.at(row, piece.head, 0),
-          problem_.branch_k.stride(), problem_.branch_v.stride(), problem_.type,
-          problem_.branch_len[row]};
-      attend(attend_block, tile, segment, least);
+    segments_.clear();
+    for_each_query(piece, [&](int64_t m, int64_t row, int64_t, int64_t t) {
+      first_seen_[m] = first_in_window(place(row, t));
+      end_seen_[m] = static_cast<int32_t>(place(row, t) + 1);
+      segments_.push_back(
+          {problem_.branch_k.at(row, piece.head, 0), problem_.branch_v.at(row, piece.head, 0),
+           problem_.branch_k.stride(), problem_.branch_v.stride(), problem_.type, problem_.branch_len[row]});
+    });
+    if (each < kFewQueries) return attend_few();
+    for (int64_t first = 0; first < piece.count();) {
+      const int64_t end = std::min(piece.count(), first + each - (piece.first + first) % each);
+      attend(part_of_tile(tile_, first, end), segments_[first]);
+      first = end;
     }
   }
 
-  // The block of the first key that any query sees is the first; blocks begin at multiples of their size.
-  template <typename AttendBlock>
-  void attend(AttendBlock attend_block, const QueryTile& tile, const KeySegment& segment, int64_t least) const {
-    for (int64_t j = least / kKeysPerBlock * kKeysPerBlock; j < segment.end; j += kKeysPerBlock) {
-      attend_block(tile, segment, j, std::min(j + kKeysPerBlock, segment.end), problem_.transform, scratch_);
+  // Blocks begin at multiples of their size. A query that sees nothing of a block may be left out of it;
+  // those whose keys have ended are, where they come first.
+  void attend(const QueryTile& tile, const KeySegment& segment) const {
+    const auto attend_block = TQ_SELECT_ISA(attend_block);
+    const int64_t least = *std::min_element(tile.first_seen, tile.first_seen + tile.count);
+    const int64_t most = *std::max_element(tile.end_seen, tile.end_seen + tile.count);
+    int64_t ended = 0;
+    for (int64_t j = least / kKeysPerBlock * kKeysPerBlock; j < most; j += kKeysPerBlock) {
+      while (tile.end_seen[ended] <= j) ++ended;
+      attend_block(
+          part_of_tile(tile, ended, tile.count), segment, j, std::min(j + kKeysPerBlock, segment.end),
+          problem_.transform, scratch_);
     }
+  }
+
+  void attend_few() const {
+    const auto attend_block = TQ_SELECT_ISA(attend_block_of_few);
+    const int64_t least = *std::min_element(tile_.first_seen, tile_.first_seen + tile_.count);
+    const int64_t most = *std::max_element(tile_.end_seen, tile_.end_seen + tile_.count);
+    for (int64_t j = least / kKeysPerBlock * kKeysPerBlock; j < most; j += kKeysPerBlock) {
+      attend_block(tile_, segments_.data(), j, problem_.transform, scratch_);
+    }
+  }
+
+  // The queries [first, end) of a tile.
+  QueryTile part_of_tile(const QueryTile& whole, int64_t first, int64_t end) const {
+    QueryTile tile = whole;
+    tile.count = end - first;
+    tile.q += first * width_;
+    if (tile.q_pairs != nullptr) tile.q_pairs += first * width_ / 2;
+    tile.out += first * width_;
+    tile.peaks += first;
+    tile.masses += first * 16;
+    tile.first_seen += first;
+    tile.end_seen += first;
+    return tile;
   }
 
   void finish(const Piece& piece) {
@@ -212,14 +238,16 @@ class PieceWorker {
   float* q_pairs_ = nullptr;
   int32_t* first_seen_ = nullptr;
   int32_t* end_seen_ = nullptr;
+  std::vector<KeySegment> segments_;  // the branch of each query
   QueryTile tile_{};
   AttentionScratch scratch_{};
 };
 
 // The rows of each tree are neighbours: by `tree`, ascending, or equally many of each.
 std::vector<Piece> cut_into_pieces(
-    const Problem& problem, int64_t rows, int64_t trees, const std::optional<Tensor>& tree) {
-  const int64_t rows_each = std::max<int64_t>(1, kQueriesPerPiece / std::max<int64_t>(1, problem.queries_per_row()));
+    const Problem& problem, int64_t rows, int64_t trees, const std::optional<Tensor>& tree, int64_t threads) {
+  const int64_t share = rows * problem.queries_per_row() * problem.num_kv_heads / (2 * threads);
+  const int64_t most = std::min(std::max(share, kQueriesToShare), kQueriesPerPiece);
   const int64_t* const tree_of_row = data_or_null<int64_t>(tree);
   std::vector<Piece> pieces;
   for (int64_t row = 0; row < rows;) {
@@ -228,9 +256,11 @@ std::vector<Piece> cut_into_pieces(
         g >= 0 && g < trees, "shared_prefix_attention: tree[", row, "] is ", g, ", expected 0 to ", trees - 1);
     int64_t end = row;
     while (end < rows && (tree_of_row == nullptr ? end / (rows / trees) : tree_of_row[end]) == g) ++end;
+    const int64_t count = (end - row) * problem.queries_per_row();
+    const int64_t cuts = std::max<int64_t>((count + most - 1) / most, 1);
     for (int64_t head = 0; head < problem.num_kv_heads; ++head) {
-      for (int64_t first = row; first < end; first += rows_each) {
-        pieces.push_back({g, head, first, std::min(first + rows_each, end)});
+      for (int64_t cut = 0; cut < cuts; ++cut) {
+        pieces.push_back({g, head, row, count * cut / cuts, count * (cut + 1) / cuts});
       }
     }
     row = end;
@@ -268,6 +298,11 @@ bool can_multiply_pairs(ElementType type, int64_t head_size) {
   return has_bf16_dot && current_isa() == Isa::kAvx512 && type == ElementType::kBFloat16 && head_size % 32 == 0;
 }
 
+ScoreTransform transform_of(double scale, std::optional<double> softcap) {
+  if (!softcap.has_value()) return {static_cast<float>(scale * kLog2E), 0.0f};
+  return {static_cast<float>(scale / *softcap), static_cast<float>(*softcap * kLog2E)};
+}
+
 bool splits_evenly(int64_t rows, int64_t trees) { return trees == 0 ? rows == 0 : rows % trees == 0; }
 
 }  // namespace
@@ -299,7 +334,7 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
       static_cast<const int64_t*>(branch_lens.const_data_ptr()),
       element_type_of(q, op, "q"),
       static_cast<int64_t>(q.element_size()),
-      {static_cast<float>(scale), static_cast<float>(softcap.value_or(0.0))},
+      transform_of(scale, softcap),
       window.value_or(0),
       q.size(1),
       prefix_k.size(1),
@@ -311,13 +346,14 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
   if (lse.numel() == 0) return {out, lse};
   check_lengths("prefix_len", prefix_lens, 0, prefix_k.size(2));
   check_lengths("branch_len", branch_lens, 0, branch_k.size(2));
-  const std::vector<Piece> pieces = cut_into_pieces(problem, rows, prefix_k.size(0), tree);
-  const int64_t num_pieces = static_cast<int64_t>(pieces.size());
   const int64_t products = 2 * lse.numel() * q.size(3) * (prefix_k.size(2) + branch_k.size(2));
-  const int64_t grain = std::max<int64_t>(1, num_pieces * kProductsPerThread / std::max<int64_t>(products, 1));
-  torch::stable::parallel_for(0, num_pieces, grain, [&](int64_t begin, int64_t end) {
+  const int64_t threads = std::clamp<int64_t>(products / kProductsPerThread, 1, torch::stable::get_num_threads());
+  const std::vector<Piece> pieces = cut_into_pieces(problem, rows, prefix_k.size(0), tree, threads);
+  // Whoever is free takes the next one: they differ in size.
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     PieceWorker worker(problem);
-    for (int64_t i = begin; i < end; ++i) worker.run(pieces[i]);
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces.size();) worker.run(pieces[i]);
   });
   return {out, lse};
 }

@@ -6,21 +6,39 @@
 namespace tq {
 namespace TQ_ISA {
 
-// exp(x) for x in [-87.3, 0], within 2 units in the last place: 2^whole * 2^rest, |rest| <= 1/2,
-// the second by a polynomial fitted to a relative error of 9e-8 with exp(0) = 1 exactly.
-TQ_INLINE F32x16 exp_in_range(F32x16 x) {
-  const F32x16 log2_e = broadcast(1.44269504088896341f);
-  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the float.
-  const F32x16 magic = broadcast(12582912.0f);
-  const F32x16 shifted = x * log2_e + magic;
-  const F32x16 whole = shifted - magic;
-  const F32x16 rest = x * log2_e - whole;
+// Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the float.
+constexpr float kRoundingShift = 12582912.0f;
+
+// 2^whole * 2^rest, whole = shifted - kRoundingShift from -126 to 0 and |rest| <= 1/2: the second by a
+// polynomial fitted to a relative error of 9e-8, exactly 1 at 0.
+TQ_INLINE F32x16 exp2_of(F32x16 shifted, F32x16 rest) {
   F32x16 poly = rest * 1.3264727e-3f + 9.6715128e-3f;
   poly = poly * rest + 5.5507337e-2f;
   poly = poly * rest + 2.4022242e-1f;
   poly = poly * rest + 6.9314698e-1f;
   poly = poly * rest + 1.0f;
   return (F32x16)((U32x16)poly + ((U32x16)shifted << 23));
+}
+
+// exp(x) for x in [-87.3, 0], within 2 units in the last place.
+TQ_INLINE F32x16 exp_in_range(F32x16 x) {
+  const F32x16 log2_e = broadcast(1.44269504088896341f);
+  const F32x16 shifted = x * log2_e + broadcast(kRoundingShift);
+  return exp2_of(shifted, x * log2_e - (shifted - broadcast(kRoundingShift)));
+}
+
+// 2^x for x <= 0; exactly 0 below 2^-126, so for -inf too. NaN stays NaN.
+TQ_INLINE F32x16 exp2_nonpositive(F32x16 x) {
+  const F32x16 lowest = broadcast(-126.0f);
+  const F32x16 in_range = max_or_second(lowest, x);
+  const F32x16 shifted = in_range + broadcast(kRoundingShift);
+  const F32x16 result = exp2_of(shifted, in_range - (shifted - broadcast(kRoundingShift)));
+#if defined(__AVX512F__)
+  const __mmask16 is_kept = _mm512_cmp_ps_mask((__m512)x, (__m512)lowest, _CMP_NLT_UQ);
+  return (F32x16)_mm512_maskz_mov_ps(is_kept, (__m512)result);
+#else
+  return (F32x16)((I32x16)result & ~(I32x16)(x < lowest));
+#endif
 }
 
 constexpr float kLowestExponent = -87.0f;

@@ -49,29 +49,49 @@ TQ_INLINE void transpose_16x16(const float* from, int64_t stride, float* to, int
 #endif
 }
 
-// Lane i: the sum of the lanes of sums[i].
-TQ_INLINE F32x16 add_across(F32x16 (&sums)[kLanes]) {
+struct AddLanes {
 #if defined(__AVX512F__)
-  // Four rounds, each adding the halves of two vectors into one: of quads, pairs, numbers.
+  TQ_INLINE __m512 both(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+#else
+  TQ_INLINE float all(F32x16 x) { return add_lanes(x); }
+#endif
+};
+
+struct MaxLanes {
+#if defined(__AVX512F__)
+  TQ_INLINE __m512 both(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+#else
+  TQ_INLINE float all(F32x16 x) { return reduce_max(x); }
+#endif
+};
+
+template <typename Reduce>
+TQ_INLINE F32x16 reduce_across(const F32x16 (&x)[kLanes]) {
+#if defined(__AVX512F__)
+  // Four rounds, each taking the halves of two vectors into one: of quads, pairs, numbers.
   __m512 r[kLanes];
-  for (int i = 0; i < kLanes; ++i) r[i] = (__m512)sums[i];
+  for (int i = 0; i < kLanes; ++i) r[i] = (__m512)x[i];
   for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[i], r[i + 8], 0x44), _mm512_shuffle_f32x4(r[i], r[i + 8], 0xee));
+    r[i] = Reduce::both(_mm512_shuffle_f32x4(r[i], r[i + 8], 0x44), _mm512_shuffle_f32x4(r[i], r[i + 8], 0xee));
   }
   for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd));
+    r[i] = Reduce::both(_mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd));
   }
-  // r[i], 128 bits at a time: what is left of sums i, i + 8, i + 4, i + 12.
-  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
-  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
-  const __m512 mixed = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  // r[i], 128 bits at a time: what is left of vectors i, i + 8, i + 4, i + 12.
+  const __m512 a = Reduce::both(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
+  const __m512 b = Reduce::both(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
+  const __m512 mixed = Reduce::both(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
   return (F32x16)_mm512_shuffle_f32x4(mixed, mixed, 0xd8);
 #else
   F32x16 out;
-  for (int i = 0; i < kLanes; ++i) out[i] = add_lanes(sums[i]);
+  for (int i = 0; i < kLanes; ++i) out[i] = Reduce::all(x[i]);
   return out;
 #endif
 }
+
+// Lane i: the sum, the largest of the lanes of x[i]; no NaN among those compared.
+TQ_INLINE F32x16 add_across(const F32x16 (&x)[kLanes]) { return reduce_across<AddLanes>(x); }
+TQ_INLINE F32x16 max_across(const F32x16 (&x)[kLanes]) { return reduce_across<MaxLanes>(x); }
 
 }  // namespace TQ_ISA
 }  // namespace tq
