@@ -136,7 +136,7 @@ def test_rows_can_be_put_in_another_order_and_some_left_behind(name: str, random
     assert_logits(model, forest.tip[:1], [[*prompts[0], 5]])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral-sliding"])
+@pytest.mark.parametrize("name", zoo.LANGUAGE_MODELS)
 def test_score_rows_sums_the_log_probabilities_of_the_plain_model(
     name: str, random_ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +154,8 @@ def test_score_rows_sums_the_log_probabilities_of_the_plain_model(
     sums = forest.score_rows(rows, trees, vocab_size=zoo.VOCAB_SIZE)
     # The error of one log-prob, up to eight times.
     assert sums == pytest.approx(expected, abs=8 * ATOL)
-    # In several passes, where the logits of one would be too large.
+    # From the model's own logits, in several passes: those of one would be too large.
+    monkeypatch.setattr("tq_fast.models.language.linear_head", lambda model: None)
     monkeypatch.setattr("tq_fast.models.language._LOGITS_BYTES", 2 * 4 * zoo.VOCAB_SIZE * 8)
     assert forest.score_rows(rows, trees, vocab_size=zoo.VOCAB_SIZE) == pytest.approx(
         expected, abs=8 * ATOL

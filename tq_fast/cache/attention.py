@@ -137,8 +137,8 @@ def forest_attention(
             layer.prefix_k[: cache.num_trees, :, : now.max_prefix],
             layer.prefix_v[: cache.num_trees, :, : now.max_prefix],
             now.prefix_len,
-            layer.branch_k[: now.num_rows, :, : now.max_branch],
-            layer.branch_v[: now.num_rows, :, : now.max_branch],
+            layer.branch_k[now.rows, :, : now.max_branch],
+            layer.branch_v[now.rows, :, : now.max_branch],
             now.branch_len,
         )
         tree = now.tree

@@ -45,20 +45,20 @@ class PrefillPass:
 
 @dataclasses.dataclass(frozen=True)
 class BranchPass:
-    """One forward pass over T new tokens of the first `num_rows` rows.
+    """One forward pass over T new tokens of some rows.
 
     Attributes:
-        num_rows: rows in this pass, the first of the branch buffers.
+        rows: the rows of this pass, n of them one after the other.
         where: branch tokens that the new ones become; a tensor (int64 `[T]`) where only the device
             knows.
-        tree: tree of each row, int64 `[N]`, ascending; None: `row // (N // G)`.
+        tree: tree of each row, int64 `[n]`, ascending; None: `row // (n // G)`.
         prefix_len: prefix tokens of each tree, int64 `[G]`.
-        branch_len: branch tokens of each row after the pass, int64 `[N]`.
+        branch_len: branch tokens of each row after the pass, int64 `[n]`.
         max_prefix: no prefix is longer.
         max_branch: no branch is longer.
     """
 
-    num_rows: int
+    rows: slice
     where: slice | torch.Tensor
     tree: torch.Tensor | None
     prefix_len: torch.Tensor
@@ -112,14 +112,15 @@ class ForestCache(Cache):
         num_tokens: int,
         tree: torch.Tensor | None,
         device: torch.device,
+        first_row: int = 0,
     ) -> BranchPass:
-        """Describe a pass of `num_tokens` new tokens for the first `num_rows` rows."""
-        assert num_rows <= self.num_rows, (num_rows, self.num_rows)
+        """Describe a pass of `num_tokens` new tokens for `num_rows` rows from `first_row` on."""
+        assert first_row + num_rows <= self.num_rows, (first_row, num_rows, self.num_rows)
         assert start + num_tokens <= self.branch_capacity, (start, num_tokens)
         prefix_len = torch.tensor(self.prefix_len[: self.num_trees], device=device)
         branch_len = torch.full((num_rows,), start + num_tokens, device=device)
         return BranchPass(
-            num_rows,
+            slice(first_row, first_row + num_rows),
             slice(start, start + num_tokens),
             tree,
             prefix_len,
@@ -139,7 +140,7 @@ class ForestCache(Cache):
         """
         num_rows = tree.shape[0]
         return BranchPass(
-            num_rows,
+            slice(num_rows),
             depth,
             tree,
             prefix_len,
@@ -170,9 +171,9 @@ class ForestCache(Cache):
             assert isinstance(now, BranchPass), "a forward pass outside of the forest"
             for buffer, states in ((layer.branch_k, key_states), (layer.branch_v, value_states)):
                 if isinstance(now.where, slice):
-                    buffer[: now.num_rows, :, now.where] = states
+                    buffer[now.rows, :, now.where] = states
                 else:
-                    buffer[: now.num_rows].index_copy_(2, now.where, states)
+                    buffer[now.rows].index_copy_(2, now.where, states)
         self.current_layer = layer
         return key_states, value_states
 

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from .. import ops
 from ..cache import ForestCache, SavedTokens
 from ..cache.attention import running
 from ..cache.forest import BranchPass, PrefillPass
 from ..errors import BackendRefused, UnsupportedModel
 from .few_rows import FewRows
+from .head import LinearHead, linear_head
+from .packing import split_by_length
 
 # Logits that one scoring pass may hold, in bytes.
 _LOGITS_BYTES = 256 << 20
@@ -77,16 +80,22 @@ class Forest:
         *,
         start: int,
         tree: torch.Tensor | None,
+        first_row: int = 0,
         **options: object,
     ) -> object:
-        """Push `tokens` `[n, T]` through the first n rows, which hold `start` tokens already.
+        """Push `tokens` `[n, T]` through n rows, which hold `start` tokens already.
 
         `tree` is the tree of each row (int64 `[n]`, ascending); None: n is a multiple of G and row
         i belongs to tree `i // (n // G)`.
         """
         num_rows, num_tokens = tokens.shape
         branch_pass = self.cache.branch_pass(
-            num_rows=num_rows, start=start, num_tokens=num_tokens, tree=tree, device=self.device
+            num_rows=num_rows,
+            start=start,
+            num_tokens=num_tokens,
+            tree=tree,
+            device=self.device,
+            first_row=first_row,
         )
         prefix_len = branch_pass.prefix_len
         if tree is None:
@@ -174,27 +183,56 @@ class LanguageForest(Forest):
     ) -> list[float]:
         """Sum of log p of every token of `rows[i]` but its first, after the prefix of `trees[i]`.
 
-        Natural log; ids from `vocab_size` on do not take part. Rows go through the model in as few
-        forward passes as `_LOGITS_BYTES` allows.
+        Natural log; ids from `vocab_size` on do not take part. Where the head is a matrix, the
+        logits are never whole, and fp32 from the product onward; else they are the model's own.
         """
-        width = max(map(len, rows))
-        per_pass = max(1, _LOGITS_BYTES // (4 * self.vocab_size * (width - 1)))
-        per_pass = min(per_pass, self.cache.num_rows)
-        self.cache.reserve(prefix_capacity=0, branch_capacity=width - 1)
-        sums: list[float] = []
-        for start in range(0, len(rows), per_pass):
-            chunk = rows[start : start + per_pass]
+        lengths = [len(row) - 1 for row in rows]
+        self.cache.reserve(prefix_capacity=0, branch_capacity=max(lengths))
+        head = linear_head(self.model)
+        per_pass = self.cache.num_rows
+        if head is None:
+            fitting = _LOGITS_BYTES // (4 * self.vocab_size * max(lengths))
+            per_pass = min(per_pass, max(1, fitting))
+        sums = [0.0] * len(rows)
+        for chunk in split_by_length(lengths, device_type=self.device.type, max_rows=per_pass):
+            width = max(lengths[i] for i in chunk)
             tokens = torch.tensor(
-                [[*row, *[0] * (width - len(row))] for row in chunk], device=self.device
+                [[*rows[i], *[0] * (width - lengths[i])] for i in chunk], device=self.device
             )
-            tree = torch.tensor(trees[start : start + per_pass], device=self.device)
-            output = self.run_branches(self.model, tokens[:, :-1], start=0, tree=tree)
-            logprobs = output.logits[..., :vocab_size].float().log_softmax(-1)
-            picked = logprobs.gather(2, tokens[:, 1:, None]).squeeze(2)
-            lengths = torch.tensor([len(row) - 1 for row in chunk], device=self.device)
-            used = torch.arange(width - 1, device=self.device) < lengths[:, None]
-            sums += torch.where(used, picked, 0.0).sum(1).tolist()
+            used = torch.tensor([lengths[i] for i in chunk], device=self.device)
+            tree = torch.tensor([trees[i] for i in chunk], device=self.device)
+            found = self._score_pass(head, tokens, used, tree, vocab_size)
+            for i, logprob in zip(chunk, found.tolist(), strict=True):
+                sums[i] = logprob
         return sums
+
+    def _score_pass(
+        self,
+        head: LinearHead | None,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor,
+        tree: torch.Tensor,
+        vocab_size: int,
+    ) -> torch.Tensor:
+        """The sums `[n]` of rows `[n, 1 + T]`, of which `lengths` `[n]` tokens count."""
+        module = self.model if head is None else head.backbone
+        output = self.run_branches(module, tokens[:, :-1], start=0, tree=tree)
+        if head is not None:
+            return ops.linear_trajectory_logprob(
+                output.last_hidden_state,
+                head.weight,
+                tokens[:, 1:],
+                lengths,
+                bias=head.bias,
+                scale=head.scale,
+                softcap=head.softcap,
+                vocab_size=vocab_size,
+                backend=self.backend,
+            )
+        logprobs = output.logits[..., :vocab_size].float().log_softmax(-1)
+        picked = logprobs.gather(2, tokens[:, 1:, None]).squeeze(2)
+        used = torch.arange(picked.shape[1], device=self.device) < lengths[:, None]
+        return torch.where(used, picked, 0.0).sum(1)
 
     def commit(
         self,
