@@ -13,6 +13,9 @@ namespace tq {
 // Bytes of weights below which a thread more does not pay.
 constexpr int64_t kLinearBytesPerThread = int64_t{1} << 16;
 
+// Parts of x below which a thread more does not pay for packing it.
+constexpr int64_t kPackedPartsPerThread = 4;
+
 // A vector that lies across two lines takes two loads.
 constexpr int64_t kCacheLine = 64;
 
@@ -47,30 +50,38 @@ inline void run_linear_layers(
   packed.resize(std::max<size_t>(packed.size(), packed_bytes(rows, size_in) + kCacheLine));
   const auto address = reinterpret_cast<uintptr_t>(packed.data());
   void* const packed_x = packed.data() + (kCacheLine - address % kCacheLine) % kCacheLine;
-  const bool use_bf16_dot = has_bf16_dot && current_isa() == Isa::kAvx512;
+  const bool is_avx512 = current_isa() == Isa::kAvx512;
+  const bool use_bf16_dot = has_bf16_dot && is_avx512;
+  const bool is_many = is_avx512 && rows >= kLeastManyRows;
 
   std::vector<FewRowsProduct> products;
-  std::vector<int64_t> ends;  // of each layer's tiles, numbered through
-  int64_t num_tiles = 0;
+  std::vector<int64_t> ends;  // of each layer's units of outputs, numbered through
+  int64_t num_units = 0;
   for (const LinearOutput& output : outputs) {
     const LinearLayer& layer = output.layer;
     products.push_back(
         {layer.weight.const_data_ptr(), layer.weight.stride(0), data_or_null<void>(layer.bias), packed_x, output.out,
-         type, use_bf16_dot, rows, size_in, layer.size_out()});
-    num_tiles += (layer.size_out() + kWeightRowsPerTile - 1) / kWeightRowsPerTile;
-    ends.push_back(num_tiles);
+         type, use_bf16_dot, is_many, rows, size_in, layer.size_out()});
+    const int64_t unit = outputs_per_unit(products.back());
+    num_units += (layer.size_out() + unit - 1) / unit;
+    ends.push_back(num_units);
   }
-  if (rows == 0 || num_tiles == 0) return;
-  TQ_SELECT_ISA(pack_rows)(products.front(), x, stride, packed_x);
+  if (rows == 0 || num_units == 0) return;
+  const FewRowsProduct& any = products.front();
+  const int64_t parts = packing_parts(any);
+  torch::stable::parallel_for(0, parts, kPackedPartsPerThread, [&](int64_t begin, int64_t end) {
+    TQ_SELECT_ISA(pack_rows)(any, x, stride, packed_x, begin, end);
+  });
 
+  const int64_t unit = outputs_per_unit(any);
   const int64_t element = type == ElementType::kFloat32 ? 4 : 2;
-  const int64_t tile_bytes = std::max<int64_t>(1, kWeightRowsPerTile * size_in * element);
-  const int64_t grain = std::max<int64_t>(1, kLinearBytesPerThread / tile_bytes);
-  torch::stable::parallel_for(0, num_tiles, grain, [&](int64_t begin, int64_t end) {
+  const int64_t unit_bytes = std::max<int64_t>(1, unit * size_in * element);
+  const int64_t grain = std::max<int64_t>(1, kLinearBytesPerThread / unit_bytes);
+  torch::stable::parallel_for(0, num_units, grain, [&](int64_t begin, int64_t end) {
     int64_t first = 0;
     for (size_t i = 0; i < products.size(); first = ends[i++]) {
-      const int64_t from = (std::max(begin, first) - first) * kWeightRowsPerTile;
-      const int64_t to = std::min((std::min(end, ends[i]) - first) * kWeightRowsPerTile, products[i].size_out);
+      const int64_t from = (std::max(begin, first) - first) * unit;
+      const int64_t to = std::min((std::min(end, ends[i]) - first) * unit, products[i].size_out);
       if (from < to) TQ_SELECT_ISA(multiply_few_rows)(products[i], from, to);
     }
   });

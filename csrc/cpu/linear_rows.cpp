@@ -1,6 +1,6 @@
 #include "cpu/linear_rows.h"
 
-#include "cpu/linear_tile.h"
+#include "cpu/linear_many.h"
 
 namespace tq {
 namespace TQ_ISA {
@@ -17,41 +17,14 @@ constexpr int kMostTileRows = 3;
 constexpr int tile_weight_rows(int tile_rows) { return tile_rows == 1 ? 1 : 2; }
 #endif
 
-// Rows of x that stay in the first-level cache while the weights stream by, and columns of them.
+// Rows of x that stay in the first-level cache while the weights stream by.
 constexpr int64_t kGroupRows = 12;
-constexpr int64_t kMostColumns = 768;
 // Bytes of a panel of weights, which groups of rows share from the second-level cache.
 constexpr int64_t kPanelBytes = 1 << 18;
 constexpr int64_t kLeastPanelRows = 16;
 constexpr int64_t kMostPanelRows = 64;
 // Between a weight's prefetch and its use, in times four weight rows.
 TQ_INLINE int64_t fours_ahead(int64_t rows) { return rows <= kRowsBesideWeights ? 1 : 2; }
-
-// The columns in blocks of `size`, whole steps; those that fill no step are a block of their own.
-struct Blocks {
-  int64_t size;
-  int64_t whole;  // columns in whole steps
-  int64_t count;
-};
-
-template <typename Step>
-TQ_INLINE Blocks blocks_of(int64_t size_in) {
-  const int64_t steps = size_in / Step::kColumns;
-  const int64_t whole = steps * Step::kColumns;
-  const int64_t num_whole = (whole + kMostColumns - 1) / kMostColumns;
-  const int64_t size = num_whole > 0 ? (steps + num_whole - 1) / num_whole * Step::kColumns : Step::kColumns;
-  return {size, whole, (whole + size - 1) / size + (whole < size_in ? 1 : 0)};
-}
-
-// A step of stored elements, the first `count` of them copied and the others zero.
-template <typename Step>
-struct PaddedStep {
-  typename Step::Stored values[Step::kColumns] = {};
-
-  PaddedStep(const typename Step::Stored* from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) values[i] = from[i];
-  }
-};
 
 // Block by block, in each the rows one after the other.
 template <typename Step>
@@ -118,26 +91,6 @@ AddFour<Step> add_four_for(int64_t rows) {
   return kFunctions[rows - 1];
 }
 
-// The outputs [first, last) of the rows [begin, end) of x: their sums, and the bias, rounded once.
-template <typename Element>
-void finish_rows(
-    const FewRowsProduct& product, int64_t begin, int64_t end, int64_t first, int64_t last, const float* sums) {
-  const auto* const bias = static_cast<const typename Element::Stored*>(product.bias);
-  for (int64_t m = begin; m < end; ++m) {
-    const float* const from = sums + (m - begin) * kMostPanelRows - first;
-    auto* const to = static_cast<typename Element::Stored*>(product.out) + m * product.size_out;
-    int64_t i = first;
-    for (; i + kLanes <= last; i += kLanes) {
-      const F32x16 value = load(from + i);
-      Element::store_rounded(to + i, bias != nullptr ? value + Element::vector(bias + i) : value);
-    }
-    for (; i < last; ++i) to[i] = Element::rounded(bias != nullptr ? from[i] + Element::scalar(bias[i]) : from[i]);
-  }
-}
-
-// A range of `size` cut into `count` parts that differ by one at most.
-TQ_INLINE int64_t part_begin(int64_t size, int64_t count, int64_t part) { return size * part / count; }
-
 // One thread's share of a product, in panels of weight rows; each meets all rows of x, in groups.
 template <typename Step>
 class Share {
@@ -182,7 +135,7 @@ class Share {
         multiply_block(operands, block, begin, end, sums + (row - panel));
       }
     }
-    finish_rows<typename Step::Element>(product_, begin, end, panel, last, sums);
+    finish_rows<typename Step::Element>(product_, begin, end, panel, last, sums, kMostPanelRows);
   }
 
   // Four weight rows, so far from their first column, times the rows [begin, end) of x.
@@ -262,12 +215,23 @@ TQ_INLINE void with_step(const FewRowsProduct& product, const Run& run) {
 
 }  // namespace
 
-void pack_rows(const FewRowsProduct& product, const void* x, int64_t x_stride, void* to) {
-  with_step(product, [&](auto step) { pack_typed<decltype(step)>(product, x, x_stride, to); });
+void pack_rows(
+    const FewRowsProduct& product, const void* x, int64_t x_stride, void* to, int64_t first, int64_t last) {
+  with_step(product, [&](auto step) {
+#if defined(__AVX512F__)
+    if (product.is_many) return pack_many<decltype(step)>(product, x, x_stride, to, first, last);
+#endif
+    if (first < last) pack_typed<decltype(step)>(product, x, x_stride, to);
+  });
 }
 
 void multiply_few_rows(const FewRowsProduct& product, int64_t begin, int64_t end) {
-  with_step(product, [&](auto step) { Share<decltype(step)>(product, begin, end).multiply(); });
+  with_step(product, [&](auto step) {
+#if defined(__AVX512F__)
+    if (product.is_many) return ManyShare<decltype(step)>(product, end).multiply(begin);
+#endif
+    Share<decltype(step)>(product, begin, end).multiply();
+  });
 }
 
 }  // namespace TQ_ISA

@@ -7,11 +7,9 @@ namespace tq {
 namespace TQ_ISA {
 
 #if defined(__AVX512F__)
-// As transpose_16x16, of any words of 32 bits, on any boundary; `stride` is in bytes.
-TQ_INLINE void transpose_16x16_words(const char* from, int64_t stride, float* to, int64_t to_stride) {
-  __m512 r[16];
+// Word i of r[j] becomes word j of r[i].
+TQ_INLINE void transpose_in_registers(__m512 (&r)[16]) {
   __m512 t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * stride);
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
@@ -30,11 +28,19 @@ TQ_INLINE void transpose_16x16_words(const char* from, int64_t stride, float* to
     const __m512 high = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
     const __m512 low_odd = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
     const __m512 high_odd = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-    _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(low, high, 0x88));
-    _mm512_storeu_ps(to + (c + 8) * to_stride, _mm512_shuffle_f32x4(low, high, 0xdd));
-    _mm512_storeu_ps(to + (c + 4) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
-    _mm512_storeu_ps(to + (c + 12) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd));
+    r[c] = _mm512_shuffle_f32x4(low, high, 0x88);
+    r[c + 8] = _mm512_shuffle_f32x4(low, high, 0xdd);
+    r[c + 4] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+    r[c + 12] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
   }
+}
+
+// As transpose_16x16, of any words of 32 bits, on any boundary; `stride` is in bytes.
+TQ_INLINE void transpose_16x16_words(const char* from, int64_t stride, float* to, int64_t to_stride) {
+  __m512 r[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * stride);
+  transpose_in_registers(r);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * to_stride, r[i]);
 }
 #endif
 

@@ -24,6 +24,7 @@ FUSED = ["llama", "mistral", "qwen2"]
 def any_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fused layers whatever instruction set the kernels use here."""
     monkeypatch.setattr(few_rows, "most_rows", lambda dtype: 1000)
+    monkeypatch.setattr(few_rows, "most_rows_of_a_layer", lambda dtype: 1000)
     yield
 
 

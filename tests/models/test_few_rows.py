@@ -94,5 +94,6 @@ def test_a_range_of_rows_for_every_processor(monkeypatch, isa, traits) -> None:
     for dtype in TOLERANCE:
         most = few_rows.most_rows(dtype)
         assert (most == 0) == (isa == "base")
-    assert few_rows.most_rows(torch.float64) == 0
+        assert few_rows.most_rows_of_a_layer(dtype) >= most
+    assert few_rows.most_rows(torch.float64) == few_rows.most_rows_of_a_layer(torch.float64) == 0
     assert few_rows.most_rows_transposed(torch.bfloat16) == (80 if "amx" in traits else 0)
