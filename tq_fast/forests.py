@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from .config import DecodeConfig
 from .memory import Needs
+from .models.classifiers import CausalReward
 from .models.language import LanguageForest, check_runs
-from .models.reward import CausalReward, Reward
+from .models.reward import Opening, Reward
 from .prompts import Prompt
 from .results import Response
 from .rollout_graphs import RolloutGraphs
@@ -54,14 +55,16 @@ def open_players(
         "few_rows": rules.levers.few_rows,
     }
 
+    opening = Opening(
+        prompts,
+        num_rows=num_rows,
+        max_new=config.max_new_tokens + branch,
+        backend=config.backend,
+        waiting=later,
+    )
+
     def score_by(reward: Reward, bounds: tuple[float, float] | None) -> Scorer:
-        session = reward.open(
-            prompts,
-            waiting=later,
-            num_rows=num_rows,
-            max_new=config.max_new_tokens + branch,
-            backend=config.backend,
-        )
+        session = reward.open(opening)
         return Scorer(session, active, bounds=bounds, remembers=rules.levers.score_once)
 
     sft = None

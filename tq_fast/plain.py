@@ -11,6 +11,7 @@ from .cache.sharing import share_prefix
 from .config import DecodeConfig
 from .errors import DecodingError, InvalidArgument
 from .memory import ForestSize, Needs, check_sizes, fit_forest
+from .models.classifiers import CausalReward
 from .models.language import LanguageForest, check_runs, max_positions
 from .models.loading import (
     ModelLike,
@@ -23,7 +24,7 @@ from .models.loading import (
     load_tokenizer,
     place_models,
 )
-from .models.reward import CausalReward, RewardFunction, Texts
+from .models.reward import Opening, RewardFunction, Texts
 from .progress import TokenBar
 from .prompts import Prompt, PromptLike, read_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response
@@ -230,7 +231,7 @@ class PlainDecoder:
         stats: DecodeStats,
     ) -> list[float]:
         session = self.reward.open(
-            prompts, num_rows=per_call, max_new=config.max_new_tokens, backend=config.backend
+            Opening(prompts, per_call, max_new=config.max_new_tokens, backend=config.backend)
         )
         responses = [Response(tree, prompt) for tree, prompt in enumerate(prompts)]
         scorer = Scorer(session, responses, bounds=None, remembers=False)

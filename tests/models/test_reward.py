@@ -12,14 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tests import zoo
 from tests.models.texts import ATOL, CHATS, PROMPTS, encoder, plain_score, scorer, whole_text
-from tq_fast.models.reward import (
-    CallableReward,
-    CausalReward,
-    ClassifierReward,
-    EncoderReward,
-    RewardSession,
-    Texts,
-)
+from tq_fast.models.classifiers import CausalReward, ClassifierReward, EncoderReward
+from tq_fast.models.reward import CallableReward, Opening, RewardSession, Texts
 from tq_fast.prompts import Prompt, read_prompts
 
 ROWS_PER_TREE = 3
@@ -59,9 +53,8 @@ def walk(num_trees: int, num_steps: int, vocab_size: int, seed: int = 0) -> list
 
 
 def open_reward(reward: ClassifierReward | CallableReward, prompts: list[Prompt]) -> RewardSession:
-    return reward.open(
-        prompts, num_rows=len(prompts) * ROWS_PER_TREE, max_new=12 + HORIZON, backend=None
-    )
+    num_rows = len(prompts) * ROWS_PER_TREE
+    return reward.open(Opening(prompts, num_rows, max_new=12 + HORIZON, backend=None))
 
 
 def num_not_in_common(trees: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
@@ -85,7 +78,11 @@ def scores_of(session: RewardSession, step: Step) -> tuple[list[float], int]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral-sliding", "gpt2", "opt", "gpt-oss"])
-def test_token_ids_are_scored_as_a_whole_and_encoded_once(architecture: str) -> None:
+@pytest.mark.parametrize("cost_of_a_pass", [0, 1000])
+def test_token_ids_are_scored_as_a_whole_and_encoded_once(
+    architecture: str, cost_of_a_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tq_fast.models.packing._CPU_PASS", cost_of_a_pass)
     model = zoo.classifier(architecture)
     given = [[5, 6, 7], list(range(3, 20)), [9]]
     prompts = read_prompts(given, None, vocab_size=zoo.VOCAB_SIZE)
@@ -94,10 +91,11 @@ def test_token_ids_are_scored_as_a_whole_and_encoded_once(architecture: str) -> 
         scores, num_tokens = scores_of(session, step)
         rows = [given[tree] + ids for tree, ids in zip(step.trees, step.responses, strict=True)]
         assert scores == pytest.approx([plain_score(model, row) for row in rows], abs=ATOL)
-        # Of each row only the candidate and its roll-out, padded to the longest of them.
-        width = max(map(len, step.responses)) - number
+        # Of each row only the candidate and its roll-out, padded to the longest that it goes with.
+        new = [len(ids) - number for ids in step.responses]
+        padded = sum(new) if cost_of_a_pass == 0 else max(new) * len(new)
         new_prompts = sum(map(len, given)) if number == 0 else 0
-        assert num_tokens <= new_prompts + len(rows) * width
+        assert num_tokens <= new_prompts + padded
 
 
 @pytest.mark.parametrize(
@@ -288,7 +286,7 @@ def test_an_encoder_scores_whole_texts_whatever_stands_beside_them(
 def test_an_encoder_reads_more_texts_than_one_batch_holds(
     tokenizers: Tokenizers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tq_fast.models.reward._TEXT_BATCH", 4)
+    monkeypatch.setattr("tq_fast.models.classifiers._TEXT_BATCH", 4)
     ours = tokenizers["bytes"]
     model = encoder(len(ours))
     prompts = read_prompts(PROMPTS, ours, vocab_size=len(ours))

@@ -16,6 +16,7 @@ from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..errors import InvalidArgument, TqFastError
 from ..models.loading import end_token_ids
+from ..models.reward import Opening
 from ..models.tiny import TinyWorld, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from .demo_view import DemoResult, MethodResult, show_demo
@@ -157,7 +158,7 @@ def score(
 ) -> MethodResult:
     """Score responses by the reward model and by the exact reward of the embedded world."""
     session = decoder.reward.open(
-        prompts, num_rows=len(prompts), max_new=max(map(len, responses)), backend=None
+        Opening(prompts, len(prompts), max_new=max(map(len, responses)), backend=None)
     )
     with torch.no_grad():
         rewards = session.score(range(len(prompts)), responses)

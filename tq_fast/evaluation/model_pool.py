@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InvalidArgument, TqFastError
 from ..models.loading import load_language_model, load_reward, load_tokenizer
-from ..models.reward import CallableReward, Reward, Texts
+from ..models.reward import CallableReward, Opening, Reward, Texts
 from ..models.tiny import baseline_gold_reward, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from .config import Models, ModelSource
@@ -60,7 +60,7 @@ class LoadedModels:
         """Scores of whole responses (new token ids) under a reward."""
         longest = max(map(len, responses))
         session = self.rewards[role].open(
-            prompts, num_rows=len(prompts), max_new=longest, backend=None
+            Opening(prompts, len(prompts), max_new=longest, backend=None)
         )
         return [float(score) for score in session.score(range(len(prompts)), responses)]
 

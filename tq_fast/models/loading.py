@@ -19,16 +19,9 @@ from transformers import (
 )
 
 from ..errors import InvalidArgument, UnsupportedModel
+from .classifiers import CausalReward, EncoderReward, is_causal_classifier
 from .language import check_supported
-from .reward import (
-    CallableReward,
-    CausalReward,
-    EncoderReward,
-    Reward,
-    RewardFunction,
-    Texts,
-    is_causal_classifier,
-)
+from .reward import CallableReward, Reward, RewardFunction, Texts
 
 ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
