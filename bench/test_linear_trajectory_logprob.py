@@ -1,7 +1,7 @@
 """linear_trajectory_logprob beside the whole logits, and beside the bare fp32 product.
 
-The bare product is the ceiling: no log-probability comes out of it. In bf16 a product that rounds
-its logits to bf16 is faster, and off by tenths of a nat over a response: shown, not matched.
+No log-probability comes out of the bare product. One that rounds its logits to bf16 is off by
+tenths of a nat over a response: shown, not matched.
 """
 
 from __future__ import annotations

@@ -39,21 +39,29 @@ struct PaddedStep {
 
 // The outputs [first, last) of the rows [begin, end) of x: their sums, `sums_stride` apart, and the bias,
 // rounded once.
-template <typename Element>
-void finish_rows(
+template <typename Element, typename Out>
+void round_rows(
     const FewRowsProduct& product, int64_t begin, int64_t end, int64_t first, int64_t last, const float* sums,
     int64_t sums_stride) {
   const auto* const bias = static_cast<const typename Element::Stored*>(product.bias);
   for (int64_t m = begin; m < end; ++m) {
     const float* const from = sums + (m - begin) * sums_stride - first;
-    auto* const to = static_cast<typename Element::Stored*>(product.out) + m * product.size_out;
+    auto* const to = static_cast<typename Out::Stored*>(product.out) + m * product.size_out;
     int64_t i = first;
     for (; i + kLanes <= last; i += kLanes) {
       const F32x16 value = load(from + i);
-      Element::store_rounded(to + i, bias != nullptr ? value + Element::vector(bias + i) : value);
+      Out::store_rounded(to + i, bias != nullptr ? value + Element::vector(bias + i) : value);
     }
-    for (; i < last; ++i) to[i] = Element::rounded(bias != nullptr ? from[i] + Element::scalar(bias[i]) : from[i]);
+    for (; i < last; ++i) to[i] = Out::rounded(bias != nullptr ? from[i] + Element::scalar(bias[i]) : from[i]);
   }
+}
+
+template <typename Element>
+void finish_rows(
+    const FewRowsProduct& product, int64_t begin, int64_t end, int64_t first, int64_t last, const float* sums,
+    int64_t sums_stride) {
+  const auto round = product.is_out_float ? round_rows<Element, Float32> : round_rows<Element, Element>;
+  round(product, begin, end, first, last, sums, sums_stride);
 }
 
 // A range of `size` cut into `count` parts that differ by one at most.

@@ -19,6 +19,7 @@ struct FewRowsProduct {
   const void* packed_x;   // what pack_rows made of x
   void* out;              // dense
   ElementType type;       // of weight, bias, x and out
+  bool is_out_float;      // out holds floats whatever the type
   bool use_bf16_dot;      // multiply bf16 pairs by the processor's instruction for them (AVX-512)
   bool is_many;           // turn blocks of weights once for all rows (AVX-512, kLeastManyRows or more)
   int64_t rows;

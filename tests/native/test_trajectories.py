@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tq_fast import _native
 from tq_fast.ops import linear_trajectory_logprob, trajectory_log_ratio
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,6 +56,24 @@ def test_more_tokens_than_one_product_takes_and_a_wide_state():
     got = linear_trajectory_logprob(hidden, weight, tokens, lengths, backend="cpu")
     logprobs = (hidden @ weight.T).log_softmax(-1).gather(-1, tokens.unsqueeze(-1))
     torch.testing.assert_close(got, logprobs.sum((1, 2)), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.skipif(
+    _native.cpu_isa() != "avx512" or not _native.cpu_has("avx512_bf16"),
+    reason="needs a processor that multiplies pairs of bf16",
+)
+def test_bf16_tokens_alone_and_among_hundreds_give_the_same_bits(num_threads):
+    # 500 tokens are three products of many rows; 40 are one of many, 3 one of few.
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(100, 5, 96, generator=generator).bfloat16()
+    weight = (torch.randn(1500, 96, generator=generator) / 3).bfloat16()
+    tokens = torch.randint(0, 1500, (100, 5), generator=generator)
+    lengths = torch.full((100,), 5)
+    lengths[7] = 3
+    whole = linear_trajectory_logprob(hidden, weight, tokens, lengths)
+    for part in (slice(0, 8), slice(7, 8)):
+        few = linear_trajectory_logprob(hidden[part], weight, tokens[part], lengths[part])
+        assert torch.equal(few, whole[part])
 
 
 def test_a_head_whose_weight_is_a_parameter_is_taken_without_grad():
