@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import weakref
 from collections.abc import Sequence
@@ -145,7 +146,7 @@ class LanguageForest(Forest):
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
         """Encode what is left of the prompt of `tree`; its tip is ready afterwards."""
-        output = self.run_prefill(self.model, tree, token_ids, **self._last_only())
+        output = self.run_prefill(self.model, tree, token_ids, **self._last_only)
         self.tip[tree] = output.logits[0, -1]
 
     def forward_rows(
@@ -153,7 +154,7 @@ class LanguageForest(Forest):
     ) -> torch.Tensor:
         """Push one token a row (int64 `[n]`); return the logits `[n, V]` after it."""
         output = self.run_branches(
-            self.model, tokens[:, None], start=start, tree=tree, **self._last_only()
+            self.model, tokens[:, None], start=start, tree=tree, **self._last_only
         )
         return output.logits[:, -1]
 
@@ -175,7 +176,7 @@ class LanguageForest(Forest):
         """
         now = self.cache.depth_pass(depth=depth, tree=tree, prefix_len=prefix_len)
         positions = (prefix_len.index_select(0, tree) + depth)[:, None]
-        output = self._run(self.model, tokens, positions, now, self._last_only())
+        output = self._run(self.model, tokens, positions, now, self._last_only)
         return output.logits[:, -1]
 
     def score_rows(
@@ -262,7 +263,9 @@ class LanguageForest(Forest):
         self.tip[tree] = self.tip[last]
         self.tip = self.tip[:last]
 
+    @functools.cached_property
     def _last_only(self) -> dict[str, object]:
+        """What asks the model for the logits of the last token alone."""
         takes = inspect.signature(self.model.forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
