@@ -9,7 +9,7 @@ from multiprocessing import Pipe
 import pytest
 from rich.console import Console
 
-from tq_fast.commands import eval_progress
+from tq_fast.commands import progress_line
 from tq_fast.commands.eval_progress import EvalProgress, work_of
 from tq_fast.commands.eval_work import Task, _hear
 from tq_fast.errors import TqFastError
@@ -65,7 +65,7 @@ def test_progress_says_what_is_left_by_work_and_what_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(eval_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_line.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=80)
     cheap, dear = (0, 0), (0, 1)
     progress = EvalProgress(console, {cheap: 2, dear: 2}, {cheap: 1.0, dear: 4.0}, num_before=3)

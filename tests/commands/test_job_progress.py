@@ -7,8 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from tq_fast.commands import job_progress
-from tq_fast.commands.job_progress import JobProgress, format_seconds
+from tq_fast.commands import progress_line
+from tq_fast.commands.job_progress import JobProgress
+from tq_fast.commands.progress_line import format_seconds
 
 
 class Clock:
@@ -21,7 +22,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(job_progress, "time", clock)
+    monkeypatch.setattr(progress_line, "time", clock)
     return clock
 
 

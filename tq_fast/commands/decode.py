@@ -17,11 +17,12 @@ from ..decoder import TransferDecoder
 from ..errors import BackendRefused, UnsupportedModel
 from ..prompts import Prompt
 from ..results import PromptResult
-from .job_progress import JobProgress, format_seconds
+from .job_progress import JobProgress
 from .job_records import error_record, response_record
 from .job_resume import Earlier, check_models, check_stated, describe_repairs, read_earlier
 from .job_settings import ModelChoice, make_settings, model_settings, stated_settings
 from .noise import count_noisy_steps, describe_noise
+from .progress_line import format_seconds
 from .prompt_file import PromptEntry, digest_prompts, read_prompt_file
 from .record_file import OutputRefused, RecordFile
 from .terminal import loading_models, one_line, say

@@ -1,19 +1,14 @@
-"""How far an evaluation is and how long it will take: a bar, or plain lines now and then."""
+"""How far an evaluation is and how long it will take."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from ..evaluation.config import MethodSpec
-from .job_progress import format_seconds
-from .terminal import say
+from .progress_line import ProgressLine
 
-_LINE_INTERVAL = 10.0
 # Work of a response beside that of its candidates: prompts, scoring, bookkeeping.
 _FIXED_WORK = 20.0
 
@@ -33,7 +28,7 @@ def work_of(method: MethodSpec) -> float:
     return _FIXED_WORK + factor * rows * (1.0 + length)
 
 
-class EvalProgress:
+class EvalProgress(ProgressLine):
     """Context manager that counts responses, each with the work of its method.
 
     Args:
@@ -49,40 +44,13 @@ class EvalProgress:
         work: Mapping[tuple[int, int], float],
         num_before: int,
     ) -> None:
-        self._console = console
+        super().__init__(console, sum(work[key] * count for key, count in pending.items()))
         self._work = dict(work)
-        self._total = sum(work[key] * count for key, count in pending.items())
         self._num_total = num_before + sum(pending.values())
         self._num_done = num_before
         self._num_failed = 0
         self._done = 0.0
         self._label = ""
-        self._start = self._last_line = time.monotonic()
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=console, transient=True)
-            self._task = self._bar.add_task("", total=self._total)
-
-    def __enter__(self) -> EvalProgress:
-        self._start = self._last_line = time.monotonic()
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._start
 
     def count(self, key: tuple[int, int], label: str, *, is_failed: bool) -> None:
         """Count one response of method `key`, called `label`."""
@@ -90,18 +58,12 @@ class EvalProgress:
         self._num_failed += is_failed
         self._done += self._work[key]
         self._label = label
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=self._describe())
-        elif time.monotonic() - self._last_line >= _LINE_INTERVAL:
-            self._last_line = time.monotonic()
-            say(self._console, self._describe())
+        self._show(self._done)
 
     def _describe(self) -> str:
         parts = [f"{self._num_done}/{self._num_total} responses", self._label]
-        # The first responses also pay for loading, and say little about the rest.
-        if self._done >= 0.01 * self._total:
-            left = (self._total - self._done) * self.seconds / self._done
-            parts.append(f"{format_seconds(left)} left")
+        # The first responses also pay for loading.
+        parts += self._time_left(self._done, known_from=0.01)
         if self._num_failed:
             parts.append(f"{self._num_failed} failed")
         return ", ".join(parts)

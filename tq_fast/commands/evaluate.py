@@ -24,8 +24,8 @@ from .eval_jobs import EvalJob, check_job, check_no_others, open_jobs, tasks_of
 from .eval_progress import EvalProgress, work_of
 from .eval_results import write_run, write_summary, write_text
 from .eval_work import EvalWorker, Record, Task, run_here, run_in_processes
-from .job_progress import format_seconds
 from .job_resume import describe_repairs
+from .progress_line import format_seconds
 from .prompt_file import PromptEntry, read_prompt_file
 from .terminal import loading_models, one_line, say
 
