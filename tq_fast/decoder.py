@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from .errors import DecodingError, InvalidArgument
 from .estimators import Certificate, certify
 from .forests import Models, count_needs, open_players, rows_per_slot
 from .levers import Levers
-from .memory import ForestSize, check_sizes, fit_forest
+from .memory import ForestSize, check_sizes, fit_forest, smaller_after
 from .models.language import max_positions
 from .models.loading import (
     ModelLike,
@@ -232,13 +231,7 @@ class TransferDecoder:
         warn_of_noise(traces, config)
         warn_of_collapse(traces, config)
         results = [finished[response.idx] for response in responses]
-        return DecodeResult(
-            texts=None if self.tokenizer is None else [result.text for result in results],
-            sequences=[result.sequence for result in results],
-            traces=[result.trace for result in results],
-            certificate=[result.certificate for result in results],
-            stats=stats,
-        )
+        return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
 
     def prompt_reader(self) -> PromptReader:
         """Reads prompts one at a time into what `decode` takes.
@@ -264,16 +257,8 @@ class TransferDecoder:
             try:
                 self._decode_group(group, rules, size, stats, note)
             except torch.OutOfMemoryError as error:
-                smaller = size.halved()
-                if smaller is None:
-                    raise
-                warnings.warn(
-                    f"out of memory with {size}; going on with {smaller} ({error})", stacklevel=4
-                )
-                size = smaller
+                size = smaller_after(error, size)
                 rules = dataclasses.replace(rules, max_rows=size.max_rows)
-                if self.baseline.device.type == "cuda":
-                    torch.cuda.empty_cache()
 
     def _is_finished(self, response: Response, rules: Rules) -> bool:
         ids = response.token_ids

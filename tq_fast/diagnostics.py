@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import sys
-import warnings
 from collections.abc import Sequence
 
 from .config import DecodeConfig
+from .errors import warn_caller
 from .results import StepTrace
 
 
@@ -16,7 +15,7 @@ def warn_of_noise(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig) -
     steps = [step for trace in traces for step in trace]
     noisy = sum(bool((step.q_stderr > config.alpha).any()) for step in steps)
     if noisy:
-        _warn(
+        warn_caller(
             f"the standard error of Q exceeds alpha={config.alpha} for some candidate in {noisy} "
             f"of {len(steps)} steps; use more roll-outs (num_rollouts) or a larger alpha"
         )
@@ -28,7 +27,7 @@ def warn_of_collapse(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig
     if not traces or not is_weighed or config.horizon == 0:
         return
     if config.rollouts_per_candidate == 1:
-        _warn(
+        warn_caller(
             f"transfer='indirect' with one roll-out a candidate (num_rollouts="
             f"{config.num_rollouts}, rollout={config.rollout!r}) weighs nothing and equals direct "
             "transfer; use more sampled roll-outs"
@@ -36,7 +35,7 @@ def warn_of_collapse(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig
         return
     ess = [value for trace in traces for value in known_ess(trace)]
     if ess and has_collapsed(ess, config.num_rollouts):
-        _warn(
+        warn_caller(
             f"the weights of indirect transfer leave {statistics.median(ess):.2f} of "
             f"{config.num_rollouts} roll-outs in effect (median effective sample size): most "
             "values hang on a single one; use more roll-outs (num_rollouts) or a larger beta, now "
@@ -60,16 +59,3 @@ def known_ess(trace: Sequence[StepTrace]) -> list[float]:
         for step in trace
         for value in step.ess[(step.num_rollouts > 1) & ~step.ess.isnan()].tolist()
     ]
-
-
-def _warn(message: str) -> None:
-    """Warn at the line outside of the package that called it: there it is shown once."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
-
-
-def _is_inner(module: str) -> bool:
-    # Torch wraps what runs without gradient.
-    return module.split(".")[0] in ("tq_fast", "torch")

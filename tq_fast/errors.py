@@ -1,7 +1,9 @@
-"""The exceptions that tq_fast raises, all below `TqFastError`."""
+"""The exceptions that tq_fast raises, all below `TqFastError`, and how it warns."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -46,3 +48,16 @@ class DecodingError(TqFastError, RuntimeError):
 
 class RewardError(DecodingError):
     """A reward returned the wrong number of scores, or NaN, or raised."""
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line outside of the package that called it: there it is shown once."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_inner(module: str) -> bool:
+    # Torch wraps what runs without gradient.
+    return module.split(".")[0] in ("tq_fast", "torch")

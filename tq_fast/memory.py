@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from .errors import InvalidArgument
+import torch
+
+from .errors import InvalidArgument, warn_caller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,21 @@ class ForestSize:
 
     def __str__(self) -> str:
         return f"{self.num_slots} prompts and {self.max_rows} roll-outs at a time"
+
+
+def smaller_after(error: torch.OutOfMemoryError, size: ForestSize) -> ForestSize:
+    """Return what to go on with after running out of memory with `size`, and warn.
+
+    Raises:
+        torch.OutOfMemoryError: `error`, where there is nothing smaller.
+    """
+    smaller = size.halved()
+    if smaller is None:
+        raise error
+    warn_caller(f"out of memory with {size}; going on with {smaller} ({error})")
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return smaller
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from .cache.sharing import share_prefix
 from .config import DecodeConfig
 from .errors import DecodingError, InvalidArgument
-from .memory import ForestSize, Needs, check_sizes, fit_forest
+from .memory import ForestSize, Needs, check_sizes, fit_forest, smaller_after
 from .models.classifiers import CausalReward
 from .models.language import LanguageForest, check_runs, max_positions
 from .models.loading import (
@@ -121,35 +121,35 @@ class PlainDecoder:
         check_sizes(batch_size, memory_budget)
         read = read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
         self._check(read, config)
+        batch_size = min(batch_size, max(1, len(read)))
         size = ForestSize(batch_size, batch_size * num)
         if read and memory_budget is not None:
             needs = self._needs(read, num, config)
             size = fit_forest(needs, batch_size=batch_size, memory_budget=memory_budget)
-        wave = min(num, size.max_rows // size.num_slots)
         stats = DecodeStats()
         results: list[PromptResult] = []
         with (
             TokenBar(len(read) * num * config.max_new_tokens, visible=progress) as bar,
             evaluating(self._all_models()),
         ):
-            for start in range(0, len(read), size.num_slots):
+            while len(results) < len(read):
+                start, counted = len(results), bar.num_done
                 group = read[start : start + size.num_slots]
+                # Of every prompt so many responses at a time.
+                wave = max(1, min(num, size.max_rows // len(group)))
                 waves = [range(i, min(i + wave, num)) for i in range(0, num, wave)]
                 try:
                     results += self._decode_group(group, weights, waves, config, stats, bar)
+                except torch.OutOfMemoryError as error:
+                    size = smaller_after(error, size)
+                    bar.advance(counted - bar.num_done)
                 except DecodingError as error:
                     moved = type(error)(
                         error.reason, prompt_idx=start + error.prompt_idx, step=error.step
                     )
                     moved.finished = {idx: done.sequence for idx, done in enumerate(results)}
                     raise moved from error.__cause__
-        return DecodeResult(
-            texts=None if self.tokenizer is None else [result.text for result in results],
-            sequences=[result.sequence for result in results],
-            traces=[result.trace for result in results],
-            certificate=[result.certificate for result in results],
-            stats=stats,
-        )
+        return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
 
     def _decode_group(
         self,

@@ -41,6 +41,11 @@ class TokenBar:
     ) -> None:
         self._bar.stop()
 
+    @property
+    def num_done(self) -> int:
+        """Tokens counted so far."""
+        return int(self._bar.tasks[0].completed)
+
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more."""
         self._bar.update(self._task, advance=num_tokens)

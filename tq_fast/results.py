@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -156,3 +156,16 @@ class DecodeResult:
     traces: list[list[StepTrace]]
     certificate: list[Certificate]
     stats: DecodeStats
+
+    @staticmethod
+    def collect(
+        results: Sequence[PromptResult], stats: DecodeStats, *, has_texts: bool
+    ) -> DecodeResult:
+        """Put the responses of one call together."""
+        return DecodeResult(
+            texts=[result.text for result in results] if has_texts else None,
+            sequences=[result.sequence for result in results],
+            traces=[result.trace for result in results],
+            certificate=[result.certificate for result in results],
+            stats=stats,
+        )

@@ -12,11 +12,11 @@ most.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
 
+from .errors import warn_caller
 from .models.language import LanguageForest
 from .rollout_state import RolloutLaw, RolloutState
 
@@ -117,11 +117,10 @@ class RolloutGraphs:
                 raise
             except RuntimeError as error:
                 self._is_refused = True
-                warnings.warn(
+                warn_caller(
                     f"model type {self.forest.model.config.model_type!r} cannot be captured in a "
                     f"CUDA graph, so that each depth of a roll-out is launched kernel by kernel: "
-                    f"{error}",
-                    stacklevel=2,
+                    f"{error}"
                 )
             finally:
                 self.forest.num_token_forwards = counted
