@@ -22,22 +22,33 @@ constexpr int64_t kBlock = 2048;
 
 TQ_HOST_DEVICE int64_t num_blocks(int64_t size) { return (size + kBlock - 1) / kBlock; }
 
-// The k largest so far among ids seen in ascending order. Keys (common/ordered_key.h) collect until
-// the capacity is reached; topk_shrink then keeps the best k and raises the threshold. An element
-// enters when !(value <= threshold): NaN, the first threshold, lets everything in.
+// Every kGroup-th element of a block is one of its strands; the block's reduction leaves their peaks.
+constexpr int kGroup = 64;
+constexpr int64_t kStrandLength = kBlock / kGroup;
+
+// The k best strands so far of blocks seen in ascending order, by (peak descending, block ascending), and
+// all that tie with the last of them: an element of any other strand has k elements before it, one in
+// each of these. Keys (common/ordered_key.h) of a strand's peak and strand_id collect until, at the end of
+// a block, there are `limit` of them; topk_shrink then keeps the best and raises the threshold. A strand
+// enters when !(peak <= threshold): NaN, the first threshold, lets everything in.
 struct TopKQueue {
   uint64_t* keys;
   int64_t size;
-  int64_t capacity;
+  int64_t limit;
   int64_t k;
   float threshold;
 };
 
-// Sets the first threshold just below the k-th largest of `count` values that belong to distinct
-// elements still to come: at least k of those will enter. Reorders `values`.
-void topk_start(TopKQueue* queue, float* values, int64_t count);
+TQ_HOST_DEVICE uint32_t strand_id(int64_t block, int place) { return static_cast<uint32_t>(block * kGroup + place); }
 
-// Leaves the best min(k, size) keys, unordered, and sets the threshold when there are k of them.
+// More than topk_shrink ever leaves, and the keys that then lie in the queue at most.
+TQ_HOST_DEVICE int64_t queue_limit(int64_t k) { return k + kGroup; }
+TQ_HOST_DEVICE int64_t queue_room(int64_t k) { return queue_limit(k) + kGroup; }
+
+// An empty queue; `keys` has room for queue_room(k).
+TopKQueue start_queue(uint64_t* keys, int64_t k);
+
+// Leaves the best k strands and those that tie with the last of them, unordered.
 void topk_shrink(TopKQueue* queue);
 
 }  // namespace tq

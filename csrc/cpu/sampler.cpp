@@ -44,9 +44,8 @@ void RowSampler::start(const LogitsRow& row, const SamplerParameters& parameters
   if (parameters.temperature != 1.0f && !has_top_k) tempered_sums_.resize(states_.size());
   if (can_split(parameters, row.size)) return;
   const int64_t k = has_top_k ? parameters.top_k : std::min(kTopPQueue, row.size);
-  const int64_t capacity = std::min(row.size, 2 * k) + 64;
-  keys_.resize(capacity);
-  queue_ = {keys_.data(), 0, capacity, k, std::numeric_limits<float>::quiet_NaN()};
+  strands_.resize(queue_room(k));
+  queue_ = start_queue(strands_.data(), k);
 }
 
 void RowSampler::reduce(int64_t block_begin, int64_t block_end) {
@@ -131,9 +130,12 @@ int64_t RowSampler::draw_cut(double uniform, double* total) {
 // The k largest, the most likely first.
 std::vector<RowSampler::Candidate> RowSampler::queued_candidates() {
   topk_shrink(&queue_);
-  std::sort(queue_.keys, queue_.keys + queue_.size, std::greater<uint64_t>());
-  std::vector<Candidate> candidates(queue_.size);
-  for (int64_t i = 0; i < queue_.size; ++i) candidates[i] = {queue_.keys[i], mass_of(value_of_key(queue_.keys[i]))};
+  std::vector<uint64_t> keys(queue_.size * kStrandLength);
+  keys.resize(TQ_SELECT_ISA(gather_strands)(row_, 1.0f, queue_, keys.data()));
+  const auto end = keys.begin() + std::min<int64_t>(queue_.k, keys.size());
+  std::partial_sort(keys.begin(), end, keys.end(), std::greater<uint64_t>());
+  std::vector<Candidate> candidates;
+  for (auto key = keys.begin(); key < end; ++key) candidates.push_back({*key, mass_of(value_of_key(*key))});
   return candidates;
 }
 
@@ -172,7 +174,7 @@ int64_t RowSampler::draw_flat_top_p(double wanted, double uniform, double* total
   const auto mass_from = TQ_SELECT_ISA(mass_from);
   // All values from `low` on are enough; those from `high` on, above the last that is queued, are not.
   uint32_t low = ordered_bits(-kInfinity);
-  uint32_t high = static_cast<uint32_t>(queue_.keys[queue_.size - 1] >> 32) + 1;
+  uint32_t high = ordered_bits(queue_.threshold) + 1;
   while (high - low > 1) {
     const uint32_t middle = low + (high - low) / 2;
     const double mass = mass_from(values.data(), masses.data(), padded, value_from_ordered_bits(middle));

@@ -53,7 +53,7 @@ class RowSampler {
   float peak_;
   std::vector<SoftmaxState<float>> states_;
   std::vector<float> tempered_sums_;
-  std::vector<uint64_t> keys_;
+  std::vector<uint64_t> strands_;
   TopKQueue queue_;
 };
 

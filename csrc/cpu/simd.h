@@ -86,9 +86,15 @@ TQ_INLINE F32x16 select(I32x16 condition, F32x16 yes, F32x16 no) {
 
 // Pairwise, so that the order is the same for every variant.
 TQ_INLINE double reduce_sum(F32x16 value) {
+#if defined(__AVX512F__)
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)value));
+  const __m512d high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)value, 1)));
+  return _mm512_reduce_add_pd(low + high);
+#else
   double pairs[kLanes / 2];
   for (int i = 0; i < kLanes / 2; ++i) pairs[i] = static_cast<double>(value[i]) + value[i + kLanes / 2];
   return ((pairs[0] + pairs[4]) + (pairs[2] + pairs[6])) + ((pairs[1] + pairs[5]) + (pairs[3] + pairs[7]));
+#endif
 }
 
 TQ_INLINE float float_from_half(uint16_t half) {

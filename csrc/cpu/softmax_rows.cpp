@@ -2,133 +2,170 @@
 
 #include "common/ordered_key.h"
 #include "cpu/simd.h"
-#include "cpu/transcendental.h"
+#include "cpu/exp_sum.h"
 
 namespace tq {
 namespace TQ_ISA {
 
 namespace {
 
-// Peaks of kNumPeaks interleaved parts of a block.
-constexpr int kNumPeaks = 4 * kLanes;
+// A block is taken in groups: four vectors at a time, whose order inside a group is its own affair.
+static_assert(kGroup == kParts * kLanes);
 
+template <typename Element>
+TQ_INLINE void load_group(Element, const typename Element::Stored* from, F32x16 (&x)[kParts]) {
+  for (int part = 0; part < kParts; ++part) x[part] = Element::vector(from + part * kLanes);
+}
+template <typename Element>
+TQ_INLINE int place_in_group(Element, int part, int lane) {
+  return part * kLanes + lane;
+}
+
+// Two bf16 of a word are one operation each, where widening them in order takes two.
+typedef uint32_t WordsU __attribute__((vector_size(64), aligned(2), may_alias));
+TQ_INLINE void load_group(BFloat16, const uint16_t* from, F32x16 (&x)[kParts]) {
+  for (int part = 0; part < kParts; part += 2) {
+    const U32x16 words = *reinterpret_cast<const WordsU*>(from + part * kLanes);
+    x[part] = (F32x16)(words << 16);
+    x[part + 1] = (F32x16)(words & 0xffff0000u);
+  }
+}
+TQ_INLINE int place_in_group(BFloat16, int part, int lane) { return part / 2 * 2 * kLanes + 2 * lane + part % 2; }
+
+// A block of a row; its last group, where it is not whole, is a copy filled up with -inf.
+template <typename Element>
+struct Block {
+  using Stored = typename Element::Stored;
+  const Stored* data;
+  int64_t first;
+  int64_t count;
+  int64_t num_groups;
+  Stored last[kGroup];
+
+  TQ_ALWAYS_INLINE Block(const Stored* from, int64_t first_id, int64_t size)
+      : data(from), first(first_id), count(size), num_groups((size + kGroup - 1) / kGroup) {
+    const int64_t whole = count / kGroup * kGroup;
+    if (whole == count) return;
+    for (int64_t i = 0; i < kGroup; ++i) {
+      last[i] = whole + i < count ? data[whole + i] : Element::rounded(kMinusInfinity);
+    }
+  }
+  TQ_ALWAYS_INLINE Block(const LogitsRow& row, int64_t b)
+      : Block(
+            static_cast<const Stored*>(row.data) + b * kBlock, b * kBlock,
+            row.size - b * kBlock < kBlock ? row.size - b * kBlock : kBlock) {}
+  TQ_ALWAYS_INLINE void load(int64_t group, F32x16 (&x)[kParts]) const {
+    load_group(Element{}, (group + 1) * kGroup <= count ? data + group * kGroup : last, x);
+  }
+};
+
+// Peaks of the strands of a block, NaN left out.
 struct BlockPeaks {
-  F32x16 parts[4];
+  F32x16 parts[kParts];
 
   TQ_ALWAYS_INLINE float top() const {
     return reduce_max(max_or_second(max_or_second(parts[0], parts[1]), max_or_second(parts[2], parts[3])));
   }
 };
 
-// The block as floats in `values`, its tail padded with -inf to a whole vector.
-template <typename Element, bool kDivide>
-TQ_INLINE BlockPeaks load_block(const typename Element::Stored* from, int64_t count, float divisor, float* values) {
-  const F32x16 divisors = broadcast(divisor);
+template <typename Element>
+TQ_INLINE BlockPeaks peaks_of(const Block<Element>& block) {
   const F32x16 lowest = broadcast(kMinusInfinity);
   BlockPeaks peaks{{lowest, lowest, lowest, lowest}};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int part = 0; part < 4; ++part) {
-      F32x16 x = Element::vector(from + i + part * kLanes);
-      if (kDivide) x = x / divisors;
-      x = clean(x);
-      store(values + i + part * kLanes, x);
-      peaks.parts[part] = max_or_second(x, peaks.parts[part]);
-    }
-  }
-  for (; i < count; i += kLanes) {
-    F32x16 x = broadcast(kMinusInfinity);
-    const int64_t left = count - i < kLanes ? count - i : kLanes;
-    for (int64_t lane = 0; lane < left; ++lane) x[lane] = Element::scalar(from[i + lane]);
-    if (kDivide) x = x / divisors;
-    x = clean(x);
-    store(values + i, x);
-    peaks.parts[0] = max_or_second(x, peaks.parts[0]);
+  for (int64_t group = 0; group < block.num_groups; ++group) {
+    F32x16 x[kParts];
+    block.load(group, x);
+    for (int part = 0; part < kParts; ++part) peaks.parts[part] = max_or_second(x[part], peaks.parts[part]);
   }
   return peaks;
 }
 
-// `values` holds a whole number of vectors, padded with -inf.
-template <bool kTempered>
-float sum_exp(const float* values, int64_t count, float peak, float inverse_temperature) {
+// How many elements ahead the memory is asked for what comes, a little for each group: it rests while
+// the block in the cache is worked on, and by itself it looks no further than the page.
+constexpr int64_t kAhead = 4096;
+
+template <typename Element, bool kTempered>
+TQ_INLINE float sum_exp(const Block<Element>& block, float peak, float inverse_temperature) {
   const F32x16 peaks = broadcast(peak);
   const F32x16 scales = broadcast(inverse_temperature);
-  F32x16 sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    for (int part = 0; part < 4; ++part) {
-      const F32x16 x = load(values + i + part * kLanes) - peaks;
-      sums[part] += exp_for_sum(kTempered ? x * scales : x);
+  constexpr uintptr_t kStored = sizeof(typename Element::Stored);
+  F32x16 sums[kParts] = {};
+  for (int64_t group = 0; group < block.num_groups; ++group) {
+    F32x16 x[kParts];
+    block.load(group, x);
+    // Beyond the end of the logits nothing is read: a prefetch of an address that is not there does nothing.
+    const auto ahead = reinterpret_cast<uintptr_t>(block.data + group * kGroup) + kAhead * kStored;
+    for (uintptr_t line = ahead; line < ahead + kGroup * kStored; line += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
     }
-  }
-  for (; i < count; i += kLanes) {
-    const F32x16 x = load(values + i) - peaks;
-    sums[0] += exp_for_sum(kTempered ? x * scales : x);
+    for (int part = 0; part < kParts; ++part) {
+      x[part] = x[part] - peaks;
+      if (kTempered) x[part] = x[part] * scales;
+    }
+    add_exp(x, sums);
   }
   return static_cast<float>(reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
-void push_above_threshold(const float* values, int64_t count, int64_t first_id, TopKQueue* queue) {
-  F32x16 threshold = broadcast(queue->threshold);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    uint32_t mask = mask_not_le(load(values + i), threshold);
-    if (count - i < kLanes) mask &= (1u << (count - i)) - 1u;
+template <typename Element>
+void push_strands(int64_t b, const BlockPeaks& peaks, TopKQueue* queue) {
+  for (int part = 0; part < kParts; ++part) {
+    uint32_t mask = mask_not_le(peaks.parts[part], broadcast(queue->threshold));
     if (mask == 0) continue;
-    if (queue->size + kLanes > queue->capacity) {
-      topk_shrink(queue);
-      threshold = broadcast(queue->threshold);
-      mask &= mask_not_le(load(values + i), threshold);
-    }
-    while (mask != 0) {
+    alignas(64) float values[kLanes];
+    store(values, peaks.parts[part]);
+    for (; mask != 0; mask &= mask - 1) {
       const int lane = __builtin_ctz(mask);
-      mask &= mask - 1;
-      queue->keys[queue->size++] = ordered_key(values[i + lane], static_cast<uint32_t>(first_id + i + lane));
+      const uint32_t id = strand_id(b, place_in_group(Element{}, part, lane));
+      queue->keys[queue->size++] = ordered_key(values[lane], id);
     }
   }
 }
 
 template <typename Element>
-struct Block {
-  const typename Element::Stored* data;
-  int64_t first;
-  int64_t count;
-
-  TQ_ALWAYS_INLINE Block(const LogitsRow& row, int64_t b)
-      : data(static_cast<const typename Element::Stored*>(row.data) + b * kBlock),
-        first(b * kBlock),
-        count(row.size - b * kBlock < kBlock ? row.size - b * kBlock : kBlock) {}
-};
-
-// Asks for a block while the one before it, already in the cache, is worked on, since the memory rests
-// meanwhile. For four-byte elements only: with two bytes each the arithmetic takes longer than the memory.
-template <typename Element>
-TQ_INLINE void prefetch_block(const LogitsRow& row, int64_t b) {
-  if (sizeof(typename Element::Stored) < 4 || b >= num_blocks(row.size)) return;
-  const Block<Element> block(row, b);
-  constexpr int64_t kStoredPerLine = 64 / sizeof(typename Element::Stored);
-  for (int64_t i = 0; i < block.count; i += kStoredPerLine) __builtin_prefetch(block.data + i);
+TQ_INLINE void reduce_block(const BlockReduction& job, int64_t b, const Block<Element>& block, bool is_first) {
+  const BlockPeaks peaks = peaks_of(block);
+  const float peak = peaks.top();
+  const bool is_empty = peak == kMinusInfinity;
+  job.states[b] = {peak, is_empty ? 0.0f : sum_exp<Element, false>(block, peak, 1.0f)};
+  if (job.tempered_sums != nullptr) {
+    job.tempered_sums[b] = is_empty ? 0.0f : sum_exp<Element, true>(block, peak, job.inverse_temperature);
+  }
+  if (job.queue == nullptr) return;
+  if (!(peak <= job.queue->threshold)) push_strands<Element>(b, peaks, job.queue);
+  if (is_first || job.queue->size >= job.queue->limit) topk_shrink(job.queue);
 }
 
-template <typename Element, bool kDivide>
+template <typename Element>
 void reduce_typed_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end) {
+  for (int64_t b = block_begin; b < block_end; ++b) {
+    reduce_block(job, b, Block<Element>(job.row, b), b == block_begin);
+  }
+}
+
+// The block as floats in `values`, NaN as -inf, its tail padded with -inf to a whole group.
+template <typename Element, bool kDivide>
+TQ_INLINE void load_block(const Block<Element>& block, float divisor, float* values) {
+  const F32x16 divisors = broadcast(divisor);
+  for (int64_t i = 0; i < block.count; i += kLanes) {
+    F32x16 x = broadcast(kMinusInfinity);
+    if (i + kLanes <= block.count) {
+      x = Element::vector(block.data + i);
+    } else {
+      for (int64_t lane = 0; i + lane < block.count; ++lane) x[lane] = Element::scalar(block.data[i + lane]);
+    }
+    store(values + i, clean(kDivide ? x / divisors : x));
+  }
+}
+
+// Quotients are made once, and reduced like logits of their own.
+template <typename Element>
+void reduce_divided_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end) {
   alignas(64) float values[kBlock];
   for (int64_t b = block_begin; b < block_end; ++b) {
     const Block<Element> block(job.row, b);
-    const BlockPeaks peaks = load_block<Element, kDivide>(block.data, block.count, job.divisor, values);
-    prefetch_block<Element>(job.row, b + 1);
-    const float peak = peaks.top();
-    const bool is_empty = peak == kMinusInfinity;
-    job.states[b] = {peak, is_empty ? 0.0f : sum_exp<false>(values, block.count, peak, 1.0f)};
-    if (job.tempered_sums != nullptr) {
-      job.tempered_sums[b] = is_empty ? 0.0f : sum_exp<true>(values, block.count, peak, job.inverse_temperature);
-    }
-    if (job.queue == nullptr) continue;
-    if (b == block_begin) {
-      alignas(64) float parts[kNumPeaks];
-      for (int part = 0; part < 4; ++part) store(parts + part * kLanes, peaks.parts[part]);
-      topk_start(job.queue, parts, kNumPeaks);
-    }
-    if (!(peak <= job.queue->threshold)) push_above_threshold(values, block.count, block.first, job.queue);
+    load_block<Element, true>(block, job.divisor, values);
+    reduce_block(job, b, Block<Float32>(values, block.first, block.count), b == block_begin);
   }
 }
 
@@ -142,7 +179,7 @@ int64_t draw_in_typed_block(
     const LogitsRow& row, int64_t b, float peak, float inverse_temperature, double target) {
   alignas(64) float values[kBlock];
   const Block<Element> block(row, b);
-  load_block<Element, false>(block.data, block.count, 1.0f, values);
+  load_block<Element, false>(block, 1.0f, values);
   double running = 0.0;
   int64_t last_with_mass = 0;
   for (int64_t i = 0; i < block.count; i += kLanes) {
@@ -167,10 +204,27 @@ int64_t find_in_typed_block(const LogitsRow& row, int64_t b, float value) {
 }
 
 template <typename Element>
+int64_t gather_typed_strands(const LogitsRow& row, float divisor, const TopKQueue& queue, uint64_t* keys) {
+  int64_t count = 0;
+  for (int64_t n = 0; n < queue.size; ++n) {
+    const int64_t strand = id_of_key(queue.keys[n]);
+    const Block<Element> block(row, strand / kGroup);
+    for (int64_t i = strand % kGroup; i < block.count; i += kGroup) {
+      float value = Element::scalar(block.data[i]);
+      if (divisor != 1.0f) value /= divisor;
+      value = value == value ? value : kMinusInfinity;
+      if (value < queue.threshold) continue;
+      keys[count++] = ordered_key(value, static_cast<uint32_t>(block.first + i));
+    }
+  }
+  return count;
+}
+
+template <typename Element>
 void masses_of_typed_row(const LogitsRow& row, float peak, float inverse_temperature, float* values, float* masses) {
   for (int64_t b = 0; b < num_blocks(row.size); ++b) {
     const Block<Element> block(row, b);
-    load_block<Element, false>(block.data, block.count, 1.0f, values + block.first);
+    load_block<Element, false>(block, 1.0f, values + block.first);
     for (int64_t i = block.first; i < block.first + block.count; i += kLanes) {
       store(masses + i, masses_of(values + i, peak, inverse_temperature));
     }
@@ -198,10 +252,14 @@ void masses_of_typed_row(const LogitsRow& row, float peak, float inverse_tempera
 
 void reduce_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end) {
   if (job.divisor == 1.0f) {
-    TQ_BY_ELEMENT(job.row, (reduce_typed_blocks<Element, false>(job, block_begin, block_end)));
+    TQ_BY_ELEMENT(job.row, reduce_typed_blocks<Element>(job, block_begin, block_end));
   } else {
-    TQ_BY_ELEMENT(job.row, (reduce_typed_blocks<Element, true>(job, block_begin, block_end)));
+    TQ_BY_ELEMENT(job.row, reduce_divided_blocks<Element>(job, block_begin, block_end));
   }
+}
+
+int64_t gather_strands(const LogitsRow& row, float divisor, const TopKQueue& queue, uint64_t* keys) {
+  TQ_BY_ELEMENT(row, gather_typed_strands<Element>(row, divisor, queue, keys));
 }
 
 int64_t find_in_block(const LogitsRow& row, int64_t b, float value) {

@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/row_types.h"
+#include "cpu/weight_rows.h"
 
 namespace tq {
 
@@ -16,13 +17,16 @@ struct BlockReduction {
   // Unless null, tempered_sums[b]: sum of exp((x - peak) * inverse_temperature).
   float* tempered_sums;
   float inverse_temperature;
-  // Unless null, takes every element that may be among the k largest.
+  // Unless null, takes every strand that may hold one of the k largest.
   TopKQueue* queue;
 };
 
 #define TQ_DECLARE(isa)                                                                             \
   namespace isa {                                                                                   \
   void reduce_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end);            \
+  /* Keys of the elements x / divisor of the queued strands that are not below its threshold: how many. \
+     `keys` has room for kStrandLength of each strand. */                                             \
+  int64_t gather_strands(const LogitsRow& row, float divisor, const TopKQueue& queue, uint64_t* keys); \
   /* The first id of block b whose value is exactly `value`, which must be there. */                \
   int64_t find_in_block(const LogitsRow& row, int64_t b, float value);                              \
   /* The first id of block b at which the running sum of exp((x - peak) * inverse_temperature)      \
@@ -46,8 +50,14 @@ static inline SoftmaxState<double> merge_blocks(const SoftmaxState<float>* state
   for (int64_t b = 0; b < count; ++b) {
     if (states[b].peak > total.peak) total.peak = static_cast<double>(states[b].peak);
   }
-  for (int64_t b = 0; b < count; ++b) {
-    total.sum += sum_at_peak(SoftmaxState<double>{states[b].peak, states[b].sum}, total.peak);
+  if (total.peak == -INFINITY) return total;
+  constexpr int64_t kTogether = 64;
+  double shares[kTogether];
+  for (int64_t first = 0; first < count; first += kTogether) {
+    const int64_t num = count - first < kTogether ? count - first : kTogether;
+    for (int64_t i = 0; i < num; ++i) shares[i] = states[first + i].peak - total.peak;
+    TQ_SELECT_ISA(exp_in_place)(shares, num);
+    for (int64_t i = 0; i < num; ++i) total.sum += states[first + i].sum * shares[i];
   }
   return total;
 }

@@ -1,4 +1,4 @@
-// topk_logprobs on CPU: one pass over the logits feeds the lse and a queue of the k largest.
+// topk_logprobs on CPU: one pass over the logits feeds the lse and a queue of where the k largest are.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -16,12 +16,10 @@ namespace tq {
 
 namespace {
 
-// Rows are split over threads where they are few; a piece has at least this many blocks, so that
-// its queue's first flood stays a small part of the work.
+// Rows are split over threads where they are few; a piece has at least this many blocks.
 constexpr int64_t kMinBlocksPerPiece = 8;
 // A row of fewer blocks is done before another thread is awake.
 constexpr int64_t kMinBlocksToCut = 32;
-constexpr int64_t kMinQueue = 64;
 
 struct Output {
   int64_t* ids;
@@ -29,9 +27,15 @@ struct Output {
   float* lse;
 };
 
+// `keys` is room that may grow.
 void finish_row(
-    uint64_t* keys, int64_t num_keys, int64_t k, SoftmaxState<double> state, int64_t row, const Output& out) {
-  std::partial_sort(keys, keys + k, keys + num_keys, std::greater<uint64_t>());
+    const LogitsRow& logits, float divisor, TopKQueue* queue, std::vector<uint64_t>& keys, SoftmaxState<double> state,
+    int64_t row, const Output& out) {
+  topk_shrink(queue);
+  const int64_t k = queue->k;
+  keys.resize(queue->size * kStrandLength);
+  const int64_t num_keys = TQ_SELECT_ISA(gather_strands)(logits, divisor, *queue, keys.data());
+  std::partial_sort(keys.begin(), keys.begin() + k, keys.begin() + num_keys, std::greater<uint64_t>());
   const double log_sum = std::log(state.sum);
   const bool is_empty = state.sum == 0.0;
   for (int64_t i = 0; i < k; ++i) {
@@ -47,10 +51,9 @@ void finish_row(
 struct Pieces {
   int64_t per_row;
   int64_t blocks_each;
-  int64_t queue_capacity;
 };
 
-Pieces cut_rows(int64_t rows, int64_t blocks, int64_t width, int64_t k) {
+Pieces cut_rows(int64_t rows, int64_t blocks) {
   const int64_t threads = torch::stable::get_num_threads();
   int64_t per_row = 1;
   if (rows < 2 * threads && rows * blocks >= kMinBlocksToCut) {
@@ -58,9 +61,7 @@ Pieces cut_rows(int64_t rows, int64_t blocks, int64_t width, int64_t k) {
   }
   const int64_t blocks_each = (blocks + per_row - 1) / per_row;
   per_row = (blocks + blocks_each - 1) / blocks_each;
-  const int64_t most = std::min(width, blocks_each * kBlock);
-  // One vector more than can ever be in use, because a push makes room for a whole vector first.
-  return {per_row, blocks_each, std::min(most, std::max(kMinQueue, 2 * k)) + 16};
+  return {per_row, blocks_each};
 }
 
 }  // namespace
@@ -85,18 +86,19 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cpu(
       static_cast<float*>(lse.mutable_data_ptr())};
 
   const int64_t blocks = num_blocks(vocab_size);
-  const Pieces pieces = cut_rows(rows, blocks, vocab_size, k);
+  const Pieces pieces = cut_rows(rows, blocks);
+  const int64_t room = queue_room(k);
   const auto reduce_blocks = TQ_SELECT_ISA(reduce_blocks);
 
   if (pieces.per_row == 1) {
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       std::vector<SoftmaxState<float>> states(blocks);
-      const std::unique_ptr<uint64_t[]> keys(new uint64_t[pieces.queue_capacity]);
+      std::vector<uint64_t> strands(room), keys;
       for (int64_t row = begin; row < end; ++row) {
-        TopKQueue queue{keys.get(), 0, pieces.queue_capacity, k, std::numeric_limits<float>::quiet_NaN()};
+        TopKQueue queue = start_queue(strands.data(), k);
         const LogitsRow whole = logits_row(logits, type, row, vocab_size);
         reduce_blocks({whole, divisors.at(row), states.data(), nullptr, 1.0f, &queue}, 0, blocks);
-        finish_row(queue.keys, queue.size, k, merge_blocks(states.data(), blocks), row, out);
+        finish_row(whole, divisors.at(row), &queue, keys, merge_blocks(states.data(), blocks), row, out);
       }
     });
     return {ids, logprobs, lse};
@@ -104,33 +106,32 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cpu(
 
   const int64_t num_pieces = rows * pieces.per_row;
   std::vector<SoftmaxState<float>> states(rows * blocks);
-  const std::unique_ptr<uint64_t[]> keys(new uint64_t[num_pieces * pieces.queue_capacity]);
+  const std::unique_ptr<uint64_t[]> strands(new uint64_t[num_pieces * room]);
   std::vector<int64_t> sizes(num_pieces);
   torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row = piece / pieces.per_row;
       const int64_t first = piece % pieces.per_row * pieces.blocks_each;
-      TopKQueue queue{
-          keys.get() + piece * pieces.queue_capacity, 0, pieces.queue_capacity, k,
-          std::numeric_limits<float>::quiet_NaN()};
-      const LogitsRow piece_row = logits_row(logits, type, row, vocab_size);
+      TopKQueue queue = start_queue(strands.get() + piece * room, k);
+      const LogitsRow whole = logits_row(logits, type, row, vocab_size);
       reduce_blocks(
-          {piece_row, divisors.at(row), states.data() + row * blocks, nullptr, 1.0f, &queue}, first,
+          {whole, divisors.at(row), states.data() + row * blocks, nullptr, 1.0f, &queue}, first,
           std::min(first + pieces.blocks_each, blocks));
-      topk_shrink(&queue);
       sizes[piece] = queue.size;
     }
   });
-  std::vector<uint64_t> merged;
+  std::vector<uint64_t> merged, keys;
   for (int64_t row = 0; row < rows; ++row) {
     merged.clear();
     for (int64_t piece = row * pieces.per_row; piece < (row + 1) * pieces.per_row; ++piece) {
-      const uint64_t* const from = keys.get() + piece * pieces.queue_capacity;
+      const uint64_t* const from = strands.get() + piece * room;
       merged.insert(merged.end(), from, from + sizes[piece]);
     }
-    finish_row(
-        merged.data(), static_cast<int64_t>(merged.size()), k, merge_blocks(states.data() + row * blocks, blocks), row,
-        out);
+    TopKQueue queue = start_queue(merged.data(), k);
+    queue.size = static_cast<int64_t>(merged.size());
+    const LogitsRow whole = logits_row(logits, type, row, vocab_size);
+    const SoftmaxState<double> state = merge_blocks(states.data() + row * blocks, blocks);
+    finish_row(whole, divisors.at(row), &queue, keys, state, row, out);
   }
   return {ids, logprobs, lse};
 }

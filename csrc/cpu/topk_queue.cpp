@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cmath>
 #include <functional>
 #include <limits>
 
@@ -8,22 +7,19 @@
 
 namespace tq {
 
-void topk_start(TopKQueue* queue, float* values, int64_t count) {
-  if (queue->k > count) return;
-  std::nth_element(values, values + queue->k - 1, values + count, std::greater<float>());
-  const float bound = values[queue->k - 1];
-  // Nothing lies below -inf: then everything has to enter.
-  if (bound > -std::numeric_limits<float>::infinity()) {
-    queue->threshold = std::nextafter(bound, -std::numeric_limits<float>::infinity());
-  }
+TopKQueue start_queue(uint64_t* keys, int64_t k) {
+  return {keys, 0, queue_limit(k), k, std::numeric_limits<float>::quiet_NaN()};
 }
 
 void topk_shrink(TopKQueue* queue) {
   if (queue->size < queue->k) return;
-  uint64_t* const last = queue->keys + queue->k - 1;
-  std::nth_element(queue->keys, last, queue->keys + queue->size, std::greater<uint64_t>());
-  queue->size = queue->k;
-  queue->threshold = value_of_key(*last);
+  uint64_t* const rest = queue->keys + queue->k;
+  uint64_t* const end = queue->keys + queue->size;
+  std::nth_element(queue->keys, rest - 1, end, std::greater<uint64_t>());
+  // Equal but for the place in the block.
+  const uint64_t last = rest[-1] / kGroup;
+  queue->size = std::partition(rest, end, [=](uint64_t key) { return key / kGroup == last; }) - queue->keys;
+  queue->threshold = value_of_key(rest[-1]);
 }
 
 }  // namespace tq

@@ -56,8 +56,10 @@ def test_sixteen_bit_logits_draw_as_their_fp32_copies(isa, dtype):
     for parameters in ({}, {"temperature": 0.6}, {"top_k": 30}, {"top_p": 0.8}):
         got = sample_tokens(logits, keys, 0, backend="cpu", **parameters)
         expected = sample_tokens(logits.float(), keys, 0, backend="cpu", **parameters)
-        for a, b in zip(got, expected, strict=True):
-            assert torch.equal(a, b)
+        assert torch.equal(got.ids, expected.ids) and torch.equal(got.valid, expected.valid)
+        # bf16 logits are summed in another order inside a block: a few spacings of fp32.
+        for a, b in zip(got[1:3], expected[1:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=5e-7, atol=5e-7)
 
 
 @pytest.mark.parametrize("parameters", [{}, {"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 9}])

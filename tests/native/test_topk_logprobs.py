@@ -45,6 +45,17 @@ def test_k_may_be_the_whole_vocabulary(isa, num_threads, size):
     check(torch.randn(2, size, generator=torch.Generator().manual_seed(1)), size)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_values_everywhere_leave_the_lowest_ids(isa, dtype):
+    # Values that tie across blocks, and inside one across its interleaved strands.
+    logits = torch.zeros(3, 9000, dtype=dtype)
+    logits[1, 4100:4300] = 2.0
+    logits[2, torch.tensor([8999, 2047, 2048, 2112, 6000])] = 1.0
+    for k in (1, 4, 70, 300):
+        check(logits, k)
+        check(-logits, k)
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_rows_chosen_to_hurt_the_queue(num_threads, rows):
     size = 40000
