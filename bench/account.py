@@ -26,8 +26,9 @@ from torch import nn
 
 import tq_fast
 from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
-from tq_fast import rollouts, step
+from tq_fast import step
 from tq_fast.models.language import LanguageForest
+from tq_fast.rollout_state import RolloutLaw
 
 _ROUNDS = 5
 
@@ -206,7 +207,7 @@ def measure_phases(
         inner: dict[str, float] = {}
         with (
             _timed(LanguageForest, "forward_rows", inner, "rollout forward"),
-            _timed(rollouts.ops, "advance_rollouts_", inner, "sampling"),
+            _timed(RolloutLaw, "advance", inner, "sampling"),
             _timed(step, "run_rollouts", inner, "rollout"),
         ):
             result = decoder.decode(prompt, max_new_tokens=tokens, **options)
