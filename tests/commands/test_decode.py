@@ -20,7 +20,7 @@ from tq_fast.commands.decode import JobOptions, run_decode
 from tq_fast.commands.job_settings import ModelChoice
 from tq_fast.commands.record_file import OutputRefused, RecordFile
 from tq_fast.errors import BackendRefused, InvalidArgument, RewardError
-from tq_fast.models.reward import RewardSession, drop_from
+from tq_fast.models.reward import Opening, RewardSession, drop_from
 from tq_fast.prompts import Prompt
 
 CONFIG = DecodeConfig(k=4, horizon=3, max_new_tokens=6, eos_token_id=())
@@ -299,8 +299,8 @@ def trouble(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trouble | None], None]
             if meet is not None:
                 open_reward = decoder.reward.open
 
-                def open_with_trouble(prompts: Sequence[Prompt], **sizes: Any) -> Any:
-                    return _TroubledSession(open_reward(prompts, **sizes), prompts, meet)
+                def open_with_trouble(opening: Opening) -> Any:
+                    return _TroubledSession(open_reward(opening), opening.prompts, meet)
 
                 decoder.reward.open = open_with_trouble
             return decoder
@@ -376,10 +376,10 @@ def test_what_nobody_foresaw_keeps_its_traceback(
         decoder = load(models)
         open_reward = decoder.reward.open
 
-        def open_with_bug(prompts: Sequence[Prompt], **sizes: Any) -> Any:
-            if any(prompt.given == "d e f" for prompt in prompts):
+        def open_with_bug(opening: Opening) -> Any:
+            if any(prompt.given == "d e f" for prompt in opening.prompts):
                 raise KeyError("a bug")
-            return open_reward(prompts, **sizes)
+            return open_reward(opening)
 
         decoder.reward.open = open_with_bug
         return decoder
