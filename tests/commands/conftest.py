@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.commands.decode_job import Job
 from tests.commands.trio import Trio, save_trio
 
 
@@ -11,3 +14,16 @@ from tests.commands.trio import Trio, save_trio
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     """Folders of tiny random models, made once."""
     return save_trio(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def job(tmp_path: Path, trio: Trio) -> Job:
+    return Job(tmp_path, trio)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, trio: Trio) -> Job:
+    """A job that nothing disturbed."""
+    job = Job(tmp_path_factory.mktemp("whole"), trio)
+    assert job.run(traces=True) == 0
+    return job
