@@ -25,6 +25,7 @@ import transformers
 from torch import nn
 
 import tq_fast
+from bench.ceilings import Machine, Work, measure_machine
 from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
 from tq_fast import step
 from tq_fast.models.language import LanguageForest
@@ -50,14 +51,6 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """What was measured: bytes read and FLOPs done in a second."""
-
-    bytes_per_second: float
-    flops_per_second: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Model:
     """What a forward pass of a model reads and computes.
 
@@ -74,33 +67,6 @@ class Model:
     head_flops: int
     kv_bytes: int
     attention_flops: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Least work of some forward passes."""
-
-    bytes_read: float
-    flops: float
-
-    def seconds(self, machine: Machine) -> float:
-        """The slower of reading and computing."""
-        reading = self.bytes_read / machine.bytes_per_second
-        return max(reading, self.flops / machine.flops_per_second)
-
-
-def measure_machine(dtype: torch.dtype) -> Machine:
-    """Read a large buffer, and multiply matrices; the fastest of several rounds is the ceiling."""
-    buffer = torch.ones(1 << 27, dtype=torch.float32)
-    reading = _least_seconds(lambda: buffer.sum())
-    rates = []
-    for rows, size, columns in ((1024, 2048, 2048), (512, 768, 2048), (256, 2048, 768)):
-        left, right = torch.randn(rows, size).to(dtype), torch.randn(columns, size).to(dtype)
-        # What anything reaches is a fair ceiling, so our own kernel takes part.
-        for product in (nn.functional.linear, tq_fast.ops.few_rows_linear):
-            seconds = _least_seconds(lambda p=product, x=left, w=right: p(x, w))
-            rates.append(2 * rows * size * columns / seconds)
-    return Machine(buffer.nbytes / reading, max(rates))
 
 
 def describe_model(model: nn.Module) -> Model:
@@ -247,15 +213,6 @@ def _kernel_seconds(run: Callable[[], object], setting: Setting) -> dict[str, fl
         if event.self_cpu_time_total
     }
     return dict(sorted(times.items(), key=lambda item: -item[1]))
-
-
-def _least_seconds(function: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(15):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def report(setting: Setting, duo: Duo) -> list[str]:

@@ -15,13 +15,20 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from bench.ceilings import Work, measure_machine
+
 
 class Ratios(NamedTuple):
-    """One row of the table: how long ours took, and how many times that the others took."""
+    """One row of the table: how long ours took, and how many times that the others took.
+
+    `work`, where given, is the least work of the shape; its products are of `dtype`.
+    """
 
     group: str
-    micros: float
+    seconds: float
     others: dict[str, float]
+    work: Work | None = None
+    dtype: torch.dtype = torch.float32
 
 
 _FIGURES = pytest.StashKey[list["str | Ratios"]]()
@@ -71,11 +78,44 @@ def _table(figures: list[str | Ratios]) -> list[str]:
     rows = [row for row in figures if isinstance(row, Ratios)]
     if not rows:
         return []
-    lines = ["| op and shape | ours, us | times as long: |", "|---|---|---|"]
+    lines = [
+        *_describe_ceilings({row.dtype for row in rows if row.work is not None}),
+        "| op and shape | ours, us | of the ceiling | times as long: |",
+        "|---|---|---|---|",
+    ]
     for row in rows:
         others = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row.others.items())
-        lines.append(f"| {row.group} | {row.micros:.1f} | {others} |")
+        lines.append(f"| {row.group} | {row.seconds * 1e6:.1f} | {_share(row)} | {others} |")
     return [*lines, ""]
+
+
+def _describe_ceilings(dtypes: set[torch.dtype]) -> list[str]:
+    if not dtypes:
+        return []
+    machines = {dtype: measure_machine(dtype) for dtype in sorted(dtypes, key=str)}
+    read = max(machine.bytes_per_second for machine in machines.values())
+    products = ", ".join(
+        f"{dtype} products {machine.flops_per_second / 1e9:.0f} GFLOP/s"
+        for dtype, machine in machines.items()
+    )
+    return [
+        f"ceilings, measured in this run: memory {read / 1e9:.1f} GB/s, {products}; beside each op "
+        "what it reaches of the one that binds it",
+        "",
+    ]
+
+
+def _share(row: Ratios) -> str:
+    """What ours reached of the ceiling that binds it; above 100 % where its input is cached."""
+    if row.work is None:
+        return ""
+    machine = measure_machine(row.dtype)
+    least = row.work.seconds(machine)
+    if least == row.work.reading(machine):
+        rate = f"{row.work.bytes_read / row.seconds / 1e9:.1f} GB/s"
+    else:
+        rate = f"{row.work.flops / row.seconds / 1e9:.0f} GFLOP/s"
+    return f"{rate}, {100 * least / row.seconds:.0f} %"
 
 
 def _describe_run(load: float) -> list[str]:

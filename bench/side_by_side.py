@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.ceilings import Work
 from bench.conftest import Ratios
 
 PROVIDERS = ("eager", "compiled", "ours")
@@ -36,13 +37,21 @@ def time_provider(
     inputs: Iterator[tuple[Any, ...]],
     *,
     rounds: int = 30,
+    warmup_rounds: int = 3,
+    work: Work | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Time `function(*next(inputs))`; once "ours" is timed, report its ratio to the others."""
+    """Time `function(*next(inputs))`; once "ours" is timed, report its ratio to the others.
+
+    `work` is the least that the op must read and compute, in products of `dtype`.
+    """
     benchmark.group = group
     if provider == "compiled":
         function = torch.compile(function)
     with torch.inference_mode():
-        benchmark.pedantic(lambda: function(*next(inputs)), rounds=rounds, warmup_rounds=3)
+        benchmark.pedantic(
+            lambda: function(*next(inputs)), rounds=rounds, warmup_rounds=warmup_rounds
+        )
     _medians[group, provider] = benchmark.stats.stats.median
     if provider != "ours":
         return
@@ -50,4 +59,5 @@ def time_provider(
     others = {
         name: median for (of, name), median in _medians.items() if of == group and name != "ours"
     }
-    figure(Ratios(group, ours * 1e6, {name: median / ours for name, median in others.items()}))
+    ratios = {name: median / ours for name, median in others.items()}
+    figure(Ratios(group, ours, ratios, work, dtype))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ceilings import Work
 from bench.side_by_side import PROVIDERS, time_provider, turns
 from tq_fast.ops import advance_rollouts_
 
@@ -58,4 +59,5 @@ def test_advance_rollouts(benchmark, figure, rows, size, provider) -> None:
     torch.testing.assert_close(states[0][3][same], states[1][3][same], rtol=1e-5, atol=1e-5)
     function = ours if provider == "ours" else eager
     group = f"advance_rollouts_ {rows}x{size} bf16"
-    time_provider(benchmark, figure, provider, group, function, inputs, rounds=10)
+    work = Work(logits.nbytes, 0)
+    time_provider(benchmark, figure, provider, group, function, inputs, rounds=10, work=work)

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 
+from bench.ceilings import Work
+from bench.side_by_side import time_provider
 from tq_fast.ops import finish_decoder_layer, project_qkv
 
 _BYTES = 128 << 20
@@ -54,7 +56,7 @@ PROVIDERS: dict[str, Callable[..., Tensor]] = {"modules": by_modules, "ours": by
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("num_rows", [1, 10, 40, 200])
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_decoder_layer(benchmark, provider, num_rows, dtype) -> None:
+def test_decoder_layer(benchmark, figure, provider, num_rows, dtype) -> None:
     torch.manual_seed(0)
     first = LlamaDecoderLayer(_CONFIG, 0).to(dtype).eval()
     layer_bytes = sum(parameter.nbytes for parameter in first.parameters())
@@ -67,7 +69,15 @@ def test_decoder_layer(benchmark, provider, num_rows, dtype) -> None:
     with torch.inference_mode():
         expected = by_modules(first, *inputs)
         torch.testing.assert_close(function(first, *inputs), expected, rtol=5e-2, atol=5e-2)
-        turn = itertools.cycle(layers)
-        benchmark.group = f"decoder layer, {num_rows} rows, {dtype}"
-        benchmark.pedantic(lambda: function(next(turn), *inputs), rounds=4 * count, warmup_rounds=4)
-    benchmark.extra_info["GB/s"] = layer_bytes / benchmark.stats.stats.median / 1e9
+    time_provider(
+        benchmark,
+        figure,
+        provider,
+        f"decoder layer, {num_rows} rows, {dtype}",
+        function,
+        itertools.cycle([(layer, *inputs) for layer in layers]),
+        rounds=4 * count,
+        warmup_rounds=4,
+        work=Work(layer_bytes, 2 * num_rows * layer_bytes // dtype.itemsize),
+        dtype=dtype,
+    )

@@ -1,14 +1,11 @@
 """A linear layer on CPU with few rows: torch's product, the transposed one, and few_rows_linear.
 
-The weights rotate through more memory than the caches hold, as they do in a model; GB/s are those
-of the weights, beside what a plain sum over as large a buffer reads in the same run.
+The weights take turns and fill more memory than the caches hold, as they do in a model.
 """
 
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.ceilings import Work
+from bench.side_by_side import time_provider
 from tq_fast.ops import few_rows_linear, few_rows_linear_ref
 
 _BYTES = 256 << 20
@@ -34,23 +33,11 @@ PROVIDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def read_bytes_per_second() -> float:
-    """A sum over a large buffer, with the threads of this run."""
-    buffer = torch.ones(_BYTES // 4)
-    seconds = []
-    for _ in range(9):
-        start = time.perf_counter()
-        buffer.sum()
-        seconds.append(time.perf_counter() - start)
-    return buffer.nbytes / statistics.median(seconds)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 @pytest.mark.parametrize("num_rows", [1, 4, 10, 20, 40, 200])
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_few_rows(benchmark, read_bytes_per_second, provider, num_rows, shape, dtype) -> None:
+def test_few_rows(benchmark, figure, provider, num_rows, shape, dtype) -> None:
     size, columns = shape
     count = max(2, _BYTES // (size * columns * dtype.itemsize))
     weights = [torch.randn(columns, size).to(dtype) for _ in range(count)]
@@ -59,9 +46,15 @@ def test_few_rows(benchmark, read_bytes_per_second, provider, num_rows, shape, d
     with torch.inference_mode():
         expected = few_rows_linear_ref(x, weights[0])
         torch.testing.assert_close(function(x, weights[0]), expected, rtol=2e-2, atol=2e-2)
-        turn = itertools.cycle(weights)
-        benchmark.group = f"linear {num_rows}x{size} -> {columns} {dtype}"
-        benchmark.pedantic(lambda: function(x, next(turn)), rounds=2 * count, warmup_rounds=count)
-    speed = weights[0].nbytes / benchmark.stats.stats.median
-    benchmark.extra_info["GB/s"] = speed / 1e9
-    benchmark.extra_info["share_of_read"] = speed / read_bytes_per_second
+    time_provider(
+        benchmark,
+        figure,
+        provider,
+        f"few_rows_linear {num_rows}x{size} -> {columns} {dtype}",
+        function,
+        itertools.cycle([(x, weight) for weight in weights]),
+        rounds=2 * count,
+        warmup_rounds=count,
+        work=Work(weights[0].nbytes, 2 * num_rows * size * columns),
+        dtype=dtype,
+    )

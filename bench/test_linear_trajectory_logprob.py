@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.ceilings import Work
 from bench.side_by_side import time_provider, turns
 from tq_fast.ops import linear_trajectory_logprob
 
@@ -58,4 +59,9 @@ def test_linear_trajectory_logprob(
         linear_trajectory_logprob(*example), eager(*example), rtol=1e-5, atol=1e-3
     )
     group = f"linear_trajectory_logprob {rows}x{length}, {width} -> {size} {dtype}"
-    time_provider(benchmark, figure, provider, group, FUNCTIONS[provider], inputs, rounds=6)
+    hidden, weight = example[:2]
+    work = Work(hidden.nbytes + weight.nbytes, 2 * rows * length * size * width)
+    function = FUNCTIONS[provider]
+    time_provider(
+        benchmark, figure, provider, group, function, inputs, rounds=6, work=work, dtype=dtype
+    )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ceilings import Work
 from bench.side_by_side import time_provider, turns
 from tq_fast.ops import merge_attention_states
 
@@ -35,4 +36,5 @@ def test_merge_attention_states(benchmark, figure, rows, heads, size, provider) 
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     group = f"merge_attention_states {rows}x{heads}x1x{size} fp32"
     function = ours if provider == "ours" else eager
-    time_provider(benchmark, figure, provider, group, function, inputs, rounds=200)
+    work = Work(sum(x.nbytes for x in example), 0)
+    time_provider(benchmark, figure, provider, group, function, inputs, rounds=200, work=work)

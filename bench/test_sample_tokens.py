@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ceilings import Work
 from bench.side_by_side import PROVIDERS, time_provider, turns
 from tq_fast.ops import sample_tokens
 
@@ -58,4 +59,5 @@ def test_sample_tokens(benchmark, figure, rows, size, setting, provider) -> None
 
     function = ours if provider == "ours" else make_eager(**parameters)
     group = f"sample_tokens {rows}x{size} bf16, {setting}"
-    time_provider(benchmark, figure, provider, group, function, inputs, rounds=10)
+    work = Work(logits.nbytes, 0)
+    time_provider(benchmark, figure, provider, group, function, inputs, rounds=10, work=work)

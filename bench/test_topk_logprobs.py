@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ceilings import Work
 from bench.side_by_side import PROVIDERS, time_provider, turns
 from tq_fast.ops import topk_logprobs
 
@@ -34,4 +35,4 @@ def test_topk_logprobs(benchmark, figure, rows, size, dtype, provider) -> None:
     assert torch.equal(got.ids, ordered.indices[:, :K])
     function = (lambda x: topk_logprobs(x, K)) if provider == "ours" else eager
     group = f"topk_logprobs {rows}x{size} {dtype}, k={K}"
-    time_provider(benchmark, figure, provider, group, function, inputs)
+    time_provider(benchmark, figure, provider, group, function, inputs, work=Work(logits.nbytes, 0))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ceilings import Work
 from bench.side_by_side import PROVIDERS, time_provider, turns
 from tq_fast.ops import trajectory_log_ratio
 
@@ -35,4 +36,5 @@ def test_trajectory_log_ratio(benchmark, figure, rows, length, size, dtype, prov
     )
     function = trajectory_log_ratio if provider == "ours" else eager
     group = f"trajectory_log_ratio {rows}x{length}x{size} {dtype}"
-    time_provider(benchmark, figure, provider, group, function, inputs, rounds=8)
+    work = Work(2 * example[0].nbytes, 0)
+    time_provider(benchmark, figure, provider, group, function, inputs, rounds=8, work=work)
