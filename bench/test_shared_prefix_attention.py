@@ -7,12 +7,15 @@ them from what ours is given.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.side_by_side import time_provider
+from bench.ceilings import Work
+from bench.side_by_side import time_provider, turns
 from tq_fast.ops import shared_prefix_attention
 from tq_fast.ops._attention_aten import shared_prefix_attention_aten
 
@@ -31,51 +34,69 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "provider", ["sdpa", "sdpa, heads expanded", "sdpa after its copy", "two aten calls", "ours"]
-)
+PROVIDERS = ["sdpa", "sdpa, heads expanded", "sdpa after its copy", "two aten calls", "ours"]
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    """The arguments of the op."""
+    rows, heads, kv_heads, size, branch, prefix = shape
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(rows, heads, 1, size)]
+    sizes += 2 * [(1, kv_heads, prefix, size)] + 2 * [(rows, kv_heads, branch, size)]
+    q, *keys_and_values = (torch.randn(x, generator=generator).to(dtype) for x in sizes)
+    prefix_len, branch_len = torch.tensor([prefix]), torch.full((rows,), branch)
+    return (q, *keys_and_values[:2], prefix_len, *keys_and_values[2:], branch_len)
+
+
+def copy_to_rows(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Query, keys and values of plain attention: every row has the prefix for itself."""
+    q, prefix_k, prefix_v, _, branch_k, branch_v, _ = arguments
+    keys, values = (
+        torch.cat((shared.expand(len(q), -1, -1, -1), own), dim=2)
+        for shared, own in ((prefix_k, branch_k), (prefix_v, branch_v))
+    )
+    return q, keys, values
+
+
+def expand_heads(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    groups = q.shape[1] // keys.shape[1]
+    return q, keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shared_prefix_attention(benchmark, figure, shape, dtype, provider) -> None:
-    rows, heads, kv_heads, size, branch, prefix = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).to(dtype)
-
-    q = draw(rows, heads, 1, size)
-    prefix_k, prefix_v = (draw(1, kv_heads, prefix, size) for _ in range(2))
-    branch_k, branch_v = (draw(rows, kv_heads, branch, size) for _ in range(2))
-    lengths = torch.tensor([prefix]), torch.full((rows,), branch)
-
-    def copy_to_rows() -> list[Tensor]:
-        return [
-            torch.cat((shared.expand(rows, -1, -1, -1), own), dim=2)
-            for shared, own in ((prefix_k, branch_k), (prefix_v, branch_v))
-        ]
-
-    keys, values = copy_to_rows()
-    wide_keys, wide_values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
-    arguments = (q, prefix_k, prefix_v, lengths[0], branch_k, branch_v, lengths[1])
-    exact = functional.scaled_dot_product_attention(
-        q.float(), wide_keys.float(), wide_values.float()
-    )
+    arguments = draw(shape, dtype, 0)
+    wide = [x.float() for x in expand_heads(*copy_to_rows(arguments))]
+    exact = functional.scaled_dot_product_attention(*wide)
     atol = 2e-2 if dtype == torch.bfloat16 else 5e-6
     got = shared_prefix_attention(*arguments).out.float()
     torch.testing.assert_close(got, exact, rtol=0, atol=atol)
 
+    rows, heads, _, size, branch, prefix = shape
+    sdpa = partial(functional.scaled_dot_product_attention, enable_gqa=True)
     aten = {"scale": size**-0.5, "softcap": None, "window": None, "tree": None}
+    # What is called, and what it is given of the op's arguments before the clock runs.
     functions = {
-        "sdpa": lambda: functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True),
-        "sdpa, heads expanded": lambda: functional.scaled_dot_product_attention(
-            q, wide_keys, wide_values
-        ),
-        "sdpa after its copy": lambda: functional.scaled_dot_product_attention(
-            q, *copy_to_rows(), enable_gqa=True
-        ),
-        "two aten calls": lambda: shared_prefix_attention_aten(*arguments, **aten),
-        "ours": lambda: shared_prefix_attention(*arguments),
+        "sdpa": (sdpa, copy_to_rows),
+        "sdpa, heads expanded": (sdpa, lambda given: expand_heads(*copy_to_rows(given))),
+        "sdpa after its copy": (lambda *given: sdpa(*copy_to_rows(given)), tuple),
+        "two aten calls": (partial(shared_prefix_attention_aten, **aten), tuple),
+        "ours": (shared_prefix_attention, tuple),
     }
-    group = f"shared_prefix_attention {shape} {dtype}"
-    inputs = iter(tuple, None)
-    time_provider(benchmark, figure, provider, group, functions[provider], inputs, rounds=40)
+    function, prepare = functions[provider]
+    time_provider(
+        benchmark,
+        figure,
+        provider,
+        f"shared_prefix_attention {shape} {dtype}",
+        function,
+        turns(lambda seed: prepare(draw(shape, dtype, seed))),
+        rounds=40,
+        work=Work(
+            sum(x.nbytes for x in arguments) + got.nbytes,
+            4 * rows * heads * size * (prefix + branch),
+        ),
+        dtype=dtype,
+    )
