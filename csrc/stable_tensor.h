@@ -35,9 +35,11 @@ inline Tensor new_tensor_on(
   return Tensor(handle);
 }
 
-// Contiguous, and of this type; the tensor itself where it is both.
+// Contiguous, and of this type; the tensor itself where it is both, which is not left to the dispatcher
+// to find out: that takes longer than a small op.
 inline Tensor dense(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+  if (tensor.scalar_type() != type) return torch::stable::contiguous(torch::stable::to(tensor, type));
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Rows of unit stride; any outer stride is kept, so a slice of a wider tensor is not copied.
