@@ -1,4 +1,4 @@
-"""merge_attention_states, which has no kernel, beside the lines that one would write."""
+"""merge_attention_states beside the lines that one would write, and torch.compile of them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,32 @@ from tq_fast.ops import merge_attention_states
 def eager(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.logaddexp(lse_a, lse_b)
     shares = [(part - lse).exp().unsqueeze(-1) for part in (lse_a, lse_b)]
-    return out_a * shares[0] + out_b * shares[1], lse
+    return (out_a * shares[0] + out_b * shares[1]).to(out_a.dtype), lse
 
 
 def ours(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor):
     return merge_attention_states((out_a, lse_a), (out_b, lse_b))
 
 
-@pytest.mark.parametrize("provider", ["eager, empty states give NaN", "ours"])
+# Neither of the first two takes empty states: they give NaN.
+PROVIDERS = {"eager": eager, "compiled": eager, "ours": ours}
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("rows", "heads", "size"), [(10, 12, 64), (160, 16, 128)])
-def test_merge_attention_states(benchmark, figure, rows, heads, size, provider) -> None:
+def test_merge_attention_states(benchmark, figure, rows, heads, size, dtype, provider) -> None:
     def make(seed: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(seed)
-        outs = torch.randn(2, rows, heads, 1, size, generator=generator)
+        outs = torch.randn(2, rows, heads, 1, size, generator=generator).to(dtype)
         lses = torch.randn(2, rows, heads, 1, generator=generator)
         return outs[0], lses[0], outs[1], lses[1]
 
     inputs = turns(make)
     example = next(inputs)
     for a, b in zip(ours(*example), eager(*example), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    group = f"merge_attention_states {rows}x{heads}x1x{size} fp32"
-    function = ours if provider == "ours" else eager
-    work = Work(sum(x.nbytes for x in example), 0)
+        torch.testing.assert_close(a, b, rtol=torch.finfo(a.dtype).eps, atol=1e-5)
+    group = f"merge_attention_states {rows}x{heads}x1x{size} {dtype}"
+    function = PROVIDERS[provider]
+    work = Work(sum(x.nbytes for x in example) * 3 / 2, 0)
     time_provider(benchmark, figure, provider, group, function, inputs, rounds=200, work=work)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._dispatch import Op
+from ._dispatch import Backend, Op, native_function, python_function
 
 
 class AttentionState(NamedTuple):
@@ -45,8 +45,16 @@ def merge_attention_states(
         InvalidArgument: shapes or dtypes that do not fit, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    op = "merge_attention_states"
     (out_a, lse_a), (out_b, lse_b) = a, b
+    result = _OP.at_once(backend, out_a, lse_a, out_b, lse_b)
+    if result is NotImplemented:
+        _check(out_a, lse_a, out_b, lse_b)
+        result = _OP(backend, out_a, lse_a, out_b, lse_b)
+    return AttentionState._make(result)
+
+
+def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    op = "merge_attention_states"
     _checks.require_float(op, "out_a", out_a)
     _checks.require_shape(op, "lse_a", lse_a, tuple(out_a.shape[:-1]), "out_a without [d]")
     _checks.require_shape(op, "out_b", out_b, tuple(out_a.shape), "the shape of out_a")
@@ -55,7 +63,6 @@ def merge_attention_states(
     _checks.require_dtype(op, "lse_a", lse_a, torch.float32)
     _checks.require_dtype(op, "lse_b", lse_b, torch.float32)
     _checks.refuse_grad(op, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    return AttentionState(*_OP(backend, out_a, lse_a, out_b, lse_b))
 
 
 def merge_attention_states_ref(
@@ -79,4 +86,32 @@ def _merge_ref(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> At
     return AttentionState((part_a + part_b).to(out_a.dtype), lse)
 
 
-_OP = Op("merge_attention_states", _merge_ref)
+def merge_attention_states_cpu(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel, of the two states flat."""
+    return torch.ops.tq_fast.merge_attention_states.default(out_a, lse_a, out_b, lse_b)
+
+
+def _fake(out_a: Tensor, lse_a: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    # Dense, whatever the strides of the inputs.
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+def _refuse_cpu(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> str | None:
+    return _checks.refuse_float64(out_a=out_a)
+
+
+_OP = Op(
+    "merge_attention_states",
+    _merge_ref,
+    Backend(
+        "triton",
+        python_function("tq_fast.kernels.merge_attention_states", "merge_attention_states_triton"),
+    ),
+    Backend(
+        "cpu",
+        native_function("merge_attention_states", merge_attention_states_cpu, _fake),
+        _refuse_cpu,
+    ),
+)
