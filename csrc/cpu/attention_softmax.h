@@ -35,7 +35,8 @@ TQ_INLINE F32x16 mask_scores(const QueryTile& tile, int64_t m, int64_t begin, fl
   if (first > 0 || last < kCount) {
     const auto least = static_cast<int32_t>(first < 0 ? 0 : first);
     const auto most = static_cast<int32_t>(last < kCount ? last : kCount);
-    const I32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    alignas(64) static constexpr int32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const I32x16 lane = (I32x16)load_words(kNumbers);
     for (int v = 0; v < kVectors; ++v) {
       const I32x16 position = lane + v * kLanes;
       x[v] = select((position >= least) & (position < most), x[v], broadcast(kMinusInfinity));

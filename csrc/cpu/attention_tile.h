@@ -13,9 +13,12 @@ namespace TQ_ISA {
 #if defined(__AVX512F__)
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;
+constexpr int kTileVectors = 1;
 #else
 constexpr int kTileRows = 2;
-constexpr int kTileVectors = 2;
+constexpr int kTileVectors = 1;
 #endif
 
 // How two words of 32 bits, one from each operand, are multiplied, and how a block of weights becomes words.

@@ -7,25 +7,6 @@
 namespace tq {
 namespace TQ_ISA {
 
-// The compiler keeps only vectors of the processor's own width in registers: an output's sixteen lanes
-// are kPieces of them.
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
-#endif
-constexpr int kPieces = kLanes / kWidth;
-
-typedef float F32x4 __attribute__((vector_size(16)));
-typedef float F32x8 __attribute__((vector_size(32)));
-typedef float Piece __attribute__((vector_size(4 * kWidth)));
-typedef uint32_t PieceBits __attribute__((vector_size(4 * kWidth)));
-// For unaligned access through pointers; bits of two 16-bit columns in each lane.
-typedef float PieceU __attribute__((vector_size(4 * kWidth), aligned(4)));
-typedef uint32_t PairsU __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));
-
 // A step of columns is kParts vectors, in an order of columns that weights and x share. `Stored` is the
 // type of the weights in memory, `Packed` that of x once packed, kPartSize of them a part.
 struct Float32Step {
@@ -48,16 +29,7 @@ struct Float16Step : Float32Step {
   static constexpr int kColumns = 2 * kLanes;
   static constexpr int kParts = 2 * kPieces;
   TQ_INLINE Vector load_stored(const uint16_t* from, int part) {
-    from += part * kWidth;
-#if defined(__AVX512F__)
-    return (Piece)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(__F16C__)
-    return (Piece)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-    Piece out;
-    for (int lane = 0; lane < kWidth; ++lane) out[lane] = float_from_half(from[lane]);
-    return out;
-#endif
+    return Float16::load_piece(from + part * kWidth);
   }
 };
 
@@ -68,7 +40,7 @@ struct BFloat16Step : Float32Step {
   static constexpr int kColumns = 2 * kLanes;
   static constexpr int kParts = 2 * kPieces;
   TQ_INLINE Vector load_stored(const uint16_t* from, int part) {
-    const PieceBits pairs = *reinterpret_cast<const PairsU*>(from + part / 2 * 2 * kWidth);
+    const PieceBits pairs = *reinterpret_cast<const PieceBitsU*>(from + part / 2 * 2 * kWidth);
     return part % 2 == 0 ? (Piece)(pairs << 16) : (Piece)(pairs & 0xffff0000u);
   }
 };
@@ -84,8 +56,8 @@ struct BFloat16DotStep {
   static constexpr int kParts = 1;
   static constexpr int kPartSize = kColumns;
   TQ_INLINE Vector load_stored(const uint16_t* from, int) { return load_packed(from); }
-  TQ_INLINE Vector load_packed(const uint16_t* from) { return *reinterpret_cast<const PairsU*>(from); }
-  TQ_INLINE void store_packed(uint16_t* to, Vector part) { *reinterpret_cast<PairsU*>(to) = part; }
+  TQ_INLINE Vector load_packed(const uint16_t* from) { return *reinterpret_cast<const PieceBitsU*>(from); }
+  TQ_INLINE void store_packed(uint16_t* to, Vector part) { *reinterpret_cast<PieceBitsU*>(to) = part; }
   TQ_INLINE Piece add_product(Piece sum, Vector a, Vector b) {
     // Not the intrinsic: it needs flags under which the compiler may use the instruction elsewhere.
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));

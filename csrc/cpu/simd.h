@@ -1,7 +1,7 @@
 // Sixteen floats at a time, written once for every instruction set.
 //
-// The compiler's vector extension lowers F32x16 to one AVX-512 register, two AVX2 ones or four SSE
-// ones, so that every variant adds in the same order. Included only by *_rows.cpp (see isa.h).
+// F32x16 is one AVX-512 register, two AVX2 ones or four SSE ones (cpu/lanes.h), so that every variant
+// adds in the same order. Included only by *_rows.cpp (see isa.h).
 #pragma once
 
 #include <cstdint>
@@ -10,89 +10,147 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/lanes.h"
 #include "cpu/row_types.h"
-
-#define TQ_ALWAYS_INLINE inline __attribute__((always_inline))
-#define TQ_INLINE static TQ_ALWAYS_INLINE
 
 namespace tq {
 namespace TQ_ISA {
-
-constexpr int kLanes = 16;
-
-typedef float F32x16 __attribute__((vector_size(64)));
-typedef int32_t I32x16 __attribute__((vector_size(64)));
-typedef uint32_t U32x16 __attribute__((vector_size(64)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
-// For unaligned access through pointers.
-typedef float F32x16u __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t U16x16u __attribute__((vector_size(32), aligned(2)));
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
 // Subtracting 0 leaves every number as it is, so nothing is computed; adding it would change -0.
 TQ_INLINE F32x16 broadcast(float value) { return value - F32x16{}; }
 
-TQ_INLINE F32x16 load(const float* from) { return *reinterpret_cast<const F32x16u*>(from); }
-TQ_INLINE void store(float* to, F32x16 value) { *reinterpret_cast<F32x16u*>(to) = value; }
+TQ_INLINE F32x16 load(const float* from) {
+  F32x16 out;
+  for_each_piece(out, [&](Piece& piece, int i) TQ_INLINED {
+    piece = *reinterpret_cast<const PieceU*>(from + i * kWidth);
+  });
+  return out;
+}
+TQ_INLINE void store(float* to, const F32x16& value) {
+  for_each_piece(value, [&](const Piece& piece, int i) TQ_INLINED {
+    *reinterpret_cast<PieceU*>(to + i * kWidth) = piece;
+  });
+}
+
+// Sixteen words of any kind, on any even address.
+TQ_INLINE U32x16 load_words(const void* from) {
+  U32x16 out;
+  for_each_piece(out, [&](PieceBits& piece, int i) TQ_INLINED { piece = static_cast<const PieceBitsU*>(from)[i]; });
+  return out;
+}
 
 // a > b ? a : b in every lane: b where either is NaN.
-TQ_INLINE F32x16 max_or_second(F32x16 a, F32x16 b) {
-#if defined(__AVX512F__)
-  return (F32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#if defined(__x86_64__)
+TQ_INLINE F32x4 max_or_second(F32x4 a, F32x4 b) { return (F32x4)_mm_max_ps((__m128)a, (__m128)b); }
 #else
-  return a > b ? a : b;
+TQ_INLINE F32x4 max_or_second(F32x4 a, F32x4 b) { return a > b ? a : b; }
 #endif
+#if defined(__AVX2__)
+TQ_INLINE F32x8 max_or_second(F32x8 a, F32x8 b) { return (F32x8)_mm256_max_ps((__m256)a, (__m256)b); }
+#endif
+#if defined(__AVX512F__)
+TQ_INLINE F32x16 max_or_second(F32x16 a, F32x16 b) { return (F32x16)_mm512_max_ps((__m512)a, (__m512)b); }
+#endif
+template <typename Half>
+TQ_INLINE Twin<Half> max_or_second(const Twin<Half>& a, const Twin<Half>& b) {
+  return {max_or_second(a.low, b.low), max_or_second(a.high, b.high)};
 }
 
 // NaN counts as -inf.
-TQ_INLINE F32x16 clean(F32x16 value) { return max_or_second(value, broadcast(kMinusInfinity)); }
+TQ_INLINE F32x16 clean(const F32x16& value) { return max_or_second(value, broadcast(kMinusInfinity)); }
 
 // One bit for each lane where !(a <= b): greater, or b is NaN.
-TQ_INLINE uint32_t mask_not_le(F32x16 a, F32x16 b) {
 #if defined(__AVX512F__)
+TQ_INLINE uint32_t mask_not_le(Piece a, Piece b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+}
+#elif defined(__AVX2__)
+TQ_INLINE uint32_t mask_not_le(Piece a, Piece b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ)));
+}
+#elif defined(__x86_64__)
+TQ_INLINE uint32_t mask_not_le(Piece a, Piece b) {
+  return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b)));
+}
 #else
-  const I32x16 le = a <= b;
+TQ_INLINE uint32_t mask_not_le(Piece a, Piece b) {
   uint32_t mask = 0;
-  for (int lane = 0; lane < kLanes; ++lane) mask |= static_cast<uint32_t>(le[lane] == 0) << lane;
+  for (int lane = 0; lane < kWidth; ++lane) mask |= static_cast<uint32_t>(!(a[lane] <= b[lane])) << lane;
   return mask;
+}
 #endif
+template <typename Half>
+TQ_INLINE uint32_t mask_not_le(const Twin<Half>& a, const Twin<Half>& b) {
+  return mask_not_le(a.low, b.low) | mask_not_le(a.high, b.high) << Twin<Half>::kHalf;
 }
 
-TQ_INLINE float reduce_max(F32x16 value) {
+// How the lanes of two vectors become one.
+struct AddLanes {
+  template <typename Vector>
+  TQ_INLINE Vector both(const Vector& a, const Vector& b) {
+    return a + b;
+  }
+};
+struct MaxLanes {
+  template <typename Vector>
+  TQ_INLINE Vector both(const Vector& a, const Vector& b) {
+    return max_or_second(a, b);
+  }
+};
+
+// The upper half of the lanes with the lower, until four are left.
+template <typename Reduce>
+TQ_INLINE F32x4 fold_lanes(F32x4 value) {
+  return value;
+}
+#if defined(__AVX2__)
+template <typename Reduce>
+TQ_INLINE F32x4 fold_lanes(F32x8 value) {
+  return Reduce::both(
+      (F32x4)_mm256_castps256_ps128((__m256)value), (F32x4)_mm256_extractf128_ps((__m256)value, 1));
+}
+#endif
 #if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)value);
-#else
-  float best = value[0];
-  for (int lane = 1; lane < kLanes; ++lane) best = value[lane] > best ? value[lane] : best;
-  return best;
+template <typename Reduce>
+TQ_INLINE F32x4 fold_lanes(F32x16 value) {
+  return fold_lanes<Reduce>(Reduce::both(
+      (F32x8)_mm512_castps512_ps256((__m512)value), (F32x8)_mm512_extractf32x8_ps((__m512)value, 1)));
+}
 #endif
+template <typename Reduce, typename Half>
+TQ_INLINE F32x4 fold_lanes(const Twin<Half>& value) {
+  return fold_lanes<Reduce>(Reduce::both(value.low, value.high));
 }
 
-TQ_INLINE float add_lanes(F32x16 value) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)value);
-#else
-  float quads[4];
-  for (int i = 0; i < 4; ++i) quads[i] = (value[i] + value[i + 8]) + (value[i + 4] + value[i + 12]);
-  return (quads[0] + quads[2]) + (quads[1] + quads[3]);
-#endif
+TQ_INLINE float reduce_max(const F32x16& value) {
+  const F32x4 four = fold_lanes<MaxLanes>(value);
+  const float even = four[0] > four[2] ? four[0] : four[2];
+  const float odd = four[1] > four[3] ? four[1] : four[3];
+  return even > odd ? even : odd;
 }
 
-TQ_INLINE F32x16 select(I32x16 condition, F32x16 yes, F32x16 no) {
+TQ_INLINE float add_lanes(const F32x16& value) {
+  const F32x4 four = fold_lanes<AddLanes>(value);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+TQ_INLINE F32x16 select(const I32x16& condition, const F32x16& yes, const F32x16& no) {
   return (F32x16)(((I32x16)yes & condition) | ((I32x16)no & ~condition));
 }
 
 // Pairwise, so that the order is the same for every variant.
-TQ_INLINE double reduce_sum(F32x16 value) {
+TQ_INLINE double reduce_sum(const F32x16& value) {
 #if defined(__AVX512F__)
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)value));
   const __m512d high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)value, 1)));
   return _mm512_reduce_add_pd(low + high);
 #else
+  float lanes[kLanes];
+  store(lanes, value);
   double pairs[kLanes / 2];
-  for (int i = 0; i < kLanes / 2; ++i) pairs[i] = static_cast<double>(value[i]) + value[i + kLanes / 2];
+  for (int i = 0; i < kLanes / 2; ++i) pairs[i] = static_cast<double>(lanes[i]) + lanes[i + kLanes / 2];
   return ((pairs[0] + pairs[4]) + (pairs[2] + pairs[6])) + ((pairs[1] + pairs[5]) + (pairs[3] + pairs[7]));
 #endif
 }
@@ -145,7 +203,7 @@ TQ_INLINE uint16_t half_from(float value) {
 struct Float32 {
   using Stored = float;
   TQ_INLINE float rounded(float value) { return value; }
-  TQ_INLINE void store_rounded(float* to, F32x16 value) { store(to, value); }
+  TQ_INLINE void store_rounded(float* to, const F32x16& value) { store(to, value); }
   TQ_INLINE float scalar(float stored) { return stored; }
   TQ_INLINE F32x16 vector(const float* from) { return load(from); }
 };
@@ -153,13 +211,15 @@ struct Float32 {
 struct BFloat16 {
   using Stored = uint16_t;
   TQ_INLINE uint16_t rounded(float value) { return bfloat16_from(value); }
-  TQ_INLINE void store_rounded(uint16_t* to, F32x16 value) {
+  TQ_INLINE void store_rounded(uint16_t* to, const F32x16& value) {
     const U32x16 bits = (U32x16)value;
     const U32x16 high = bits >> 16;
     const U32x16 up = (bits + 0x7fffu + (high & 1u)) >> 16;
-    const I32x16 is_number = value == value;
-    const U32x16 kept = (up & (U32x16)is_number) | ((high | 0x40u) & ~(U32x16)is_number);
-    *reinterpret_cast<U16x16u*>(to) = __builtin_convertvector(kept, U16x16);
+    const U32x16 is_number = (U32x16)(value == value);
+    const U32x16 kept = (up & is_number) | ((high | 0x40u) & ~is_number);
+    for_each_piece(kept, [&](const PieceBits& piece, int i) TQ_INLINED {
+      reinterpret_cast<PieceShortsU*>(to)[i] = __builtin_convertvector(piece, PieceShorts);
+    });
   }
   TQ_INLINE float scalar(uint16_t stored) {
     const uint32_t bits = static_cast<uint32_t>(stored) << 16;
@@ -168,36 +228,45 @@ struct BFloat16 {
     return value;
   }
   TQ_INLINE F32x16 vector(const uint16_t* from) {
-    return (F32x16)(__builtin_convertvector(*reinterpret_cast<const U16x16u*>(from), U32x16) << 16);
+    F32x16 out;
+    for_each_piece(out, [&](Piece& piece, int i) TQ_INLINED {
+      const PieceShorts stored = reinterpret_cast<const PieceShortsU*>(from)[i];
+      piece = (Piece)(__builtin_convertvector(stored, PieceBits) << 16);
+    });
+    return out;
   }
 };
 
 struct Float16 {
   using Stored = uint16_t;
   TQ_INLINE uint16_t rounded(float value) { return half_from(value); }
-  TQ_INLINE void store_rounded(uint16_t* to, F32x16 value) {
-#if defined(__AVX512F__)
-    const __m256i halves = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
-#else
-    for (int lane = 0; lane < kLanes; ++lane) to[lane] = half_from(value[lane]);
-#endif
+  TQ_INLINE void store_rounded(uint16_t* to, const F32x16& value) {
+    for_each_piece(value, [&](const Piece& piece, int i) TQ_INLINED { store_piece(to + i * kWidth, piece); });
   }
   TQ_INLINE float scalar(uint16_t stored) { return float_from_half(stored); }
   TQ_INLINE F32x16 vector(const uint16_t* from) {
-#if defined(__AVX512F__)
-    return (F32x16)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(__F16C__)
-    union {
-      __m256 halves[2];
-      F32x16 whole;
-    } out;
-    out.halves[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    out.halves[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)));
-    return out.whole;
-#else
     F32x16 out;
-    for (int lane = 0; lane < kLanes; ++lane) out[lane] = float_from_half(from[lane]);
+    for_each_piece(out, [&](Piece& piece, int i) TQ_INLINED { piece = load_piece(from + i * kWidth); });
+    return out;
+  }
+  TQ_INLINE void store_piece(uint16_t* to, Piece piece) {
+#if defined(__AVX512F__)
+    const __m256i halves = _mm512_cvtps_ph((__m512)piece, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)piece, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int lane = 0; lane < kWidth; ++lane) to[lane] = half_from(piece[lane]);
+#endif
+  }
+  TQ_INLINE Piece load_piece(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return (Piece)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+    return (Piece)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+    Piece out;
+    for (int lane = 0; lane < kWidth; ++lane) out[lane] = float_from_half(from[lane]);
     return out;
 #endif
   }

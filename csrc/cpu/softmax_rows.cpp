@@ -22,10 +22,9 @@ TQ_INLINE int place_in_group(Element, int part, int lane) {
 }
 
 // Two bf16 of a word are one operation each, where widening them in order takes two.
-typedef uint32_t WordsU __attribute__((vector_size(64), aligned(2), may_alias));
 TQ_INLINE void load_group(BFloat16, const uint16_t* from, F32x16 (&x)[kParts]) {
   for (int part = 0; part < kParts; part += 2) {
-    const U32x16 words = *reinterpret_cast<const WordsU*>(from + part * kLanes);
+    const U32x16 words = load_words(from + part * kLanes);
     x[part] = (F32x16)(words << 16);
     x[part + 1] = (F32x16)(words & 0xffff0000u);
   }
@@ -152,7 +151,10 @@ TQ_INLINE void load_block(const Block<Element>& block, float divisor, float* val
     if (i + kLanes <= block.count) {
       x = Element::vector(block.data + i);
     } else {
-      for (int64_t lane = 0; i + lane < block.count; ++lane) x[lane] = Element::scalar(block.data[i + lane]);
+      float last[kLanes];
+      store(last, x);
+      for (int64_t lane = 0; i + lane < block.count; ++lane) last[lane] = Element::scalar(block.data[i + lane]);
+      x = load(last);
     }
     store(values + i, clean(kDivide ? x / divisors : x));
   }

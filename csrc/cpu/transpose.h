@@ -44,10 +44,45 @@ TQ_INLINE void transpose_16x16_words(const char* from, int64_t stride, float* to
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// to[i * to_stride + j] = from[j * stride + i] for i and j below 8.
+TQ_INLINE void transpose_8x8(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  // Loaded as halves, of rows j and j + 4, so that no word has to cross from one half to the other.
+  for (int half = 0; half < 8; half += 4) {
+    __m256 r[4];
+    for (int j = 0; j < 4; ++j) {
+      const float* const low = from + j * stride + half;
+      r[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(low + 4 * stride), 1);
+    }
+    const __m256 a = _mm256_unpacklo_ps(r[0], r[1]);
+    const __m256 b = _mm256_unpackhi_ps(r[0], r[1]);
+    const __m256 c = _mm256_unpacklo_ps(r[2], r[3]);
+    const __m256 d = _mm256_unpackhi_ps(r[2], r[3]);
+    _mm256_storeu_ps(to + half * to_stride, _mm256_shuffle_ps(a, c, 0x44));
+    _mm256_storeu_ps(to + (half + 1) * to_stride, _mm256_shuffle_ps(a, c, 0xee));
+    _mm256_storeu_ps(to + (half + 2) * to_stride, _mm256_shuffle_ps(b, d, 0x44));
+    _mm256_storeu_ps(to + (half + 3) * to_stride, _mm256_shuffle_ps(b, d, 0xee));
+  }
+}
+#endif
+
 // to[i * to_stride + j] = from[j * stride + i] for i and j below 16.
 TQ_INLINE void transpose_16x16(const float* from, int64_t stride, float* to, int64_t to_stride) {
 #if defined(__AVX512F__)
   transpose_16x16_words(reinterpret_cast<const char*>(from), stride * 4, to, to_stride);
+#elif defined(__AVX2__)
+  for (int j = 0; j < 16; j += 8) {
+    for (int i = 0; i < 16; i += 8) transpose_8x8(from + j * stride + i, stride, to + i * to_stride + j, to_stride);
+  }
+#elif defined(__x86_64__)
+  for (int j = 0; j < 16; j += 4) {
+    for (int i = 0; i < 16; i += 4) {
+      __m128 r[4];
+      for (int row = 0; row < 4; ++row) r[row] = _mm_loadu_ps(from + (j + row) * stride + i);
+      _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+      for (int row = 0; row < 4; ++row) _mm_storeu_ps(to + (i + row) * to_stride + j, r[row]);
+    }
+  }
 #else
   for (int j = 0; j < 16; ++j) {
     for (int i = 0; i < 16; ++i) to[i * to_stride + j] = from[j * stride + i];
@@ -55,43 +90,51 @@ TQ_INLINE void transpose_16x16(const float* from, int64_t stride, float* to, int
 #endif
 }
 
-struct AddLanes {
-#if defined(__AVX512F__)
-  TQ_INLINE __m512 both(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+#if !defined(__AVX512F__)
+// Lane i: what is left of x[i].
+template <typename Reduce>
+TQ_INLINE F32x4 reduce_four(const F32x16* x) {
+  F32x4 fours[4];
+  for (int i = 0; i < 4; ++i) fours[i] = fold_lanes<Reduce>(x[i]);
+#if defined(__x86_64__)
+  __m128 pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m128 a = (__m128)fours[2 * i];
+    const __m128 b = (__m128)fours[2 * i + 1];
+    pairs[i] = (__m128)Reduce::both((F32x4)_mm_movelh_ps(a, b), (F32x4)_mm_movehl_ps(b, a));
+  }
+  return Reduce::both(
+      (F32x4)_mm_shuffle_ps(pairs[0], pairs[1], 0x88), (F32x4)_mm_shuffle_ps(pairs[0], pairs[1], 0xdd));
 #else
-  TQ_INLINE float all(F32x16 x) { return add_lanes(x); }
+  F32x4 columns[4];
+  for (int i = 0; i < 4; ++i) columns[i] = F32x4{fours[0][i], fours[1][i], fours[2][i], fours[3][i]};
+  return Reduce::both(Reduce::both(columns[0], columns[2]), Reduce::both(columns[1], columns[3]));
 #endif
-};
-
-struct MaxLanes {
-#if defined(__AVX512F__)
-  TQ_INLINE __m512 both(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
-#else
-  TQ_INLINE float all(F32x16 x) { return reduce_max(x); }
+}
 #endif
-};
 
 template <typename Reduce>
 TQ_INLINE F32x16 reduce_across(const F32x16 (&x)[kLanes]) {
 #if defined(__AVX512F__)
   // Four rounds, each taking the halves of two vectors into one: of quads, pairs, numbers.
+  const auto both = [](__m512 a, __m512 b) TQ_INLINED { return (__m512)Reduce::both((F32x16)a, (F32x16)b); };
   __m512 r[kLanes];
   for (int i = 0; i < kLanes; ++i) r[i] = (__m512)x[i];
   for (int i = 0; i < 8; ++i) {
-    r[i] = Reduce::both(_mm512_shuffle_f32x4(r[i], r[i + 8], 0x44), _mm512_shuffle_f32x4(r[i], r[i + 8], 0xee));
+    r[i] = both(_mm512_shuffle_f32x4(r[i], r[i + 8], 0x44), _mm512_shuffle_f32x4(r[i], r[i + 8], 0xee));
   }
   for (int i = 0; i < 4; ++i) {
-    r[i] = Reduce::both(_mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd));
+    r[i] = both(_mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd));
   }
   // r[i], 128 bits at a time: what is left of vectors i, i + 8, i + 4, i + 12.
-  const __m512 a = Reduce::both(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
-  const __m512 b = Reduce::both(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
-  const __m512 mixed = Reduce::both(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  const __m512 a = both(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
+  const __m512 b = both(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
+  const __m512 mixed = both(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
   return (F32x16)_mm512_shuffle_f32x4(mixed, mixed, 0xd8);
 #else
-  F32x16 out;
-  for (int i = 0; i < kLanes; ++i) out[i] = Reduce::all(x[i]);
-  return out;
+  F32x4 out[kLanes / 4];
+  for (int i = 0; i < kLanes / 4; ++i) out[i] = reduce_four<Reduce>(x + 4 * i);
+  return load(reinterpret_cast<const float*>(out));
 #endif
 }
 
