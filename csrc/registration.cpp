@@ -45,6 +45,6 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
       " -> (Tensor out, Tensor lse)");
   m.def(
       "shared_prefix_attention(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor prefix_len,"
-      " Tensor branch_k, Tensor branch_v, Tensor branch_len, float scale, float? softcap, int? window,"
+      " Tensor branch_k, Tensor branch_v, Tensor branch_len, float? scale, float? softcap, int? window,"
       " Tensor? tree) -> (Tensor out, Tensor lse)");
 }

@@ -48,11 +48,28 @@ void transpose_keys(const float* keys, int64_t stride, int64_t count, int64_t he
   }
 }
 
+// Rows that come after those at work, and are asked for in the course of them: as many, of as many columns.
+struct RowsToCome {
+  const char* first;
+  int64_t stride;  // in bytes
+  int64_t element_size;
+
+  TQ_ALWAYS_INLINE void ask(int64_t row, int64_t column, int64_t columns) const {
+    const char* const at = first + row * stride + column * element_size;
+    for (int64_t i = 0; i < columns * element_size; i += 64) __builtin_prefetch(at + i);
+  }
+};
+
+// So few dot products are added up one by one, in the order of the others.
+constexpr int64_t kFewKeys = 4;
+
 // scores [padded(count)] of one query: a dot product for each key.
 void score_few(
-    const float* q, int64_t width, const float* keys, int64_t key_stride, int64_t count, float* scores) {
+    const float* q, int64_t width, const float* keys, int64_t key_stride, int64_t count, const RowsToCome& to_come,
+    float* scores) {
   int64_t j = 0;
   const auto dot = [&](int64_t key) __attribute__((always_inline)) {
+    to_come.ask(key, 0, width);
     F32x16 sum = {};
     for (int64_t i = 0; i < width; i += kLanes) sum += load(q + i) * load(keys + key * key_stride + i);
     return sum;
@@ -63,6 +80,11 @@ void score_few(
     store(scores + j, add_across(sums));
   }
   if (j == count) return;
+  if (count - j <= kFewKeys) {
+    store(scores + j, F32x16{});
+    for (int64_t key = j; key < count; ++key) scores[key] = add_lanes(dot(key));
+    return;
+  }
   F32x16 sums[kLanes] = {};
   for (int64_t key = 0; key < count - j; ++key) sums[key] = dot(j + key);
   store(scores + j, add_across(sums));
@@ -72,12 +94,15 @@ void score_few(
 // sum waits for the one before it.
 template <int kVectors>
 TQ_INLINE void add_values_of_few(
-    const float* weights, float shrink, const float* values, int64_t value_stride, int64_t count, float* out) {
+    const float* weights, float shrink, const float* values, int64_t value_stride, int64_t count,
+    const RowsToCome& to_come, int64_t column, float* out) {
   F32x16 even[kVectors];
   F32x16 odd[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) even[v] = load(out + v * kLanes) * shrink;
   int64_t j = 0;
   for (; j + 2 <= count; j += 2) {
+    to_come.ask(j, column, kVectors * kLanes);
+    to_come.ask(j + 1, column, kVectors * kLanes);
     for (int v = 0; v < kVectors; ++v) {
       even[v] += weights[j] * load(values + j * value_stride + v * kLanes);
       odd[v] += weights[j + 1] * load(values + (j + 1) * value_stride + v * kLanes);
@@ -91,12 +116,14 @@ TQ_INLINE void add_values_of_few(
 
 void add_row_of_values(
     const float* weights, float shrink, const float* values, int64_t value_stride, int64_t count, int64_t width,
-    float* out) {
+    const RowsToCome& to_come, float* out) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
-    add_values_of_few<4>(weights, shrink, values + i, value_stride, count, out + i);
+    add_values_of_few<4>(weights, shrink, values + i, value_stride, count, to_come, i, out + i);
   }
-  for (; i < width; i += kLanes) add_values_of_few<1>(weights, shrink, values + i, value_stride, count, out + i);
+  for (; i < width; i += kLanes) {
+    add_values_of_few<1>(weights, shrink, values + i, value_stride, count, to_come, i, out + i);
+  }
 }
 
 // How many keys a segment has from `begin` on, up to a block.
@@ -121,9 +148,12 @@ void attend_operands(
     const ScoreTransform& transform, const AttentionScratch& scratch) {
   const int64_t width = padded(tile.head_size);
   const int64_t columns = padded(end - begin);
-  const int64_t next_end = end + kKeysPerBlock < segment.end ? end + kKeysPerBlock : segment.end;
   const int64_t products = operands.q_depth * columns + operands.value_depth * width;
-  Lookahead lookahead(segment, tile.head_size, end, next_end, tile.count * products / kLanes);
+  const bool is_last = end == segment.end && segment.then != nullptr;
+  const KeySegment& next = is_last ? *segment.then : segment;
+  const int64_t next_begin = is_last ? 0 : end;
+  Lookahead lookahead(
+      next, tile.head_size, next_begin, next_begin + keys_from(next, next_begin), tile.count * products / kLanes);
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
     const Product scored{operands.q + m * operands.q_stride, operands.q_stride, scratch.keys, kKeysPerBlock,
@@ -198,10 +228,18 @@ void attend_block_of_few(
     const QueryTile& tile, const KeySegment* segments, int64_t begin, const ScoreTransform& transform,
     const AttentionScratch& scratch) {
   const int64_t width = padded(tile.head_size);
+  const int64_t element = segments[0].type == ElementType::kFloat32 ? 4 : 2;
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
     // The queries of a row follow each other, so what was widened for one serves the next.
     const auto is_next = [&](int64_t row) { return row == 0 || segments[m + row].keys != segments[m + row - 1].keys; };
+    const auto keys_of = [&](const KeySegment& segment) {
+      return RowsToCome{segment.keys + begin * segment.key_stride * element, segment.key_stride * element, element};
+    };
+    const auto values_of = [&](const KeySegment& segment) {
+      return RowsToCome{segment.values + begin * segment.value_stride * element, segment.value_stride * element,
+                        element};
+    };
     int64_t counts[kScoreRows];
     int64_t most = 0;
     const float* keys = nullptr;
@@ -217,7 +255,10 @@ void attend_block_of_few(
             segment.keys, segment.key_stride, segment.type, tile.head_size, begin, begin + counts[row], scratch.keys,
             &stride);
       }
-      score_few(tile.q + (m + row) * width, width, keys, stride, counts[row], scratch.scores + row * kKeysPerBlock);
+      const RowsToCome to_come = row + 1 < rows ? keys_of(segments[m + row + 1]) : values_of(segments[m]);
+      score_few(
+          tile.q + (m + row) * width, width, keys, stride, counts[row], to_come,
+          scratch.scores + row * kKeysPerBlock);
     }
     if (most == 0) continue;
     float shrinks[kLanes];
@@ -230,8 +271,11 @@ void attend_block_of_few(
             segment.values, segment.value_stride, segment.type, tile.head_size, begin, begin + counts[row],
             scratch.values, &stride);
       }
-      add_row_of_values(scratch.scores + row * kKeysPerBlock, shrinks[row], values, stride, counts[row], width,
-                        tile.out + (m + row) * width);
+      const RowsToCome to_come =
+          row + 1 < rows ? values_of(segments[m + row + 1]) : keys_of(segment.then != nullptr ? *segment.then : segment);
+      add_row_of_values(
+          scratch.scores + row * kKeysPerBlock, shrinks[row], values, stride, counts[row], width, to_come,
+          tile.out + (m + row) * width);
     }
   }
 }

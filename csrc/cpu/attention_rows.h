@@ -34,6 +34,7 @@ struct KeySegment {
   int64_t value_stride;
   ElementType type;
   int64_t end;  // positions, all of them readable
+  const KeySegment* then;  // what is likely to be read after it, or null
 };
 
 // A score in units of log 2: q . k * scale, and of that cap * tanh where there is a cap.

@@ -11,7 +11,6 @@ from torch import Tensor
 from tests.ops import tolerances
 from tq_fast.ops import shared_prefix_attention_ref
 from tq_fast.ops._attention_aten import shared_prefix_attention_aten
-from tq_fast.ops.shared_prefix_attention import shared_prefix_attention_cpu
 
 # trees, rows, query heads, key-value heads, head size, branch, prefix, queries
 SHAPES = [
@@ -23,6 +22,10 @@ SHAPES = [
     (1, 30, 8, 2, 128, 20, 300, 1),
     (1, 2, 4, 2, 24, 200, 300, 64),
 ]
+
+
+def shared_prefix_attention_cpu(*inputs: Tensor, **parameters: Any) -> tuple[Tensor, Tensor]:
+    return torch.ops.tq_fast.shared_prefix_attention.default(*inputs, **parameters)
 
 
 def problem(shape: tuple[int, ...], dtype: torch.dtype, ragged: bool) -> list[Tensor]:
@@ -91,8 +94,9 @@ def test_trees_of_unequal_numbers_of_rows(function, num_threads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [1, 9])
-def test_memory_beyond_the_lengths_may_hold_nan(isa, queries, dtype):
-    inputs = problem((2, 6, 4, 2, 32, 70, 131, queries), dtype, True)
+@pytest.mark.parametrize("prefix", [16, 131])
+def test_memory_beyond_the_lengths_may_hold_nan(isa, prefix, queries, dtype):
+    inputs = problem((2, 6, 4, 2, 32, 70, prefix, queries), dtype, True)
     expected = shared_prefix_attention_cpu(*inputs, **options(32))
     for keys_or_values, lengths in ((1, 3), (2, 3), (4, 6), (5, 6)):
         for i, length in enumerate(inputs[lengths].tolist()):
@@ -115,8 +119,9 @@ def test_a_nan_query_is_loud_and_leaves_the_others_alone(isa, dtype):
 
 @pytest.mark.parametrize("given", [{}, {"window": 40}, {"softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_the_batch_or_the_threads(num_threads, given, dtype):
-    inputs = problem((2, 60, 4, 2, 32, 20, 150, 2), dtype, True)
+@pytest.mark.parametrize("prefix", [16, 150])
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(num_threads, prefix, given, dtype):
+    inputs = problem((2, 60, 4, 2, 32, 20, prefix, 2), dtype, True)
     out, lse = shared_prefix_attention_cpu(*inputs, **options(32, **given))
     for row in (0, 29, 30, 59):
         tree = row // 30

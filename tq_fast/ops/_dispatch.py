@@ -67,14 +67,15 @@ def python_function(module: str, name: str) -> Callable[[], Implementation]:
 
 def native_function(
     name: str,
-    adapter: Implementation,
+    adapter: Implementation | None,
     fake: Callable[..., Any],
     library: Literal["cpu", "cuda"] = "cpu",
 ) -> Callable[[], Implementation]:
     """A resolver of the C++ op `torch.ops.tq_fast.<name>`, once the library that has it is loaded.
 
-    `adapter` takes the arguments of the reference and calls the op; `fake` takes those of the
-    op's schema and makes outputs without data, for torch.compile.
+    `adapter` takes the arguments of the reference and calls the op; None: the op takes them itself,
+    its schema names them alike. `fake` takes those of the schema and makes outputs without data,
+    for torch.compile.
     """
 
     def resolve() -> Implementation:
@@ -86,7 +87,7 @@ def native_function(
         if name not in _has_fake:
             torch.library.register_fake(f"tq_fast::{name}")(fake)
             _has_fake.add(name)
-        return adapter
+        return adapter or getattr(torch.ops.tq_fast, name).default
 
     return resolve
 

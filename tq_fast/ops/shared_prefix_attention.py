@@ -45,8 +45,8 @@ def shared_prefix_attention(
     """`F.scaled_dot_product_attention` over every row's prefix and branch, the prefix read once.
 
     Queries causal among themselves. Grouped queries: head h reads key-value head
-    `h // (H_q // H_kv)`. Nothing is chosen by the length of the prefix: on a CPU, copying it to
-    every row and attending plainly is slower at 1 and at 16 tokens, too
+    `h // (H_q // H_kv)`. No prefix is too short to be shared: on a CPU, attending plainly to a
+    copy of it for every row is slower at 1 and at 16 tokens, too
     (`bench/test_shared_prefix_attention.py`).
 
     Args:
@@ -71,13 +71,13 @@ def shared_prefix_attention(
         BackendRefused: the pinned backend does not take these inputs.
     """
     inputs = (q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len)
-    parameters = {"scale": scale, "softcap": softcap, "window": window, "tree": tree}
-    result = _OP.at_once(backend, *inputs, **parameters)
+    # By position: a dictionary for each call on the way down costs more than the small cases have.
+    result = _OP.at_once(backend, *inputs, scale, softcap, window, tree)
     if result is NotImplemented:
         _check(*inputs, tree, softcap, window)
         if scale is None:
-            parameters["scale"] = q.shape[-1] ** -0.5
-        result = _OP(backend, *inputs, **parameters)
+            scale = q.shape[-1] ** -0.5
+        result = _OP(backend, *inputs, scale=scale, softcap=softcap, window=window, tree=tree)
     return AttentionState._make(result)
 
 
@@ -212,40 +212,6 @@ def _check(
         _checks.require_float(_NAME, "q", q)
 
 
-def shared_prefix_attention_cpu(
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_len: Tensor,
-    branch_k: Tensor,
-    branch_v: Tensor,
-    branch_len: Tensor,
-    *,
-    scale: float | None,
-    softcap: float | None,
-    window: int | None,
-    tree: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The C++ kernel, with the arguments of the reference; fp32 inside whatever the inputs.
-
-    Except with avx512_bf16: bf16 heads of a multiple of 32 are multiplied as they are, and the
-    weights of the values rounded to bf16; every sum stays in fp32.
-    """
-    return torch.ops.tq_fast.shared_prefix_attention.default(
-        q,
-        prefix_k,
-        prefix_v,
-        prefix_len,
-        branch_k,
-        branch_v,
-        branch_len,
-        q.size(-1) ** -0.5 if scale is None else scale,
-        softcap,
-        window,
-        tree,
-    )
-
-
 def _fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -269,10 +235,12 @@ def _has_amx() -> bool:
 def _refuse_cpu_for_many(
     q: Tensor, prefix_k: Tensor, *arguments: Any, **parameters: Any
 ) -> str | None:
+    if q.dtype is torch.float32:
+        return None
     rows, num_heads, num_queries, _ = q.shape
     trees, num_kv_heads, num_prefix, _ = prefix_k.shape
     scores = rows * num_heads * num_queries * num_prefix // max(trees * num_kv_heads, 1)
-    if q.dtype != torch.float32 and scores > _FEW_SCORES and _has_amx():
+    if scores > _FEW_SCORES and _has_amx():
         return f"{scores} 16-bit scores a head are left to ATen's 16-bit products"
     return _refuse_cpu(q)
 
@@ -297,7 +265,9 @@ def _refuse_triton(
     return None
 
 
-_native = native_function(_NAME, shared_prefix_attention_cpu, _fake)
+# fp32 inside, except with avx512_bf16: there bf16 heads of a multiple of 32 are multiplied as they
+# are, and the weights of the values rounded to bf16; every sum stays in fp32.
+_native = native_function(_NAME, None, _fake)
 
 _OP = Op(
     _NAME,
