@@ -264,6 +264,20 @@ def test_of_several_labels_one_is_the_reward(tokenizers: Tokenizers, label: int)
     assert scores == pytest.approx([plain_score(model, row, label) for row in rows], abs=ATOL)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])
+def test_padding_may_lie_beyond_the_last_position(architecture: str) -> None:
+    model = zoo.classifier(architecture, max_position_embeddings=20)
+    prompts = read_prompts([list(range(5, 20)), [5, 6]], None, vocab_size=zoo.VOCAB_SIZE)
+    reward = CausalReward(model, None, Texts(None), None)
+    session = reward.open(Opening(prompts, 4, max_new=12, backend=None))
+    # The first prompt leaves room for five tokens; they are padded to the other's twelve.
+    responses = [[7, 8, 9, 10, 11], [8, 7, 9], list(range(30, 42)), list(range(50, 62))]
+    with torch.no_grad():
+        scores = session.score([0, 0, 1, 1], responses)
+    rows = [[*prompts[i // 2].token_ids, *ids] for i, ids in enumerate(responses)]
+    assert scores == pytest.approx([plain_score(model, row) for row in rows], abs=ATOL)
+
+
 @pytest.mark.parametrize("other", ["bytes", "words-ends"])
 @pytest.mark.parametrize("label", [None, 1])
 def test_an_encoder_scores_whole_texts_whatever_stands_beside_them(

@@ -32,6 +32,7 @@ class Forest:
 
     Attributes:
         cache: the KV of every tree and row.
+        limit: positions that the model has, or None.
         num_token_forwards: tokens that went through the model so far.
     """
 
@@ -49,6 +50,7 @@ class Forest:
         self.model = model
         self.backend = backend
         self.device = model.device
+        self.limit = max_positions(model)
         self.cache = ForestCache(
             num_trees=num_trees,
             num_rows=num_rows,
@@ -103,8 +105,11 @@ class Forest:
             first = prefix_len.repeat_interleave(num_rows // self.cache.num_trees)
         else:
             first = prefix_len[tree]
-        offsets = torch.arange(start, start + num_tokens, device=self.device)
-        return self._run(module, tokens, first[:, None] + offsets, branch_pass, options)
+        positions = first[:, None] + torch.arange(start, start + num_tokens, device=self.device)
+        if num_tokens > 1 and self.limit is not None:
+            # What pads a short row to the length of a long one may lie beyond the last position.
+            positions.clamp_(max=self.limit - 1)
+        return self._run(module, tokens, positions, branch_pass, options)
 
     def _run(
         self,
