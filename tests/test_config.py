@@ -22,6 +22,8 @@ from tq_fast.errors import InvalidArgument
         ("alpha", math.nan),
         ("alpha", math.inf),
         ("alpha", "1"),
+        ("alpha", 1e-320),
+        ("alpha", 10**400),
         ("beta", 0),
         ("num_rollouts", 0),
         ("horizon", -1),
@@ -42,6 +44,8 @@ from tq_fast.errors import InvalidArgument
         ("eos_token_id", (1, "2")),
         ("eos_token_id", 2.0),
         ("seed", 1.5),
+        ("seed", 2**64),
+        ("seed", -(2**63) - 1),
         ("backend", "gpu"),
     ],
 )

@@ -277,6 +277,32 @@ def test_a_nan_reward_names_prompt_and_step_and_keeps_what_is_finished(baseline)
     assert len(caught.value.finished[0]) == 6
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, torch.OutOfMemoryError, ZeroDivisionError])
+def test_whatever_ends_a_call_carries_what_is_finished(baseline, kind, batch_size) -> None:
+    prompts = [[5, 6], [7, 8], [8, 9, 10]]
+    whole = tq_fast.decode(prompts, baseline, count_evens, eos_token_id=(), **SHORT)
+
+    def stop(idx: int) -> None:
+        if idx == 2:
+            raise kind("stop")
+
+    decoder = tq_fast.TransferDecoder(baseline, count_evens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(kind) as caught:
+            decoder.decode(prompts, on_token=stop, batch_size=batch_size, eos_token_id=(), **SHORT)
+    assert sorted(caught.value.finished) == [0, 1]
+    for idx, sequence in caught.value.finished.items():
+        assert torch.equal(sequence, whole.sequences[idx])
+
+
+@pytest.mark.parametrize("score", [1e300, -1e39, math.inf])
+def test_a_reward_that_fp32_cannot_hold_is_an_error(baseline, score: float) -> None:
+    with pytest.raises(RewardError, match="step 0: the reward returned"):
+        tq_fast.decode([5], baseline, lambda prompts, responses: [score] * len(prompts), **SHORT)
+
+
 def test_a_reward_with_the_wrong_count_is_an_error(baseline) -> None:
     with pytest.raises(RewardError, match="step 0: the reward returned 1 scores for 4 responses"):
         tq_fast.decode([5], baseline, lambda prompts, responses: [0.0], **SHORT)

@@ -321,6 +321,20 @@ def test_out_of_memory_goes_on_with_fewer_prompts_and_responses() -> None:
     assert tokens(ours) == tokens(plain)
 
 
+def test_an_interrupt_keeps_the_batches_that_are_finished() -> None:
+    def interrupt(prompts: Sequence[object], responses: Sequence[Sequence[int]]) -> list[float]:
+        if PROMPTS[2] in prompts:
+            raise KeyboardInterrupt
+        return share_of_low(prompts, responses)
+
+    whole = run("best_of_n", reward=share_of_low, n=2, max_new_tokens=3)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run("best_of_n", reward=interrupt, n=2, max_new_tokens=3, batch_size=2)
+    assert {idx: ids.tolist() for idx, ids in caught.value.finished.items()} == dict(
+        enumerate(tokens(whole)[:2])
+    )
+
+
 def test_out_of_memory_with_a_single_response_is_raised() -> None:
     def never(prompts: Sequence[object], responses: Sequence[Sequence[int]]) -> list[float]:
         raise torch.OutOfMemoryError("no memory")

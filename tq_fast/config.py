@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from .errors import InvalidArgument
@@ -17,6 +17,9 @@ Transfer = Literal["direct", "indirect"]
 Weights = Literal["log_ratio", "reward_gap", "published"]
 Estimator = Literal["mean", "soft"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "ref"]
+
+# Beyond these, rewards or logits of ordinary size that are divided by a scale leave fp32.
+_SCALES = (1e-30, 1e30)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,8 @@ class DecodeConfig:
         if self.horizon is not None:
             _require_int("horizon", self.horizon, low=0)
         _require_int("rollout_top_k", self.rollout_top_k, low=0)
-        _require_int("seed", self.seed, low=None)
+        if not _is_int(self.seed) or not -(2**63) <= self.seed < 2**64:
+            raise InvalidArgument(f"seed must be an integer of 64 bits, got {self.seed!r}")
         for name in ("alpha", "rollout_temperature"):
             _require_positive(name, getattr(self, name))
         if self.beta is not None:
@@ -115,15 +119,26 @@ class DecodeConfig:
             )
 
     @classmethod
-    def from_options(cls, base: DecodeConfig | None = None, /, **options: Any) -> DecodeConfig:
+    def from_options(
+        cls, base: DecodeConfig | None = None, others: Sequence[str] = (), /, **options: Any
+    ) -> DecodeConfig:
         """Return `base` (or the defaults) with `options` replaced.
 
+        Args:
+            base: settings to start from.
+            others: arguments that the caller takes beside the fields, for the message.
+            options: fields.
+
         Raises:
-            InvalidArgument: an option is unknown (the message names the nearest known one).
+            InvalidArgument: `base` is no `DecodeConfig`, or an option is unknown (the message names
+                the nearest known one).
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(base, (DecodeConfig, type(None))):
+            raise InvalidArgument(f"config must be a DecodeConfig or None, got {base!r}")
+        fields = [field.name for field in dataclasses.fields(cls)]
         for name in options:
-            if name not in known:
+            if name not in fields:
+                known = [*fields, *others]
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise InvalidArgument(f"unknown option {name!r}; {hint}")
@@ -178,12 +193,14 @@ def _is_real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _require_int(name: str, value: object, *, low: int | None) -> None:
-    if not _is_int(value) or (low is not None and value < low):
-        bound = "" if low is None else f" of at least {low}"
-        raise InvalidArgument(f"{name} must be an integer{bound}, got {value!r}")
+def _require_int(name: str, value: object, *, low: int) -> None:
+    if not _is_int(value) or value < low:
+        raise InvalidArgument(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
 def _require_positive(name: str, value: object) -> None:
-    if not _is_real(value) or not math.isfinite(value) or value <= 0:
-        raise InvalidArgument(f"{name} must be a finite number above 0, got {value!r}")
+    low, high = _SCALES
+    if not _is_real(value) or not low <= value <= high:
+        raise InvalidArgument(
+            f"{name} must be a finite number above 0 (from {low:g} to {high:g}), got {value!r}"
+        )

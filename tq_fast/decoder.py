@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
+from .arguments import check_bounds, check_loading, place_models
 from .config import DecodeConfig
 from .decoding import ForestDecoder
 from .diagnostics import known_ess, warn_of_collapse, warn_of_noise
-from .errors import DecodingError, InvalidArgument
+from .errors import InvalidArgument
 from .estimators import Certificate, certify
 from .forests import Models, count_needs, open_players, rows_per_slot
 from .levers import Levers
 from .memory import ForestSize, check_sizes, fit_forest, smaller_after
-from .models.language import max_positions
+from .models.lengths import check_fits
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -26,12 +27,11 @@ from .models.loading import (
     load_language_model,
     load_reward,
     load_tokenizer,
-    place_models,
 )
 from .models.reward import RewardFunction, Texts
 from .progress import TokenBar
 from .prompts import Prompt, PromptLike, PromptReader, read_prompts
-from .results import DecodeResult, DecodeStats, PromptResult, Response
+from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .step import Rules
 
 _MODEL_ARGUMENTS = (
@@ -46,6 +46,7 @@ _MODEL_ARGUMENTS = (
     "dtype",
     "levers",
 )
+_RUN_ARGUMENTS = ("config", "batch_size", "memory_budget", "progress")
 
 
 def decode(
@@ -86,10 +87,11 @@ def decode(
         InvalidArgument: an argument is wrong; raised before any forward pass.
         UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
         DecodingError: a prompt failed on the way; its `finished` holds the responses that were
-            complete.
+            complete, as that of any other exception does which ends the call on the way (no memory
+            for a single roll-out, an interrupt, what a callback raised).
     """
     models = {name: options.pop(name) for name in _MODEL_ARGUMENTS if name in options}
-    config = DecodeConfig.from_options(config, **options)
+    config = DecodeConfig.from_options(config, (*_MODEL_ARGUMENTS, *_RUN_ARGUMENTS), **options)
     decoder = TransferDecoder(baseline, reward, **models)
     return decoder.decode(
         prompts,
@@ -142,8 +144,9 @@ class TransferDecoder:
         dtype: torch.dtype | str = "auto",
         levers: Levers | None = None,
     ) -> None:
-        self.levers = levers or Levers()
-        self.reward_bounds = _check_bounds(reward_bounds)
+        check_loading({"reward_index": reward_index, "dtype": dtype, "levers": levers})
+        self.levers = Levers() if levers is None else levers
+        self.reward_bounds = check_bounds(reward_bounds)
         place = place_models(device)
         self.baseline = load_language_model(baseline, "baseline", device=place, dtype=dtype)
         self.tokenizer = load_tokenizer(tokenizer, baseline, "tokenizer")
@@ -190,8 +193,12 @@ class TransferDecoder:
         `on_token(idx)` is called after every new token of prompt `idx`, `on_finished(idx, result)`
         as soon as its response is complete. What they raise ends the call.
         """
-        config = DecodeConfig.from_options(config, **options)
+        callbacks = {"on_token": on_token, "on_finished": on_finished}
+        config = DecodeConfig.from_options(config, (*_RUN_ARGUMENTS, *callbacks), **options)
         check_sizes(batch_size, memory_budget)
+        for name, callback in callbacks.items():
+            if callback is not None and not callable(callback):
+                raise InvalidArgument(f"{name} must be a function or None, got {callback!r}")
         prior = self._check_config(config)
         read = self._read_prompts(prompts, config)
         eos = config.eos_token_id
@@ -221,12 +228,12 @@ class TransferDecoder:
         rewards = (getattr(r, "model", None) for r in (self.reward, self.baseline_reward))
         models = [m for m in (self.baseline, self.sft, *rewards) if m is not None]
         rules = Rules(config, prior, eos, self.reward_bounds, size.max_rows, self.levers)
-        with TokenBar(num_tokens, visible=progress) as bar, evaluating(models):
-            try:
-                self._decode_all(responses, rules, size, stats, note)
-            except DecodingError as error:
-                error.finished = {idx: done.sequence for idx, done in finished.items()}
-                raise
+        with (
+            TokenBar(num_tokens, visible=progress) as bar,
+            evaluating(models),
+            carry_finished(finished),
+        ):
+            self._decode_all(responses, rules, size, stats, note)
         traces = [response.trace for response in responses]
         warn_of_noise(traces, config)
         warn_of_collapse(traces, config)
@@ -314,20 +321,17 @@ class TransferDecoder:
         return read
 
     def check_length(self, idx: int, prompt: Prompt, config: DecodeConfig) -> None:
-        """Refuse a prompt that is too long for a language model; `decode` does this by itself.
+        """Refuse a prompt that is too long for a model; `decode` does this by itself.
 
         Raises:
             InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
         """
-        num_tokens = len(prompt.token_ids) + config.max_new_tokens + (config.horizon or 0)
-        for role, model in (("baseline", self.baseline), ("sft", self.sft)):
-            limit = None if model is None else max_positions(model)
-            if limit is not None and num_tokens > limit:
-                raise InvalidArgument(
-                    f"prompts[{idx}] has {len(prompt.token_ids)} tokens; with max_new_tokens="
-                    f"{config.max_new_tokens} and horizon={config.horizon} that makes "
-                    f"{num_tokens}, but the {role} model allows {limit}"
-                )
+        num_new = config.max_new_tokens + (config.horizon or 0)
+        settings = f"max_new_tokens={config.max_new_tokens} and horizon={config.horizon}"
+        models = {"baseline": self.baseline, "sft": self.sft, "reward": self.reward}
+        if config.needs_baseline_reward:
+            models["baseline_reward"] = self.baseline_reward
+        check_fits(idx, prompt, num_new, settings, models)
 
     def _vocab_size(self) -> int:
         models = [model for model in (self.baseline, self.sft) if model is not None]
@@ -357,14 +361,3 @@ class TransferDecoder:
             is_exact=all(step.is_complete for step in trace),
             reward_bounds=self.reward_bounds,
         )
-
-
-def _check_bounds(bounds: Any) -> tuple[float, float] | None:
-    if bounds is None:
-        return None
-    is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
-    if not is_pair or not all(isinstance(end, (int, float)) for end in bounds):
-        raise InvalidArgument(f"reward_bounds must be a pair (lo, hi), got {bounds!r}")
-    if not bounds[0] < bounds[1]:
-        raise InvalidArgument(f"reward_bounds must have lo < hi, got {bounds!r}")
-    return float(bounds[0]), float(bounds[1])

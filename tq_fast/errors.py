@@ -31,7 +31,8 @@ class DecodingError(TqFastError, RuntimeError):
     """Decoding failed for one prompt.
 
     Attributes:
-        prompt_idx: position of the prompt that failed, within the call.
+        prompt_idx: position of the prompt that failed, within the call; the first of those that a
+            reward was asked for, where it raised or returned the wrong number of scores.
         step: index of the response token that was being chosen, from 0.
         reason: the message without prompt and step.
         finished: responses already complete when the error struck, as new token ids `[T]`

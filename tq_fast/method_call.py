@@ -7,11 +7,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from .arguments import check_loading, place_models
 from .config import DecodeConfig
 from .decoder import TransferDecoder
 from .errors import InvalidArgument
 from .estimators import Certificate, certify
-from .models.loading import load_language_model, load_tokenizer, place_models
+from .models.loading import load_language_model, load_tokenizer
 from .plain import PlainDecoder
 from .prompts import Prompt, PromptLike
 from .results import DecodeResult, StepTrace
@@ -19,6 +20,7 @@ from .results import DecodeResult, StepTrace
 _DECODER_ARGUMENTS = frozenset(inspect.signature(TransferDecoder).parameters)
 _PLAIN_ARGUMENTS = frozenset(inspect.signature(PlainDecoder).parameters)
 _RUNNING = ("batch_size", "memory_budget", "progress")
+_OTHERS = ("config", *_RUNNING, *sorted(_DECODER_ARGUMENTS))
 
 
 class MethodCall:
@@ -44,10 +46,11 @@ class MethodCall:
         options = dict(options)
         self.method = method
         self.running = {name: options.pop(name) for name in _RUNNING if name in options}
-        base = options.pop("config", None) or DecodeConfig()
+        base = DecodeConfig.from_options(options.pop("config", None))
         self.loading = {
             name: options.pop(name) for name in tuple(options) if name in _DECODER_ARGUMENTS
         }
+        check_loading(self.loading)
         self.models = {name: model for name, model in models.items() if model is not None}
         default = DecodeConfig()
         for name, value in fixed.items():
@@ -60,7 +63,7 @@ class MethodCall:
         merged = {**options, **fixed}
         if fixed.get("transfer") == "indirect" and merged.get("beta", base.beta) is None:
             raise InvalidArgument(f"beta is needed by the method {method!r}, got None")
-        self.config = DecodeConfig.from_options(base, **merged)
+        self.config = DecodeConfig.from_options(base, _OTHERS, **merged)
         baseline_reward = self.loading.pop("baseline_reward", None)
         if self.config.needs_baseline_reward and baseline_reward is not None:
             self.models["baseline_reward"] = baseline_reward

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from .arguments import check_loading, place_models
 from .cache.sharing import share_prefix
 from .config import DecodeConfig
 from .errors import DecodingError, InvalidArgument
 from .memory import ForestSize, Needs, check_sizes, fit_forest, smaller_after
 from .models.classifiers import CausalReward
-from .models.language import LanguageForest, check_runs, max_positions
+from .models.language import LanguageForest, check_runs
+from .models.lengths import check_fits
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -22,12 +24,11 @@ from .models.loading import (
     load_language_model,
     load_reward,
     load_tokenizer,
-    place_models,
 )
 from .models.reward import Opening, RewardFunction, Texts
 from .progress import TokenBar
 from .prompts import Prompt, PromptLike, read_prompts
-from .results import DecodeResult, DecodeStats, PromptResult, Response
+from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .sampling import Drawn, certify_plain, sample_responses, trace_plain
 from .scoring import Scorer
 
@@ -62,6 +63,7 @@ class PlainDecoder:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "auto",
     ) -> None:
+        check_loading({"reward_index": reward_index, "dtype": dtype})
         place = place_models(device)
         given = {"baseline": baseline, "sft": sft}
         self.models = {
@@ -127,10 +129,11 @@ class PlainDecoder:
             needs = self._needs(read, num, config)
             size = fit_forest(needs, batch_size=batch_size, memory_budget=memory_budget)
         stats = DecodeStats()
-        results: list[PromptResult] = []
+        results: dict[int, PromptResult] = {}
         with (
             TokenBar(len(read) * num * config.max_new_tokens, visible=progress) as bar,
             evaluating(self._all_models()),
+            carry_finished(results),
         ):
             while len(results) < len(read):
                 start, counted = len(results), bar.num_done
@@ -139,17 +142,16 @@ class PlainDecoder:
                 wave = max(1, min(num, size.max_rows // len(group)))
                 waves = [range(i, min(i + wave, num)) for i in range(0, num, wave)]
                 try:
-                    results += self._decode_group(group, weights, waves, config, stats, bar)
+                    new = self._decode_group(group, weights, waves, config, stats, bar)
+                    results.update(enumerate(new, start))
                 except torch.OutOfMemoryError as error:
                     size = smaller_after(error, size)
                     bar.advance(counted - bar.num_done)
                 except DecodingError as error:
-                    moved = type(error)(
-                        error.reason, prompt_idx=start + error.prompt_idx, step=error.step
-                    )
-                    moved.finished = {idx: done.sequence for idx, done in enumerate(results)}
-                    raise moved from error.__cause__
-        return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
+                    place = {"prompt_idx": start + error.prompt_idx, "step": error.step}
+                    raise type(error)(error.reason, **place) from error.__cause__
+        has_texts = self.tokenizer is not None
+        return DecodeResult.collect(list(results.values()), stats, has_texts=has_texts)
 
     def _decode_group(
         self,
@@ -278,16 +280,10 @@ class PlainDecoder:
                     "eos_token_id must be inside of the vocabulary "
                     f"[0, {self.vocab_size}), got {token}"
                 )
+        settings = f"max_new_tokens={config.max_new_tokens}"
+        models = {**self.models, "reward": self.reward}
         for idx, prompt in enumerate(prompts):
-            num_tokens = len(prompt.token_ids) + config.max_new_tokens
-            for role, model in self.models.items():
-                limit = max_positions(model)
-                if limit is not None and num_tokens > limit:
-                    raise InvalidArgument(
-                        f"prompts[{idx}] has {len(prompt.token_ids)} tokens; with max_new_tokens="
-                        f"{config.max_new_tokens} that makes {num_tokens}, but the {role} model "
-                        f"allows {limit}"
-                    )
+            check_fits(idx, prompt, config.max_new_tokens, settings, models)
 
     def _all_models(self) -> list[Any]:
         scorer = getattr(self.reward, "model", None)

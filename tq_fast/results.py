@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -137,6 +137,16 @@ class PromptResult:
     sequence: torch.Tensor
     trace: list[StepTrace]
     certificate: Certificate
+
+
+@contextlib.contextmanager
+def carry_finished(results: Mapping[int, PromptResult]) -> Iterator[None]:
+    """Whatever ends the block has what is finished by then as `finished`: new token ids `[T]`."""
+    try:
+        yield
+    except BaseException as error:
+        error.finished = {idx: result.sequence for idx, result in results.items()}
+        raise
 
 
 @dataclasses.dataclass(frozen=True)

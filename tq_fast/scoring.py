@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -13,6 +12,9 @@ from .errors import DecodingError, RewardError
 from .models.reward import RewardSession, drop_from
 from .prompts import Prompt
 from .results import Response
+
+# Values are fp32: a greater score would be infinite there.
+_MAX_SCORE = torch.finfo(torch.float32).max
 
 
 class Scorer:
@@ -106,7 +108,7 @@ class Scorer:
             message = f"the reward returned {len(scores)} scores for {len(texts)} responses"
             self._fail(texts[0][0], message)
         for (tree, _), score in zip(texts, scores, strict=True):
-            if not math.isfinite(score):
+            if not abs(score) <= _MAX_SCORE:
                 self._fail(tree, f"the reward returned {score}")
             if self.bounds is not None and not self.bounds[0] <= score <= self.bounds[1]:
                 self._fail(

@@ -36,6 +36,7 @@ RANKS = {
     "results": 7,
     "diagnostics": 8,
     "levers": 1,
+    "arguments": 2,
     "memory": 1,
     "scoring": 8,
     "values": 7,

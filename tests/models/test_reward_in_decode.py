@@ -152,17 +152,19 @@ def test_a_text_too_long_for_the_reward_is_an_error(tokenizers: Tokenizers) -> N
     reward = scorer(ours, max_position_embeddings=20)
     reward.model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass was run"))
     baseline = language_of(ours)
-    with pytest.raises(InvalidArgument, match="tokens for the reward model, which allows 20"):
+    with pytest.raises(
+        InvalidArgument, match=r"prompts\[0\] has 18 tokens.* 28, but the reward model allows 20"
+    ):
         tq_fast.decode(
             PROMPTS[:1], baseline, reward, tokenizer=ours, reward_tokenizer=ours, **GREEDY
         )
-    # Another tokenizer: known when the text is there.
-    with pytest.raises(RewardError, match=r"prompt 0, step 0: .*which allows 20"):
-        tq_fast.decode(
-            PROMPTS[2:],
-            baseline,
-            scorer(theirs, max_position_embeddings=20),
-            tokenizer=ours,
-            reward_tokenizer=theirs,
-            **{**GREEDY, "max_new_tokens": 30},
-        )
+    # Another tokenizer: of the prompt known before any work, of the response when it is there.
+    options = {**GREEDY, "max_new_tokens": 30, "tokenizer": ours, "reward_tokenizer": theirs}
+    with pytest.raises(
+        InvalidArgument, match=r"prompts\[0\] has 37 tokens for the reward model, which allows 20"
+    ):
+        reward = scorer(theirs, max_position_embeddings=20)
+        tq_fast.decode(PROMPTS[2:], baseline, reward, **options)
+    with pytest.raises(RewardError, match=r"prompt 0, step 0: .*which allows 38"):
+        reward = scorer(theirs, max_position_embeddings=38)
+        tq_fast.decode(PROMPTS[2:], baseline, reward, **options)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._version import __version__
+from ..arguments import place_models
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..errors import InvalidArgument
@@ -48,11 +49,7 @@ class ModelChoice:
             known = ", ".join(_DTYPES)
             raise InvalidArgument(f"dtype must be one of {known}, got {self.dtype!r}")
         if self.device is not None:
-            try:
-                torch.empty(0, device=self.device)
-            except (RuntimeError, AssertionError) as error:
-                reason = str(error).splitlines()[0]
-                raise InvalidArgument(f"device {self.device!r} cannot be used: {reason}") from error
+            place_models(self.device)
 
     def load(self) -> TransferDecoder:
         """Return the decoder over these models; errors are those of `TransferDecoder`."""

@@ -81,9 +81,6 @@ class CausalReward(ClassifierReward):
 
     def open(self, opening: Opening) -> RewardSession:
         prompts = (*opening.prompts, *opening.waiting)
-        for prompt in prompts:
-            if self.shares_ids(prompt):
-                self.check_length(len(prompt.token_ids) + opening.max_new)
         check_runs(self.model)
         longest = max(len(prompt.token_ids) for prompt in prompts)
         return _CausalSession(self, opening, capacity=longest + opening.max_new)

@@ -27,11 +27,6 @@ ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 
 
-def place_models(device: torch.device | str | None) -> torch.device:
-    """Where models that are named are put: `device`, else a GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def load_language_model(
     source: ModelLike, role: str, *, device: torch.device, dtype: torch.dtype | str
 ) -> PreTrainedModel:
@@ -112,14 +107,14 @@ def load_reward(
             f"{role} must be a hub id, a folder, a sequence classifier or a function "
             f"(prompts, responses) -> floats, got {source!r}"
         )
-    own = load_tokenizer(tokenizer, source, role)
+    own = load_tokenizer(tokenizer, source, role if tokenizer is None else f"{role}_tokenizer")
     model = _load(AutoModelForSequenceClassification, source, role, device=device, dtype=dtype)
     if not hasattr(model.config, "num_labels") or model.get_output_embeddings() is not None:
         raise InvalidArgument(f"{role} must be a sequence classifier, got {type(model).__name__}")
     if own is None and model.get_input_embeddings().weight.shape[0] != vocab_size:
         raise InvalidArgument(
             f"{role} has a vocabulary of {model.get_input_embeddings().weight.shape[0]}, the "
-            f"baseline one of {vocab_size}, and no tokenizer of its own; pass reward_tokenizer="
+            f"baseline one of {vocab_size}, and no tokenizer of its own; pass {role}_tokenizer="
         )
     if own is not None and texts.tokenizer is None:
         raise InvalidArgument(
