@@ -30,7 +30,7 @@ inline Tensor new_tensor_on(
     stride *= sizes.begin()[axis] > 0 ? sizes.begin()[axis] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
