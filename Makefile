@@ -46,12 +46,17 @@ install: $(INSTALLED)
 # On a machine with an NVIDIA GPU, with the Python that is active there; nothing is installed and no
 # network is needed. RESULTS names the folder of the tables. Each stage ends within nine minutes.
 GPU_PYTHON ?= python3
-GPU_WORKERS ?= 4
+GPU_WORKERS ?= 6
 GPU_BUILD := build/gpu
 RESULTS ?= bench/results
-GPU_ENV = PATH="$$(dirname "$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"):$$PATH" HF_HUB_OFFLINE=1
+# nvcc and compute-sanitizer are often in CUDA's own folder alone.
+CUDA_BIN ?= /usr/local/cuda/bin
+GPU_ENV = PATH="$$(dirname "$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"):$$PATH:$(CUDA_BIN)" \
+  HF_HUB_OFFLINE=1
 GPU_STAGE := timeout --signal=INT 450
-PYTEST_HERE := -m pytest -p no:cacheprovider --benchmark-disable
+PYTEST_HERE := -m pytest -p no:cacheprovider
+# The option $(2) of pytest where its plugin, module $(1), is there; the tests need none of them.
+WITH_PLUGIN = $$($(GPU_PYTHON) -c 'import importlib.util as u; print("$(2)" if u.find_spec("$(1)") else "")')
 
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-compile
 
@@ -68,14 +73,18 @@ gpu-build:
 
 # tests/gpu holds what only a device shows; tests/ops runs every op on every backend that is there.
 gpu-test: gpu-build
-	$(GPU_ENV) $(GPU_STAGE) $(GPU_PYTHON) $(PYTEST_HERE) tests/gpu tests/ops -n $(GPU_WORKERS)
+	$(GPU_ENV) OMP_NUM_THREADS=2 $(GPU_STAGE) $(GPU_PYTHON) $(PYTEST_HERE) tests/gpu tests/ops \
+	  $(call WITH_PLUGIN,xdist,-n $(GPU_WORKERS)) $(call WITH_PLUGIN,pytest_benchmark,--benchmark-disable)
 
 # Without torch's caching allocator every tensor is an allocation of its own, so a stray access shows.
 gpu-sanitize: gpu-build
+	@$(GPU_ENV) command -v compute-sanitizer > /dev/null || \
+	  { echo "compute-sanitizer is neither on PATH nor in $(CUDA_BIN): nothing was checked"; exit 1; }
 	for tool in memcheck racecheck; do \
 	  $(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT 220 \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 --report-api-errors no \
-	    $(GPU_PYTHON) $(PYTEST_HERE) tests/gpu/test_sanitized.py --timeout 0 || exit 1; \
+	    $(GPU_PYTHON) $(PYTEST_HERE) tests/gpu/test_sanitized.py \
+	    $(call WITH_PLUGIN,pytest_timeout,--timeout 0) || exit 1; \
 	done
 
 gpu-bench: gpu-build
