@@ -41,6 +41,7 @@ class Bench(NamedTuple):
 
     `gate` compares an answer of ours with one of the reference and raises where they differ.
     `product`: the bare matrix product that is the ceiling of an op made of one; None: the copy is.
+    `flops`: multiplications and additions of an op that is made of matrix products, 0 for others.
     """
 
     op: str
@@ -52,6 +53,13 @@ class Bench(NamedTuple):
     nbytes: int
     gate: Callable[[Any, Any], None] = close
     product: Callable[..., Any] | None = None
+    flops: int = 0
+
+
+def draw(masses: Tensor) -> Tensor:
+    """Ids `[N, 1]` by the masses `[N, V]`: `torch.multinomial` waits for the device, and a graph
+    cannot be captured around that."""
+    return (masses / torch.empty_like(masses).exponential_()).argmax(-1, keepdim=True)
 
 
 def random_logits(rows: int, dtype: torch.dtype) -> Tensor:
@@ -90,7 +98,7 @@ def bench_sample(rows: int, dtype: torch.dtype, **cut: float) -> Bench:
             running = ordered.cumsum(-1)
             kept = running - ordered < cut["top_p"] * running[:, -1:]
             masses = torch.zeros_like(masses).scatter(-1, order, ordered * kept)
-        ids = torch.multinomial(masses, 1)
+        ids = draw(masses)
         return ids, logprobs.gather(-1, ids)
 
     return Bench(
@@ -119,7 +127,7 @@ def bench_reweight(prompts: int) -> Bench:
         spread = (weights * (rewards - q.unsqueeze(-1))).square().sum(-1)
         final = (prior + q / 0.7).log_softmax(-1)
         ess = weights.square().sum(-1).reciprocal()
-        return torch.multinomial(final.exp(), 1), final, q, (spread * 8 / 7).sqrt(), ess
+        return draw(final.exp()), final, q, (spread * 8 / 7).sqrt(), ess
 
     def run(backend: str | None) -> Callable[..., Any]:
         return lambda prior, rewards, weights: ops.reweight_sample(
@@ -156,7 +164,7 @@ def bench_advance(rows: int) -> Bench:
 
     def eager(logits: Tensor, tokens: Tensor, lengths: Tensor, finished: Tensor, *sums: Tensor):
         logprobs = logits.float().log_softmax(-1)
-        ids = torch.multinomial(logprobs.exp(), 1)
+        ids = draw(logprobs.exp())
         live = ~finished
         slot = lengths.unsqueeze(-1)
         tokens.scatter_(-1, slot, torch.where(live.unsqueeze(-1), ids, tokens.gather(-1, slot)))
@@ -223,6 +231,7 @@ def bench_linear_logprob(rows: int, length: int, size: int) -> Bench:
         VOCAB * size * 2 + rows * length * size * 2,
         sums_close,
         lambda hidden, weight, tokens, lengths: hidden.flatten(0, 1) @ weight.T,
+        2 * rows * length * VOCAB * size,
     )
 
 
@@ -264,6 +273,7 @@ def bench_attention(rows: int, heads: int, kv_heads: int, size: int, prefix: int
         run("ref"),
         2 * size * (2 * kv_heads * (prefix + rows * branch) + 2 * rows * heads),
         gate,
+        flops=4 * rows * heads * (prefix + branch) * size,
     )
 
 

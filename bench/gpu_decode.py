@@ -114,8 +114,13 @@ def main(folder: Path) -> None:
     duo = random_duo()
     duo.baseline.cuda()
     duo.reward.cuda()
-    rows = [measure(duo, case) for case in CASES]
-    sys.stdout.write(write_table(folder, describe_run(), rows).read_text())
+    run = describe_run()
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        rows.append(measure(duo, case))
+        # Again after every row: a run that is cut off leaves what it has.
+        table = write_table(folder, run, rows)
+    sys.stdout.write(table.read_text())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 Every figure is the median of replays of a CUDA graph, on random inputs that take turns until they
 hold several times the L2 cache. A provider is timed only after its answer was compared with the
 reference. Shares are of the device-to-device copy (bytes read and written) measured in this run.
+
+The table is written again after every row, so that a run which is cut off leaves what it has.
+torch.compile takes its time to compile: from COMPILE_SECONDS on its column stays empty.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from torch import Tensor
 from bench.gpu_cases import Bench, Inputs, benches
 
 TURNS, REPLAYS = 8, 30
+COMPILE_SECONDS = 120.0
 
 
 def time_in_graph(function: Callable[..., Any], inputs: Sequence[Inputs]) -> float:
@@ -52,12 +57,13 @@ def time_in_graph(function: Callable[..., Any], inputs: Sequence[Inputs]) -> flo
 
 
 def turns(make: Callable[[], Inputs]) -> list[Inputs]:
-    """Inputs until they hold five times the L2 cache, between TURNS and 64 of them."""
+    """Inputs for TURNS to 64 calls: different ones until they hold five times the L2 cache."""
     first = make()
     nbytes = sum(x.nbytes for x in first if isinstance(x, Tensor))
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    count = min(64, max(TURNS, math.ceil(5 * cache / max(nbytes, 1))))
-    return [first, *(make() for _ in range(count - 1))]
+    count = min(64, math.ceil(5 * cache / max(nbytes, 1)))
+    made = [first, *(make() for _ in range(count - 1))]
+    return [made[i % len(made)] for i in range(max(TURNS, len(made)))]
 
 
 def gate(bench: Bench, inputs: Inputs) -> None:
@@ -102,30 +108,49 @@ def write_table(folder: Path, run: dict[str, str], rows: list[dict[str, Any]]) -
     stem = file_stem("gpu", run)
     (folder / f"{stem}.json").write_text(json.dumps({"run": run, "rows": rows}, indent=2) + "\n")
     lines = [", ".join(f"{name} {value}" for name, value in run.items()), ""]
-    names = ["op", "shape", "ours us", "eager us", "ratio", "GB/s", "of copy", "of bare product"]
+    names = ["op", "shape", "ours us", "eager us", "ratio", "torch.compile us", "ratio"]
+    names += ["GB/s", "of copy", "TFLOP/s", "of bare product", "smallest kernels"]
     lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         ours, eager = row["ours_us"], row["eager_us"]
         cells = [row["op"], row["shape"], f"{ours:.1f}", f"{eager:.1f}", f"{eager / ours:.2f}"]
-        product = row["share_of_product"]
+        compiled, product = row["compiled_us"], row["share_of_product"]
+        none = compiled is None
+        cells += ["", ""] if none else [f"{compiled:.1f}", f"{compiled / ours:.2f}"]
         cells += [f"{row['gb_per_s']:.0f}", f"{row['share']:.0%}"]
+        cells.append(f"{row['tflop_per_s']:.1f}" if row["tflop_per_s"] else "")
         cells.append("" if product is None else f"{product:.0%}")
+        cells.append(f"{row['smallest_kernels']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     path = folder / f"{stem}.md"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def measure(bench: Bench, copy: float) -> dict[str, Any]:
-    """One row of the table: microseconds, GB/s, and shares of what this device can do."""
+def time_compiled(bench: Bench, inputs: Sequence[Inputs]) -> float | None:
+    """Microseconds of torch.compile of the eager code; None, and the reason, where it fails."""
+    try:
+        return time_in_graph(torch.compile(bench.eager, dynamic=False), inputs)
+    except Exception as error:
+        sys.stderr.write(f"torch.compile of {bench.op}, {bench.shape}: {str(error)[:300]}\n")
+        return None
+
+
+def measure(bench: Bench, copy: float, smallest: float, *, compiles: bool) -> dict[str, Any]:
+    """One row of the table: microseconds, GB/s, and shares of what this device can do.
+
+    `copy` in GB/s; `smallest`: microseconds of the smallest kernel in a graph.
+    """
+    gate(bench, bench.make())
     inputs = turns(bench.make)
-    gate(bench, inputs[0])
     ours, eager = (time_in_graph(function, inputs) for function in (bench.ours, bench.eager))
     speed = bench.nbytes / ours / 1e3
     row = {"op": bench.op, "shape": bench.shape, "ours_us": ours, "eager_us": eager}
     row |= {"gb_per_s": speed, "share": speed / copy, "share_of_product": None}
+    row |= {"tflop_per_s": bench.flops / ours / 1e6, "smallest_kernels": ours / smallest}
     if bench.product is not None:
         row["share_of_product"] = time_in_graph(bench.product, inputs) / ours
+    row["compiled_us"] = time_compiled(bench, inputs) if compiles else None
     return row
 
 
@@ -133,13 +158,18 @@ def main(folder: Path) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device: nothing was measured")
     torch.manual_seed(0)
+    start = time.monotonic()
     copy = measure_copy()
     one = torch.zeros(1, device="cuda")
     smallest = time_in_graph(lambda: one.add_(1), [()] * TURNS)
     run = describe_run()
     run |= {"copy GB/s": f"{copy:.0f}", "smallest kernel in a graph, us": f"{smallest:.2f}"}
-    rows = [measure(bench, copy) for bench in benches()]
-    sys.stdout.write(write_table(folder, run, rows).read_text())
+    rows: list[dict[str, Any]] = []
+    for bench in benches():
+        compiles = time.monotonic() - start < COMPILE_SECONDS
+        rows.append(measure(bench, copy, smallest, compiles=compiles))
+        table = write_table(folder, run, rows)
+    sys.stdout.write(table.read_text())
 
 
 if __name__ == "__main__":

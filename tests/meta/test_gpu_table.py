@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -52,15 +53,37 @@ def small_benches(monkeypatch):
 
 
 def test_every_bench_passes_its_gate_and_fills_its_row(small_benches, tmp_path):
-    rows = [gpu_table.measure(bench, copy=100.0) for bench in small_benches]
+    measure = functools.partial(gpu_table.measure, copy=100.0, smallest=2.0, compiles=False)
+    rows = [measure(bench) for bench in small_benches]
     run = {"date": "2026-01-01", "machine": "no GPU"}
     table = gpu_table.write_table(tmp_path, run, rows).read_text()
     for bench in small_benches:
-        assert f"| {bench.op} | {bench.shape} | 7.0 | 7.0 | 1.00 |" in table
+        assert f"| {bench.op} | {bench.shape} | 7.0 | 7.0 | 1.00 | | |" in " ".join(table.split())
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     (stored,) = tmp_path.glob("*.json")
     assert json.loads(stored.read_text())["rows"][0]["ours_us"] == 7.0
+
+
+def test_no_eager_provider_waits_for_the_device(small_benches, monkeypatch):
+    """A graph is captured around each: `multinomial` and `item` would end the whole run."""
+    for name in ("multinomial", "Tensor.multinomial", "Tensor.item", "Tensor.tolist"):
+        holder = torch.Tensor if "." in name else torch
+        monkeypatch.setattr(holder, name.split(".")[-1], None)
+    for bench in small_benches:
+        bench.eager(*bench.make())
+
+
+def test_torch_compile_stands_beside_or_its_failure_is_said(small_benches, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    bench = small_benches[0]
+    assert gpu_table.time_compiled(bench, [bench.make()]) == 7.0
+
+    def broken(*inputs):
+        raise RuntimeError("no such lowering")
+
+    assert gpu_table.time_compiled(bench._replace(eager=broken), [bench.make()]) is None
+    assert "no such lowering" in capsys.readouterr().err
 
 
 def test_the_gate_of_every_bench_can_fail(small_benches):
