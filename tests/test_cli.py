@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -207,6 +208,16 @@ def test_another_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         cli.main()
 
 
+def test_the_package_itself_is_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["python -m tq_fast", *NEEDED, "--strategy", "gready"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("tq_fast", run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("tq-fast: error: strategy must be one of")
+
+
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"tq-fast {tq_fast.__version__}\n"
@@ -231,7 +242,7 @@ class Command:
     def start(self) -> subprocess.Popen[str]:
         """Run it in a process of its own."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "tq_fast.cli", *self.words, "--output", str(self.output)],
+            [sys.executable, "-m", "tq_fast", *self.words, "--output", str(self.output)],
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -96,7 +96,11 @@ def decode(
     ] = None,
     reward_bounds: Annotated[
         tuple[float, float] | None,
-        _model_option("Bounds of the reward, for the certificate.", "LO HI"),
+        _model_option(
+            "Bounds of the reward: for the certificate, and roll-outs that can no longer matter "
+            "are left out.",
+            "LO HI",
+        ),
     ] = None,
     device: Annotated[
         str | None,

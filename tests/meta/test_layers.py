@@ -51,6 +51,7 @@ RANKS = {
     "evaluation": 14,
     "commands": 15,
     "cli": 16,
+    "__main__": 17,
 }
 OPS = (
     "topk_logprobs",
