@@ -76,20 +76,15 @@ void draw_rows(const DrawArguments& arguments, const Wants& wants, const Finish&
     });
     return;
   }
-  // Few rows: their blocks are split over the threads instead, where the draw allows it.
+  // Few rows: their blocks are split over the threads instead.
   constexpr int64_t kMinBlocksPerPiece = 16;
   RowSampler sampler;
   for (int64_t row = 0; row < rows; ++row) {
     if (!wants(row)) continue;
-    const SamplerParameters parameters = arguments.parameters(row);
-    sampler.start(row_at(row), parameters);
-    if (RowSampler::can_split(parameters, arguments.vocab_size)) {
-      torch::stable::parallel_for(0, blocks, kMinBlocksPerPiece, [&](int64_t begin, int64_t end) {
-        sampler.reduce(begin, end);
-      });
-    } else {
-      sampler.reduce(0, blocks);
-    }
+    sampler.start(row_at(row), arguments.parameters(row));
+    torch::stable::parallel_for(0, blocks, kMinBlocksPerPiece, [&](int64_t begin, int64_t end) {
+      sampler.reduce(begin, end);
+    });
     finish(row, sampler.draw(arguments.uniform(row)));
   }
 }

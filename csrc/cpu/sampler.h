@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/mass_rows.h"
 #include "cpu/row_types.h"
+#include "cpu/topk.h"
 
 namespace tq {
 
@@ -24,37 +26,37 @@ struct DrawnToken {
 // What the draw needs of the whole row. Blocks may be reduced by several threads, in any order.
 class RowSampler {
  public:
-  // Whether the blocks of a row can be reduced apart from each other: not when something is cut off.
-  static bool can_split(const SamplerParameters& parameters, int64_t vocab_size);
-
   void start(const LogitsRow& row, const SamplerParameters& parameters);
   void reduce(int64_t block_begin, int64_t block_end);
   DrawnToken draw(double uniform);
 
  private:
   struct Candidate {
-    uint64_t key;
+    uint32_t id;
     double mass;
   };
 
-  double mass_of_block(size_t b) const;
-  double total_mass() const;
-  int64_t draw_whole(double uniform, double* total) const;
-  int64_t draw_cut(double uniform, double* total);
-  int64_t draw_among(std::vector<Candidate>& kept, double uniform, double* total) const;
-  int64_t draw_flat_top_p(double wanted, double uniform, double* total) const;
-  void keep_top_p(std::vector<Candidate>& candidates, double wanted) const;
-  std::vector<Candidate> queued_candidates();
-  double mass_of(float value) const;
+  bool cuts_count() const { return parameters_.top_k > 0 && parameters_.top_k < row_.size; }
+  bool cuts_mass() const { return parameters_.top_p < 1.0; }
+  int64_t draw_arg_max() const;
+  int64_t draw_whole(double uniform, double* total);
+  int64_t draw_top_p(double uniform, double* total);
+  int64_t draw_top_k(double uniform, double* total);
+  int64_t draw_by_block(const KeptValues& kept, double uniform, double* total) const;
+  void keep_top_p();
 
   LogitsRow row_;
   SamplerParameters parameters_;
-  float inverse_temperature_;
-  float peak_;
+  MassScale scale_;
   std::vector<SoftmaxState<float>> states_;
   std::vector<float> tempered_sums_;
-  std::vector<uint64_t> strands_;
-  TopKQueue queue_;
+  std::vector<float> strand_peaks_;
+  // Of what is kept in each block.
+  std::vector<double> block_masses_;
+  std::vector<int64_t> ties_before_;
+  std::vector<Candidate> candidates_;
+  std::vector<float> room_;
+  TopK topk_;
 };
 
 }  // namespace tq

@@ -61,29 +61,38 @@ TQ_INLINE Twin<Half> max_or_second(const Twin<Half>& a, const Twin<Half>& b) {
 // NaN counts as -inf.
 TQ_INLINE F32x16 clean(const F32x16& value) { return max_or_second(value, broadcast(kMinusInfinity)); }
 
-// One bit for each lane where !(a <= b): greater, or b is NaN.
+// One bit for each lane where !(a < b): at least b, or one of them NaN.
 #if defined(__AVX512F__)
-TQ_INLINE uint32_t mask_not_le(Piece a, Piece b) {
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+TQ_INLINE uint32_t mask_not_lt(Piece a, Piece b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
 }
 #elif defined(__AVX2__)
-TQ_INLINE uint32_t mask_not_le(Piece a, Piece b) {
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ)));
+TQ_INLINE uint32_t mask_not_lt(Piece a, Piece b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)));
 }
 #elif defined(__x86_64__)
-TQ_INLINE uint32_t mask_not_le(Piece a, Piece b) {
-  return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b)));
+TQ_INLINE uint32_t mask_not_lt(Piece a, Piece b) {
+  return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpnlt_ps((__m128)a, (__m128)b)));
 }
 #else
-TQ_INLINE uint32_t mask_not_le(Piece a, Piece b) {
+TQ_INLINE uint32_t mask_not_lt(Piece a, Piece b) {
   uint32_t mask = 0;
-  for (int lane = 0; lane < kWidth; ++lane) mask |= static_cast<uint32_t>(!(a[lane] <= b[lane])) << lane;
+  for (int lane = 0; lane < kWidth; ++lane) mask |= static_cast<uint32_t>(!(a[lane] < b[lane])) << lane;
   return mask;
 }
 #endif
 template <typename Half>
-TQ_INLINE uint32_t mask_not_le(const Twin<Half>& a, const Twin<Half>& b) {
-  return mask_not_le(a.low, b.low) | mask_not_le(a.high, b.high) << Twin<Half>::kHalf;
+TQ_INLINE uint32_t mask_not_lt(const Twin<Half>& a, const Twin<Half>& b) {
+  return mask_not_lt(a.low, b.low) | mask_not_lt(a.high, b.high) << Twin<Half>::kHalf;
+}
+
+// sum + term in the lanes where !(a < b).
+TQ_INLINE F32x16 add_where_not_lt(const F32x16& sum, const F32x16& a, const F32x16& b, const F32x16& term) {
+#if defined(__AVX512F__)
+  return (F32x16)_mm512_mask_add_ps((__m512)sum, mask_not_lt(a, b), (__m512)sum, (__m512)term);
+#else
+  return sum + (F32x16)((I32x16)term & ~(I32x16)(a < b));
+#endif
 }
 
 // How the lanes of two vectors become one.

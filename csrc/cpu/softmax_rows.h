@@ -17,28 +17,14 @@ struct BlockReduction {
   // Unless null, tempered_sums[b]: sum of exp((x - peak) * inverse_temperature).
   float* tempered_sums;
   float inverse_temperature;
-  // Unless null, takes every strand that may hold one of the k largest.
-  TopKQueue* queue;
+  // Unless null, kGroup numbers from strand_peaks[b * kGroup] on: the peaks of the block's strands, in an
+  // order that top_keys (cpu/topk.h) knows.
+  float* strand_peaks;
 };
 
 #define TQ_DECLARE(isa)                                                                             \
   namespace isa {                                                                                   \
   void reduce_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end);            \
-  /* Keys of the elements x / divisor of the queued strands that are not below its threshold: how many. \
-     `keys` has room for kStrandLength of each strand. */                                             \
-  int64_t gather_strands(const LogitsRow& row, float divisor, const TopKQueue& queue, uint64_t* keys); \
-  /* The first id of block b whose value is exactly `value`, which must be there. */                \
-  int64_t find_in_block(const LogitsRow& row, int64_t b, float value);                              \
-  /* The first id of block b at which the running sum of exp((x - peak) * inverse_temperature)      \
-     exceeds `target`; where rounding lets none, the last id with any mass. */                      \
-  int64_t draw_in_block(                                                                            \
-      const LogitsRow& row, int64_t b, float peak, float inverse_temperature, double target);       \
-  /* values[id] = x and masses[id] = exp((x - peak) * inverse_temperature) of the whole row; the     \
-     arrays hold a whole number of sixteens, the last one filled up with (-inf, 0). */              \
-  void masses_of_row(                                                                               \
-      const LogitsRow& row, float peak, float inverse_temperature, float* values, float* masses);   \
-  /* The sum of the masses of all values that are at least `least`; count is a multiple of 16. */   \
-  double mass_from(const float* values, const float* masses, int64_t count, float least);           \
   float value_at(const LogitsRow& row, int64_t id);                                                 \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)

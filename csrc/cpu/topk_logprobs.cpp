@@ -1,7 +1,6 @@
-// topk_logprobs on CPU: one pass over the logits feeds the lse and a queue of where the k largest are.
+// topk_logprobs on CPU: one pass over the logits feeds the lse and shows where the k largest are.
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <tuple>
@@ -11,6 +10,7 @@
 #include "cpu/contract.h"
 #include "cpu/softmax_rows.h"
 #include "cpu/tensor_access.h"
+#include "cpu/topk.h"
 
 namespace tq {
 
@@ -27,22 +27,27 @@ struct Output {
   float* lse;
 };
 
-// `keys` is room that may grow.
+// What a row leaves while its blocks are reduced.
+struct Reduced {
+  std::vector<SoftmaxState<float>> states;
+  std::unique_ptr<float[]> strand_peaks;
+
+  explicit Reduced(int64_t blocks) : states(blocks), strand_peaks(new float[blocks * kGroup]) {}
+};
+
 void finish_row(
-    const LogitsRow& logits, float divisor, TopKQueue* queue, std::vector<uint64_t>& keys, SoftmaxState<double> state,
-    int64_t row, const Output& out) {
-  topk_shrink(queue);
-  const int64_t k = queue->k;
-  keys.resize(queue->size * kStrandLength);
-  const int64_t num_keys = TQ_SELECT_ISA(gather_strands)(logits, divisor, *queue, keys.data());
-  std::partial_sort(keys.begin(), keys.begin() + k, keys.begin() + num_keys, std::greater<uint64_t>());
+    const LogitsRow& logits, float divisor, const SoftmaxState<float>* states, const float* strand_peaks, TopK& topk,
+    int64_t k, int64_t row, const Output& out) {
+  const uint64_t* const keys = topk.find(logits, divisor, states, strand_peaks, k);
+  const SoftmaxState<double> state = merge_blocks(states, num_blocks(logits.size));
   const double log_sum = std::log(state.sum);
   const bool is_empty = state.sum == 0.0;
   for (int64_t i = 0; i < k; ++i) {
-    const double value = value_of_key(keys[i]);
+    const double logprob = value_of_key(keys[i]) - state.peak - log_sum;
     out.ids[row * k + i] = id_of_key(keys[i]);
+    // The sum is rounded, so a token with all the mass may come out above 0; NaN stays.
     out.logprobs[row * k + i] =
-        is_empty ? -std::numeric_limits<float>::infinity() : static_cast<float>(value - state.peak - log_sum);
+        is_empty ? -std::numeric_limits<float>::infinity() : static_cast<float>(logprob > 0.0 ? 0.0 : logprob);
   }
   out.lse[row] = static_cast<float>(lse_of_softmax_state(state));
 }
@@ -87,51 +92,38 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cpu(
 
   const int64_t blocks = num_blocks(vocab_size);
   const Pieces pieces = cut_rows(rows, blocks);
-  const int64_t room = queue_room(k);
   const auto reduce_blocks = TQ_SELECT_ISA(reduce_blocks);
+  const auto row_at = [&](int64_t row) { return logits_row(logits, type, row, vocab_size); };
 
   if (pieces.per_row == 1) {
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      std::vector<SoftmaxState<float>> states(blocks);
-      std::vector<uint64_t> strands(room), keys;
+      Reduced reduced(blocks);
+      TopK topk;
       for (int64_t row = begin; row < end; ++row) {
-        TopKQueue queue = start_queue(strands.data(), k);
-        const LogitsRow whole = logits_row(logits, type, row, vocab_size);
-        reduce_blocks({whole, divisors.at(row), states.data(), nullptr, 1.0f, &queue}, 0, blocks);
-        finish_row(whole, divisors.at(row), &queue, keys, merge_blocks(states.data(), blocks), row, out);
+        const float divisor = divisors.at(row);
+        float* const peaks = reduced.strand_peaks.get();
+        reduce_blocks({row_at(row), divisor, reduced.states.data(), nullptr, 1.0f, peaks}, 0, blocks);
+        finish_row(row_at(row), divisor, reduced.states.data(), peaks, topk, k, row, out);
       }
     });
     return {ids, logprobs, lse};
   }
 
-  const int64_t num_pieces = rows * pieces.per_row;
-  std::vector<SoftmaxState<float>> states(rows * blocks);
-  const std::unique_ptr<uint64_t[]> strands(new uint64_t[num_pieces * room]);
-  std::vector<int64_t> sizes(num_pieces);
-  torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t begin, int64_t end) {
+  Reduced reduced(rows * blocks);
+  const auto states_of = [&](int64_t row) { return reduced.states.data() + row * blocks; };
+  const auto peaks_of = [&](int64_t row) { return reduced.strand_peaks.get() + row * blocks * kGroup; };
+  torch::stable::parallel_for(0, rows * pieces.per_row, 1, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t row = piece / pieces.per_row;
       const int64_t first = piece % pieces.per_row * pieces.blocks_each;
-      TopKQueue queue = start_queue(strands.get() + piece * room, k);
-      const LogitsRow whole = logits_row(logits, type, row, vocab_size);
       reduce_blocks(
-          {whole, divisors.at(row), states.data() + row * blocks, nullptr, 1.0f, &queue}, first,
+          {row_at(row), divisors.at(row), states_of(row), nullptr, 1.0f, peaks_of(row)}, first,
           std::min(first + pieces.blocks_each, blocks));
-      sizes[piece] = queue.size;
     }
   });
-  std::vector<uint64_t> merged, keys;
+  TopK topk;
   for (int64_t row = 0; row < rows; ++row) {
-    merged.clear();
-    for (int64_t piece = row * pieces.per_row; piece < (row + 1) * pieces.per_row; ++piece) {
-      const uint64_t* const from = strands.get() + piece * room;
-      merged.insert(merged.end(), from, from + sizes[piece]);
-    }
-    TopKQueue queue = start_queue(merged.data(), k);
-    queue.size = static_cast<int64_t>(merged.size());
-    const LogitsRow whole = logits_row(logits, type, row, vocab_size);
-    const SoftmaxState<double> state = merge_blocks(states.data() + row * blocks, blocks);
-    finish_row(whole, divisors.at(row), &queue, keys, state, row, out);
+    finish_row(row_at(row), divisors.at(row), states_of(row), peaks_of(row), topk, k, row, out);
   }
   return {ids, logprobs, lse};
 }

@@ -64,6 +64,49 @@ def test_rows_chosen_to_hurt_the_queue(num_threads, rows):
         check(row.repeat(rows, 1), 10)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", [3.0, 7.9, 8.1, 60.0, 90.0, 3e4])
+def test_a_block_whose_first_values_say_nothing_about_the_rest(isa, dtype, gap):
+    # Exponentials are taken against the first values of a block: these lie far below what follows,
+    # or hold no number, or lie far above it.
+    logits = torch.randn(6, 6000, generator=torch.Generator().manual_seed(4))
+    logits[0, 64:] += gap
+    logits[1, 2000:2048] += gap
+    logits[2, 2048:2112] -= gap
+    logits[3, :64], logits[3, 2048:2112] = -torch.inf, torch.nan
+    logits[4] = torch.arange(6000) * (gap / 6000)
+    logits[5, :100] += gap
+    logits = logits.to(dtype)
+    for k in (1, 12):
+        check(logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf), k)
+    got = topk_logprobs(logits, 12, backend="cpu")
+    expected = topk_logprobs(
+        logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf), 12, backend="cpu"
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_infinite_logit_is_loud_and_stays_in_its_row(isa):
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(6))
+    logits[1, 4711] = torch.inf
+    ids, _, lse = topk_logprobs(logits, 2, backend="cpu")
+    assert ids[1, 0] == 4711
+    assert not lse[1].isfinite()
+    check(logits[[0, 2]], 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_k_largest_may_all_lie_in_one_block_or_one_strand(isa, dtype):
+    logits = torch.zeros(3, 20000, dtype=dtype)
+    logits[0, 19000:19900] = torch.arange(900) / 4
+    # Every 64th value belongs to the same strand.
+    logits[1, 4096 + 5 : 6144 : 64] = torch.arange(1, 33).to(dtype)
+    logits[2] = -torch.arange(20000) / 8
+    for k in (5, 31, 33, 200):
+        check(logits, k)
+
+
 def test_nan_counts_as_minus_infinity_and_stays_in_its_row(isa):
     logits = torch.randn(3, 3000, generator=torch.Generator().manual_seed(2))
     clean = logits.clone()

@@ -133,11 +133,12 @@ def test_a_uniform_at_the_edge_reaches_tokens_that_24_bits_never_do(op, key, hea
     assert abs(ids.item() - (tail[47] if head == 0 else tail[15])) <= 1
 
 
-def test_relabelling_tokens_relabels_the_counts(op, generator):
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_relabelling_tokens_relabels_the_counts(op, generator, top_p):
     logits = torch.randn(60, generator=generator) * 2
     shuffle = torch.randperm(60, generator=generator)
-    ids = draw(op, logits[shuffle], seed=5).ids
-    assert chi_square_excess(shuffle[ids], logits.double().softmax(-1)) <= 10
+    ids = draw(op, logits[shuffle], seed=5, top_p=top_p).ids
+    assert chi_square_excess(shuffle[ids], exact_proposal(logits, top_p=top_p)) <= 10
 
 
 def test_rows_and_steps_are_independent(op):
