@@ -53,7 +53,8 @@ void advance_rollouts_cpu(
           has_shape(finished, {rows}) && finished.scalar_type() == ScalarType::Bool &&
           has_shape(logprob_sums, {rows}) && logprob_sums.scalar_type() == ScalarType::Float &&
           has_shape(proposal_logprob_sums, {rows}) && proposal_logprob_sums.scalar_type() == ScalarType::Float &&
-          eos.dim() == 1 && is_integer(eos),
+          eos.dim() == 1 && is_integer(eos) && is_apart(tokens) && is_apart(lengths) && is_apart(finished) &&
+          is_apart(logprob_sums) && is_apart(proposal_logprob_sums),
       "advance_rollouts_");
   const int64_t capacity = tokens.size(1);
   const IntegerView tokens_view(tokens);

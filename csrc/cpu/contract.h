@@ -4,7 +4,9 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 
 #include "stable_tensor.h"
@@ -41,7 +43,23 @@ inline bool is_floats(const Tensor& tensor, std::initializer_list<int64_t> sizes
 
 // A parameter that is one number or one a row: the tensor of this shape, or else what `number` says.
 inline bool is_per_row(const std::optional<Tensor>& tensor, int64_t rows, bool number) {
-  return tensor.has_value() ? has_shape(*tensor, {rows}) : number;
+  return tensor.has_value() ? has_shape(*tensor, {rows}) && (is_floating(*tensor) || is_integer(*tensor)) : number;
+}
+
+// A finite number of fp32, in which the kernels compute.
+inline bool is_float_number(double value) { return std::abs(value) <= std::numeric_limits<float>::max(); }
+
+// None, or a bound above 0: one that is 0 in fp32 would count as none.
+inline bool is_softcap(const std::optional<double>& value) {
+  return !value.has_value() || (is_float_number(*value) && *value >= std::numeric_limits<float>::min());
+}
+
+// Written to in place: no two elements share their memory.
+inline bool is_apart(const Tensor& tensor) {
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    if (tensor.stride(axis) == 0 && tensor.size(axis) > 1) return false;
+  }
+  return true;
 }
 
 // An int that may come as a one-element tensor.

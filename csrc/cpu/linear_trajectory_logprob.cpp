@@ -187,7 +187,7 @@ Tensor linear_trajectory_logprob_cpu(
       Trajectories::are(tokens, lengths, hidden_in) && weight_in.dim() == 2 && weight_in.size(1) == hidden_in.size(2) &&
           weight_in.scalar_type() == hidden_in.scalar_type() &&
           (!bias_in.has_value() || is_floats(*bias_in, {weight_in.size(0)})) && vocab_size >= 1 &&
-          vocab_size <= weight_in.size(0) && !(softcap.has_value() && !(*softcap > 0.0)),
+          vocab_size <= weight_in.size(0) && is_float_number(scale) && is_softcap(softcap),
       op);
   const Tensor hidden = with_unit_inner_stride(hidden_in);
   const Tensor weight = with_unit_inner_stride(weight_in);

@@ -64,7 +64,7 @@ bool are_in_shape(
   const int64_t heads = prefix_k.size(1);
   const int64_t size = q.size(3);
   const ScalarType type = q.scalar_type();
-  return heads > 0 && q.size(1) % heads == 0 && prefix_k.size(3) == size &&
+  return heads > 0 && size > 0 && q.size(1) % heads == 0 && prefix_k.size(3) == size &&
          has_shape(prefix_v, {prefix_k.size(0), heads, prefix_k.size(2), size}) &&
          has_shape(branch_k, {q.size(0), heads, branch_k.size(2), size}) &&
          has_shape(branch_v, {q.size(0), heads, branch_k.size(2), size}) && prefix_k.scalar_type() == type &&
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
   const char* const op = "shared_prefix_attention";
   require_contract(
       are_in_shape(q, prefix_k, prefix_v, branch_k, branch_v) && is_integers(prefix_len, {prefix_k.size(0)}) &&
-          is_integers(branch_len, {q.size(0)}) && !(softcap.has_value() && !(*softcap > 0.0)) &&
+          is_integers(branch_len, {q.size(0)}) && is_float_number(scale.value_or(1.0)) && is_softcap(softcap) &&
           !(window.has_value() && *window < 1) &&
           (tree_in.has_value() ? is_integers(*tree_in, {q.size(0)}) : splits_evenly(q.size(0), prefix_k.size(0))),
       op);

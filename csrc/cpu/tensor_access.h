@@ -37,6 +37,7 @@ inline LogitsRow logits_row(const Tensor& logits, ElementType type, int64_t row,
 // An int that may also come as a one-element tensor.
 inline int64_t read_int(int64_t number, const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return number;
+  STD_TORCH_CHECK(tensor->numel() == 1, "an int that comes as a tensor has ", tensor->numel(), " elements, expected 1");
   const Tensor wide = dense(*tensor, ScalarType::Long);
   return *static_cast<const int64_t*>(wide.const_data_ptr());
 }

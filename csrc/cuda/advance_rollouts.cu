@@ -55,7 +55,10 @@ struct RolloutSink {
   Column<float> logprob_sums;
   Column<float> proposal_logprob_sums;
 
-  __device__ bool wants(int64_t row) const { return !finished.at(row) && lengths.get(row) < capacity; }
+  __device__ bool wants(int64_t row) const {
+    const int64_t length = lengths.get(row);
+    return !finished.at(row) && length >= 0 && length < capacity;
+  }
 
   __device__ void take(int64_t row, const DrawnToken& token) const {
     if (!token.is_valid) {
@@ -83,7 +86,7 @@ void advance_rollouts_cuda(
     const std::optional<Tensor>& temperatures, int64_t top_k, const std::optional<Tensor>& top_ks, double top_p,
     const std::optional<Tensor>& top_ps, int64_t vocab_size, int64_t seed,
     const std::optional<Tensor>& seed_tensor) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(device_of("advance_rollouts_", logits));
   const DrawArguments arguments(
       "advance_rollouts_", logits, keys, step, step_tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps,
       vocab_size, seed, seed_tensor);

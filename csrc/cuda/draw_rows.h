@@ -64,7 +64,7 @@ struct DrawArguments {
       int64_t top_k, const std::optional<Tensor>& top_ks_in, double top_p, const std::optional<Tensor>& top_ps_in,
       int64_t vocab_size, int64_t seed_number, const std::optional<Tensor>& seed_in)
       : op(op_in),
-        device(logits_in.get_device_index()),
+        device(device_of(op_in, logits_in)),
         logits(with_unit_inner_stride(logits_in)),
         keys(dense(keys_in, ScalarType::Long)),
         seed(dense(seed_in, ScalarType::Long)),

@@ -18,6 +18,12 @@ inline DeviceInt device_int(int64_t number, const std::optional<Tensor>& tensor)
   return {number, data_or_null<int64_t>(tensor)};
 }
 
+// The device of an op's first tensor. A call whose other tensors alone lie on one comes here, too.
+inline int32_t device_of(const char* op, const Tensor& first) {
+  STD_TORCH_CHECK(first.is_cuda(), op, ": its first tensor is not on a CUDA device, but others are");
+  return first.get_device_index();
+}
+
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

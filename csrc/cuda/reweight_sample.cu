@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cuda(
     const std::optional<Tensor>& log_weights_in, const std::optional<Tensor>& lengths_in, double alpha, bool is_soft,
     bool is_greedy, int64_t seed, const std::optional<Tensor>& seed_in, const std::optional<Tensor>& keys_in,
     int64_t step, const std::optional<Tensor>& step_in) {
-  const int32_t device = rewards_in.get_device_index();
+  const int32_t device = device_of("reweight_sample", prior_logprobs_in);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const bool is_float = prior_logprobs_in.scalar_type() == ScalarType::Float &&
                         rewards_in.scalar_type() == ScalarType::Float &&

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cuda(
     double temperature, const std::optional<Tensor>& temperatures, int64_t top_k,
     const std::optional<Tensor>& top_ks, double top_p, const std::optional<Tensor>& top_ps, int64_t vocab_size,
     int64_t seed, const std::optional<Tensor>& seed_tensor) {
-  const int32_t device = logits.get_device_index();
+  const int32_t device = device_of("sample_tokens", logits);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const DrawArguments arguments(
       "sample_tokens", logits, keys, step, step_tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps,

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_logprobs_cuda(
   STD_TORCH_CHECK(
       vocab_size <= kMostVocabOfTopK, "topk_logprobs: vocab_size is ", vocab_size, ", expected at most ",
       kMostVocabOfTopK);
-  const int32_t device = logits_in.get_device_index();
+  const int32_t device = device_of("topk_logprobs", logits_in);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor logits = with_unit_inner_stride(logits_in);
   const std::optional<Tensor> temperatures = dense(temperatures_in, ScalarType::Float);

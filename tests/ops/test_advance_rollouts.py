@@ -121,6 +121,22 @@ def test_a_full_row_is_left_alone(op):
     assert state.lengths.tolist() == [3, 1]
 
 
+@pytest.mark.parametrize("length", [-1, -(2**31), 4, 2**31 - 1])
+def test_a_row_whose_length_is_out_of_range_is_left_alone(op, length):
+    """Nothing is written before the first slot of a row or behind its last."""
+    whole = State.new(5, 9, torch.int32)
+    state = State(*(field[1:4] for field in whole.fields()))
+    state.tokens = whole.tokens[1:4, 3:6]
+    state.lengths[1] = length
+    before = state.copy()
+    op(torch.zeros(3, 5), torch.arange(3), 0, *state.fields(), EOS)
+    for now, then in zip(state.fields(), before.fields(), strict=True):
+        assert torch.equal(now[1], then[1])
+    assert state.lengths.tolist() == [1, length, 1]
+    whole.tokens[1:4, 3] = SENTINEL
+    assert (whole.tokens == SENTINEL).all()
+
+
 def test_state_may_be_a_view_of_larger_buffers_and_nothing_beside_it_is_written(op, generator):
     whole = State.new(6, 8)
     part = State(*(field[1:4] for field in whole.fields()))

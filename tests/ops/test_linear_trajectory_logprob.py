@@ -115,6 +115,16 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(op, generator):
     assert torch.equal(again[1:5], whole[1:5])
 
 
+def test_a_length_beyond_the_ends_counts_as_the_nearer_end(op, generator):
+    *inputs, _ = problem(generator, 4, 3, 16, 40)
+    for lengths in (torch.tensor([3, 4, 2**40, -1]), torch.tensor([2, 3, 2**31 - 1, -(2**31)])):
+        expected = op(*inputs, lengths.clamp(0, 3))
+        assert torch.equal(op(*inputs, lengths), expected)
+        assert expected[3] == 0
+        if lengths.abs().max() <= 2**31:
+            assert torch.equal(op(*inputs, lengths.int()), expected)
+
+
 def test_strided_views_int32_and_nothing(op, generator):
     hidden, weight, tokens, _ = problem(generator, 6, 8, 32, 90)
     views = (hidden[::2, 1:5], weight[::2], tokens[::2, 1:5] % 45)

@@ -188,6 +188,27 @@ def test_without_any_scored_candidate_the_lowest_id_is_named_with_no_probability
     assert (got.final_logprobs == -torch.inf).all()
 
 
+def test_a_length_beyond_the_ends_counts_as_the_nearer_end(op, generator):
+    inputs = problem(generator, 2, 3, 4)
+    inputs["lengths"] = torch.tensor([[4, 9, 2**62], [0, -1, -(2**62)]])
+    within = inputs | {"lengths": inputs["lengths"].clamp(0, 4)}
+    for a, b in zip(op(*inputs.values(), alpha=1.0), op(*within.values(), alpha=1.0), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_largest_id_of_all_is_an_id_like_any_other(op, dtype):
+    most = torch.iinfo(dtype).max
+    for ids, prior, choice in (
+        ([3, most], [-2.0, -1.0], 1),
+        ([most, 3], [-1.0, -1.0], 1),
+        ([most, most], [-2.0, -1.0], 1),
+    ):
+        ids = torch.tensor([ids], dtype=dtype)
+        got = op(torch.tensor([prior]), ids, torch.zeros(1, 2, 1), alpha=1.0, greedy=True)
+        assert got.choice.tolist() == [choice]
+
+
 def test_greedy_ties_go_to_the_lower_token_id(op):
     prior = torch.tensor([[0.0, 0.0, 0.0, -1.0]])
     for ids, choice in (([30, 7, 12, 1], 1), ([5, 7, 12, 1], 0), ([9, 8, 2, 1], 2)):

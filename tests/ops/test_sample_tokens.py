@@ -122,6 +122,14 @@ def test_temperature_0_is_arg_max_with_the_lowest_id_on_ties(op, generator):
     torch.testing.assert_close(got.logprobs.double(), expected, rtol=0, atol=tolerances.LOGPROB_ABS)
 
 
+def test_a_temperature_that_is_0_in_fp32_is_arg_max_too(op, generator):
+    logits = torch.randn(50, 400, generator=generator)
+    expected = op(logits, torch.arange(50), 3, temperature=0.0)
+    for cold in (1e-300, torch.full((50,), 1e-300, dtype=torch.float64)):
+        for a, b in zip(op(logits, torch.arange(50), 3, temperature=cold), expected, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_top_k_1_is_arg_max(op, generator):
     logits = torch.randn(50, 400, generator=generator).round(decimals=1)
     got = op(logits, torch.arange(50), 3, top_k=1)

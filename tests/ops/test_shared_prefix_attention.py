@@ -310,6 +310,7 @@ def valid_arguments() -> dict[str, Tensor]:
     ("changes", "words"),
     [
         ({"q": torch.zeros(4, 4, 8)}, "q .* 4 axes"),
+        ({"q": torch.zeros(4, 4, 1, 0)}, "d, the last axis of q, is 0, expected 1"),
         ({"prefix_k": torch.zeros(2, 2, 8)}, "prefix_k .* 4 axes"),
         ({"branch_k": torch.zeros(4, 2, 8)}, "branch_k .* 4 axes"),
         ({"prefix_k": torch.zeros(2, 2, 6, 4)}, r"prefix_k .*\[2, 2, 6, 4\].*= \[2, 2, 6, 8\]"),
@@ -327,8 +328,13 @@ def valid_arguments() -> dict[str, Tensor]:
         ({"branch_len": torch.full((2,), 3)}, r"branch_len .*\[2\].*= \[4\]"),
         ({"tree": torch.tensor([0, 1])}, r"tree .*\[2\].*= \[4\]"),
         ({"tree": torch.zeros(4)}, "tree is torch.float32"),
+        ({"prefix_len": torch.tensor([6, 7])}, r"prefix_len\[1\] is 7, expected 0 to 6"),
+        ({"prefix_len": torch.tensor([-1, 6])}, r"prefix_len\[0\] is -1, expected 0 to 6"),
+        ({"branch_len": torch.tensor([3, 3, 4, 3])}, r"branch_len\[2\] is 4, expected 0 to 3"),
+        ({"tree": torch.tensor([0, 0, 1, 2])}, r"tree\[3\] is 2, expected 0 to 1"),
+        ({"tree": torch.tensor([-1, 0, 1, 1])}, r"tree\[0\] is -1, expected 0 to 1"),
         ({"softcap": 0.0}, "softcap is 0.0, expected a number above 0"),
-        ({"window": 0}, "window is 0, expected at least 1"),
+        ({"window": 0}, "window is 0, expected 1 to"),
         ({"prefix_v": torch.zeros(2, 2, 6, 8, requires_grad=True)}, "prefix_v requires grad"),
     ],
 )

@@ -104,6 +104,16 @@ def test_a_row_does_not_depend_on_the_other_rows(op, generator):
         assert torch.equal(op(*(value[rows] for value in inputs)), whole[rows])
 
 
+def test_a_length_beyond_the_ends_counts_as_the_nearer_end(op, generator):
+    *inputs, _ = problem(generator, 4, 3, 40)
+    for lengths in (torch.tensor([3, 4, 2**40, -1]), torch.tensor([2, 3, 2**31 - 1, -(2**31)])):
+        expected = op(*inputs, lengths.clamp(0, 3))
+        assert torch.equal(op(*inputs, lengths), expected)
+        assert expected[3] == 0
+        if lengths.abs().max() <= 2**31:
+            assert torch.equal(op(*inputs, lengths.int()), expected)
+
+
 def test_strided_views_int32_and_nothing(op, generator):
     inputs = problem(generator, 6, 8, 90)
     views = (inputs[0][::2, 1:5, :60], inputs[1][::2, 1:5, :60], inputs[2][::2, 1:5] % 60)

@@ -1,9 +1,13 @@
-"""Checks of what a caller passes to an op: shapes, dtypes and devices only, never values.
+"""Checks of what a caller passes to an op: kinds, shapes, dtypes, devices and plain numbers.
 
-Messages name the op, the argument, what came and what was expected.
+The values in a tensor are not looked at: that would wait for the device. Messages name the op, the
+argument, what came and what was expected.
 """
 
 from __future__ import annotations
+
+import numbers
+import reprlib
 
 import torch
 from torch import Tensor
@@ -14,6 +18,56 @@ PerRow = float | int | Tensor
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 INTEGERS = frozenset({torch.int64, torch.int32})
+# The numbers that have a meaning to a kernel: all inside is fp32.
+SMALLEST = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.float32).max
+# What a schema takes for an int.
+LARGEST_COUNT = 2**63 - 1
+_INTS = (int, numbers.Integral, torch.SymInt)
+_NUMBERS = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)
+
+
+def describe(value: object) -> str:
+    """What came, for a message; a tensor is not read."""
+    return f"a tensor of shape {list(value.shape)}" if is_tensor(value) else reprlib.repr(value)
+
+
+def is_tensor(value: object) -> bool:
+    """Whether `value` is a tensor of rows that a kernel can read, neither sparse nor nested."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
+def require_tensors(op: str, **tensors: object) -> None:
+    """Raise InvalidArgument unless all are strided tensors on the device of the first."""
+    first_name, first = "", None
+    for name, value in tensors.items():
+        if not is_tensor(value):
+            kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else describe(value)
+            raise InvalidArgument(f"{op}: {name} is {kind}, expected a strided tensor")
+        if first is None:
+            first_name, first = name, value
+        elif value.device != first.device:
+            raise InvalidArgument(
+                f"{op}: {name} is on {value.device}, expected {first.device}, where {first_name} is"
+            )
+
+
+def require_apart(op: str, **tensors: Tensor) -> None:
+    """Raise InvalidArgument if two elements of a tensor that is written to share their memory."""
+    for name, tensor in tensors.items():
+        if any(
+            stride == 0 < size - 1
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            raise InvalidArgument(
+                f"{op}: {name} of shape {list(tensor.shape)} has strides {list(tensor.stride())}, "
+                "expected elements apart in memory: it is written to"
+            )
+
+
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those of the optional tensors that are there."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def require_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], axes: str) -> None:
@@ -46,6 +100,18 @@ def require_integer(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def require_within(op: str, name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Raise InvalidArgument for an element outside of [low, high], where looking waits for nobody.
+
+    That is on the CPU, and not while a graph is traced.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or not tensor.is_cpu:
+        return
+    for idx, value in enumerate(tensor.tolist()):
+        if not low <= value <= high:
+            raise InvalidArgument(f"{op}: {name}[{idx}] is {value}, expected {low} to {high}")
+
+
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:
     """Raise InvalidArgument for an input that autograd would have to follow."""
     if not torch.is_grad_enabled():
@@ -63,24 +129,77 @@ def bound_vocab(op: str, logits: Tensor, vocab_size: int | None, name: str = "lo
     width = logits.shape[-1]
     if vocab_size is None:
         vocab_size = width
-    if not 1 <= vocab_size <= width:
+    if not isinstance(vocab_size, _INTS) or not 1 <= vocab_size <= width:
         raise InvalidArgument(
-            f"{op}: vocab_size is {vocab_size}, expected 1 to {width}, the last axis of {name}"
+            f"{op}: vocab_size is {describe(vocab_size)}, expected 1 to {width}, "
+            f"the last axis of {name}"
         )
     return vocab_size
 
 
 def require_per_row(
-    op: str, name: str, value: PerRow, rows: int, low: float, high: float = float("inf")
+    op: str,
+    name: str,
+    value: PerRow,
+    first: Tensor,
+    low: float,
+    high: float = float("inf"),
+    is_count: bool = False,
 ) -> None:
-    """Raise unless `value` is a number in [low, high] or a 1-D tensor of `rows` numbers.
+    """Raise unless `value` is a number in [low, high], or a 1-D tensor of one a row of `first`.
 
-    The values of a tensor are not looked at: that would wait for the device.
+    With `is_count` it is an integer.
     """
+    if not isinstance(value, Tensor):
+        kinds = _INTS if is_count else _NUMBERS
+        if not isinstance(value, kinds) or not low <= value <= high:
+            raise InvalidArgument(
+                f"{op}: {name} is {describe(value)}, expected {low:g} to {high:g}"
+            )
+        return
+    require_tensors(op, logits=first, **{name: value})
+    require_shape(op, name, value, (first.shape[0],), "[N]")
+    if is_count:
+        require_integer(op, name, value)
+    elif value.dtype not in FLOATS and value.dtype not in INTEGERS:
+        raise InvalidArgument(f"{op}: {name} is {value.dtype}, expected a tensor of numbers")
+    refuse_grad(op, **{name: value})
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a plain number, of Python, numpy or a graph that is being traced."""
+    return isinstance(value, _NUMBERS)
+
+
+def require_number(op: str, name: str, value: float, low: float = -LARGEST) -> None:
+    """Raise InvalidArgument unless `value` is a finite number of fp32, `low` or above."""
+    if not isinstance(value, _NUMBERS) or not low <= value <= LARGEST:
+        raise InvalidArgument(
+            f"{op}: {name} is {describe(value)}, expected a number from {low:g} to {LARGEST:g}"
+        )
+
+
+def require_softcap(op: str, softcap: float | None) -> None:
+    """Raise InvalidArgument unless `softcap` is None, or a number above 0 that fp32 can hold."""
+    if softcap is None or (isinstance(softcap, _NUMBERS) and SMALLEST <= softcap <= LARGEST):
+        return
+    raise InvalidArgument(
+        f"{op}: softcap is {describe(softcap)}, expected a number above 0, of at most {LARGEST:g}"
+    )
+
+
+def require_int(op: str, name: str, value: int | Tensor, **first: Tensor) -> None:
+    """Raise unless `value` is an int or a one-element integer tensor on the device of `first`."""
     if isinstance(value, Tensor):
-        require_shape(op, name, value, (rows,), "[N]")
-    elif not low <= value <= high:
-        raise InvalidArgument(f"{op}: {name} is {value}, expected {low:g} to {high:g}")
+        require_tensors(op, **first, **{name: value})
+        require_integer(op, name, value)
+        if value.numel() == 1:
+            return
+    elif isinstance(value, _INTS):
+        return
+    raise InvalidArgument(
+        f"{op}: {name} is {describe(value)}, expected an int or a tensor of one element"
+    )
 
 
 def as_column(value: PerRow, dtype: torch.dtype) -> PerRow:
@@ -89,9 +208,9 @@ def as_column(value: PerRow, dtype: torch.dtype) -> PerRow:
 
 
 def require_count(op: str, name: str, value: int, low: int, high: int) -> None:
-    """Raise InvalidArgument unless `low` <= `value` <= `high`."""
-    if not low <= value <= high:
-        raise InvalidArgument(f"{op}: {name} is {value}, expected {low} to {high}")
+    """Raise InvalidArgument unless `value` is an integer in [low, high]."""
+    if not isinstance(value, _INTS) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidArgument(f"{op}: {name} is {describe(value)}, expected {low} to {high}")
 
 
 def require_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -129,12 +248,16 @@ def require_linear(
     size_out: int | None = None,
 ) -> dict[str, Tensor]:
     """Raise unless `linear` is weight and bias of a layer of these sizes; its tensors by name."""
+    if not isinstance(linear, tuple) or len(linear) != 2:
+        raise InvalidArgument(f"{op}: {name}_linear is {describe(linear)}, expected (weight, bias)")
     weight, bias = linear
+    require_tensors(op, **{f"{name}_weight": weight})
     require_dim(op, f"{name}_weight", weight, 2, "[out, in]")
     shape = (weight.shape[0] if size_out is None else size_out, size_in)
     require_shape(op, f"{name}_weight", weight, shape, "[out, in]")
     if bias is None:
         return {f"{name}_weight": weight}
+    require_tensors(op, **{f"{name}_weight": weight, f"{name}_bias": bias})
     require_shape(op, f"{name}_bias", bias, (weight.shape[0],), "[out]")
     return {f"{name}_weight": weight, f"{name}_bias": bias}
 

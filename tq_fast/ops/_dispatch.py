@@ -15,6 +15,7 @@ answers None (accepted) or a sentence. Nothing is imported or loaded before the 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -32,6 +33,15 @@ Refusal = Callable[..., str | None]
 
 _BACKENDS_OF_DEVICE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _OPS: dict[str, Op] = {}
+# What comes of arguments of the wrong kind, in Python, in torch's own checks and in the kernels.
+_EXPLAINED_BY_CHECKS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def _accept(*args: Any, **kwargs: Any) -> str | None:
@@ -85,7 +95,7 @@ def native_function(
         if not hasattr(torch.ops.tq_fast, name):
             raise BackendRefused(f"the C++ {library} library has no op {name}: build it again")
         if name not in _has_fake:
-            torch.library.register_fake(f"tq_fast::{name}")(fake)
+            torch.library.register_fake(f"tq_fast::{name}")(_on_one_device(name, fake))
             _has_fake.add(name)
         return adapter or getattr(torch.ops.tq_fast, name).default
 
@@ -93,6 +103,19 @@ def native_function(
 
 
 _has_fake: set[str] = set()
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which would answer for data that is nowhere if one tensor in many were "meta"."""
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Any:
+        devices = {str(value.device) for value in arguments if isinstance(value, torch.Tensor)}
+        if len(devices) > 1:
+            raise InvalidArgument(f"{name}: its tensors are on {' and '.join(sorted(devices))}")
+        return fake(*arguments)
+
+    return checked
 
 
 class Op:
@@ -142,6 +165,7 @@ class Op:
         if (
             backend is not None
             or torch.is_grad_enabled()
+            or not isinstance(first, torch.Tensor)
             or not first.is_cpu
             or torch.compiler.is_compiling()
             or env.backend() != "auto"
@@ -156,7 +180,7 @@ class Op:
         try:
             if refuse(first, *args, **kwargs) is None:
                 return implementation(first, *args, **kwargs)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        except _EXPLAINED_BY_CHECKS:
             pass
         return NotImplemented
 

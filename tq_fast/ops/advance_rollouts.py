@@ -49,7 +49,8 @@ def advance_rollouts_(
     Args:
         logits, keys, step, temperature, top_k, top_p, vocab_size, seed: as in `sample_tokens`.
         tokens: int64 or int32 `[N, L]`, written at `lengths`.
-        lengths: int64 or int32 `[N]`, tokens of each roll-out so far.
+        lengths: int64 or int32 `[N]`, tokens of each roll-out so far, 0 to L; a row with any
+            other is left alone.
         finished: bool `[N]`.
         logprob_sums: fp32 `[N]`, sum of the model's own log-probs, natural log.
         proposal_logprob_sums: fp32 `[N]`, sum of the log-density drawn from, natural log.
@@ -65,8 +66,8 @@ def advance_rollouts_(
     parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     parameters |= {"vocab_size": vocab_size, "seed": seed}
     if _OP.at_once(backend, logits, keys, step, *state, **parameters) is NotImplemented:
-        check_sampler(name, logits, keys, temperature, top_k, top_p, vocab_size)
-        _check_state(name, logits.shape[0], *state)
+        check_sampler(name, logits, keys, step, **parameters)
+        _check_state(name, logits, *state)
         _OP(backend, logits, keys, step, *state, **parameters)
 
 
@@ -99,10 +100,10 @@ def advance_rollouts_ref(
         seed=seed,
     )
     capacity = tokens.shape[1]
-    live = ~finished & (lengths < capacity)
+    live = ~finished & (lengths >= 0) & (lengths < capacity)
     writes = live & sampled.valid
     if capacity > 0:
-        slot = lengths.to(torch.int64).clamp(max=capacity - 1).unsqueeze(-1)
+        slot = lengths.to(torch.int64).clamp(0, capacity - 1).unsqueeze(-1)
         kept = tokens.gather(-1, slot)
         written = torch.where(
             writes.unsqueeze(-1), sampled.ids.unsqueeze(-1).to(tokens.dtype), kept
@@ -118,7 +119,7 @@ def advance_rollouts_ref(
 
 def _check_state(
     op: str,
-    rows: int,
+    logits: Tensor,
     tokens: Tensor,
     lengths: Tensor,
     finished: Tensor,
@@ -126,6 +127,11 @@ def _check_state(
     proposal_logprob_sums: Tensor,
     eos: Tensor,
 ) -> None:
+    sums = {"logprob_sums": logprob_sums, "proposal_logprob_sums": proposal_logprob_sums}
+    written = {"tokens": tokens, "lengths": lengths, "finished": finished, **sums}
+    _checks.require_tensors(op, logits=logits, **written, eos=eos)
+    _checks.require_apart(op, **written)
+    rows = logits.shape[0]
     _checks.require_dim(op, "tokens", tokens, 2, "[N, L]")
     _checks.require_shape(op, "tokens", tokens, (rows, tokens.shape[1]), "[N, L]")
     _checks.require_integer(op, "tokens", tokens)
@@ -133,15 +139,12 @@ def _check_state(
     _checks.require_integer(op, "lengths", lengths)
     _checks.require_shape(op, "finished", finished, (rows,), "[N]")
     _checks.require_dtype(op, "finished", finished, torch.bool)
-    for name, sums in (
-        ("logprob_sums", logprob_sums),
-        ("proposal_logprob_sums", proposal_logprob_sums),
-    ):
-        _checks.require_shape(op, name, sums, (rows,), "[N]")
-        _checks.require_dtype(op, name, sums, torch.float32)
+    for name, tensor in sums.items():
+        _checks.require_shape(op, name, tensor, (rows,), "[N]")
+        _checks.require_dtype(op, name, tensor, torch.float32)
     _checks.require_dim(op, "eos", eos, 1, "[E]")
     _checks.require_integer(op, "eos", eos)
-    _checks.refuse_grad(op, logprob_sums=logprob_sums, proposal_logprob_sums=proposal_logprob_sums)
+    _checks.refuse_grad(op, **sums)
 
 
 def advance_rollouts_native(

@@ -41,6 +41,7 @@ def few_rows_linear(
         BackendRefused: the pinned backend does not take these inputs.
     """
     op = "few_rows_linear"
+    _checks.require_tensors(op, x=x, weight=weight, **_checks.given(bias=bias))
     if x.dim() not in (2, 3):
         raise InvalidArgument(
             f"{op}: x has shape {list(x.shape)}, expected 2 or 3 axes, [N, D] or [N, T, D]"

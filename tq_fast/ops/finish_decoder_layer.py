@@ -54,6 +54,8 @@ def finish_decoder_layer(
         BackendRefused: the pinned backend does not take these inputs.
     """
     op = "finish_decoder_layer"
+    _checks.require_tensors(op, attended=attended, residual=residual, norm_weight=norm_weight)
+    _checks.require_number(op, "eps", eps, 0.0)
     _checks.require_dim(op, "attended", attended, 3, "[N, T, A]")
     _checks.require_float(op, "attended", attended)
     _checks.require_dim(op, "residual", residual, 3, "[N, T, D]")
@@ -67,6 +69,7 @@ def finish_decoder_layer(
     inner = gate_linear[0].shape[0]
     tensors |= _checks.require_linear(op, "up", up_linear, size, inner)
     tensors |= _checks.require_linear(op, "down", down_linear, inner, size)
+    _checks.require_tensors(op, attended=attended, **tensors)
     for name, tensor in tensors.items():
         _checks.require_dtype(op, name, tensor, attended.dtype)
     _checks.refuse_grad(op, attended=attended, **tensors)

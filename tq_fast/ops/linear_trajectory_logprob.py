@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgument
 from . import _checks
 from ._dispatch import Backend, Op, native_function, python_function
 from .trajectory_log_ratio import check_trajectories, sum_within
@@ -61,7 +60,7 @@ def linear_trajectory_logprob(
     parameters = {"bias": bias, "scale": scale, "softcap": softcap, "vocab_size": vocab_size}
     result = _OP.at_once(backend, hidden, weight, tokens, lengths, **parameters)
     if result is NotImplemented:
-        _check(hidden, weight, tokens, lengths, bias, softcap, vocab_size)
+        _check(hidden, weight, tokens, lengths, **parameters)
         result = _OP(backend, hidden, weight, tokens, lengths, **parameters)
     return result
 
@@ -71,11 +70,15 @@ def _check(
     weight: Tensor,
     tokens: Tensor,
     lengths: Tensor,
+    *,
     bias: Tensor | None,
+    scale: float,
     softcap: float | None,
     vocab_size: int | None,
 ) -> None:
     op = "linear_trajectory_logprob"
+    tensors = {"hidden": hidden, "weight": weight, "tokens": tokens, "lengths": lengths}
+    _checks.require_tensors(op, **tensors, **_checks.given(bias=bias))
     _checks.require_dim(op, "hidden", hidden, 3, "[N, T, D]")
     _checks.require_float(op, "hidden", hidden)
     rows, length, size = hidden.shape
@@ -85,10 +88,10 @@ def _check(
     if bias is not None:
         _checks.require_shape(op, "bias", bias, (weight.shape[0],), "[V]")
         _checks.require_float(op, "bias", bias)
-    if vocab_size is not None:
-        _checks.require_count(op, "vocab_size", vocab_size, 1, weight.shape[0])
-    if softcap is not None and not softcap > 0:
-        raise InvalidArgument(f"{op}: softcap is {softcap}, expected a number above 0")
+    bound = weight.shape[0] if vocab_size is None else vocab_size
+    _checks.require_count(op, "vocab_size", bound, 1, weight.shape[0])
+    _checks.require_number(op, "scale", scale)
+    _checks.require_softcap(op, softcap)
     check_trajectories(op, tokens, lengths, rows, length)
     _checks.refuse_grad(op, hidden=hidden, weight=weight, bias=bias)
 
@@ -109,7 +112,7 @@ def linear_trajectory_logprob_ref(
         vocab_size = weight.shape[0]
     states = hidden.to(torch.float32).flatten(0, 1)
     ids = tokens.to(torch.int64).flatten()
-    lse = torch.full_like(states[:, 0], -torch.inf)
+    lse = states.new_full(ids.shape, -torch.inf)
     chosen = torch.full_like(lse, -torch.inf)
     for start in range(0, vocab_size, _BLOCK):
         end = min(start + _BLOCK, vocab_size)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import InvalidArgument
 from . import _checks
 from ._dispatch import Backend, Op, native_function, python_function
 
@@ -45,7 +46,7 @@ def merge_attention_states(
         InvalidArgument: shapes or dtypes that do not fit, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    (out_a, lse_a), (out_b, lse_b) = a, b
+    (out_a, lse_a), (out_b, lse_b) = _two("a", a), _two("b", b)
     result = _OP.at_once(backend, out_a, lse_a, out_b, lse_b)
     if result is NotImplemented:
         _check(out_a, lse_a, out_b, lse_b)
@@ -55,6 +56,9 @@ def merge_attention_states(
 
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     op = "merge_attention_states"
+    _checks.require_tensors(op, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    if out_a.dim() == 0:
+        raise InvalidArgument(f"{op}: out_a has shape [], expected at least 1 axis, [..., d]")
     _checks.require_float(op, "out_a", out_a)
     _checks.require_shape(op, "lse_a", lse_a, tuple(out_a.shape[:-1]), "out_a without [d]")
     _checks.require_shape(op, "out_b", out_b, tuple(out_a.shape), "the shape of out_a")
@@ -63,6 +67,14 @@ def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     _checks.require_dtype(op, "lse_a", lse_a, torch.float32)
     _checks.require_dtype(op, "lse_b", lse_b, torch.float32)
     _checks.refuse_grad(op, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+
+
+def _two(name: str, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(state, tuple) or len(state) != 2:
+        raise InvalidArgument(
+            f"merge_attention_states: {name} is {_checks.describe(state)}, expected (out, lse)"
+        )
+    return state
 
 
 def merge_attention_states_ref(

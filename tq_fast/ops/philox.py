@@ -33,6 +33,8 @@ def as_int64(value: int | Tensor) -> int | Tensor:
     """A Python int wrapped modulo 2^64 into int64; a tensor as int64."""
     if isinstance(value, Tensor):
         return value.to(torch.int64)
+    # A number of numpy would overflow below.
+    value = value if isinstance(value, (int, torch.SymInt)) else int(value)
     return (value + 2**63) % 2**64 - 2**63
 
 

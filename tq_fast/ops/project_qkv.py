@@ -62,6 +62,8 @@ def project_qkv(
         BackendRefused: the pinned backend does not take these inputs.
     """
     op = "project_qkv"
+    _checks.require_tensors(op, x=x, norm_weight=norm_weight, cos=cos, sin=sin)
+    _checks.require_number(op, "eps", eps, 0.0)
     _checks.require_dim(op, "x", x, 3, "[N, T, D]")
     _checks.require_float(op, "x", x)
     num_rows, length, size = x.shape
@@ -73,6 +75,7 @@ def project_qkv(
     tensors = {"norm_weight": norm_weight, "cos": cos, "sin": sin}
     for name, linear in (("q", q_linear), ("k", k_linear), ("v", v_linear)):
         tensors |= _checks.require_linear(op, name, linear, size)
+    _checks.require_tensors(op, x=x, **tensors)
     for name, tensor in tensors.items():
         _checks.require_dtype(op, name, tensor, x.dtype)
     _checks.require_heads(op, "q_weight", q_linear[0], cos.shape[2])

@@ -64,7 +64,8 @@ def reweight_sample(
         token_ids: int64 or int32 `[G, k]`; key the Gumbel noise and break ties.
         rewards: `[G, k, n]`, floating point.
         log_weights: `[G, k, n]`, natural log, up to a constant a candidate; None weighs evenly.
-        lengths: int64 or int32 `[G, k]`, how many of the n are valid; None: all n.
+        lengths: int64 or int32 `[G, k]`, how many of the n are valid, 0 to n (what is beyond
+            counts as the nearer end); None: all n.
         alpha: decoding temperature, above 0, in units of the reward.
         estimator: "mean" or "soft".
         greedy: arg max of the score, the lower token id on ties.
@@ -88,7 +89,7 @@ def reweight_sample(
     parameters |= {"seed": seed, "keys": keys, "step": step}
     result = _OP.at_once(backend, *inputs, **parameters)
     if result is NotImplemented:
-        _check(*inputs, alpha, estimator, keys)
+        _check(*inputs, **parameters)
         result = _OP(backend, *inputs, **parameters)
     return ReweightedSample._make(result)
 
@@ -111,6 +112,7 @@ def reweight_sample_ref(
     num_rollouts = rewards.shape[-1]
     if lengths is None:
         lengths = torch.full_like(token_ids, num_rollouts)
+    lengths = lengths.clamp(0, num_rollouts)
     weights = _weights(rewards, log_weights, lengths)
     q, q_stderr = _estimate(rewards.to(torch.float64), weights, lengths, alpha, estimator)
     ess = torch.where(lengths > 0, weights.square().sum(dim=-1).reciprocal(), torch.nan)
@@ -161,9 +163,10 @@ def _estimate(
 
 def _first_largest(scores: Tensor, token_ids: Tensor) -> Tensor:
     """Index `[G]` of the largest score of each row; of the lowest token id among equals."""
-    largest = scores.amax(dim=-1, keepdim=True)
+    is_largest = scores == scores.amax(dim=-1, keepdim=True)
     last = torch.iinfo(token_ids.dtype).max
-    return torch.where(scores == largest, token_ids, last).argmin(dim=-1)
+    lowest = torch.where(is_largest, token_ids, last).amin(dim=-1, keepdim=True)
+    return (is_largest & (token_ids == lowest)).to(torch.int8).argmax(dim=-1)
 
 
 def _check(
@@ -172,11 +175,18 @@ def _check(
     rewards: Tensor,
     log_weights: Tensor | None,
     lengths: Tensor | None,
+    *,
     alpha: float,
     estimator: str,
+    greedy: bool,
+    seed: int | Tensor,
     keys: Tensor | None,
+    step: int | Tensor,
 ) -> None:
     op = "reweight_sample"
+    tensors = {"prior_logprobs": prior_logprobs, "token_ids": token_ids, "rewards": rewards}
+    optional = _checks.given(log_weights=log_weights, lengths=lengths, keys=keys)
+    _checks.require_tensors(op, **tensors, **optional)
     _checks.require_dim(op, "prior_logprobs", prior_logprobs, 2, "[G, k]")
     _checks.require_float(op, "prior_logprobs", prior_logprobs)
     trees, k = prior_logprobs.shape
@@ -195,10 +205,15 @@ def _check(
     if keys is not None:
         _checks.require_shape(op, "keys", keys, (trees,), "[G]")
         _checks.require_integer(op, "keys", keys)
-    if not 0 < alpha < float("inf"):
-        raise InvalidArgument(f"{op}: alpha is {alpha}, expected a number above 0")
-    if estimator not in _IS_SOFT:
+    if not _checks.is_number(alpha) or not 0 < alpha < float("inf"):
+        value = _checks.describe(alpha)
+        raise InvalidArgument(f"{op}: alpha is {value}, expected a number above 0")
+    if not isinstance(estimator, str) or estimator not in _IS_SOFT:
         raise InvalidArgument(f'{op}: estimator is {estimator!r}, expected "mean" or "soft"')
+    if not isinstance(greedy, int) or greedy not in (0, 1):
+        raise InvalidArgument(f"{op}: greedy is {_checks.describe(greedy)}, expected True or False")
+    _checks.require_int(op, "seed", seed, prior_logprobs=prior_logprobs)
+    _checks.require_int(op, "step", step, prior_logprobs=prior_logprobs)
     _checks.refuse_grad(op, prior_logprobs=prior_logprobs, rewards=rewards, log_weights=log_weights)
 
 

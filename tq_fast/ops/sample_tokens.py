@@ -52,7 +52,7 @@ def sample_tokens(
         logits: `[N, V]`, floating point; NaN counts as -inf.
         keys: int64 `[N]`, what the random draw of each row is keyed by.
         step: int, or a one-element integer tensor.
-        temperature: at least 0; 0 is arg max, the lowest id on ties. A number or `[N]`.
+        temperature: at least 0; 0, in fp32, is arg max, the lowest id on ties. A number or `[N]`.
         top_k: keep the k largest (ties: lower id first), before top_p; 0 keeps all. Or `[N]`.
         top_p: then keep the smallest set, from the most likely down, whose share of the mass
             that top_k left is at least top_p; always at least one token. A number or `[N]`.
@@ -73,7 +73,7 @@ def sample_tokens(
     parameters |= {"vocab_size": vocab_size, "seed": seed}
     result = _OP.at_once(backend, logits, keys, step, **parameters)
     if result is NotImplemented:
-        check_sampler("sample_tokens", logits, keys, temperature, top_k, top_p, vocab_size)
+        check_sampler("sample_tokens", logits, keys, step, **parameters)
         result = _OP(backend, logits, keys, step, **parameters)
     return SampledTokens._make(result)
 
@@ -82,21 +82,26 @@ def check_sampler(
     op: str,
     logits: Tensor,
     keys: Tensor,
+    step: int | Tensor,
+    *,
     temperature: PerRow,
     top_k: PerRow,
     top_p: PerRow,
     vocab_size: int | None,
+    seed: int | Tensor,
 ) -> None:
     """The checks that sample_tokens and advance_rollouts_ share."""
+    _checks.require_tensors(op, logits=logits, keys=keys)
     _checks.require_dim(op, "logits", logits, 2, "[N, V]")
     _checks.require_float(op, "logits", logits)
     _checks.refuse_grad(op, logits=logits)
-    rows = logits.shape[0]
-    _checks.require_shape(op, "keys", keys, (rows,), "[N]")
+    _checks.require_shape(op, "keys", keys, (logits.shape[0],), "[N]")
     _checks.require_integer(op, "keys", keys)
-    _checks.require_per_row(op, "temperature", temperature, rows, 0.0)
-    _checks.require_per_row(op, "top_k", top_k, rows, 0)
-    _checks.require_per_row(op, "top_p", top_p, rows, 0.0, 1.0)
+    _checks.require_int(op, "step", step, logits=logits)
+    _checks.require_int(op, "seed", seed, logits=logits)
+    _checks.require_per_row(op, "temperature", temperature, logits, 0.0)
+    _checks.require_per_row(op, "top_k", top_k, logits, 0, _checks.LARGEST_COUNT, is_count=True)
+    _checks.require_per_row(op, "top_p", top_p, logits, 0.0, 1.0)
     _checks.bound_vocab(op, logits, vocab_size)
 
 
@@ -117,14 +122,14 @@ def sample_tokens_ref(
     valid = log_norm.isfinite().squeeze(-1)
     # argmax names the first maximal value, which is the lowest id.
     greedy_ids = values.argmax(dim=-1)
-    if not isinstance(temperature, Tensor) and temperature == 0:
+    if not isinstance(temperature, Tensor) and temperature < _checks.SMALLEST:
         ids, proposal = greedy_ids, torch.zeros_like(peak).squeeze(-1)
     else:
         uniform = philox.uniform(seed, philox.ROLLOUT, keys, step)
         heat = _checks.as_column(temperature, torch.float32)
         ids, proposal = _draw(values, peak, uniform, heat, top_k, top_p)
         if isinstance(temperature, Tensor):
-            greedy = temperature == 0
+            greedy = heat.squeeze(-1) == 0
             ids = torch.where(greedy, greedy_ids, ids)
             proposal = torch.where(greedy, 0.0, proposal)
     logprobs = logprobs_at(values, ids.unsqueeze(-1), log_norm, peak).squeeze(-1)

@@ -67,14 +67,15 @@ def shared_prefix_attention(
         that sees no key has out 0 and lse -inf.
 
     Raises:
-        InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
+        InvalidArgument: wrong shapes, dtypes or parameters, an input with grad, or, on a CPU, a
+            length or a tree out of range; a GPU reads no key beyond its buffer, and tells nobody.
         BackendRefused: the pinned backend does not take these inputs.
     """
     inputs = (q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len)
     # By position: a dictionary for each call on the way down costs more than the small cases have.
     result = _OP.at_once(backend, *inputs, scale, softcap, window, tree)
     if result is NotImplemented:
-        _check(*inputs, tree, softcap, window)
+        _check(*inputs, scale=scale, softcap=softcap, window=window, tree=tree)
         if scale is None:
             scale = q.shape[-1] ** -0.5
         result = _OP(backend, *inputs, scale=scale, softcap=softcap, window=window, tree=tree)
@@ -155,19 +156,26 @@ def _check(
     branch_k: Tensor,
     branch_v: Tensor,
     branch_len: Tensor,
-    tree: Tensor | None,
+    *,
+    scale: float | None,
     softcap: float | None,
     window: int | None,
+    tree: Tensor | None,
 ) -> None:
-    if softcap is not None and not softcap > 0:
-        raise InvalidArgument(f"{_NAME}: softcap is {softcap}, expected a number above 0")
-    if window is not None and window < 1:
-        raise InvalidArgument(f"{_NAME}: window is {window}, expected at least 1")
+    keys = {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_len": prefix_len}
+    own = {"branch_k": branch_k, "branch_v": branch_v, "branch_len": branch_len}
+    _checks.require_tensors(_NAME, q=q, **keys, **own, **_checks.given(tree=tree))
+    if scale is not None:
+        _checks.require_number(_NAME, "scale", scale)
+    _checks.require_softcap(_NAME, softcap)
+    if window is not None:
+        _checks.require_count(_NAME, "window", window, 1, _checks.LARGEST_COUNT)
     if not (q.dim() == prefix_k.dim() == branch_k.dim() == 4):
         _checks.require_dim(_NAME, "q", q, 4, "[N, H_q, T, d]")
         _checks.require_dim(_NAME, "prefix_k", prefix_k, 4, "[G, H_kv, P, d]")
         _checks.require_dim(_NAME, "branch_k", branch_k, 4, "[N, H_kv, S, d]")
     rows, num_heads, _, head_size = q.shape
+    _checks.require_count(_NAME, "d, the last axis of q,", head_size, 1, _checks.LARGEST_COUNT)
     trees, num_kv_heads, num_prefix, _ = prefix_k.shape
     shape = (trees, num_kv_heads, num_prefix, head_size)
     if prefix_k.shape != shape:
@@ -183,14 +191,15 @@ def _check(
         raise InvalidArgument(
             f"{_NAME}: q has {num_heads} heads, expected a multiple of prefix_k's {num_kv_heads}"
         )
-    for name, lengths, size in (
-        ("prefix_len", prefix_len, trees),
-        ("branch_len", branch_len, rows),
-        ("tree", tree, rows),
+    for name, lengths, axes, size, most in (
+        ("prefix_len", prefix_len, "[G]", trees, num_prefix),
+        ("branch_len", branch_len, "[N]", rows, branch_k.shape[2]),
+        ("tree", tree, "[N]", rows, trees - 1),
     ):
-        if lengths is not None and (lengths.shape != (size,) or lengths.dtype != torch.int64):
-            _checks.require_shape(_NAME, name, lengths, (size,), "[G]" if size == trees else "[N]")
+        if lengths is not None:
+            _checks.require_shape(_NAME, name, lengths, (size,), axes)
             _checks.require_integer(_NAME, name, lengths)
+            _checks.require_within(_NAME, name, lengths, 0, most)
     if tree is None and (rows % trees if trees else rows):
         raise InvalidArgument(
             f"{_NAME}: q has {rows} rows, expected a multiple of the {trees} trees of prefix_k "

@@ -109,18 +109,16 @@ def logprobs_at(values: Tensor, ids: Tensor, log_norm: Tensor, peak: Tensor) -> 
     return torch.where(chosen == -torch.inf, -torch.inf, chosen - peak - log_norm)
 
 
-# The smallest temperature that a number may have here: 0 has no log-probabilities.
-_SMALLEST = torch.finfo(torch.float32).tiny
-
-
 def _check(logits: Tensor, k: int, temperature: PerRow, vocab_size: int | None) -> None:
     name = "topk_logprobs"
+    _checks.require_tensors(name, logits=logits)
     _checks.require_dim(name, "logits", logits, 2, "[N, V]")
     _checks.require_float(name, "logits", logits)
     _checks.refuse_grad(name, logits=logits)
     vocab_size = _checks.bound_vocab(name, logits, vocab_size)
     _checks.require_count(name, "k", k, 1, vocab_size)
-    _checks.require_per_row(name, "temperature", temperature, logits.shape[0], _SMALLEST)
+    # 0 has no log-probabilities.
+    _checks.require_per_row(name, "temperature", temperature, logits, _checks.SMALLEST)
 
 
 def topk_logprobs_native(

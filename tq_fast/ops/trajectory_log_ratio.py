@@ -60,6 +60,8 @@ def _check(
     logits_p: Tensor, logits_q: Tensor, tokens: Tensor, lengths: Tensor, vocab_size: int | None
 ) -> None:
     op = "trajectory_log_ratio"
+    tensors = {"logits_p": logits_p, "logits_q": logits_q, "tokens": tokens, "lengths": lengths}
+    _checks.require_tensors(op, **tensors)
     _checks.require_dim(op, "logits_p", logits_p, 3, "[N, T, V]")
     _checks.require_float(op, "logits_p", logits_p)
     rows, length, width = logits_p.shape
