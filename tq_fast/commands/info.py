@@ -125,9 +125,10 @@ def _costs(device: str, used: dict[str, str]) -> list[str]:
         )
         if _native.cpu_refusal() is not None:
             costs.append(
-                "No CPU library: every op runs on its PyTorch reference. The results are the same; "
-                "finding candidates, sampling roll-outs and attention over the shared prefix are "
-                "slower. Installing again with a C++ compiler builds it."
+                "No CPU library: its ops run on calls of PyTorch, with the same results and "
+                "slower, most of all finding candidates, sampling roll-outs and attention over the "
+                "shared prefix; the table of ops in README.md says by how much. Installing again "
+                "with a C++ compiler builds it."
             )
     elif _native.cuda_refusal() is not None:
         costs.append(
