@@ -71,14 +71,17 @@ bool are_in_shape(
          prefix_v.scalar_type() == type && branch_k.scalar_type() == type && branch_v.scalar_type() == type;
 }
 
-// A length beyond its buffer would be read beyond it.
-void check_lengths(const char* name, const Tensor& lengths, int64_t low, int64_t high) {
+// The largest; one beyond its buffer would be read beyond it.
+int64_t check_lengths(const char* name, const Tensor& lengths, int64_t low, int64_t high) {
   const auto* const data = static_cast<const int64_t*>(lengths.const_data_ptr());
+  int64_t most = 0;
   for (int64_t i = 0; i < lengths.size(0); ++i) {
     STD_TORCH_CHECK(
         data[i] >= low && data[i] <= high, "shared_prefix_attention: ", name, "[", i, "] is ", data[i], ", expected ",
         low, " to ", high);
+    most = std::max(most, data[i]);
   }
+  return most;
 }
 
 // Pairs of bf16 numbers, sixteen at a time, as they lie in memory.
@@ -133,10 +136,10 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
       static_cast<char*>(out.mutable_data_ptr()),
       static_cast<float*>(lse.mutable_data_ptr())};
   if (lse.numel() == 0) return {out, lse};
-  check_lengths("prefix_len", prefix_lens, 0, prefix_k.size(2));
-  check_lengths("branch_len", branch_lens, 0, branch_k.size(2));
-  const int64_t products = 2 * lse.numel() * q.size(3) * (prefix_k.size(2) + branch_k.size(2));
-  const int64_t positions = prefix_k.size(0) * prefix_k.size(2) + rows * branch_k.size(2);
+  const int64_t prefix = check_lengths("prefix_len", prefix_lens, 0, prefix_k.size(2));
+  const int64_t branch = check_lengths("branch_len", branch_lens, 0, branch_k.size(2));
+  const int64_t products = 2 * lse.numel() * q.size(3) * (prefix + branch);
+  const int64_t positions = prefix_k.size(0) * prefix + rows * branch;
   const int64_t bytes = 2 * positions * problem.num_kv_heads * q.size(3) * problem.element_size;
   const int64_t threads = std::clamp<int64_t>(
       std::max(products / kProductsPerThread, bytes / kBytesPerThread), 1, torch::stable::get_num_threads());

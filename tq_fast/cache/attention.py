@@ -134,11 +134,9 @@ def forest_attention(
     else:
         args = (
             query,
-            layer.prefix_k[: cache.num_trees, :, : now.max_prefix],
-            layer.prefix_v[: cache.num_trees, :, : now.max_prefix],
+            *layer.prefix(cache.num_trees, now.max_prefix),
             now.prefix_len,
-            layer.branch_k[now.rows, :, : now.max_branch],
-            layer.branch_v[now.rows, :, : now.max_branch],
+            *layer.branches(now.rows),
             now.branch_len,
         )
         tree = now.tree

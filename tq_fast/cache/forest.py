@@ -29,6 +29,35 @@ class _Layer:
     prefix_v: torch.Tensor
     branch_k: torch.Tensor
     branch_v: torch.Tensor
+    # The last answer of `prefix`, and what it answered.
+    _prefix: tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def prefix(self, num_trees: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the first `num_tokens` keys and values of the first `num_trees` trees."""
+        asked = num_trees, num_tokens
+        if self._prefix is None or self._prefix[0] != asked:
+            views = (
+                self.prefix_k[:num_trees, :, :num_tokens],
+                self.prefix_v[:num_trees, :, :num_tokens],
+            )
+            self._prefix = asked, views
+        return self._prefix[1]
+
+    def branches(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of some branches, whole buffers."""
+        if rows == slice(0, len(self.branch_k)):
+            return self.branch_k, self.branch_v
+        return self.branch_k[rows], self.branch_v[rows]
+
+    def grow(self, prefix_capacity: int, branch_capacity: int) -> None:
+        """Make room for so many tokens; what the buffers hold is kept."""
+        if prefix_capacity > self.prefix_k.shape[2]:
+            self.prefix_k = _grown(self.prefix_k, prefix_capacity)
+            self.prefix_v = _grown(self.prefix_v, prefix_capacity)
+            self._prefix = None
+        if branch_capacity > self.branch_k.shape[2]:
+            self.branch_k = _grown(self.branch_k, branch_capacity)
+            self.branch_v = _grown(self.branch_v, branch_capacity)
 
 
 # Keys and values `[n, H_kv, T, d]` of some rows and tokens, for each layer.
@@ -55,7 +84,6 @@ class BranchPass:
         prefix_len: prefix tokens of each tree, int64 `[G]`.
         branch_len: branch tokens of each row after the pass, int64 `[n]`.
         max_prefix: no prefix is longer.
-        max_branch: no branch is longer.
     """
 
     rows: slice
@@ -64,7 +92,6 @@ class BranchPass:
     prefix_len: torch.Tensor
     branch_len: torch.Tensor
     max_prefix: int
-    max_branch: int
 
 
 class ForestCache(Cache):
@@ -126,7 +153,6 @@ class ForestCache(Cache):
             prefix_len,
             branch_len,
             max(self.prefix_len),
-            start + num_tokens,
         )
 
     def depth_pass(
@@ -140,13 +166,12 @@ class ForestCache(Cache):
         """
         num_rows = tree.shape[0]
         return BranchPass(
-            slice(num_rows),
+            slice(0, num_rows),
             depth,
             tree,
             prefix_len,
             (depth + 1).expand(num_rows),
             self.prefix_capacity,
-            self.branch_capacity,
         )
 
     def update(
@@ -278,17 +303,10 @@ class ForestCache(Cache):
 
     def reserve(self, *, prefix_capacity: int, branch_capacity: int) -> None:
         """Grow the buffers to hold at least so many tokens; what they hold is kept."""
-        grow_prefix = prefix_capacity > self.prefix_capacity
-        grow_branch = branch_capacity > self.branch_capacity
         self.prefix_capacity = max(prefix_capacity, self.prefix_capacity)
         self.branch_capacity = max(branch_capacity, self.branch_capacity)
         for layer in self._kv.values():
-            if grow_prefix:
-                layer.prefix_k = _grown(layer.prefix_k, self.prefix_capacity)
-                layer.prefix_v = _grown(layer.prefix_v, self.prefix_capacity)
-            if grow_branch:
-                layer.branch_k = _grown(layer.branch_k, self.branch_capacity)
-                layer.branch_v = _grown(layer.branch_v, self.branch_capacity)
+            layer.grow(self.prefix_capacity, self.branch_capacity)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen; positions are passed to the model explicitly, so nothing reads this."""

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..cache.attention import forest_attention
 from ..ops.finish_decoder_layer import finish_decoder_layer_cpu
-from ..ops.project_qkv import Linear, project_qkv_cpu
+from ..ops.project_qkv import project_qkv_cpu
 
 # Digests of the statements of each part. The three forms of attention differ in how they hand on a
 # sliding window, which the forest takes from the mask.
@@ -120,6 +120,15 @@ def _forward_of(
     attention: nn.Module, mlp: nn.Module, first_norm: nn.Module, second_norm: nn.Module
 ) -> Callable[..., torch.Tensor]:
     layer_idx, scaling = attention.layer_idx, attention.scaling
+    # Straight from the dicts: `attention.q_proj.weight` is two searches through modules.
+    q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, norm_in, norm_out = (
+        module._parameters
+        for module in (
+            *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+            *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+            *(first_norm, second_norm),
+        )
+    )
     first_eps, second_eps = first_norm.variance_epsilon, second_norm.variance_epsilon
 
     def forward(
@@ -133,10 +142,10 @@ def _forward_of(
     ) -> torch.Tensor:
         q, k, v = project_qkv_cpu(
             hidden_states,
-            first_norm._parameters["weight"],
-            _linear(attention.q_proj),
-            _linear(attention.k_proj),
-            _linear(attention.v_proj),
+            norm_in["weight"],
+            (q_proj["weight"], q_proj["bias"]),
+            (k_proj["weight"], k_proj["bias"]),
+            (v_proj["weight"], v_proj["bias"]),
             *position_embeddings,
             eps=first_eps,
         )
@@ -146,18 +155,12 @@ def _forward_of(
         return finish_decoder_layer_cpu(
             attended.flatten(2),
             hidden_states,
-            _linear(attention.o_proj),
-            second_norm._parameters["weight"],
-            _linear(mlp.gate_proj),
-            _linear(mlp.up_proj),
-            _linear(mlp.down_proj),
+            (o_proj["weight"], o_proj["bias"]),
+            norm_out["weight"],
+            (gate_proj["weight"], gate_proj["bias"]),
+            (up_proj["weight"], up_proj["bias"]),
+            (down_proj["weight"], down_proj["bias"]),
             eps=second_eps,
         )
 
     return forward
-
-
-def _linear(layer: nn.Linear) -> Linear:
-    # Straight from the dict: `layer.weight` costs a search through the module for each call.
-    parameters = layer._parameters
-    return parameters["weight"], parameters["bias"]

@@ -230,8 +230,9 @@ def _refuse_cpu(q: Tensor, *arguments: Any, **parameters: Any) -> str | None:
 
 
 # Scores of one key-value head and tree above which ATen's 16-bit matrix products in AMX tiles beat
-# the fp32 ones of the C++ kernel; below, its calls cost more than they save. Without AMX the kernel
-# is faster throughout (2x to 3x on Zen 5).
+# the fp32 ones of the C++ kernel; below, its calls cost more than they save. Measured before the
+# kernel multiplied pairs of bf16: no processor with AMX was at hand since. Without AMX the kernel
+# is faster throughout (2x to 4.5x on Zen 5; fp32 held down to AVX2, as ATen is then, 1.2x to 3x).
 _FEW_SCORES = 8192
 
 
