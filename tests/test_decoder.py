@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -295,6 +298,28 @@ def test_whatever_ends_a_call_carries_what_is_finished(baseline, kind, batch_siz
     assert sorted(caught.value.finished) == [0, 1]
     for idx, sequence in caught.value.finished.items():
         assert torch.equal(sequence, whole.sequences[idx])
+
+
+def test_an_error_comes_through_another_process_whole() -> None:
+    error = RewardError("no luck", prompt_idx=1, step=2)
+    error.finished = {0: torch.tensor([3, 4])}
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(again) is RewardError and str(again) == str(error)
+        assert (again.reason, again.prompt_idx, again.step) == ("no luck", 1, 2)
+        assert again.finished[0].tolist() == [3, 4]
+
+
+def test_threads_that_share_a_model_take_turns(baseline) -> None:
+    decoder = tq_fast.TransferDecoder(baseline, count_evens)
+    whole = decoder.decode(PROMPTS, eos_token_id=(), **SHORT)
+    baseline.train()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(decoder.decode, PROMPTS, eos_token_id=(), **SHORT) for _ in range(3)]
+        results = [call.result() for call in calls]
+    assert baseline.training
+    baseline.eval()
+    for result in results:
+        assert all(map(torch.equal, result.sequences, whole.sequences))
 
 
 @pytest.mark.parametrize("score", [1e300, -1e39, math.inf])

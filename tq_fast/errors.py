@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +46,19 @@ class DecodingError(TqFastError, RuntimeError):
         self.reason = message
         self.finished: Mapping[int, torch.Tensor] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are made again from `args` otherwise, without place and step.
+        return _make_again, (type(self), self.reason, self.prompt_idx, self.step), self.__dict__
+
 
 class RewardError(DecodingError):
     """A reward returned the wrong number of scores, or NaN, or raised."""
+
+
+def _make_again(
+    kind: type[DecodingError], message: str, prompt_idx: int, step: int
+) -> DecodingError:
+    return kind(message, prompt_idx=prompt_idx, step=step)
 
 
 def warn_caller(message: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +27,10 @@ from .reward import CallableReward, Reward, RewardFunction, Texts
 
 ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
+
+# Held by the thread that decodes with a model.
+_locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_making_locks = threading.Lock()
 
 
 def load_language_model(
@@ -153,15 +159,28 @@ def check_same_vocabulary(
 
 @contextlib.contextmanager
 def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Within the block `models` are in evaluation mode; afterwards each part is as it was."""
-    training = [part for model in models for part in model.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
+    """Within the block `models` are in evaluation mode; afterwards each part is as it was.
+
+    Another thread that wants one of them waits: a model over a forest has another attention.
+    """
+    with contextlib.ExitStack() as held:
+        # In one order everywhere, so that no two threads wait for each other.
+        models = sorted(set(models), key=id)
+        for model in models:
+            held.enter_context(_lock_of(model))
+        training = [part for model in models for part in model.modules() if part.training]
         for part in training:
-            part.training = True
+            part.training = False
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True
+
+
+def _lock_of(model: torch.nn.Module) -> threading.RLock:
+    with _making_locks:
+        return _locks.setdefault(model, threading.RLock())
 
 
 def end_token_ids(
