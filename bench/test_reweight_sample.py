@@ -41,7 +41,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("provider", FUNCTIONS)
-@pytest.mark.parametrize("prompts", [1, 4, 32])
+@pytest.mark.parametrize("prompts", [1, 4, 8, 32, 64, 256])
 def test_reweight_sample(benchmark, figure, prompts, provider) -> None:
     def make(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)

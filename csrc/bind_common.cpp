@@ -43,10 +43,9 @@ py::tuple value_candidate(
   if (log_weights.has_value() && log_weights->size() != rewards.size()) {
     throw std::invalid_argument("log_weights and rewards differ in length");
   }
-  std::vector<double> weights(rewards.size());
   const tq::CandidateValue value = tq::value_candidate(
       rewards.data(), log_weights.has_value() ? log_weights->data() : nullptr, static_cast<int64_t>(rewards.size()),
-      alpha, is_soft, weights.data());
+      alpha, is_soft);
   return py::make_tuple(value.q, value.standard_error, value.ess);
 }
 

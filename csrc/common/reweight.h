@@ -16,29 +16,6 @@ struct CandidateValue {
   double ess;             // 1 / sum of squared weights
 };
 
-// The weights of n roll-outs of one candidate, up to a factor: 1 for all where log_weights is null.
-template <typename Real>
-struct RolloutWeights {
-  const Real* log_weights;
-  double peak;
-  // Where the weights are kept once they are made; null: made again each time.
-  double* kept;
-  // Whether `kept` holds them already.
-  bool is_made;
-};
-
-template <typename Real>
-TQ_HOST_DEVICE double make_weight(const RolloutWeights<Real>& weights, int64_t i) {
-  if (weights.log_weights == nullptr) return 1.0;
-  if (weights.is_made) return weights.kept[i];
-  return ::exp(static_cast<double>(weights.log_weights[i]) - weights.peak);
-}
-
-template <typename Real>
-TQ_HOST_DEVICE double weight_at(const RolloutWeights<Real>& weights, int64_t i) {
-  return weights.log_weights != nullptr && weights.kept != nullptr ? weights.kept[i] : make_weight(weights, i);
-}
-
 // Who reads the roll-outs of a candidate: here one thread, all of them. Others (cuda/) are some lanes
 // of a warp: lane `rank` of `size` takes roll-outs rank, rank + size, ...
 struct OneReader {
@@ -58,24 +35,34 @@ TQ_HOST_DEVICE double largest_of(const Real* numbers, int64_t n, Reader reader =
   return max_over(reader, largest);
 }
 
+// The weights of n roll-outs of one candidate, up to a factor: 1 for all where log_weights is null.
+template <typename Real>
+struct RolloutWeights {
+  const Real* log_weights;
+  double peak;
+};
+
+template <typename Real>
+TQ_HOST_DEVICE double weight_at(const RolloutWeights<Real>& weights, int64_t i) {
+  if (weights.log_weights == nullptr) return 1.0;
+  return ::exp(static_cast<double>(weights.log_weights[i]) - weights.peak);
+}
+
 // The value of one candidate from its n roll-outs, whose weights are normalised within it; NaN where
 // no roll-out has any weight, since 0/0 is.
 // `log_weights` may be null: all equal. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
-// `room` is null, or holds n numbers: it saves making the weights three times. With `is_made` it
-// already holds the weights exp(log_weight - peak), peak being the largest.
+// cpu/reweight_rows.cpp does the same for several candidates at a time.
 template <typename Real, typename Reader = OneReader>
 TQ_HOST_DEVICE CandidateValue value_candidate(
-    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, double* room,
-    Reader reader = {}, bool is_made = false) {
-  RolloutWeights<Real> weights{log_weights, 0.0, room, is_made};
-  if (log_weights != nullptr && !is_made) weights.peak = largest_of(log_weights, n, reader);
+    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {
+  RolloutWeights<Real> weights{log_weights, 0.0};
+  if (log_weights != nullptr) weights.peak = largest_of(log_weights, n, reader);
 
   double mass = 0.0;
   double mass_of_squares = 0.0;
   double top = -INFINITY;
   for (int64_t i = reader.rank; i < n; i += reader.size) {
-    const double w = make_weight(weights, i);
-    if (room != nullptr) room[i] = w;
+    const double w = weight_at(weights, i);
     mass += w;
     mass_of_squares += w * w;
     const double r = static_cast<double>(rewards[i]);

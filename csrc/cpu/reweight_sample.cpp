@@ -1,99 +1,39 @@
-// reweight_sample on CPU: common/reweight.h for every candidate, threads over prompts.
+// reweight_sample on CPU: threads over prompts (see reweight_rows.h).
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <tuple>
-#include <vector>
 
-#include "common/online_softmax.h"
-#include "common/reweight.h"
 #include "cpu/contract.h"
+#include "cpu/reweight_rows.h"
 #include "cpu/tensor_access.h"
-#include "cpu/weight_rows.h"
 
 namespace tq {
 
 namespace {
 
-// Prompts below which one thread is faster than waking another.
-constexpr int64_t kPromptsPerThread = 16;
-
-template <typename Real>
-struct Job {
-  const Real* prior_logprobs;
-  const int64_t* token_ids;
-  const Real* rewards;
-  const Real* log_weights;
-  const int64_t* lengths;
-  const int64_t* keys;
-  int64_t k;
-  int64_t n;
-  double alpha;
-  bool is_soft;
-  bool is_greedy;
-  int64_t seed;
-  int64_t step;
-  int64_t* choice;
-  float* final_logprobs;
-  float* q;
-  float* q_stderr;
-  float* ess;
+// A vector of the row code, which is aligned.
+struct alignas(64) Vector {
+  double numbers[kMostLanes];
 };
 
-template <typename Real>
-int64_t valid_rollouts(const Job<Real>& job, int64_t at) {
-  return job.lengths == nullptr ? job.n : job.lengths[at] < job.n ? job.lengths[at] : job.n;
+template <typename Real, typename Rows>
+void run_on_threads(const ReweightJob<Real>& job, Rows rows) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<Vector[]> room(new Vector[reweight_room(job.k, job.n) / kMostLanes]);
+    rows(job, begin, end, room[0].numbers);
+  };
+  if (!is_long(job)) return run(0, job.prompts);
+  const int64_t per_thread = kNanosecondsPerThread / nanoseconds_per_prompt(job);
+  torch::stable::parallel_for(0, job.prompts, per_thread < 1 ? 1 : per_thread, run);
 }
 
-// exp(log_weight - largest of the candidate) for every roll-out of a prompt, [k, n], at once.
-template <typename Real>
-void make_weights(const Job<Real>& job, int64_t g, double* weights) {
-  for (int64_t z = 0; z < job.k; ++z) {
-    const int64_t at = g * job.k + z;
-    const Real* const log_weights = job.log_weights + at * job.n;
-    const double peak = largest_of(log_weights, valid_rollouts(job, at));
-    for (int64_t i = 0; i < job.n; ++i) weights[z * job.n + i] = static_cast<double>(log_weights[i]) - peak;
-  }
-  TQ_SELECT_ISA(exp_in_place)(weights, job.k * job.n);
-}
-
-// `scores` is room for k numbers, `weights` for k * n.
-template <typename Real>
-void reweight_prompt(const Job<Real>& job, int64_t g, double* scores, double* weights) {
-  if (job.log_weights != nullptr) make_weights(job, g, weights);
-  SoftmaxState<double> state = empty_softmax_state<double>();
-  for (int64_t z = 0; z < job.k; ++z) {
-    const int64_t at = g * job.k + z;
-    const CandidateValue value = value_candidate(
-        job.rewards + at * job.n, job.log_weights == nullptr ? nullptr : job.log_weights + at * job.n,
-        valid_rollouts(job, at), job.alpha, job.is_soft, weights + z * job.n, OneReader{}, true);
-    job.q[at] = static_cast<float>(value.q);
-    job.q_stderr[at] = static_cast<float>(value.standard_error);
-    job.ess[at] = static_cast<float>(value.ess);
-    scores[z] = candidate_score(static_cast<double>(job.prior_logprobs[at]), value.q, job.alpha);
-    if (scores[z] > state.peak) state.peak = scores[z];
-  }
-  for (int64_t z = 0; z < job.k; ++z) {
-    if (scores[z] > -INFINITY) state.sum += std::exp(scores[z] - state.peak);
-  }
-  const double lse = lse_of_softmax_state(state);
-  const int64_t key = job.keys == nullptr ? g : job.keys[g];
-  int64_t best = 0;
-  double best_score = 0.0;
-  for (int64_t z = 0; z < job.k; ++z) {
-    const int64_t at = g * job.k + z;
-    job.final_logprobs[at] = static_cast<float>(scores[z] == -INFINITY ? scores[z] : scores[z] - lse);
-    const int64_t id = job.token_ids[at];
-    const double noisy = job.is_greedy ? scores[z] : scores[z] + choice_gumbel(job.seed, key, job.step, id);
-    if (z == 0 || is_chosen_before(noisy, id, best_score, job.token_ids[g * job.k + best])) {
-      best = z;
-      best_score = noisy;
-    }
-  }
-  job.choice[g] = best;
-}
+void run_reweight(const ReweightJob<double>& job) { run_on_threads(job, TQ_SELECT_ISA(reweight_doubles)); }
 
 }  // namespace
+
+void run_reweight(const ReweightJob<float>& job) { run_on_threads(job, TQ_SELECT_ISA(reweight_floats)); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cpu(
     const Tensor& prior_logprobs_in, const Tensor& token_ids_in, const Tensor& rewards_in,
@@ -132,13 +72,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cpu(
 
   const auto run = [&](auto zero) {
     using Real = decltype(zero);
-    const Job<Real> job{
+    run_reweight(ReweightJob<Real>{
         static_cast<const Real*>(prior_logprobs.const_data_ptr()),
         static_cast<const int64_t*>(token_ids.const_data_ptr()),
         static_cast<const Real*>(rewards.const_data_ptr()),
         data_or_null<Real>(log_weights),
         data_or_null<int64_t>(lengths),
         data_or_null<int64_t>(keys),
+        prompts,
         k,
         rewards.size(2),
         alpha,
@@ -150,12 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cpu(
         static_cast<float*>(final_logprobs.mutable_data_ptr()),
         static_cast<float*>(q.mutable_data_ptr()),
         static_cast<float*>(q_stderr.mutable_data_ptr()),
-        static_cast<float*>(ess.mutable_data_ptr())};
-    torch::stable::parallel_for(0, prompts, kPromptsPerThread, [&](int64_t begin, int64_t end) {
-      std::vector<double> scores(k);
-      std::vector<double> weights(job.k * job.n);
-      for (int64_t g = begin; g < end; ++g) reweight_prompt(job, g, scores.data(), weights.data());
-    });
+        static_cast<float*>(ess.mutable_data_ptr())});
   };
   if (is_float) {
     run(0.0f);

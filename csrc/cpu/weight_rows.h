@@ -1,14 +1,14 @@
-// Exponentials in double, for the weights of roll-outs. One copy for each ISA.
+// Exponentials in double, to merge the blocks of a row. One copy for each ISA.
 #pragma once
 
 #include "cpu/isa.h"
 
 namespace tq {
 
-#define TQ_DECLARE(isa)                                                \
-  namespace isa {                                                      \
-  /* x[i] = exp(x[i]), within 2 units in the last place. */            \
-  void exp_in_place(double* x, int64_t count);                         \
+#define TQ_DECLARE(isa)                                                                       \
+  namespace isa {                                                                             \
+  /* x[i] = exp(x[i]) for x[i] <= 0, within 2 units in the last place; NaN stays NaN. */      \
+  void exp_in_place(double* x, int64_t count);                                                \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

@@ -74,7 +74,7 @@ TQ_DEVICE void score_candidates(const ReweightJob<Real>& job, int64_t g, double*
     valid = !is_own ? 0 : valid < job.n ? valid : job.n;
     const CandidateValue value = value_candidate<Real>(
         job.rewards + at * job.n, job.log_weights == nullptr ? nullptr : job.log_weights + at * job.n, valid,
-        job.alpha, job.is_soft, nullptr, reader);
+        job.alpha, job.is_soft, reader);
     if (!is_own || reader.rank != 0) continue;
     job.q[at] = static_cast<float>(value.q);
     job.q_stderr[at] = static_cast<float>(value.standard_error);

@@ -7,10 +7,8 @@
 
 namespace {
 
-double g_weights[8];
-
 tq::CandidateValue value(const double* rewards, const double* log_weights, int n, double alpha, bool is_soft) {
-  return tq::value_candidate(rewards, log_weights, n, alpha, is_soft, g_weights);
+  return tq::value_candidate(rewards, log_weights, n, alpha, is_soft);
 }
 
 void equal_weights_give_mean_and_standard_error() {

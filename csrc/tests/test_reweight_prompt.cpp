@@ -64,7 +64,7 @@ void check(const Problem& problem, bool is_soft, bool is_greedy, bool has_weight
       const int64_t at = g * problem.k + z;
       const tq::CandidateValue value = tq::value_candidate(
           job.rewards + at * problem.n, has_weights ? job.log_weights + at * problem.n : nullptr,
-          has_lengths ? problem.lengths[at] : problem.n, job.alpha, is_soft, nullptr);
+          has_lengths ? problem.lengths[at] : problem.n, job.alpha, is_soft);
       CHECK_CLOSE(q[at], value.q, 1e-5);
       CHECK_CLOSE(q_stderr[at], value.standard_error, 1e-5);
       CHECK_CLOSE(ess[at], value.ess, 1e-5 * problem.n);
