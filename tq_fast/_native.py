@@ -1,7 +1,8 @@
 """Finds and loads the native libraries, once, on first use; what is missing is said in words.
 
 ``_tq_fast_cpu.so`` holds the schemas and the CPU kernels, ``_tq_fast_cuda.so`` the CUDA kernels
-(loaded only where a GPU is visible), ``tq_fast._common`` the shared headers as a Python module.
+(loaded only where a GPU is visible), ``tq_fast._common`` the shared headers as a Python module,
+``tq_fast._direct`` small CPU ops without PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -76,3 +77,15 @@ def load_common() -> ModuleType:
             f"tq_fast._common was not built or cannot be loaded ({error}); reinstall with a C++ "
             "compiler and Python's development headers present"
         ) from error
+
+
+@functools.cache
+def load_direct() -> ModuleType | None:
+    """The ops that PyTorch's dispatcher would slow down, or None: torch.ops serves them as well."""
+    if cpu_refusal() is not None:
+        return None
+    try:
+        return importlib.import_module("tq_fast._direct")
+    except (AttributeError, ImportError):
+        # Not built, or a torch without the interface that it needs.
+        return None

@@ -32,6 +32,8 @@ Implementation = Callable[..., Any]
 Refusal = Callable[..., str | None]
 
 _BACKENDS_OF_DEVICE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# What a caller says who may be served by tq_fast._direct.
+_BACKENDS_OF_DIRECT = ("auto", "cpu")
 _OPS: dict[str, Op] = {}
 # What comes of arguments of the wrong kind, in Python, in torch's own checks and in the kernels.
 _EXPLAINED_BY_CHECKS = (
@@ -125,7 +127,7 @@ class Op:
     tensor deciding which backends are asked. `backend` None means TQ_FAST_BACKEND.
     """
 
-    __slots__ = ("_backends", "_plans", "_resolved", "name", "reference")
+    __slots__ = ("_backends", "_direct", "_plans", "_resolved", "name", "reference")
 
     def __init__(self, name: str, reference: Implementation, *backends: Backend) -> None:
         self.name = name
@@ -133,6 +135,8 @@ class Op:
         self._backends = backends
         self._resolved: dict[int, Implementation | str] = {}
         self._plans: dict[str, tuple[tuple[Refusal, Implementation], ...]] = {}
+        # False: not looked for yet.
+        self._direct: Implementation | bool | None = False
         _OPS[name] = self
 
     def __call__(self, backend: str | None, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +158,24 @@ class Op:
             self._warn_slow(first, *args, **kwargs)
         return self.reference(first, *args, **kwargs)
 
+    def direct(self, backend: str | None) -> Implementation | None:
+        """The op's function of tq_fast._direct, for plain calls of a small op, or None.
+
+        It does without PyTorch's dispatcher, which takes longer than such an op, so neither a
+        profiler nor a hook hears of it. It answers NotImplemented, having done nothing, to whatever
+        is not plain: other than dense CPU tensors of the usual types and Python's own numbers,
+        autograd on, a mode (fake tensors among them), a tensor subclass, a transform of torch.func.
+        Then check, and call as usual.
+        """
+        if (
+            torch.compiler.is_dynamo_compiling()
+            or (backend or env.backend()) not in _BACKENDS_OF_DIRECT
+        ):
+            return None
+        if self._direct is False:
+            self._direct = getattr(_native.load_direct(), self.name, None)
+        return self._direct
+
     def at_once(self, backend: str | None, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The result of the first CPU kernel, or NotImplemented: then check, and call as usual.
 
@@ -161,6 +183,9 @@ class Op:
         its contract before it reads or writes anything, and what it refuses is explained by the
         checks: in the usual case they cost more than a small op does. Where autograd is on,
         inputs that require grad have to be looked for, so nothing runs at once.
+
+        No error is lost: either the checks raise a better one, or they find nothing wrong, and the
+        usual call runs the same kernel on the same arguments and raises it.
         """
         if (
             backend is not None
@@ -188,6 +213,7 @@ class Op:
         """Resolve every backend again at the next call (after a build, and in tests)."""
         self._resolved.clear()
         self._plans.clear()
+        self._direct = False
 
     def why_not(self, name: str) -> str | None:
         """None when backend `name` of this op is usable on this machine, else a sentence."""

@@ -85,13 +85,15 @@ def reweight_sample(
         BackendRefused: the pinned backend does not take these inputs.
     """
     inputs = (prior_logprobs, token_ids, rewards, log_weights, lengths)
+    direct = _OP.direct(backend)
+    if direct is not None:
+        result = direct(ReweightedSample, *inputs, alpha, estimator, greedy, seed, keys, step)
+        if result is not NotImplemented:
+            return result
     parameters = {"alpha": alpha, "estimator": estimator, "greedy": greedy}
     parameters |= {"seed": seed, "keys": keys, "step": step}
-    result = _OP.at_once(backend, *inputs, **parameters)
-    if result is NotImplemented:
-        _check(*inputs, **parameters)
-        result = _OP(backend, *inputs, **parameters)
-    return ReweightedSample._make(result)
+    _check(*inputs, **parameters)
+    return ReweightedSample._make(_OP(backend, *inputs, **parameters))
 
 
 def reweight_sample_ref(
