@@ -198,7 +198,6 @@ def test_a_direct_function_is_for_the_cpu_kernel_only(monkeypatch, environment):
 def test_every_public_op_describes_itself(monkeypatch):
     monkeypatch.setattr(_dispatch, "_OPS", REAL_OPS)
     described = ops.describe_backends()
-    assert len(described) == 11
     for name, backends in described.items():
         assert backends["ref"] is None
         assert callable(getattr(ops, name))

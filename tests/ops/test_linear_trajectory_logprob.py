@@ -45,7 +45,11 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("width", "size"), [(8, 1), (16, 2), (64, 31), (33, 1000), (128, 8192), (96, 8193), (64, 50257)]
+    ("width", "size"),
+    [
+        *((8, 1), (16, 2), (64, 31), (33, 1000), (24, 1024), (16, 4097)),
+        *((128, 8192), (96, 8193), (16, 32000), (64, 50257), (8, 128256), (8, 151936)),
+    ],
 )
 def test_matches_float64_at_every_size_and_dtype(op, generator, width, size, dtype):
     inputs = problem(generator, 3, 5, width, size, dtype)

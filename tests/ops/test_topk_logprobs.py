@@ -48,7 +48,7 @@ def test_matches_float64_at_every_size_and_dtype(op, generator, size, dtype):
         check(op, logits, k)
 
 
-@pytest.mark.parametrize("size", [1, 2, 31, 1024, 4097])
+@pytest.mark.parametrize("size", SIZES)
 def test_k_may_be_the_whole_vocabulary(op, generator, size):
     check(op.or_auto, torch.randn(2, size, generator=generator), size)
 

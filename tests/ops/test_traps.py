@@ -146,18 +146,96 @@ def test_a_float_parameter_stays_fp32_when_compiled_and_does_not_freeze(name):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["topk_logprobs", "sample_tokens"])
-def test_rows_more_than_2_to_the_31_elements_apart(name):
-    """The memory between the rows is reserved, not touched."""
-    stride = 1 << 30
-    logits = torch.empty(2 * stride + VOCAB, dtype=torch.bfloat16).as_strided(
-        (3, VOCAB), (stride, 1)
-    )
-    near = draw(3, VOCAB).bfloat16()
-    logits.copy_(near)
-    keys = torch.arange(3)
-    call = {
-        "topk_logprobs": lambda x: ops.topk_logprobs(x, 9),
-        "sample_tokens": lambda x: ops.sample_tokens(x, keys, 0),
-    }[name]
-    same_bits(list(call(logits)), list(call(near)))
+FAR = 1 << 30
+
+
+def far_apart(near: Tensor) -> Tensor:
+    """The same numbers in bf16, their first axis 2^30 elements apart: the third begins at 2^31.
+
+    The memory between is reserved, not touched, and handed back before the next is asked for.
+    """
+    strides = (FAR, *near.stride()[1:])
+    span = (near.shape[0] - 1) * FAR + near[0].numel()
+    far = torch.empty(span, dtype=torch.bfloat16).as_strided(near.shape, strides)
+    return far.copy_(near)
+
+
+def advanced(logits: Tensor) -> list[Tensor]:
+    state = [part[:3] for part in rollout_state()]
+    ops.advance_rollouts_(logits, KEYS[:3], 1, *state, KEYS[:1])
+    return state
+
+
+TOKENS, LENGTHS = torch.tensor([[7], [0], [299]]), torch.tensor([1, 1, 1])
+# What is far apart in memory, and the call on it.
+FAR_CASES: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Any]]] = {
+    "topk_logprobs": (lambda: draw(3, VOCAB), lambda x: ops.topk_logprobs(x, 9)),
+    "sample_tokens": (lambda: draw(3, VOCAB), lambda x: ops.sample_tokens(x, KEYS[:3], 0)),
+    "advance_rollouts_": (
+        lambda: draw(3, VOCAB),
+        advanced,
+    ),
+    "trajectory_log_ratio": (
+        lambda: draw(3, 1, VOCAB),
+        lambda x: (ops.trajectory_log_ratio(x, draw(3, 1, VOCAB, seed=2), TOKENS, LENGTHS),),
+    ),
+    "linear_trajectory_logprob, states": (
+        lambda: draw(3, 1, 24),
+        lambda x: (
+            ops.linear_trajectory_logprob(x, draw(300, 24, seed=2).bfloat16(), TOKENS, LENGTHS),
+        ),
+    ),
+    "linear_trajectory_logprob, weights": (
+        lambda: draw(3, 24),
+        lambda x: (
+            ops.linear_trajectory_logprob(
+                draw(3, 1, 24, seed=2).bfloat16(), x, TOKENS % 3, LENGTHS
+            ),
+        ),
+    ),
+    "few_rows_linear, rows": (
+        lambda: draw(3, 24),
+        lambda x: (ops.few_rows_linear(x, draw(5, 24, seed=2).bfloat16()),),
+    ),
+    "few_rows_linear, weights": (
+        lambda: draw(3, 24),
+        lambda x: (ops.few_rows_linear(draw(5, 24, seed=2).bfloat16(), x),),
+    ),
+    "shared_prefix_attention, prefixes": (
+        lambda: draw(3, 2, 70, 32),
+        lambda x: ops.shared_prefix_attention(
+            draw(3, 4, 1, 32, seed=2).bfloat16(),
+            x,
+            x,
+            torch.tensor([70, 9, 66]),
+            *(draw(3, 2, 5, 32, seed=3).bfloat16(),) * 2,
+            torch.tensor([5, 1, 2]),
+        ),
+    ),
+    "shared_prefix_attention, branches": (
+        lambda: draw(3, 2, 70, 32),
+        lambda x: ops.shared_prefix_attention(
+            draw(3, 4, 1, 32, seed=2).bfloat16(),
+            *(draw(1, 2, 5, 32, seed=3).bfloat16(),) * 2,
+            torch.tensor([5]),
+            x,
+            x,
+            torch.tensor([70, 9, 66]),
+        ),
+    ),
+    "merge_attention_states": (
+        lambda: draw(3, 2, 8),
+        lambda x: ops.merge_attention_states(
+            (x, draw(3, 2, seed=2)), (draw(3, 2, 8, seed=3).bfloat16(), draw(3, 2, seed=4))
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "no_grad"])
+@pytest.mark.parametrize("name", FAR_CASES)
+def test_rows_more_than_2_to_the_31_elements_apart(name, grad):
+    inputs, function = FAR_CASES[name]
+    near = inputs().bfloat16()
+    with torch.set_grad_enabled(grad):
+        same_bits(list(function(far_apart(near))), list(function(near)))
