@@ -196,6 +196,16 @@ def test_a_length_beyond_the_ends_counts_as_the_nearer_end(op, generator):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def test_an_infinite_score_never_gives_a_log_probability_above_0(op):
+    prior = torch.tensor([[torch.inf, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    ids = torch.arange(6).view(2, 3)
+    got = op(prior, ids, torch.zeros(2, 3, 2), alpha=1.0, greedy=True)
+    assert got.choice.tolist() == [0, 2]
+    assert not (got.final_logprobs > 0).any()
+    assert not got.final_logprobs[0].isfinite().any()
+    torch.testing.assert_close(got.final_logprobs[1], prior[1].log_softmax(-1))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_the_largest_id_of_all_is_an_id_like_any_other(op, dtype):
     most = torch.iinfo(dtype).max
