@@ -58,6 +58,20 @@ def test_the_interpreter_passes_the_tests_of_the_op():
 
 
 FEATURES = {"window": 100, "softcap": 30.0, "has_tree": True}
+MANY = {"new": 20}
+
+# What Triton 3.6 spilled where 3.9 spilled nothing; with the package of another version, unpacked,
+# ahead on PYTHONPATH these run with it:
+#   pip download triton==3.6.0 --no-deps && unzip -d elsewhere triton-3.6.0-*.whl
+#   PYTHONPATH=elsewhere pytest tests/kernels -k spills
+SPILLED = [
+    (torch.bfloat16, {"size": 16, "window": 100} | MANY, DECODING[1:]),
+    (torch.bfloat16, {"size": 32, "has_tree": True}, DECODING[:1]),
+    (torch.bfloat16, {"size": 64, "window": 100, "softcap": 30.0} | MANY, DECODING[1:]),
+    (torch.bfloat16, {"size": 64} | FEATURES, DECODING[:1]),
+    (torch.float32, {"size": 64, "softcap": 30.0}, DECODING[:1]),
+    (torch.float32, {"size": 32, "window": 100, "has_tree": True}, DECODING[:1]),
+]
 
 
 @pytest.mark.parametrize("architecture", compiling.ARCHITECTURES)
@@ -65,17 +79,28 @@ FEATURES = {"window": 100, "softcap": 30.0, "has_tree": True}
     ("dtype", "parameters", "kernels"),
     [
         (torch.bfloat16, {"size": 128} | FEATURES, DECODING),
-        (torch.bfloat16, {"size": 128, "new": 20}, DECODING[1:]),
-        (torch.bfloat16, {"size": 64, "new": 20}, DECODING[1:]),
-        (torch.float32, {"size": 128}, DECODING[:1]),
+        (torch.bfloat16, {"size": 128} | MANY, DECODING[1:]),
+        (torch.bfloat16, {"size": 64} | MANY, DECODING[1:]),
+        (torch.float32, {"size": 128, "has_tree": True}, DECODING[:1]),
+        *SPILLED,
     ],
-    ids=["bf16-features", "bf16-many-queries", "bf16-small-heads", "fp32"],
+    ids=str,
 )
 def test_compiles_without_spills(dtype, parameters, kernels, architecture):
     recorded = {launch.kernel.__name__: launch for launch in launches(dtype, **parameters)}
     for name in kernels:
         resources = compiling.compile_launch(recorded[name], architecture)
         compiling.assert_fits(resources, architecture)
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_the_tiles_do_not_follow_from_how_rows_are_packed(size):
+    def tiles(**parameters: object) -> list[tuple[object, ...]]:
+        recorded = launches(torch.bfloat16, size=size, **parameters)
+        names = ("QUERIES", "KEYS", "num_warps", "split_len")
+        return [tuple(launch.options[name] for name in names) for launch in recorded]
+
+    assert tiles(has_tree=True) == tiles() == tiles(rows=2, trees=1)
 
 
 def test_one_launch_serves_where_a_row_fills_tiles_or_has_no_prefix():

@@ -25,20 +25,33 @@ class Tiles(NamedTuple):
     queries: int
     keys: int
     num_warps: int
+    # Left to itself, the assembler of Triton 3.6 spills a few registers of the larger tiles to let
+    # one more program into a multiprocessor; a limit at the hardware's own stops that.
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What is passed on to the compiler at a launch."""
+        options = {"num_warps": self.num_warps, "num_stages": 2}
+        # torch.compile knows no such option.
+        if self.max_registers is not None and not torch.compiler.is_compiling():
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 def choose_tiles(queries: int, size: int, dtype: torch.dtype, folds: bool) -> Tiles:
     """Tiles for `queries` of one key-value head, with `folds` those of many rows.
 
-    Chosen so that nothing is spilled on sm_80 to sm_100; products in fp32 run outside the tensor
-    cores and take more registers.
+    Chosen so that nothing is spilled on sm_80 to sm_100, with Triton 3.6 as with 3.9; products in
+    fp32 run outside the tensor cores and take more registers.
     """
     if dtype == torch.float32:
-        few = queries <= 16 or size > 64
-        return Tiles(16 if few else 32, 16 if size > 64 else 32, 8 if folds and size > 128 else 4)
+        return Tiles(16, 16, 8 if size > 64 else 4, max_registers=255)
     if queries <= 16:
         return Tiles(16, 32, 4 if size > 128 else 2)
-    return Tiles(64, 16 if size > 128 else 64, 8)
+    if size > 128:
+        return Tiles(64, 16, 8)
+    return Tiles(64, 32, 8, max_registers=255)
 
 
 @triton.jit

@@ -192,7 +192,6 @@ def _shared_prefix_attention_kernel(
 
 # Queries of one row and key-value head from which a row fills tiles by itself.
 _MANY_QUERIES = 64
-_NUM_STAGES = 2
 
 
 def shared_prefix_attention_triton(
@@ -261,8 +260,7 @@ def shared_prefix_attention_triton(
                 blocks=blocks,
                 QUERIES=tiles.queries,
                 KEYS=tiles.keys,
-                num_warps=tiles.num_warps,
-                num_stages=_NUM_STAGES,
+                **tiles.options,
                 **common,
             )
         tiles = choose_tiles(min(per_row, 64), common["SIZE"], q.dtype, folds=False)
@@ -292,8 +290,7 @@ def shared_prefix_attention_triton(
             WALKS_PREFIX=walks_prefix,
             QUERIES=tiles.queries,
             KEYS=tiles.keys,
-            num_warps=tiles.num_warps,
-            num_stages=_NUM_STAGES,
+            **tiles.options,
             **common,
         )
     return out, lse
