@@ -69,6 +69,7 @@ SPILLED = [
     (torch.bfloat16, {"size": 32, "has_tree": True}, DECODING[:1]),
     (torch.bfloat16, {"size": 64, "window": 100, "softcap": 30.0} | MANY, DECODING[1:]),
     (torch.bfloat16, {"size": 64} | FEATURES, DECODING[:1]),
+    (torch.bfloat16, {"size": 256, "has_tree": True}, DECODING[:1]),
     (torch.float32, {"size": 64, "softcap": 30.0}, DECODING[:1]),
     (torch.float32, {"size": 32, "window": 100, "has_tree": True}, DECODING[:1]),
 ]

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._device import all_registers
 from ._softcap import LOG2_E, soften
 
 # Sizes that follow the batch, the caches and the step: never specialised.
@@ -25,18 +26,13 @@ class Tiles(NamedTuple):
     queries: int
     keys: int
     num_warps: int
-    # Left to itself, the assembler of Triton 3.6 spills a few registers of the larger tiles to let
-    # one more program into a multiprocessor; a limit at the hardware's own stops that.
-    max_registers: int | None = None
+    has_all_registers: bool = False
 
     @property
     def options(self) -> dict[str, int]:
         """What is passed on to the compiler at a launch."""
         options = {"num_warps": self.num_warps, "num_stages": 2}
-        # torch.compile knows no such option.
-        if self.max_registers is not None and not torch.compiler.is_compiling():
-            options["maxnreg"] = self.max_registers
-        return options
+        return options | all_registers() if self.has_all_registers else options
 
 
 def choose_tiles(queries: int, size: int, dtype: torch.dtype, folds: bool) -> Tiles:
@@ -46,12 +42,12 @@ def choose_tiles(queries: int, size: int, dtype: torch.dtype, folds: bool) -> Ti
     fp32 run outside the tensor cores and take more registers.
     """
     if dtype == torch.float32:
-        return Tiles(16, 16, 8 if size > 64 else 4, max_registers=255)
+        return Tiles(16, 16, 8 if size > 64 else 4, has_all_registers=True)
     if queries <= 16:
         return Tiles(16, 32, 4 if size > 128 else 2)
     if size > 128:
-        return Tiles(64, 16, 8)
-    return Tiles(64, 32, 8, max_registers=255)
+        return Tiles(32, 32, 8)
+    return Tiles(64, 32, 8, has_all_registers=True)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Where a launcher runs its kernels: Triton launches on the current device, not the tensor's."""
+"""Where and how a launcher runs its kernels: Triton launches on the current device, for one."""
 
 from __future__ import annotations
 
@@ -14,3 +14,12 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.is_cuda and not torch.compiler.is_compiling():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+def all_registers() -> dict[str, int]:
+    """Launch options that let a thread have all registers that it can.
+
+    Left to itself, the assembler of Triton 3.6 spills a few of them to let one more program into a
+    multiprocessor. torch.compile knows no such option.
+    """
+    return {} if torch.compiler.is_compiling() else {"maxnreg": 255}

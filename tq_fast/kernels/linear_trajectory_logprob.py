@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import device_of
+from ._device import all_registers, device_of
 from ._softcap import soften
 
 _ROWS = 128
@@ -251,6 +251,7 @@ def linear_trajectory_logprob_triton(
                 DIMS=dims,
                 num_warps=4 if is_wide else 8,
                 num_stages=2 if is_wide else 3,
+                **({} if is_wide else all_registers()),
             )
             _linear_trajectory_logprob_row_kernel[(triton.cdiv(num_rows, _TOKENS),)](
                 tokens,
@@ -267,6 +268,7 @@ def linear_trajectory_logprob_triton(
                 TOKENS=_TOKENS,
                 TILES=_TILES,
                 num_warps=4,
+                **all_registers(),
             )
         _linear_trajectory_logprob_sum_kernel[(count,)](terms, out, length, TOKENS=128, num_warps=1)
     return out
