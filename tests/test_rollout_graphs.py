@@ -6,6 +6,7 @@ A graph itself needs a GPU (tests/gpu/test_rollout_graphs.py). What it replays r
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -170,6 +171,23 @@ def test_the_host_learns_nothing_of_a_depth_and_tells_it_nothing(
     graphs = RolloutGraphs(forest, RolloutLaw(eos, VOCAB, config), captures=False)
     with _OneDevice():
         graphs._step(8)
+
+
+@torch.no_grad()
+def test_graphs_of_another_layout_share_no_memory_with_those_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch refuses a capture into a pool that has lost all its graphs."""
+    handles, pools = itertools.count(), []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(RolloutGraphs, "_capture", lambda graphs, _: pools.append(graphs._pool))
+    forest = on_meta("llama")
+    eos = torch.zeros(1, dtype=torch.int64, device="meta")
+    graphs = RolloutGraphs(forest, RolloutLaw(eos, VOCAB, tq_fast.DecodeConfig()))
+    for capacity in (6, 9):
+        forest.cache.reserve(prefix_capacity=0, branch_capacity=capacity)
+        assert graphs._prepare(8) and graphs._prepare(4)
+    assert pools == [0, 0, 1, 1]
 
 
 def test_what_the_host_reads_or_sends_would_be_noticed() -> None:

@@ -12,6 +12,7 @@ most.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -109,6 +110,9 @@ class RolloutGraphs:
         if self._layout != self.forest.cache.layout:
             self._replays.clear()
             self._layout = self.forest.cache.layout
+            # The old pool has no graph any more, but cuBLAS keeps a workspace in it: PyTorch takes
+            # no capture into a pool in that state.
+            self._pool = torch.cuda.graph_pool_handle() if self.captures else None
         if num_rows not in self._replays and not self._is_refused:
             counted = self.forest.num_token_forwards
             try:
@@ -131,7 +135,7 @@ class RolloutGraphs:
             return lambda: self._step(num_rows)
         depth, finished = self.depth.clone(), self.state.finished.clone()
         with torch.cuda.device(self.forest.device):
-            now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            now, aside = torch.cuda.current_stream(), _side_stream(self.forest.device)
             aside.wait_stream(now)
             with torch.cuda.stream(aside):
                 # Compiles kernels and allocates workspaces. No roll-out moves on, and the KV that
@@ -142,9 +146,11 @@ class RolloutGraphs:
                 finally:
                     self.depth.copy_(depth)
                     self.state.finished.copy_(finished)
-            now.wait_stream(aside)
+                    now.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # Not the stream that torch.cuda.graph has for all devices.
+            options = {"stream": aside, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, pool=self._pool, **options):
                 self._step(num_rows)
         return graph.replay
 
@@ -179,6 +185,12 @@ class RolloutGraphs:
         self.forest.cache.take_rows(order, depth)
         self.state.permute(stays.argsort(descending=True, stable=True))
         self.tree[:smaller] = self.tree[order]
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: cuBLAS keeps a workspace for every stream that it ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 class _News:

@@ -10,7 +10,9 @@ import torch
 
 from tests import zoo
 from tests.test_levers import ENDS, assert_same, language_model, run
+from tq_fast.errors import UnsupportedModel
 from tq_fast.levers import Levers
+from tq_fast.models.language import check_runs
 from tq_fast.rollout_graphs import RolloutGraphs
 
 PLAIN = Levers(graph_rollouts=False)
@@ -26,6 +28,11 @@ def test_graphs_give_the_tokens_of_separate_launches(
     architecture: str, horizon: int | None, ends: tuple[int, ...], rollout: dict[str, Any]
 ) -> None:
     baseline = language_model(architecture).cuda()
+    try:
+        check_runs(baseline)
+    except UnsupportedModel as refusal:
+        # transformers 5.17 hands OPT a padding mask of its own making.
+        pytest.skip(str(refusal))
     options = {"horizon": horizon, "eos_token_id": ends, **rollout}
     with warnings.catch_warnings():
         # Falling back to separate launches would make this test compare them with themselves.
