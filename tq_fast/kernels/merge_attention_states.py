@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import device_of
+from ._device import all_registers, device_of
 
 # Elements of each output that a program holds at a time: 16 for each of its 128 threads.
 _TILE = 2048
@@ -87,5 +87,6 @@ def merge_attention_states_triton(
             ROWS=rows,
             COLUMNS=columns,
             num_warps=_NUM_WARPS,
+            **all_registers(),
         )
     return out, lse
