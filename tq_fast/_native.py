@@ -80,12 +80,18 @@ def load_common() -> ModuleType:
 
 
 @functools.cache
+def direct_refusal() -> str | None:
+    """Why `tq_fast._direct` cannot serve, so that torch.ops does: a sentence, or None."""
+    reason = cpu_refusal()
+    if reason is not None:
+        return reason
+    try:
+        importlib.import_module("tq_fast._direct")
+    except (AttributeError, ImportError) as error:
+        return f"not built, or this torch lacks the interface that it needs ({error})"
+    return None
+
+
 def load_direct() -> ModuleType | None:
     """The ops that PyTorch's dispatcher would slow down, or None: torch.ops serves them as well."""
-    if cpu_refusal() is not None:
-        return None
-    try:
-        return importlib.import_module("tq_fast._direct")
-    except (AttributeError, ImportError):
-        # Not built, or a torch without the interface that it needs.
-        return None
+    return None if direct_refusal() else importlib.import_module("tq_fast._direct")

@@ -46,6 +46,7 @@ def test_direct_module_is_inside_the_package_and_its_absence_is_no_error(monkeyp
     module = _native.load_direct()
     assert Path(module.__file__).parent == Path(_native.__file__).parent
     monkeypatch.setitem(sys.modules, "tq_fast._direct", None)
-    _native.load_direct.cache_clear()
+    _native.direct_refusal.cache_clear()
     assert _native.load_direct() is None
-    _native.load_direct.cache_clear()
+    assert "this torch lacks the interface" in _native.direct_refusal()
+    _native.direct_refusal.cache_clear()
