@@ -42,7 +42,8 @@ struct DrawArguments {
     const int64_t rows = logits.size(0);
     require_contract(
         logits_in.dim() == 2 && is_integers(keys_in, {rows}) && vocab_size >= 1 && vocab_size <= logits_in.size(1) &&
-            is_per_row(temperatures, rows, temperature_number >= 0.0) && is_per_row(top_ks, rows, top_k_number >= 0) &&
+            is_per_row(temperatures, rows, temperature_number >= 0.0) &&
+            (top_ks.has_value() ? is_integers(*top_ks, {rows}) : top_k_number >= 0) &&
             is_per_row(top_ps, rows, top_p_number >= 0.0 && top_p_number <= 1.0) && is_int(step_tensor) &&
             is_int(seed_tensor),
         op);

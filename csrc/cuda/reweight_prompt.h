@@ -92,7 +92,9 @@ TQ_DEVICE void choose_candidate(const ReweightJob<Real>& job, int64_t g, const d
   peak = simt::warp_max(peak);
   double mass = 0.0;
   for (int64_t z = simt::lane(); z < job.k; z += kWarp) mass += scores[z] == -INFINITY ? 0.0 : ::exp(scores[z] - peak);
-  const double lse = peak + ::log(simt::warp_sum(mass));
+  // The mass is not a number where the peak is infinite: then the peak is the lse.
+  const double log_mass = ::log(simt::warp_sum(mass));
+  const double lse = peak == INFINITY ? peak : peak + log_mass;
 
   const int64_t key = job.keys == nullptr ? g : job.keys[g];
   const int64_t seed = read(job.seed);

@@ -88,5 +88,8 @@ int main() {
       check(problem, choice & 1, choice & 2, choice & 4, choice & 8, choice % 3 == 0 ? 32 : 96);
     }
   }
+  Problem infinite = random_problem(2, 20, 8);
+  infinite.prior[7] = INFINITY;
+  for (int choice = 0; choice < 4; ++choice) check(infinite, choice & 1, choice & 2, true, false, 96);
   return tq_test::num_failures();
 }

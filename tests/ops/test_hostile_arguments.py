@@ -180,6 +180,9 @@ def test_a_parameter_of_each_row_is_one_number_a_row(op_name, parameter):
         (right.to_sparse(), "expected a strided tensor"),
     ):
         refused(op_name, f"{parameter} .*{words}", VALID[op_name]() | {parameter: value})
+    if parameter == "top_k":
+        words = "top_k is torch.float32, expected torch.int64 or torch.int32"
+        refused(op_name, words, VALID[op_name]() | {parameter: right.float()})
 
 
 @pytest.mark.parametrize("op_name", VALID)
