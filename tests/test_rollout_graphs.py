@@ -124,7 +124,11 @@ def test_no_buffer_moves_from_step_to_step(
         step(graphs, num_rows)
         buffers = [*vars(graphs.state).values(), graphs.tree, graphs.prefix_len, graphs.depth]
         layers = graphs.forest.cache._kv.values()
-        buffers += [buffer for layer in layers for buffer in vars(layer).values()]
+        buffers += [
+            buffer
+            for layer in layers
+            for buffer in (layer.prefix_k, layer.prefix_v, layer.branch_k, layer.branch_v)
+        ]
         addresses.append(tuple(buffer.data_ptr() for buffer in buffers))
 
     monkeypatch.setattr(RolloutGraphs, "_step", noted)

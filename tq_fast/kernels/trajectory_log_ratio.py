@@ -138,7 +138,9 @@ def _trajectory_log_ratio_sum_kernel(
 ):
     """out[row] = sum over t of log p - log q. Programs: [N]."""
     row = tl.program_id(0).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + row * stride_length).to(tl.int32), max_length)
+    length = tl.minimum(tl.load(lengths + row * stride_length).to(tl.int64), max_length).to(
+        tl.int32
+    )
     ratio = tl.zeros((), tl.float64)
     for first in range(0, length, TOKENS):
         t = (first + tl.arange(0, TOKENS)).to(tl.int64)
