@@ -63,7 +63,9 @@ def _draw_shapes(series: Series, file: Path) -> Path:
     for dtype in _COLOURS:
         _plot(throughput, series, "prompts", dtype, "tokens_per_second", 1.0)
     _finish(throughput, series, "prompts", "tokens a second")
-    time_by_prompt.legend(fontsize=8)
+    # Room for the legend above the lines.
+    time_by_prompt.set_ylim(top=10 * time_by_prompt.get_ylim()[1])
+    time_by_prompt.legend(fontsize=8, loc="upper left")
     figure.suptitle(
         "Time and memory of a decode, 134 M baseline and reward; others: prompt 128, k 10, n 1, "
         "L 20, one prompt",
