@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .config import is_real
 from .errors import InvalidArgument
 from .levers import Levers
 
@@ -41,7 +42,7 @@ def check_bounds(bounds: Any) -> tuple[float, float] | None:
     if bounds is None:
         return None
     is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
-    if not is_pair or not all(_is_real(end) for end in bounds):
+    if not is_pair or not all(is_real(end) for end in bounds):
         raise InvalidArgument(f"reward_bounds must be a pair (lo, hi) of numbers, got {bounds!r}")
     most = sys.float_info.max
     if not -most <= bounds[0] < bounds[1] <= most:
@@ -62,7 +63,3 @@ def place_models(device: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidArgument(f"device {device!r} cannot be used: {reason}") from error
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

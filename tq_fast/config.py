@@ -92,7 +92,7 @@ class DecodeConfig:
         if self.beta is not None:
             _require_positive("beta", self.beta)
         top_p = self.rollout_top_p
-        if not _is_real(top_p) or not 0.0 < top_p <= 1.0:
+        if not is_real(top_p) or not 0.0 < top_p <= 1.0:
             raise InvalidArgument(f"rollout_top_p must be in (0, 1], got {top_p!r}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -189,7 +189,8 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_real(value: object) -> bool:
+def is_real(value: object) -> bool:
+    """Whether `value` is a number of Python's; True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -200,7 +201,7 @@ def _require_int(name: str, value: object, *, low: int) -> None:
 
 def _require_positive(name: str, value: object) -> None:
     low, high = _SCALES
-    if not _is_real(value) or not low <= value <= high:
+    if not is_real(value) or not low <= value <= high:
         raise InvalidArgument(
             f"{name} must be a finite number above 0 (from {low:g} to {high:g}), got {value!r}"
         )

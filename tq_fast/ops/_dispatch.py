@@ -206,6 +206,7 @@ class Op:
             if refuse(first, *args, **kwargs) is None:
                 return implementation(first, *args, **kwargs)
         except _EXPLAINED_BY_CHECKS:
+            # Not lost: the caller checks, and else runs the same call again, which raises it.
             pass
         return NotImplemented
 

@@ -98,13 +98,6 @@ def _merge_ref(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> At
     return AttentionState((part_a + part_b).to(out_a.dtype), lse)
 
 
-def merge_attention_states_cpu(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The C++ kernel, of the two states flat."""
-    return torch.ops.tq_fast.merge_attention_states.default(out_a, lse_a, out_b, lse_b)
-
-
 def _fake(out_a: Tensor, lse_a: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
     # Dense, whatever the strides of the inputs.
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
@@ -123,7 +116,7 @@ _OP = Op(
     ),
     Backend(
         "cpu",
-        native_function("merge_attention_states", merge_attention_states_cpu, _fake),
+        native_function("merge_attention_states", None, _fake),
         _refuse_cpu,
     ),
 )
