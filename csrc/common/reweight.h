@@ -10,6 +10,31 @@
 
 namespace tq {
 
+// What reweight_sample works on: dense arrays of the contract (tq_fast/ops/reweight_sample.py); what is
+// optional there may be null. Integer: how seed and step are read.
+template <typename Real, typename Integer = int64_t>
+struct ReweightJob {
+  const Real* prior_logprobs;
+  const int64_t* token_ids;
+  const Real* rewards;
+  const Real* log_weights;
+  const int64_t* lengths;
+  const int64_t* keys;
+  int64_t prompts;
+  int64_t k;
+  int64_t n;
+  double alpha;
+  bool is_soft;
+  bool is_greedy;
+  Integer seed;
+  Integer step;
+  int64_t* choice;
+  float* final_logprobs;
+  float* q;
+  float* q_stderr;
+  float* ess;
+};
+
 struct CandidateValue {
   double q;               // in units of the reward; NaN without a roll-out of any weight
   double standard_error;  // of q; NaN for fewer than two roll-outs

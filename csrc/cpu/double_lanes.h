@@ -9,13 +9,7 @@
 namespace tq {
 namespace TQ_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kWide = 8;
-#elif defined(__AVX2__)
-constexpr int kWide = 4;
-#else
-constexpr int kWide = 2;
-#endif
+constexpr int kWide = kWidth / 2;
 
 typedef double F64s __attribute__((vector_size(8 * kWide)));
 typedef int64_t I64s __attribute__((vector_size(8 * kWide)));

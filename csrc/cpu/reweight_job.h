@@ -1,33 +1,11 @@
-// What reweight_sample works on once its tensors are dense arrays; from csrc/cpu and csrc/bind_direct.cpp.
+// How a reweight_sample whose tensors are dense arrays is run; for csrc/cpu and csrc/bind_direct.cpp.
 #pragma once
 
 #include <cstdint>
 
-namespace tq {
+#include "common/reweight.h"
 
-// Arrays of the contract (tq_fast/ops/reweight_sample.py); what is optional there may be null.
-template <typename Real>
-struct ReweightJob {
-  const Real* prior_logprobs;
-  const int64_t* token_ids;
-  const Real* rewards;
-  const Real* log_weights;
-  const int64_t* lengths;
-  const int64_t* keys;
-  int64_t prompts;
-  int64_t k;
-  int64_t n;
-  double alpha;
-  bool is_soft;
-  bool is_greedy;
-  int64_t seed;
-  int64_t step;
-  int64_t* choice;
-  float* final_logprobs;
-  float* q;
-  float* q_stderr;
-  float* ess;
-};
+namespace tq {
 
 // About how many nanoseconds one thread takes for a prompt, and from how many on another is worth waking:
 // measured with threads that slept before, and with threads that did not.

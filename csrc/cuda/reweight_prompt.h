@@ -31,26 +31,7 @@ TQ_DEVICE double max_over(LaneReader reader, double value) {
 }
 
 template <typename Real>
-struct ReweightJob {
-  const Real* prior_logprobs;
-  const int64_t* token_ids;
-  const Real* rewards;
-  const Real* log_weights;
-  const int64_t* lengths;
-  const int64_t* keys;
-  int64_t k;
-  int64_t n;
-  double alpha;
-  bool is_soft;
-  bool is_greedy;
-  DeviceInt seed;
-  DeviceInt step;
-  int64_t* choice;
-  float* final_logprobs;
-  float* q;
-  float* q_stderr;
-  float* ess;
-};
+using DeviceReweightJob = ReweightJob<Real, DeviceInt>;
 
 // Lanes that share the roll-outs of a candidate.
 TQ_HOST_DEVICE int lanes_a_candidate(int64_t n) {
@@ -61,7 +42,7 @@ TQ_HOST_DEVICE int lanes_a_candidate(int64_t n) {
 
 // `scores` [k] lies in shared memory.
 template <typename Real>
-TQ_DEVICE void score_candidates(const ReweightJob<Real>& job, int64_t g, double* scores) {
+TQ_DEVICE void score_candidates(const DeviceReweightJob<Real>& job, int64_t g, double* scores) {
   const int lanes = lanes_a_candidate(job.n);
   const LaneReader reader{simt::thread() % lanes, lanes};
   const int64_t at_once = simt::num_threads() / lanes;
@@ -85,7 +66,7 @@ TQ_DEVICE void score_candidates(const ReweightJob<Real>& job, int64_t g, double*
 
 // The candidates' law and the choice, by one warp.
 template <typename Real>
-TQ_DEVICE void choose_candidate(const ReweightJob<Real>& job, int64_t g, const double* scores) {
+TQ_DEVICE void choose_candidate(const DeviceReweightJob<Real>& job, int64_t g, const double* scores) {
   constexpr int kWarp = simt::kWarp;
   double peak = -INFINITY;
   for (int64_t z = simt::lane(); z < job.k; z += kWarp) peak = scores[z] > peak ? scores[z] : peak;
@@ -128,7 +109,7 @@ TQ_DEVICE void choose_candidate(const ReweightJob<Real>& job, int64_t g, const d
 }
 
 template <typename Real>
-TQ_DEVICE void reweight_prompt(const ReweightJob<Real>& job) {
+TQ_DEVICE void reweight_prompt(const DeviceReweightJob<Real>& job) {
   auto* const scores = reinterpret_cast<double*>(simt::shared_memory());
   const int64_t g = simt::group_idx();
   score_candidates(job, g, scores);

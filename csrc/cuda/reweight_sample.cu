@@ -16,16 +16,16 @@ namespace {
 constexpr int64_t kMostCandidates = 4096;
 
 template <typename Real>
-__global__ void __launch_bounds__(kThreads) reweight_sample_kernel(const ReweightJob<Real> job) {
+__global__ void __launch_bounds__(kThreads) reweight_sample_kernel(const DeviceReweightJob<Real> job) {
   reweight_prompt(job);
 }
 
 template <typename Real>
-void launch(const ReweightJob<Real>& job, int64_t prompts, cudaStream_t stream) {
+void launch(const DeviceReweightJob<Real>& job, cudaStream_t stream) {
   const int64_t lanes = job.k * lanes_a_candidate(job.n);
   const int64_t threads = std::clamp<int64_t>((lanes + 31) / 32 * 32, 32, kThreads);
   reweight_sample_kernel<Real>
-      <<<static_cast<unsigned>(prompts), static_cast<unsigned>(threads), job.k * sizeof(double), stream>>>(job);
+      <<<static_cast<unsigned>(job.prompts), static_cast<unsigned>(threads), job.k * sizeof(double), stream>>>(job);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -69,12 +69,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cuda(
     launch<Real>(
         {static_cast<const Real*>(prior_logprobs.const_data_ptr()),
          static_cast<const int64_t*>(token_ids.const_data_ptr()), static_cast<const Real*>(rewards.const_data_ptr()),
-         data_or_null<Real>(log_weights), data_or_null<int64_t>(lengths), data_or_null<int64_t>(keys), k,
-         rewards.size(2), alpha, is_soft, is_greedy, device_int(seed, seed_tensor), device_int(step, step_tensor),
+         data_or_null<Real>(log_weights), data_or_null<int64_t>(lengths), data_or_null<int64_t>(keys), prompts,
+         k, rewards.size(2), alpha, is_soft, is_greedy, device_int(seed, seed_tensor), device_int(step, step_tensor),
          static_cast<int64_t*>(choice.mutable_data_ptr()), static_cast<float*>(final_logprobs.mutable_data_ptr()),
          static_cast<float*>(q.mutable_data_ptr()), static_cast<float*>(q_stderr.mutable_data_ptr()),
          static_cast<float*>(ess.mutable_data_ptr())},
-        prompts, current_stream(device));
+        current_stream(device));
   };
   if (is_float) {
     run(0.0f);
