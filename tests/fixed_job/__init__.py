@@ -1,0 +1,1 @@
+"""A fixed job over the embedded models, and the records that it must always give."""
