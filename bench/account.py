@@ -27,9 +27,9 @@ from torch import nn
 import tq_fast
 from bench.ceilings import Machine, Work, measure_machine
 from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
-from tq_fast import step
-from tq_fast.models.language import LanguageForest
-from tq_fast.rollout_state import RolloutLaw
+from tq_fast.forest.language import LanguageForest
+from tq_fast.rollouts.state import RolloutLaw
+from tq_fast.transfer import step
 
 _ROUNDS = 5
 

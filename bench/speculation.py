@@ -22,10 +22,10 @@ from collections.abc import Sequence
 import torch
 
 import tq_fast
-from tq_fast import step as decode_step
-from tq_fast.models.language import LanguageForest
+from tq_fast.forest.language import LanguageForest
 from tq_fast.models.loading import load_language_model
 from tq_fast.models.tiny import load_tiny_world
+from tq_fast.transfer import step as decode_step
 
 _HORIZON = 20
 _CONTEXT = 2

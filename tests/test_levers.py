@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 import tq_fast
 from tests import zoo
 from tq_fast.errors import InvalidArgument, RewardError
+from tq_fast.forest.language import LanguageForest
 from tq_fast.levers import Levers
-from tq_fast.models.language import LanguageForest
 
 VOCAB = 40
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7], [14, 15]]

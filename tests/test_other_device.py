@@ -18,9 +18,9 @@ from tests import zoo
 from tests.simulated_device import Remote, move, simulated_device
 from tests.test_levers import NONE, PROMPTS, VOCAB, assert_same, language_model, share_of_low
 from tq_fast import decoder as decoder_module
-from tq_fast.forests import open_players
 from tq_fast.levers import Levers
-from tq_fast.rollout_graphs import RolloutGraphs
+from tq_fast.rollouts.graphs import RolloutGraphs
+from tq_fast.transfer.roles import open_players
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),

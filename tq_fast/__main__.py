@@ -1,6 +1,6 @@
 """`python -m tq_fast` is `tq-fast`."""
 
-from .cli import main
+from .cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import platform
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, TypeVar
@@ -55,6 +56,14 @@ def cuda_refusal() -> str | None:
         return "torch sees no CUDA device"
     # The schemas live in the CPU library.
     return cpu_refusal() or _load("cuda")
+
+
+def cpu_name() -> str:
+    """The processor's model name, for tables of figures."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def cpu_isa() -> str | None:

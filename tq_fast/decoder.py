@@ -10,14 +10,8 @@ import torch
 
 from .arguments import check_bounds, check_loading, place_models
 from .config import DecodeConfig
-from .decoding import ForestDecoder
-from .diagnostics import known_ess, warn_of_collapse, warn_of_noise
 from .errors import InvalidArgument
-from .estimators import Certificate, certify
-from .forests import Models, count_needs, open_players, rows_per_slot
 from .levers import Levers
-from .memory import ForestSize, check_sizes, fit_forest, smaller_after
-from .models.lengths import check_fits
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -28,11 +22,17 @@ from .models.loading import (
     load_reward,
     load_tokenizer,
 )
-from .models.reward import RewardFunction, Texts
 from .progress import TokenBar
 from .prompts import Prompt, PromptLike, PromptReader, read_prompts
-from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
-from .step import Rules
+from .results import Certificate, DecodeResult, DecodeStats, PromptResult, Response, carry_finished
+from .rewards.base import RewardFunction, Texts
+from .rewards.lengths import check_fits
+from .transfer.budget import ForestSize, check_sizes, fit_forest, smaller_after
+from .transfer.loop import ForestDecoder
+from .transfer.roles import Models, count_needs, open_players, rows_per_slot
+from .transfer.step import Rules
+from .transfer.warnings import known_ess, warn_of_collapse, warn_of_noise
+from .transfer.weights import certify
 
 _MODEL_ARGUMENTS = (
     "sft",

@@ -9,8 +9,47 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from .estimators import Certificate
 from .prompts import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What one response cost in divergence, and the bound of the prior that was used.
+
+    Theorem 1 of arXiv 2405.20495 holds for exact Q and the full vocabulary; truncation to k
+    candidates adds `-log(prior mass of the k)` a step, which `kl_bound` contains. Finite roll-outs
+    and horizons and imperfect baselines are not covered.
+
+    Attributes:
+        kl_to_sft: sum over the steps of KL(pi_alg || pi_sft), nats; None without an SFT model. An
+            upper bound where choices were settled by bounds on the reward.
+        kl_to_baseline: the same to pi_BL; None where no baseline took part.
+        log_prior_mass: sum over the steps of the log prior mass of the k candidates.
+        prior: the prior in use, "sft" or "baseline"; "mixture" of both for dera.
+        kl_bound: bound on KL(rho_alg || rho_sft) in nats: `T r_max / alpha` under the SFT prior,
+            `(1 / beta + T / alpha) r_max` under the baseline prior, `-log_prior_mass` added. None
+            where the reward's bounds, or the beta that it needs, were not given, and where it does
+            not hold: under the baseline prior for a baseline that was aligned to another reward,
+            and for weights="published", whose Q leaves the reward's bounds.
+        gap_reduction: what the theorem takes off `beta KL(rho* || rho_sft)`, its bound on how far
+            the reward stays below the best one, in units of the reward, along this response:
+            `alpha KL(pi_alg || pi_BL)` under the baseline prior, `alpha (KL(pi_alg || pi_sft) -
+            KL(pi_BL || pi_sft))` under the SFT prior, summed over the steps. None where the theorem
+            says nothing: for indirect transfer, where a model did not take part, and where a
+            choice was settled without every Q.
+        median_ess: median effective sample size over all steps and candidates with more than one
+            roll-out; None where there is none.
+        min_ess: the smallest of them.
+    """
+
+    kl_to_sft: float | None
+    kl_to_baseline: float | None
+    log_prior_mass: float
+    prior: str
+    kl_bound: float | None
+    gap_reduction: float | None = None
+    median_ess: float | None = None
+    min_ess: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from tq_fast.errors import InvalidArgument
 from tq_fast.evaluation.config import EvalConfig, ModelSource
 from tq_fast.evaluation.config_file import find_config, load_config, recipe_files
-from tq_fast.evaluation.prompt_source import check_readable
+from tq_fast.evaluation.prompts import check_readable
 
 GOOD = """
 seeds = [3, 4]

@@ -6,14 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.cases import (
-    CUDA_CASES,
-    RANDOM_CASES,
-    TRITON_CASES,
-    device_int,
-    kernel,
-    reference,
-)
+from tests.gpu.cases import CUDA_CASES, RANDOM_CASES, TRITON_CASES, device_int, kernel, reference
 from tq_fast import _native, ops
 
 

@@ -11,9 +11,9 @@ import torch
 from tests import zoo
 from tests.test_levers import ENDS, assert_same, language_model, run
 from tq_fast.errors import UnsupportedModel
+from tq_fast.forest.language import check_runs
 from tq_fast.levers import Levers
-from tq_fast.models.language import check_runs
-from tq_fast.rollout_graphs import RolloutGraphs
+from tq_fast.rollouts.graphs import RolloutGraphs
 
 PLAIN = Levers(graph_rollouts=False)
 

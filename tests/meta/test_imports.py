@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import tq_fast.cli", ("torch", "transformers")),
+        ("import tq_fast.cli.app", ("torch", "transformers")),
         ("import tq_fast.ops", ("transformers", "torch._dynamo", "triton")),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecodeConfig
-from .prompt_source import PromptSource
+from .prompts import PromptSource
 
 MODEL_ROLES = ("baseline", "sft", "reward", "baseline_reward", "gold", "judge", "embedder")
 

@@ -25,7 +25,7 @@ from ..config import DecodeConfig
 from ..errors import InvalidArgument
 from .config import MODEL_ROLES, EvalConfig, MethodSpec, Models, ModelSource, SetupSpec
 from .keys import check_keys, nearest
-from .prompt_source import read_prompt_source
+from .prompts import read_prompt_source
 
 if sys.version_info >= (3, 11):
     import tomllib

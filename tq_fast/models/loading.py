@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from ..errors import InvalidArgument, UnsupportedModel
-from .classifiers import CausalReward, EncoderReward, is_causal_classifier
-from .language import check_supported
-from .reward import CallableReward, Reward, RewardFunction, Texts
+from ..forest.language import check_supported
+from ..rewards.base import CallableReward, Reward, RewardFunction, Texts
+from ..rewards.causal import CausalReward, EncoderReward, is_causal_classifier
 
 ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase

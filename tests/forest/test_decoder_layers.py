@@ -1,0 +1,163 @@
+"""Fused decoder layers: the numbers of transformers' own, and only for layers of that formula."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tq_fast.forest import decoder_layers, few_rows
+from tq_fast.forest.decoder_layers import FORMULAS, digest, fused_forward
+from tq_fast.forest.few_rows import FewRows
+from tq_fast.forest.language import LanguageForest
+
+# Sums in another order; in 16 bits an intermediate may round to a neighbour, two layers deep.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
+FUSED = ["llama", "mistral", "qwen2"]
+
+
+@pytest.fixture(autouse=True)
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fused layers whatever instruction set the kernels use here."""
+    monkeypatch.setattr(few_rows, "most_rows", lambda dtype: 1000)
+    monkeypatch.setattr(few_rows, "most_rows_of_a_layer", lambda dtype: 1000)
+    yield
+
+
+def model_of(kind: str, dtype: torch.dtype = torch.float32, **settings: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](
+        vocab_size=50,
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        pad_token_id=0,
+        **settings,
+    )
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def rolled_out(model: PreTrainedModel, **options: object) -> torch.Tensor:
+    """Logits of a prompt's tip and of three rows, three tokens deep."""
+    forest = LanguageForest(
+        model,
+        num_trees=1,
+        num_rows=3,
+        prefix_capacity=9,
+        branch_capacity=3,
+        backend=None,
+        **options,
+    )
+    forest.prefill(0, [3, 1, 4, 1, 5, 9, 2])
+    logits = [forest.tip.clone()]
+    for start in range(3):
+        logits.append(forest.forward_rows(torch.tensor([start, 7, 40]), start=start, tree=None))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", FUSED)
+@torch.inference_mode()
+def test_logits_are_those_of_the_modules_which_are_not_called(kind, dtype, monkeypatch) -> None:
+    model = model_of(kind, dtype)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    expected = rolled_out(model, few_rows=False)
+    called: list[nn.Module] = []
+    mlp = type(model.model.layers[0].mlp)
+    forward = mlp.forward
+    decoder_layers._follows("mlp", mlp)
+    monkeypatch.setattr(mlp, "forward", lambda self, x: called.append(self) or forward(self, x))
+    result = rolled_out(model)
+    assert not called
+    torch.testing.assert_close(result, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@torch.inference_mode()
+def test_a_window_and_rotary_scaling_are_kept() -> None:
+    for kind, settings in (
+        ("mistral", {"sliding_window": 3}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ):
+        model = model_of(kind, **settings)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        expected = rolled_out(model, few_rows=False)
+        torch.testing.assert_close(rolled_out(model), expected, rtol=1e-4, atol=1e-4)
+        plain = rolled_out(model_of(kind), few_rows=False)
+        assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "olmo2", "phi3", "granite"])
+def test_other_formulas_are_left_to_their_own_code(kind) -> None:
+    assert all(fused_forward(module) is None for module in model_of(kind).modules())
+
+
+class DerivedLinear(nn.Linear):
+    """As an adapter would put in place of a linear layer."""
+
+
+def test_a_layer_that_somebody_changed_is_left_alone() -> None:
+    def derive(layer: nn.Module) -> None:
+        layer.mlp.up_proj = DerivedLinear(48, 88)
+
+    def activate(layer: nn.Module) -> None:
+        layer.mlp.act_fn = nn.GELU()
+
+    def widen(layer: nn.Module) -> None:
+        layer.input_layernorm.double()
+
+    def listen(layer: nn.Module) -> None:
+        layer.self_attn.o_proj.register_forward_hook(lambda *_: None)
+
+    def intercept(layer: nn.Module) -> None:
+        layer.self_attn.register_forward_pre_hook(lambda *_: None)
+
+    def patch(layer: nn.Module) -> None:
+        layer.mlp.forward = lambda x: x
+
+    def replace(layer: nn.Module) -> None:
+        layer.mlp = nn.Identity()
+
+    for change in (derive, activate, widen, listen, intercept, patch, replace):
+        layers = model_of("llama").model.layers
+        assert fused_forward(layers[0]) is not None
+        change(layers[0])
+        assert fused_forward(layers[0]) is None, change
+        assert fused_forward(layers[1]) is not None
+
+
+def test_linear_layers_inside_a_fused_layer_keep_their_forward() -> None:
+    model = model_of("llama")
+    with FewRows(model).during(3):
+        assert "forward" in model.model.layers[0].__dict__
+        assert "forward" in model.lm_head.__dict__
+        assert "forward" not in model.model.layers[0].mlp.up_proj.__dict__
+    with FewRows(model).during(1001):
+        assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_digest_sees_statements_and_nothing_else() -> None:
+    def first(x: int) -> int:
+        """Doubles."""
+        # A comment.
+        return 2 * x
+
+    def second(x: float, y: float = 1.0) -> float:
+        return 2 * x
+
+    def third(x: int) -> int:
+        return 3 * x
+
+    assert digest(first) == digest(second) != digest(third)
+    assert digest(len) == ""
+    assert all("" not in digests for digests in FORMULAS.values())

@@ -1,0 +1,239 @@
+"""Roll-outs at fixed addresses: the same tokens, nothing moves, and nobody waits for the device.
+
+A graph itself needs a GPU (tests/gpu/test_rollout_graphs.py). What it replays runs here one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tq_fast
+from tests import zoo
+from tests.test_levers import (
+    ARCHITECTURES,
+    ENDS,
+    NONE,
+    PROMPTS,
+    VOCAB,
+    assert_same,
+    language_model,
+    run,
+)
+from tq_fast import decoder as decoder_module
+from tq_fast.forest import language
+from tq_fast.forest.language import LanguageForest
+from tq_fast.levers import Levers
+from tq_fast.rollouts.graphs import RolloutGraphs
+from tq_fast.rollouts.state import RolloutLaw
+from tq_fast.transfer.roles import open_players
+
+pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
+
+Making = Callable[[RolloutGraphs], None]
+
+
+@pytest.fixture
+def with_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RolloutGraphs]]:
+    """Within the test every decode runs its roll-outs at fixed addresses; yields what ran them."""
+    made: list[RolloutGraphs] = []
+
+    def opened(*args: Any) -> Any:
+        players = open_players(*args)
+        made.append(RolloutGraphs(players.baseline, players.law, captures=False))
+        return dataclasses.replace(players, graphs=made[-1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_module, "open_players", opened)
+        yield made
+
+
+def plain(baseline: Any, levers: Levers, **options: Any) -> tq_fast.DecodeResult:
+    """`run` without graphs, whatever the fixture has patched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_module, "open_players", open_players)
+        return run(baseline, levers, **options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("horizon", [1, 2, 5, None])
+@pytest.mark.parametrize("ends", [ENDS, ()])
+@pytest.mark.parametrize(
+    "rollout", [{"rollout": "greedy"}, {"num_rollouts": 4, "rollout_top_k": 9}]
+)
+def test_the_tokens_are_those_without_graphs(
+    with_graphs: list[RolloutGraphs],
+    architecture: str,
+    horizon: int | None,
+    ends: tuple[int, ...],
+    rollout: dict[str, Any],
+) -> None:
+    baseline = language_model(architecture, scale=2.0)
+    options = {"horizon": horizon, "eos_token_id": ends, **rollout}
+    ours = run(baseline, Levers(), **options)
+    assert horizon == 1 or with_graphs[0].depth.item() > 1
+    assert_same(ours, plain(baseline, NONE, **options))
+    assert ours.stats.rollouts_run == plain(baseline, Levers(), **options).stats.rollouts_run
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"reward_bounds": (0.0, 1.0)}])
+def test_refilled_slots_and_waves_of_a_lazy_choice_use_the_same_buffers(
+    with_graphs: list[RolloutGraphs], options: dict[str, Any]
+) -> None:
+    baseline = language_model(scale=2.0)
+    options = {"num_rollouts": 3, "horizon": 3, **options}
+    ours = run(baseline, Levers(), **options)
+    assert len(with_graphs) == 1
+    without = {name: x for name, x in options.items() if name != "reward_bounds"}
+    assert_same(ours, plain(baseline, NONE, **without))
+
+
+def test_rows_that_still_run_gather_in_a_smaller_graph(
+    with_graphs: list[RolloutGraphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered = []
+    gather = RolloutGraphs._gather_running
+
+    def note(graphs: RolloutGraphs, num_rows: int, smaller: int, depth: int) -> None:
+        gathered.append((num_rows, smaller))
+        gather(graphs, num_rows, smaller, depth)
+
+    monkeypatch.setattr(RolloutGraphs, "_gather_running", note)
+    baseline = language_model()
+    options = {"num_rollouts": 8, "horizon": None, "max_new_tokens": 40, "prompts": PROMPTS[:3]}
+    ours = run(baseline, Levers(), **options)
+    assert gathered and all(2 * smaller <= num_rows for num_rows, smaller in gathered)
+    assert_same(ours, plain(baseline, NONE, **options))
+
+
+def test_no_buffer_moves_from_step_to_step(
+    with_graphs: list[RolloutGraphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = RolloutGraphs._step
+    addresses = []
+
+    def noted(graphs: RolloutGraphs, num_rows: int) -> None:
+        step(graphs, num_rows)
+        buffers = [*vars(graphs.state).values(), graphs.tree, graphs.prefix_len, graphs.depth]
+        layers = graphs.forest.cache._kv.values()
+        buffers += [
+            buffer
+            for layer in layers
+            for buffer in (layer.prefix_k, layer.prefix_v, layer.branch_k, layer.branch_v)
+        ]
+        addresses.append(tuple(buffer.data_ptr() for buffer in buffers))
+
+    monkeypatch.setattr(RolloutGraphs, "_step", noted)
+    run(language_model(), Levers(), num_rollouts=2)
+    assert len(addresses) > 6 and len(set(addresses)) == 1
+
+
+class _OneDevice(TorchDispatchMode):
+    """Refuses operations between devices: a copy from the host would wait."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        devices = {x.device for x in tensors if x.dim() > 0}
+        assert len(devices) <= 1, f"{function} works on {devices}"
+        return out
+
+
+def on_meta(architecture: str) -> LanguageForest:
+    """Two trees and eight rows of a model on the device "meta", from which nothing can be read."""
+    model = zoo.language_model(architecture, vocab_size=VOCAB).to("meta", torch.bfloat16)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor):
+                setattr(module, name, value.to("meta"))
+    # The trial run reads what it computes, which here is nothing.
+    language._kv_bytes[model] = 1
+    sizes = {"num_trees": 2, "num_rows": 8, "prefix_capacity": 16, "branch_capacity": 6}
+    forest = LanguageForest(model, **sizes, backend="ref", few_rows=False)
+    forest.prefill(0, [1, 2, 3])
+    forest.prefill(1, [1, 2])
+    return forest
+
+
+@pytest.mark.parametrize("architecture", sorted(zoo.LANGUAGE_MODELS))
+@pytest.mark.parametrize("rollout", [{"rollout": "greedy"}, {"rollout_top_p": 0.9}])
+@torch.no_grad()
+def test_the_host_learns_nothing_of_a_depth_and_tells_it_nothing(
+    architecture: str, rollout: dict[str, Any]
+) -> None:
+    forest = on_meta(architecture)
+    config = tq_fast.DecodeConfig(k=4, backend="ref", **rollout)
+    eos = torch.zeros(1, dtype=torch.int64, device="meta")
+    graphs = RolloutGraphs(forest, RolloutLaw(eos, VOCAB, config), captures=False)
+    with _OneDevice():
+        graphs._step(8)
+
+
+@torch.no_grad()
+def test_graphs_of_another_layout_share_no_memory_with_those_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PyTorch refuses a capture into a pool that has lost all its graphs."""
+    handles, pools = itertools.count(), []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(RolloutGraphs, "_capture", lambda graphs, _: pools.append(graphs._pool))
+    forest = on_meta("llama")
+    eos = torch.zeros(1, dtype=torch.int64, device="meta")
+    graphs = RolloutGraphs(forest, RolloutLaw(eos, VOCAB, tq_fast.DecodeConfig()))
+    for capacity in (6, 9):
+        forest.cache.reserve(prefix_capacity=0, branch_capacity=capacity)
+        assert graphs._prepare(8) and graphs._prepare(4)
+    assert pools == [0, 0, 1, 1]
+
+
+def test_what_the_host_reads_or_sends_would_be_noticed() -> None:
+    numbers = torch.empty(3, device="meta")
+    for reads in (numbers.sum().item, numbers.nonzero, numbers.tolist):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            reads()
+    with pytest.raises(AssertionError, match="works on"), _OneDevice():
+        numbers.copy_(torch.zeros(3))
+
+
+def test_a_model_that_cannot_be_captured_is_said_once_and_decoded_all_the_same(
+    with_graphs: list[RolloutGraphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(graphs: RolloutGraphs, num_rows: int) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(RolloutGraphs, "_capture", refuse)
+    baseline = language_model(scale=2.0)
+    options = {"num_rollouts": 4}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = run(baseline, Levers(), **options)
+    said = [str(w.message) for w in caught if "cannot be captured" in str(w.message)]
+    assert len(said) == 1 and "model type 'llama'" in said[0] and "not permitted" in said[0]
+    assert_same(ours, plain(baseline, NONE, **options))
+
+
+def test_running_out_of_memory_in_a_capture_is_not_taken_for_a_refusal(
+    with_graphs: list[RolloutGraphs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def fail_once(graphs: RolloutGraphs, num_rows: int) -> Callable[[], None]:
+        tried.append(num_rows)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("no room for the graph")
+        return lambda: graphs._step(num_rows)
+
+    monkeypatch.setattr(RolloutGraphs, "_capture", fail_once)
+    baseline = language_model(scale=2.0)
+    with pytest.warns(UserWarning, match="out of memory with 5 prompts"):
+        ours = run(baseline, Levers(), num_rollouts=4)
+    assert max(tried[1:]) < tried[0]
+    assert_same(ours, plain(baseline, NONE, num_rollouts=4))

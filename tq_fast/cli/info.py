@@ -1,0 +1,144 @@
+"""`tq-fast info`: what is installed and built, and which backend each op uses and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from .. import _native, env
+from .._version import __version__
+from ..ops._dispatch import describe_backends
+from .terminal import explain, say
+
+# The order in which an op asks its backends, by the device of its tensors.
+_ORDER = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref")}
+_KERNELS = ("cuda", "triton", "cpu")
+
+
+def show_info(console: Console) -> None:
+    """Print versions, hardware, native libraries and the backends of every op."""
+    facts = [*_versions(), *_hardware(), *_libraries()]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, value)
+    console.print(table, highlight=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    say(console, f"\nBackend of each op for tensors on {device} (TQ_FAST_BACKEND={env.backend()}):")
+    used = _show_ops(console, device)
+    costs = _costs(device, used)
+    if costs:
+        say(console, "\nWhat is missing, and what that costs:")
+        for cost in costs:
+            explain(console, f"- {cost}")
+
+
+def _versions() -> list[tuple[str, str]]:
+    triton = "not installed"
+    if importlib.util.find_spec("triton") is not None:
+        triton = importlib.import_module("triton").__version__
+    cuda = torch.version.cuda or "none: this torch was built without it"
+    return [
+        ("tq_fast", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("transformers", transformers.__version__),
+        ("triton", triton),
+        ("CUDA of torch", cuda),
+    ]
+
+
+def _hardware() -> list[tuple[str, str]]:
+    isa = _native.cpu_isa()
+    kernels = f", kernels for {isa}" if isa else ""
+    threads = torch.get_num_threads()
+    cpu = f"{_native.cpu_name()}, {os.cpu_count()} cores ({threads} used by torch){kernels}"
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = [f"{gpu.name}, {gpu.total_memory >> 30} GiB" for gpu in gpus]
+    return [("CPU", cpu), ("GPU", "; ".join(names) or "none that torch sees")]
+
+
+def _libraries() -> list[tuple[str, str]]:
+    common = None
+    try:
+        _native.load_common()
+    except ImportError as error:
+        common = str(error)
+    refusals = {
+        "CPU library": _native.cpu_refusal(),
+        "CUDA library": _native.cuda_refusal(),
+        "direct calls": _native.direct_refusal(),
+        "common headers": common,
+    }
+    return [
+        (name, "loaded" if reason is None else f"not loaded: {reason}")
+        for name, reason in refusals.items()
+    ]
+
+
+def _show_ops(console: Console, device: str) -> dict[str, str]:
+    """Print the table of ops; return the backend that each uses."""
+    pinned = env.backend()
+    reasons: list[str] = []
+    used: dict[str, str] = {}
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("op", "uses", *_KERNELS):
+        table.add_column(title, no_wrap=True)
+    for op, backends in describe_backends().items():
+        order = _ORDER[device] if pinned == "auto" else (pinned,)
+        used[op] = next((name for name in order if backends[name] is None), "an error")
+        cells = []
+        for name in _KERNELS:
+            reason = backends[name]
+            # One footnote for the ops that lack the same thing.
+            reason = reason if reason is None else reason.replace(op, "the op")
+            if reason is not None and reason not in reasons:
+                reasons.append(reason)
+            cells.append("yes" if reason is None else f"no ({reasons.index(reason) + 1})")
+        table.add_row(op, used[op], *cells)
+    console.print(table, highlight=False)
+    for number, reason in enumerate(reasons, start=1):
+        say(console, f"({number}) {reason}")
+    return used
+
+
+def _costs(device: str, used: dict[str, str]) -> list[str]:
+    """A sentence for each thing that would make this machine faster."""
+    costs = []
+    if device == "cpu":
+        costs.append(
+            "No GPU: the models themselves run on the CPU, which costs more than everything below."
+        )
+        if _native.cpu_refusal() is not None:
+            costs.append(
+                "No CPU library: its ops run on calls of PyTorch, with the same results and "
+                "slower, most of all finding candidates, sampling roll-outs and attention over the "
+                "shared prefix; the table of ops in README.md says by how much. Installing again "
+                "with a C++ compiler builds it."
+            )
+    elif _native.cuda_refusal() is not None:
+        costs.append(
+            "No CUDA library: ops run on Triton where they have a kernel there, otherwise on their "
+            "PyTorch references, with more launches and more memory traffic. Installing again "
+            "where nvcc is found, or with TQ_FAST_BUILD=cuda, builds it."
+        )
+    slow = [op for op, name in used.items() if name == "ref"]
+    if slow:
+        costs.append(
+            f"On their PyTorch references, with the same results: {', '.join(slow)}. "
+            "`make bench` measures what that costs."
+        )
+    refused = [op for op, name in used.items() if name == "an error"]
+    if refused:
+        costs.append(
+            f"TQ_FAST_BACKEND={env.backend()} pins a backend that these lack, so that they fail: "
+            f"{', '.join(refused)}."
+        )
+    return costs

@@ -1,1 +1,0 @@
-"""What the commands of `tq-fast` do; `tq_fast.cli` only parses their arguments."""

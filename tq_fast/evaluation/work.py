@@ -1,0 +1,267 @@
+"""The work of `tq-fast eval`: groups of prompts become records, here or in other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import signal
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeAlias
+
+import torch
+from transformers.utils import logging
+
+from .. import presets
+from ..errors import InvalidArgument, TqFastError
+from ..jobs.prompt_file import PromptEntry
+from ..jobs.records import ends_the_job, error_record, finite, response_record
+from ..prompts import Prompt, PromptReader
+from ..results import DecodeResult, PromptResult
+from .config import EvalConfig, MethodSpec, SetupSpec
+from .measures import measure_responses
+from .models import LoadedModels, ModelPool
+
+# Seconds that an idle process has to end.
+_GOODBYE = 10.0
+
+Record: TypeAlias = dict[str, Any]
+OnRecord: TypeAlias = Callable[["Task", Record], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Prompts that are decoded together by one method with one seed.
+
+    Attributes:
+        setup: position of the set-up.
+        method: position of the method in it.
+        seed: of the decode.
+        seed_idx: position of the seed.
+        prompts: positions of the prompts.
+    """
+
+    setup: int
+    method: int
+    seed: int
+    seed_idx: int
+    prompts: tuple[int, ...]
+
+
+class EvalWorker:
+    """Decodes and measures groups of prompts.
+
+    Args:
+        config: what is evaluated.
+        entries: every prompt.
+    """
+
+    def __init__(self, config: EvalConfig, entries: Sequence[PromptEntry]) -> None:
+        self.config = config
+        self.entries = entries
+        self.pool = ModelPool()
+        self._read: dict[Any, list[Prompt | Exception]] = {}
+
+    def models_of(self, spec: SetupSpec | MethodSpec) -> LoadedModels:
+        """The loaded models of a set-up or a method."""
+        return self.pool.load(spec.models)
+
+    def check(self, method: MethodSpec) -> None:
+        """Try a method on no prompt: refuse what its preset refuses, before any forward pass."""
+        self._call(method, [], self.config.seeds[0])
+
+    def run(self, task: Task) -> Iterator[Record]:
+        """Records of the prompts of `task`, as far as they are finished."""
+        setup = self.config.setups[task.setup]
+        method = setup.methods[task.method]
+        prompts = self._prompts(method)
+        for idx in task.prompts:
+            if isinstance(prompts[idx], Exception):
+                yield self._error(task, idx, prompts[idx])
+        group = [idx for idx in task.prompts if isinstance(prompts[idx], Prompt)]
+        if group:
+            yield from self._run_group(task, group, prompts)
+
+    def _run_group(self, task: Task, group: list[int], prompts: list[Any]) -> Iterator[Record]:
+        """Decode `group` together; if that fails, its halves, down to the prompt that fails."""
+        records = None
+        try:
+            records = self._decode(task, group, [prompts[idx] for idx in group])
+        except Exception as error:
+            if ends_the_job(error):
+                raise
+            if len(group) == 1:
+                records = [self._error(task, group[0], error)]
+        if records is not None:
+            yield from records
+            return
+        # Only here, where the error is gone and with it the memory that its traceback held.
+        middle = (len(group) + 1) // 2
+        for half in (group[:middle], group[middle:]):
+            yield from self._run_group(task, half, prompts)
+
+    def _decode(self, task: Task, group: list[int], prompts: list[Prompt]) -> list[Record]:
+        setup = self.config.setups[task.setup]
+        start, cpu_start = time.perf_counter(), time.process_time()
+        result = self._call(setup.methods[task.method], prompts, task.seed)
+        spent = {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu_start,
+        }
+        models = self.models_of(setup)
+        measures = measure_responses(prompts, result, models, **spent)
+        records = []
+        for i, idx in enumerate(group):
+            trace = result.traces[i]
+            text = None if result.texts is None else result.texts[i]
+            one = PromptResult(text, result.sequences[i], trace, result.certificate[i])
+            is_first = task.seed_idx == 0 and idx < self.config.traces
+            # A method without values has nothing in its trace that the response does not say.
+            keeps_trace = is_first and len(trace[0].candidates) > 1
+            record = response_record(self._entry(task, idx), one, traces=keeps_trace)
+            if keeps_trace and models.tokenizer is not None:
+                for step in record["trace"]:
+                    step["texts"] = [models.tokenizer.decode([z]) for z in step["candidates"]]
+            place = {"prompt_idx": idx, "seed": task.seed}
+            records.append({**record, **place, "measures": finite(measures[i])})
+        return records
+
+    def _call(self, method: MethodSpec, prompts: list[Prompt], seed: int) -> DecodeResult:
+        with warnings.catch_warnings():
+            # The error of Q and the effective sample size are measures of every record.
+            for message in (
+                "the standard error of Q",
+                "the weights of indirect",
+                "transfer='indir",
+            ):
+                warnings.filterwarnings("ignore", message)
+            return presets.METHODS[method.method](
+                prompts,
+                config=method.config(seed),
+                batch_size=self.config.batch_size,
+                **self.models_of(method).preset_arguments(),
+                **method.own,
+            )
+
+    def _prompts(self, method: MethodSpec) -> list[Prompt | Exception]:
+        """Every prompt as the method's models read it, or why it cannot be read.
+
+        All are read, so that equal ones have the random streams of a single call.
+        """
+        models = self.models_of(method)
+        key = tuple(id(model) for model in models.languages.values())
+        if key not in self._read:
+            sizes = [m.get_output_embeddings().weight.shape[0] for m in models.languages.values()]
+            reader = PromptReader(models.tokenizer, vocab_size=min(sizes))
+            self._read[key] = [self._read_one(reader, entry) for entry in self.entries]
+        return self._read[key]
+
+    def _read_one(self, reader: PromptReader, entry: PromptEntry) -> Prompt | Exception:
+        given = entry.prompt
+        if self.config.prompts.chat and isinstance(given, str):
+            given = [{"role": "user", "content": given}]
+        try:
+            return reader.read(entry.index, given)
+        except InvalidArgument as error:
+            return error
+
+    def _entry(self, task: Task, idx: int) -> PromptEntry:
+        number = task.seed_idx * len(self.entries) + idx
+        return dataclasses.replace(self.entries[idx], index=number)
+
+    def _error(self, task: Task, idx: int, error: Exception) -> Record:
+        record = error_record(self._entry(task, idx), error)
+        return {**record, "prompt_idx": idx, "seed": task.seed}
+
+
+def run_here(worker: EvalWorker, tasks: Sequence[Task], on_record: OnRecord) -> None:
+    """Carry out `tasks` in this process."""
+    for task in tasks:
+        for record in worker.run(task):
+            on_record(task, record)
+
+
+def run_in_processes(
+    config: EvalConfig,
+    entries: Sequence[PromptEntry],
+    tasks: Sequence[Task],
+    on_record: OnRecord,
+) -> None:
+    """Carry out `tasks` in `config.workers` processes of one thread each.
+
+    Raises:
+        TqFastError: a process ended, or met an error that is every prompt's.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = deque(tasks)
+    busy: dict[Connection, Task] = {}
+    processes = []
+    try:
+        for _ in range(min(config.workers, len(tasks))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, config, entries), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            busy[ours] = waiting.popleft()
+            ours.send(busy[ours])
+        while busy:
+            for connection in wait(list(busy)):
+                _hear(connection, busy, waiting, on_record)
+    finally:
+        # A process ends by itself when its connection is closed; one at work is ended.
+        for connection in busy:
+            connection.close()
+        for process in processes:
+            process.join(0.0 if busy else _GOODBYE)
+            if process.is_alive():
+                process.terminate()
+            process.join()
+
+
+def _hear(
+    connection: Connection, busy: dict[Connection, Task], waiting: deque[Task], on_record: OnRecord
+) -> None:
+    """Take one message of a process: a record, the end of its task (None), or its failure."""
+    try:
+        message = connection.recv()
+    except EOFError:
+        raise TqFastError(
+            "a worker process ended by itself, perhaps for want of memory; what is finished is "
+            "kept, and the same command goes on from there"
+        ) from None
+    if isinstance(message, str):
+        raise TqFastError(f"a worker process failed: {message}")
+    if message is not None:
+        on_record(busy[connection], message)
+    elif waiting:
+        busy[connection] = waiting.popleft()
+        connection.send(busy[connection])
+    else:
+        del busy[connection]
+        connection.close()
+
+
+def _serve(connection: Connection, config: EvalConfig, entries: Sequence[PromptEntry]) -> None:
+    """The life of a worker process; it ends when the other side is gone."""
+    # An interrupt is for the process that started this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    worker = EvalWorker(config, entries)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            task = connection.recv()
+            try:
+                for record in worker.run(task):
+                    connection.send(record)
+            except (BrokenPipeError, ConnectionResetError):
+                return
+            except Exception as error:
+                connection.send(f"{type(error).__name__}: {error}")
+                return
+            connection.send(None)

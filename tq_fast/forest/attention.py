@@ -1,0 +1,195 @@
+"""The attention function that transformers calls while a forest runs a forward pass.
+
+`forest_attention` is registered with `AttentionInterface` and, since a mask would otherwise become
+None in silence, `_forest_mask` with `AttentionMaskInterface`. The mask function builds no mask: it
+finds out which pattern the layer asks for (causal, or causal with a sliding window), hands the
+window on, and refuses every other pattern by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+
+from .. import ops
+from ..errors import UnsupportedModel
+from .cache import BranchPass, ForestCache, PrefillPass
+
+NAME = "tq_fast_forest"
+
+_active: ContextVar[tuple[ForestCache, str | None]] = ContextVar("tq_fast_active_forest")
+
+# Arguments of attention functions that change nothing for a causal forward pass without gradient.
+_HARMLESS = frozenset(
+    {
+        "dropout",
+        "is_causal",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "layer_head_mask",
+        "head_mask",
+        "sliding_window",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unhonoured:
+    """Stands for a mask of a pattern that the forest has not: `sentence` says which."""
+
+    sentence: str
+
+
+@contextlib.contextmanager
+def running(
+    model: PreTrainedModel,
+    cache: ForestCache,
+    forward_pass: PrefillPass | BranchPass,
+    backend: str | None,
+) -> Iterator[None]:
+    """Within the block, `model` attends through `cache`; afterwards it is as it was."""
+    _register()
+    configs = [model.config, *_sub_configs(model.config)]
+    before = [config._attn_implementation for config in configs]
+    token = _active.set((cache, backend))
+    cache.current_pass = forward_pass
+    for config in configs:
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+        cache.check_attended()
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+        cache.current_pass = cache.current_layer = None
+        _active.reset(token)
+
+
+def forest_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: int | _Unhonoured | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend `query` `[rows, H_q, T, d]` to the prefix of each row's tree and to its own branch.
+
+    Args:
+        module: the attention layer that calls.
+        query: new queries, already rotated.
+        key: new keys `[rows, H_kv, T, d]`; the cache holds them already.
+        value: new values.
+        attention_mask: what `_forest_mask` made of the layer's mask.
+        scaling: factor on the scores; None: `d ** -0.5`.
+        softcap: the scores become `softcap * tanh(score / softcap)`.
+        s_aux: attention sinks `[H_q]`, one more logit a head that attends to nothing.
+
+    Returns:
+        Output `[rows, T, H_q, d]`, and None for the attention weights.
+
+    Raises:
+        UnsupportedModel: the layer asks for something that the forest does not honour.
+    """
+    for name, value_of in kwargs.items():
+        if name not in _HARMLESS and value_of is not None and value_of is not False:
+            raise UnsupportedModel(
+                f"{type(module).__name__} passes {name!r} to its attention, which the "
+                "shared-prefix cache does not honour"
+            )
+    if isinstance(attention_mask, _Unhonoured):
+        raise UnsupportedModel(attention_mask.sentence)
+    cache, backend = _active.get()
+    now, layer = cache.current_pass, cache.take_layer()
+    assert now is not None
+    if key.shape[1] != layer.branch_k.shape[1] or value.shape[1] != layer.branch_v.shape[1]:
+        raise UnsupportedModel(
+            f"{type(module).__name__} attends with {key.shape[1]} key-value heads, but stores "
+            f"{layer.branch_k.shape[1]}, which the shared-prefix cache does not honour"
+        )
+    if isinstance(now, PrefillPass):
+        # A prompt is a branch of what is known of it, often of an empty prefix.
+        one = slice(now.tree, now.tree + 1)
+        known = torch.full((1,), now.start, device=query.device)
+        length = torch.full((1,), key.shape[2], device=query.device)
+        prefix_k = layer.prefix_k[one, :, : now.start]
+        prefix_v = layer.prefix_v[one, :, : now.start]
+        args = (query, prefix_k, prefix_v, known, key, value, length)
+        tree = None
+    else:
+        args = (
+            query,
+            *layer.prefix(cache.num_trees, now.max_prefix),
+            now.prefix_len,
+            *layer.branches(now.rows),
+            now.branch_len,
+        )
+        tree = now.tree
+    out, lse = ops.shared_prefix_attention(
+        *args, scale=scaling, softcap=softcap, window=attention_mask, tree=tree, backend=backend
+    )
+    if s_aux is not None:
+        out = out * torch.sigmoid(lse - s_aux[:, None].to(lse)).unsqueeze(-1).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _forest_mask(
+    *,
+    mask_function: Callable[..., torch.Tensor],
+    config: Any,
+    use_vmap: bool = False,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> int | _Unhonoured | None:
+    """Return the window of a sliding layer, None for a full one, else why it is not honoured.
+
+    A model makes the masks of all patterns that it knows, those of no layer among them: only a
+    mask that a layer attends with is refused.
+    """
+    if attention_mask is not None:
+        raise UnsupportedModel("a padding mask reached the shared-prefix cache, which takes none")
+    if mask_function is causal_mask_function:
+        return None
+    window = getattr(config, "sliding_window", None)
+    if use_vmap or window is None or not _is_sliding_causal(mask_function, window):
+        return _Unhonoured(
+            f"model type {config.model_type!r} asks for an attention pattern other than causal or "
+            "causal with a sliding window (chunked, block-wise or bidirectional), which the "
+            "shared-prefix cache does not honour"
+        )
+    return int(window)
+
+
+def _is_sliding_causal(mask_function: Callable[..., torch.Tensor], window: int) -> bool:
+    """Whether `mask_function` lets a query see the `window` keys up to itself and no others."""
+    query = 2 * window + 7
+    keys = torch.tensor([0, query - window, query - window + 1, query, query + 1])
+    zero = torch.zeros_like(keys)
+    seen = mask_function(zero, zero, torch.full_like(keys, query), keys)
+    return seen.tolist() == [False, False, True, True, False]
+
+
+def _sub_configs(config: Any) -> list[Any]:
+    names = getattr(config, "sub_configs", {})
+    return [sub for name in names if (sub := getattr(config, name, None)) is not None]
+
+
+def _register() -> None:
+    if NAME not in AttentionInterface._global_mapping:
+        AttentionInterface.register(NAME, forest_attention)
+        AttentionMaskInterface.register(NAME, _forest_mask)

@@ -1,0 +1,1 @@
+"""Files of prompts and records, and whether a job may go on from what they hold."""

@@ -1,0 +1,77 @@
+"""The records of a job: one JSON object for each prompt, a response or an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import traceback
+from typing import Any
+
+import torch
+
+from ..errors import BackendRefused, DecodingError, TqFastError, UnsupportedModel
+from ..results import PromptResult, StepTrace
+from .prompt_file import PromptEntry
+from .record_file import OutputRefused
+
+
+def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -> dict[str, Any]:
+    """The record of a prompt that was decoded; with `traces`, of every step too.
+
+    Numbers are null where they are not finite or cannot be estimated (an error at n = 1).
+    """
+    record = {
+        **_head(entry),
+        "response": result.text,
+        "token_ids": result.sequence.tolist(),
+        "steps": len(result.trace),
+        "certificate": finite(dataclasses.asdict(result.certificate)),
+    }
+    if traces:
+        record["trace"] = [_compact(step) for step in result.trace]
+    return record
+
+
+def error_record(entry: PromptEntry, error: Exception) -> dict[str, Any]:
+    """The record of a prompt that failed; one that nobody foresaw keeps its traceback."""
+    described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+    if isinstance(error, DecodingError):
+        described |= {"message": error.reason, "step": error.step}
+    elif not isinstance(error, TqFastError):
+        described["traceback"] = "".join(traceback.format_exception(error))
+    return {**_head(entry), "error": described}
+
+
+def ends_the_job(error: Exception) -> bool:
+    """Whether it is every prompt's failure: the settings, the output, or a device that is lost."""
+    is_lost = isinstance(error.__cause__ or error, torch.AcceleratorError)
+    return is_lost or isinstance(error, (BackendRefused, UnsupportedModel, OutputRefused))
+
+
+def _head(entry: PromptEntry) -> dict[str, Any]:
+    return {"index": entry.index, "id": entry.id, "prompt": entry.prompt}
+
+
+def _compact(step: StepTrace) -> dict[str, Any]:
+    return {
+        "candidates": step.candidates.tolist(),
+        "choice": step.choice,
+        **{
+            name: finite(getattr(step, name).tolist())
+            for name in ("q", "q_stderr", "ess", "prior_logprobs", "final_logprobs")
+        },
+        "kl_to_sft": finite(step.kl_to_sft),
+        "kl_to_baseline": finite(step.kl_to_baseline),
+        "kl_baseline_to_sft": finite(step.kl_baseline_to_sft),
+    }
+
+
+def finite(value: Any) -> Any:
+    """`value` with seven digits of every number, all that fp32 holds, and None for the others."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value

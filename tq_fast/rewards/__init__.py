@@ -1,0 +1,1 @@
+"""Rewards: whole responses in, one score each out."""

@@ -1,0 +1,308 @@
+"""Sequence classifiers as rewards: causal ones over a forest, any other on whole texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InvalidArgument
+from ..forest import common_length, share_prefix
+from ..forest.language import Forest, check_runs, max_positions
+from ..forest.packing import split_by_length
+from ..prompts import Prompt, chat_token_ids
+from .base import Opening, RewardSession, Texts, drop_from
+
+# Whole texts that an encoder scores at a time.
+_TEXT_BATCH = 32
+
+
+class ClassifierReward:
+    """What both kinds of sequence classifier share: how a text becomes token ids.
+
+    Args:
+        model: a sequence classifier.
+        tokenizer: its own tokenizer; None where it reads the baseline's token ids.
+        texts: decodes with the baseline's tokenizer.
+        label: which label is the reward; None where there is one label.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        texts: Texts,
+        label: int | None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.texts = texts
+        self.label = check_label(model, label)
+        self._shares_ids = tokenizer is None or _encode_alike(tokenizer, texts.tokenizer)
+
+    def shares_ids(self, prompt: Prompt) -> bool:
+        """Whether the baseline's token ids of `prompt` and response are the reward's own."""
+        if not self._shares_ids or self.tokenizer is None or self.texts.tokenizer is None:
+            return self._shares_ids
+        is_chat = not isinstance(prompt.given, str)
+        same_template = self.tokenizer.chat_template == self.texts.tokenizer.chat_template
+        return not is_chat or same_template
+
+    def encode(self, prompt: Prompt, token_ids: Sequence[int]) -> list[int]:
+        """Token ids, under the reward's tokenizer, of prompt and response together."""
+        if self.shares_ids(prompt):
+            return [*prompt.token_ids, *token_ids]
+        if not isinstance(prompt.given, str) and self.tokenizer.chat_template:
+            answer = {"role": "assistant", "content": self.texts.response(token_ids)}
+            chat = [*prompt.given, answer]
+            return chat_token_ids(self.tokenizer, chat, add_generation_prompt=False)
+        return self.tokenizer(self.texts.whole(prompt, token_ids))["input_ids"]
+
+    def check_length(self, num_tokens: int) -> None:
+        """Refuse a sequence that is longer than the model allows."""
+        limit = max_positions(self.model)
+        if limit is not None and num_tokens > limit:
+            raise InvalidArgument(
+                f"prompt and response make {num_tokens} tokens for the reward model, which allows "
+                f"{limit}"
+            )
+
+
+class CausalReward(ClassifierReward):
+    """A causal sequence classifier over its own forest.
+
+    The prompt and the emitted text are encoded once; a step encodes only what is new. Equals
+    `model(input_ids).logits[0, label]` on the whole sequence, with the head computed in fp32. As in
+    transformers, the score is read at the last token that is not padding.
+    """
+
+    def open(self, opening: Opening) -> RewardSession:
+        prompts = (*opening.prompts, *opening.waiting)
+        check_runs(self.model)
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        return _CausalSession(self, opening, capacity=longest + opening.max_new)
+
+
+class _CausalSession:
+    """Keeps, for each tree, the encoded prefix and the rows of the last call.
+
+    What the new rows of a tree have in common is its prefix now. It is compared with what is
+    stored: a stored prefix that went too far is cut back, and one that fell short takes over the
+    tokens that a row of the last call encoded already.
+    """
+
+    def __init__(self, reward: CausalReward, opening: Opening, *, capacity: int) -> None:
+        self.reward = reward
+        self.prompts = list(opening.prompts)
+        model = reward.model
+        self.backbone = getattr(model, model.base_model_prefix)
+        self.pad = model.config.get_text_config().pad_token_id
+        self.forest = Forest(
+            model,
+            num_trees=len(self.prompts),
+            num_rows=opening.num_rows,
+            prefix_capacity=capacity,
+            branch_capacity=1,
+            backend=opening.backend,
+        )
+        self.prefixes: list[list[int]] = [[] for _ in self.prompts]
+        # Of each tree: rows of the cache, and what they hold.
+        self.last_rows: list[list[tuple[int, list[int]]]] = [[] for _ in self.prompts]
+
+    @property
+    def num_token_forwards(self) -> int:
+        return self.forest.num_token_forwards
+
+    @property
+    def peak_kv_bytes(self) -> int:
+        return self.forest.cache.num_bytes
+
+    def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
+        rows = [
+            self._without_padding(self.reward.encode(self.prompts[tree], response))
+            for tree, response in zip(trees, responses, strict=True)
+        ]
+        longest = max(map(len, rows))
+        self.reward.check_length(longest)
+        self.forest.cache.reserve(prefix_capacity=longest, branch_capacity=1)
+        for tree in sorted(set(trees)):
+            self._extend_prefix(tree, [rows[i] for i, t in enumerate(trees) if t == tree])
+        suffixes = [row[len(self.prefixes[tree]) :] for tree, row in zip(trees, rows, strict=True)]
+        self.forest.cache.reserve(prefix_capacity=0, branch_capacity=max(map(len, suffixes)))
+        self.last_rows = [[] for _ in self.prefixes]
+        scores = [math.nan] * len(rows)
+        first_row = 0
+        # Short rows apart from long ones, so that little is padded.
+        for chunk in split_by_length(
+            list(map(len, suffixes)),
+            device_type=self.forest.device.type,
+            max_rows=self.forest.cache.num_rows,
+        ):
+            found = self._forward(
+                [trees[i] for i in chunk], [suffixes[i] for i in chunk], first_row
+            )
+            for row, i in enumerate(chunk, first_row):
+                scores[i] = found[row - first_row]
+                self.last_rows[trees[i]].append((row, suffixes[i]))
+            first_row += len(chunk)
+        return scores
+
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        self.forest.cache.truncate(tree, 0)
+        self.prompts[tree], self.prefixes[tree], self.last_rows[tree] = prompt, [], []
+
+    def drop_tree(self, tree: int) -> None:
+        self.forest.cache.drop_tree(tree)
+        for entries in (self.prompts, self.prefixes, self.last_rows):
+            drop_from(entries, tree)
+
+    def _without_padding(self, row: list[int]) -> list[int]:
+        end = len(row)
+        while end > 1 and row[end - 1] == self.pad:
+            end -= 1
+        return row[:end]
+
+    def _extend_prefix(self, tree: int, rows: list[list[int]]) -> None:
+        # Every row keeps a token of its own, since its score is read there.
+        common = rows[0][: min(common_length(rows), min(map(len, rows)) - 1)]
+        stored = self.prefixes[tree]
+        if not stored:
+            known = share_prefix(self.forest.cache, tree, common, self.prefixes)
+            if common[known:]:
+                self.forest.run_prefill(self.backbone, tree, common[known:])
+            self.prefixes[tree] = common
+            return
+        kept = common_length([stored, common])
+        if kept < len(stored):
+            self.forest.cache.truncate(tree, kept)
+            self.prefixes[tree] = stored[:kept]
+            return
+        num_encoded, best_row = 0, 0
+        for row, suffix in self.last_rows[tree]:
+            length = common_length([common[kept:], suffix])
+            if length > num_encoded:
+                num_encoded, best_row = length, row
+        if num_encoded:
+            self.forest.cache.commit([tree], [best_row], num_encoded)
+        self.prefixes[tree] = common[: kept + num_encoded]
+
+    def _forward(
+        self, trees: Sequence[int], suffixes: list[list[int]], first_row: int
+    ) -> list[float]:
+        """Scores of the rows from `first_row` on, in one forward pass."""
+        forest = self.forest
+        width = max(map(len, suffixes))
+        tokens = torch.tensor(
+            [suffix + [0] * (width - len(suffix)) for suffix in suffixes], device=forest.device
+        )
+        last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=forest.device)
+        output = forest.run_branches(
+            self.backbone,
+            tokens,
+            start=0,
+            tree=torch.tensor(trees, device=forest.device),
+            first_row=first_row,
+        )
+        hidden = output.last_hidden_state
+        pooled = hidden[torch.arange(len(suffixes), device=forest.device), last]
+        return self._head(pooled)[:, self.reward.label].tolist()
+
+    def _head(self, pooled: torch.Tensor) -> torch.Tensor:
+        head = self.reward.model.score
+        if isinstance(head, torch.nn.Linear):
+            bias = None if head.bias is None else head.bias.float()
+            return functional.linear(pooled.float(), head.weight.float(), bias)
+        return head(pooled).float()
+
+
+class EncoderReward(ClassifierReward):
+    """A sequence classifier that reads whole texts, `_TEXT_BATCH` at a time."""
+
+    def open(self, opening: Opening) -> RewardSession:
+        return _EncoderSession(self, opening.prompts)
+
+
+class _EncoderSession:
+    peak_kv_bytes = 0
+
+    def __init__(self, reward: EncoderReward, prompts: Sequence[Prompt]) -> None:
+        self.reward = reward
+        self.prompts = list(prompts)
+        self.num_token_forwards = 0
+        self.pad = reward.model.config.get_text_config().pad_token_id
+
+    def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
+        rows = [
+            self.reward.encode(self.prompts[tree], response)
+            for tree, response in zip(trees, responses, strict=True)
+        ]
+        self.reward.check_length(max(map(len, rows)))
+        # Rows of like length together, so that little is padded.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        size = 1 if self.pad is None else _TEXT_BATCH
+        scores = [math.nan] * len(rows)
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
+            for i, score in zip(chunk, self._forward([rows[i] for i in chunk]), strict=True):
+                scores[i] = score
+        return scores
+
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        self.prompts[tree] = prompt
+
+    def drop_tree(self, tree: int) -> None:
+        drop_from(self.prompts, tree)
+
+    def _forward(self, rows: list[list[int]]) -> list[float]:
+        device = self.reward.model.device
+        width = max(map(len, rows))
+        self.num_token_forwards += len(rows) * width
+        pad = 0 if self.pad is None else self.pad
+        tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+        mask = torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
+        )
+        logits = self.reward.model(input_ids=tokens, attention_mask=mask).logits
+        return logits.float()[:, self.reward.label].tolist()
+
+
+def is_causal_classifier(model: PreTrainedModel) -> bool:
+    """Whether `model` is a causal backbone with a `score` head, as transformers builds them."""
+    return isinstance(getattr(model, "score", None), torch.nn.Module) and hasattr(
+        model, model.base_model_prefix
+    )
+
+
+def check_label(model: PreTrainedModel, label: int | None) -> int:
+    """Return the label that is the reward.
+
+    Raises:
+        InvalidArgument: several labels and no index, or an index out of range.
+    """
+    num_labels = model.config.num_labels
+    if label is None and num_labels > 1:
+        raise InvalidArgument(
+            f"the reward model has {num_labels} labels; reward_index must say which one is the "
+            "reward, got None"
+        )
+    if label is not None and not 0 <= label < num_labels:
+        raise InvalidArgument(
+            f"reward_index must be in [0, {num_labels}) for this reward model, got {label!r}"
+        )
+    return label or 0
+
+
+def _encode_alike(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None
+) -> bool:
+    """Whether both tokenizers give the same ids for every text."""
+    if other is None:
+        return False
+    probe = "One text, and 2 more."
+    return (
+        tokenizer.get_vocab() == other.get_vocab()
+        and tokenizer(probe)["input_ids"] == other(probe)["input_ids"]
+    )

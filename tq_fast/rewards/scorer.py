@@ -1,0 +1,121 @@
+"""One reward at work on the roll-outs of a forest: what is scored, what is known, what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from ..errors import DecodingError, RewardError
+from ..prompts import Prompt
+from ..results import Response
+from ..rollouts.records import Branch
+from .base import RewardSession, drop_from
+
+# Values are fp32: a greater score would be infinite there.
+_MAX_SCORE = torch.finfo(torch.float32).max
+
+
+class Scorer:
+    """Scores roll-outs by one reward, every text once, and checks what the reward returns.
+
+    Args:
+        session: the reward over the forest.
+        responses: the response of each tree; the caller's own list, which changes.
+        bounds: (lo, hi) where the reward is declared bounded.
+        remembers: texts of this and the last call are not scored again.
+    """
+
+    def __init__(
+        self,
+        session: RewardSession,
+        responses: list[Response],
+        *,
+        bounds: tuple[float, float] | None,
+        remembers: bool,
+    ) -> None:
+        self.session = session
+        self.responses = responses
+        self.bounds = bounds
+        self.remembers = remembers
+        self._known: list[dict[tuple[int, ...], float]] = [{} for _ in responses]
+
+    @property
+    def num_token_forwards(self) -> int:
+        """Tokens that went through the reward's model so far."""
+        return self.session.num_token_forwards
+
+    @property
+    def peak_kv_bytes(self) -> int:
+        """Most bytes of KV that the reward held so far."""
+        return self.session.peak_kv_bytes
+
+    def score(self, branches: Sequence[Branch]) -> list[float]:
+        """Return the reward of each branch's whole response.
+
+        Raises:
+            RewardError: it raised, returned another number of scores, one that is not finite, or
+                one outside of the declared bounds.
+        """
+        texts = []
+        for branch in branches:
+            tree = branch.place.tree
+            emitted = self.responses[tree].token_ids
+            texts.append((tree, (*emitted, branch.candidate, *branch.tokens)))
+        if not self.remembers:
+            return self.score_texts(texts)
+        new = list(
+            dict.fromkeys((tree, text) for tree, text in texts if text not in self._known[tree])
+        )
+        if new:
+            for (tree, text), score in zip(new, self.score_texts(new), strict=True):
+                self._known[tree][text] = score
+        return [self._known[tree][text] for tree, text in texts]
+
+    def forget(self) -> None:
+        """Keep only texts that can come again: those that begin with what was emitted."""
+        for tree, response in enumerate(self.responses):
+            emitted = tuple(response.token_ids)
+            known = self._known[tree]
+            self._known[tree] = {
+                text: score for text, score in known.items() if text[: len(emitted)] == emitted
+            }
+
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        """`tree` is of another prompt from now on."""
+        self._known[tree] = {}
+        self.session.replace_tree(tree, prompt)
+
+    def drop_tree(self, tree: int) -> None:
+        """Forget `tree`; the last tree takes over its place."""
+        drop_from(self._known, tree)
+        self.session.drop_tree(tree)
+
+    def score_texts(self, texts: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
+        """Return the reward of each (tree, whole response), whether it is known or not; checked.
+
+        Raises:
+            RewardError: as `score` does.
+        """
+        try:
+            scores = self.session.score([tree for tree, _ in texts], [list(t) for _, t in texts])
+        except (torch.OutOfMemoryError, DecodingError):
+            raise
+        except Exception as error:
+            self._fail(texts[0][0], f"the reward raised {error!r}", error)
+        if len(scores) != len(texts):
+            message = f"the reward returned {len(scores)} scores for {len(texts)} responses"
+            self._fail(texts[0][0], message)
+        for (tree, _), score in zip(texts, scores, strict=True):
+            if not abs(score) <= _MAX_SCORE:
+                self._fail(tree, f"the reward returned {score}")
+            if self.bounds is not None and not self.bounds[0] <= score <= self.bounds[1]:
+                self._fail(
+                    tree, f"the reward returned {score}, outside of its reward_bounds {self.bounds}"
+                )
+        return scores
+
+    def _fail(self, tree: int, message: str, cause: BaseException | None = None) -> NoReturn:
+        response = self.responses[tree]
+        raise RewardError(message, prompt_idx=response.idx, step=response.step) from cause

@@ -1,0 +1,1 @@
+"""The roll-outs of a step: what they are, their random streams, and running them."""

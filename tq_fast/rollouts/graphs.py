@@ -1,0 +1,218 @@
+"""Roll-outs on a GPU: one CUDA graph a depth, at fixed addresses, and a host that never waits.
+
+A depth of the forest is a few hundred small kernels. Launched one by one from Python they take
+longer than the device needs to run them; replayed as a graph, a depth is one launch. What changes
+from depth to depth (how deep it is, what was drawn, who is finished) therefore lives on the device,
+and so does every buffer that a kernel touches, where it was when the graph was captured.
+
+Rows that are finished stay where they are, idle, until few enough are left for a graph of half the
+size. The host learns of that late: it reads how many ran a few depths ago, and that many run now at
+most.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ..errors import warn_caller
+from ..forest.language import LanguageForest
+from .state import RolloutLaw, RolloutState
+
+# Depths between two looks at how many roll-outs still run, and how old the news may be.
+_LOOK_EVERY = 8
+
+
+class RolloutGraphs:
+    """Depths of one forest, from the second on, each size captured once.
+
+    Args:
+        forest: the baseline; its rows hold the first token of the roll-outs when `run` is called.
+        law: how roll-outs are drawn.
+        captures: False runs the same operations one by one, on any device.
+    """
+
+    def __init__(self, forest: LanguageForest, law: RolloutLaw, *, captures: bool = True) -> None:
+        self.forest, self.law, self.captures = forest, law, captures
+        cache, device = forest.cache, forest.device
+        self.state = RolloutState.resting(cache.num_rows, cache.branch_capacity, device)
+        self.tree = torch.zeros(cache.num_rows, dtype=torch.int64, device=device)
+        self.prefix_len = torch.zeros(cache.num_trees, dtype=torch.int64, device=device)
+        self.depth = torch.ones(1, dtype=torch.int64, device=device)
+        self.num_running = torch.zeros(1, dtype=torch.int64, device=device)
+        self._replays: dict[int, Callable[[], None]] = {}
+        self._layout = cache.layout
+        self._is_refused = False
+        self._pool = torch.cuda.graph_pool_handle() if captures else None
+
+    def run(self, state: RolloutState, tree: torch.Tensor, num_depths: int) -> int | None:
+        """Go on with roll-outs that have drawn their first token, until all are finished.
+
+        Args:
+            state: of roll-outs that are each in a row of their own; changed in place.
+            tree: int64 `[N]`, ascending, the tree of each row.
+            num_depths: no roll-out has more tokens than this.
+
+        Returns:
+            Forward passes that were run; None where the model cannot be captured, which is said in
+            a warning, once. Then nothing has changed.
+        """
+        if num_depths == 1:
+            return 0
+        num_rows = self._size_for(len(tree))
+        self._load(state, tree)
+        if not self._prepare(num_rows):
+            return None
+        news = _News(self.num_running)
+        depth = 1
+        while depth < num_depths:
+            self._replay(num_rows)
+            depth += 1
+            if depth % _LOOK_EVERY == 0 and depth < num_depths:
+                at_most = news.exchange()
+                if at_most == 0:
+                    break
+                smaller = self._size_for(len(tree) if at_most is None else at_most)
+                if 2 * smaller <= num_rows and self._prepare(smaller):
+                    self._gather_running(num_rows, smaller, depth)
+                    num_rows = smaller
+        self._store(state)
+        return depth - 1
+
+    def _size_for(self, num: int) -> int:
+        """Rows of the graph that takes `num` of them: few sizes, and a quarter idle at most."""
+        step = max(8, 1 << max(0, num.bit_length() - 2))
+        return min(-(-num // step) * step, self.forest.cache.num_rows)
+
+    def _step(self, num_rows: int) -> None:
+        """One depth of the first `num_rows` rows; the host knows nothing of it but their number."""
+        state = self.state
+        tokens = state.tokens[:num_rows].index_select(1, self.depth - 1)
+        logits = self.forest.forward_depth(
+            tokens,
+            depth=self.depth,
+            tree=self.tree[:num_rows],
+            prefix_len=self.prefix_len[: self.forest.cache.num_trees],
+        )
+        self.law.advance(logits, state, self.depth)
+        self.num_running.copy_((~state.finished[:num_rows]).sum())
+        self.depth += 1
+
+    def _replay(self, num_rows: int) -> None:
+        counted = self.forest.num_token_forwards
+        self._replays[num_rows]()
+        self.forest.num_token_forwards = counted + num_rows
+
+    def _prepare(self, num_rows: int) -> bool:
+        """Have a graph of this size; False, and a warning, where there can be none."""
+        if self._layout != self.forest.cache.layout:
+            self._replays.clear()
+            self._layout = self.forest.cache.layout
+            # The old pool has no graph any more, but cuBLAS keeps a workspace in it: PyTorch takes
+            # no capture into a pool in that state.
+            self._pool = torch.cuda.graph_pool_handle() if self.captures else None
+        if num_rows not in self._replays and not self._is_refused:
+            counted = self.forest.num_token_forwards
+            try:
+                self._replays[num_rows] = self._capture(num_rows)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._is_refused = True
+                warn_caller(
+                    f"model type {self.forest.model.config.model_type!r} cannot be captured in a "
+                    f"CUDA graph, so that each depth of a roll-out is launched kernel by kernel: "
+                    f"{error}"
+                )
+            finally:
+                self.forest.num_token_forwards = counted
+        return num_rows in self._replays
+
+    def _capture(self, num_rows: int) -> Callable[[], None]:
+        if not self.captures:
+            return lambda: self._step(num_rows)
+        depth, finished = self.depth.clone(), self.state.finished.clone()
+        with torch.cuda.device(self.forest.device):
+            now, aside = torch.cuda.current_stream(), _side_stream(self.forest.device)
+            aside.wait_stream(now)
+            with torch.cuda.stream(aside):
+                # Compiles kernels and allocates workspaces. No roll-out moves on, and the KV that
+                # is written is that of a token which is still to come.
+                self.state.finished.fill_(True)
+                try:
+                    self._step(num_rows)
+                finally:
+                    self.depth.copy_(depth)
+                    self.state.finished.copy_(finished)
+                    now.wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            # Not the stream that torch.cuda.graph has for all devices.
+            options = {"stream": aside, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, pool=self._pool, **options):
+                self._step(num_rows)
+        return graph.replay
+
+    def _load(self, state: RolloutState, tree: torch.Tensor) -> None:
+        """Copy `state` to the fixed addresses; rows beyond it rest, in the last tree."""
+        num = len(tree)
+        self.state.finished.fill_(True)
+        torch.arange(len(self.tree), out=self.state.origin)
+        for name, field in vars(state).items():
+            own = vars(self.state)[name]
+            if field.dim() == 2:
+                own = own[:, : field.shape[1]]
+            own[:num] = field
+        self.tree[:num] = tree
+        self.tree[num:] = tree[-1:]
+        lengths = torch.tensor(self.forest.cache.prefix_len)
+        self.prefix_len[: len(lengths)].copy_(lengths)
+        self.depth.fill_(1)
+
+    def _store(self, state: RolloutState) -> None:
+        """Copy back what has become of the roll-outs, each to the place where it was."""
+        where = self.state.origin.argsort()[: len(state.keys)]
+        for name, field in vars(state).items():
+            own = vars(self.state)[name][where]
+            field.copy_(own[:, : field.shape[1]] if field.dim() == 2 else own)
+
+    def _gather_running(self, num_rows: int, smaller: int, depth: int) -> None:
+        """Move the roll-outs that run, in their order, into the first `smaller` rows."""
+        finished = self.state.finished[:num_rows].to(torch.int8)
+        order = finished.argsort(stable=True)[:smaller].sort().values
+        stays = torch.zeros_like(finished).index_fill_(0, order, 1)
+        self.forest.cache.take_rows(order, depth)
+        self.state.permute(stays.argsort(descending=True, stable=True))
+        self.tree[:smaller] = self.tree[order]
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: cuBLAS keeps a workspace for every stream that it ever ran on."""
+    return torch.cuda.Stream(device)
+
+
+class _News:
+    """A number of the device, read one exchange late: what is read was ready long ago."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._number = number
+        self._is_cuda = number.device.type == "cuda"
+        self._copy = torch.empty_like(number, device="cpu", pin_memory=self._is_cuda)
+        self._sent: torch.cuda.Event | None = None
+        self._has_sent = False
+
+    def exchange(self) -> int | None:
+        """Return what was sent last time, None the first time, and send the number of now."""
+        before = None
+        if self._has_sent:
+            if self._sent is not None:
+                self._sent.synchronize()
+            before = int(self._copy)
+        self._copy.copy_(self._number, non_blocking=True)
+        if self._is_cuda:
+            self._sent = torch.cuda.Event()
+            self._sent.record()
+        self._has_sent = True
+        return before

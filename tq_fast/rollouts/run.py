@@ -1,0 +1,262 @@
+"""The k x n tree of every prompt: all roll-outs of a step, one forward pass a depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..forest import SavedTokens
+from ..forest.language import LanguageForest
+from .graphs import RolloutGraphs
+from .records import Branch, Head, KnownRollout, Place, Rollouts, stream_keys
+from .state import RolloutLaw, RolloutState
+
+
+def run_rollouts(
+    forest: LanguageForest,
+    heads: Sequence[Head],
+    places: Sequence[Place],
+    *,
+    known: Mapping[tuple[int, int], KnownRollout],
+    merge: bool,
+    eos: tuple[int, ...],
+    law: RolloutLaw,
+    graphs: RolloutGraphs | None,
+) -> Rollouts:
+    """Roll out at `places`, all trees and branches together.
+
+    Args:
+        forest: the baseline; `heads[g]` is of its tree g.
+        heads: one a tree.
+        places: ascending. A candidate that is an EOS, or has no horizon, gets no roll-out.
+        known: roll-outs of which the start is known, by candidate `(tree, candidate_idx)`; greedy
+            roll-outs only.
+        merge: roll-outs that are still equal share a row.
+        eos: ids that end a roll-out.
+        law: how roll-outs are drawn.
+        graphs: run the depths after the first, if given.
+    """
+    done: dict[Place, Branch] = {}
+    live = []
+    for place in places:
+        head = heads[place.tree]
+        token = head.candidates[place.candidate_idx]
+        if head.horizon and token not in eos:
+            live.append(place)
+        else:
+            done[place] = Branch(place, token, [])
+    if not live:
+        return Rollouts([done[place] for place in places], {}, None, None, {}, 0)
+    merge = merge and law.config.rollout == "sample"
+    run = _Run(forest, heads, live, known, law, merge)
+    run.advance(graphs)
+    done.update((branch.place, branch) for branch in run.branches())
+    return Rollouts(
+        [done[place] for place in places],
+        run.first_row,
+        run.first_logits,
+        run.saved,
+        run.row_of_place(),
+        run.num_steps,
+    )
+
+
+class _Run:
+    """One call of `run_rollouts`: which roll-out is in which row, depth after depth.
+
+    While no rows are shared, roll-out i of the state is in row i of the cache, the finished ones
+    behind the others.
+    """
+
+    def __init__(
+        self,
+        forest: LanguageForest,
+        heads: Sequence[Head],
+        places: Sequence[Place],
+        known: Mapping[tuple[int, int], KnownRollout],
+        law: RolloutLaw,
+        merge: bool,
+    ) -> None:
+        self.forest, self.places, self.law = forest, places, law
+        own = [heads[place.tree] for place in places]
+        self.candidates = [
+            head.candidates[place.candidate_idx] for head, place in zip(own, places, strict=True)
+        ]
+        keys = stream_keys(
+            [
+                (head.key, head.step, token, place.number)
+                for head, token, place in zip(own, self.candidates, places, strict=True)
+            ]
+        )
+        self.horizons = [head.horizon for head in own]
+        self.state = RolloutState.begin(keys.to(forest.device), self.horizons)
+        self.known = {i: known[p.candidate] for i, p in enumerate(places) if p.candidate in known}
+        self.num_active = len(places)
+        self.num_steps = 0
+        self._make_rows(merge)
+        self.first_logits: torch.Tensor | None = None
+        self.saved: SavedTokens | None = None
+
+    def _make_rows(self, merge: bool) -> None:
+        """A row for each roll-out, or for each candidate where roll-outs are merged."""
+        places, device = self.places, self.forest.device
+        first: dict[Place | tuple[int, int], int] = {}
+        for i, place in enumerate(places):
+            first.setdefault(place.candidate if merge else place, i)
+        self.first_row: dict[tuple[int, int], int] = {}
+        for row, i in enumerate(first.values()):
+            self.first_row.setdefault(places[i].candidate, row)
+        trees = [places[i].tree for i in first.values()]
+        self.row_tree = torch.tensor(trees, device=device)
+        self.tokens = torch.tensor([self.candidates[i] for i in first.values()], device=device)
+        num_trees = self.forest.cache.num_trees
+        self.is_uniform = len({trees.count(tree) for tree in range(num_trees)}) == 1
+        # Row of each active roll-out; None: roll-out i has row i.
+        self.row_of: torch.Tensor | None = None
+        self.is_traced = len(first) == len(places)
+        if not self.is_traced:
+            rows = [self.first_row[place.candidate] for place in places]
+            self.row_of = torch.tensor(rows, device=device)
+
+    def advance(self, graphs: RolloutGraphs | None) -> None:
+        """Run one forward pass and one draw a depth until every roll-out is finished or full."""
+        state, depth = self.state, 0
+        while depth is not None:
+            tree = None if self.is_uniform else self.row_tree
+            logits = self.forest.forward_rows(self.tokens, start=depth, tree=tree)
+            self.num_steps += 1
+            if depth == 0:
+                self.first_logits = logits
+                self.saved = self.forest.cache.save(slice(len(self.tokens)), 0, 1)
+                self._fill_known()
+            if self.row_of is not None:
+                logits = logits.index_select(0, self.row_of)
+            self.law.advance(logits, state, depth)
+            if depth == 0 and graphs is not None and self._finish_in(graphs):
+                return
+            depth = self._next_depth(depth)
+
+    def _finish_in(self, graphs: RolloutGraphs) -> bool:
+        """Leave all depths after the first to `graphs`; False where the model cannot be captured.
+
+        Roll-outs part at once there: on a GPU a few rows more cost less than to tell which are
+        still equal.
+        """
+        assert not self.resting, "what graphs ran is not known in part"
+        if self.row_of is not None:
+            self.forest.cache.take_rows(self.row_of, 1)
+            self.row_tree = self.row_tree[self.row_of]
+            self.is_uniform = self.forest.cache.num_trees == 1
+            self.row_of = None
+        num_depths = graphs.run(self.state, self.row_tree, max(self.horizons))
+        if num_depths is None:
+            return False
+        self.num_steps += num_depths
+        self.is_traced = False
+        return True
+
+    def branches(self) -> list[Branch]:
+        """What came of every place."""
+        state, where = self.state, self.state.origin.argsort()
+        columns = (state.tokens, state.lengths, state.logprob, state.proposal_logprob)
+        rows = zip(*(column[where].tolist() for column in columns), strict=True)
+        return [
+            Branch(place, candidate, tokens[:length], logprob, proposal)
+            for place, candidate, (tokens, length, logprob, proposal) in zip(
+                self.places, self.candidates, rows, strict=True
+            )
+        ]
+
+    def row_of_place(self) -> dict[Place, int]:
+        """Row of the cache that holds each roll-out; empty where that was not kept track of."""
+        if not self.is_traced:
+            return {}
+        return dict(zip(self.places, self.state.origin.argsort().tolist(), strict=True))
+
+    def _fill_known(self) -> None:
+        """What is known of a roll-out is not drawn: it rests until its first unknown token."""
+        state, device = self.state, self.forest.device
+        for i, known in self.known.items():
+            tokens = known.tokens[: state.tokens.shape[1]]
+            state.tokens[i, : len(tokens)] = torch.tensor(tokens, device=device)
+            state.lengths[i] = len(tokens)
+            state.finished[i] = True
+        self.resting = {
+            i: known
+            for i, known in self.known.items()
+            if not known.is_finished and len(known.tokens) < self.horizons[i]
+        }
+
+    def _next_depth(self, depth: int) -> int | None:
+        """Make the rows of the next forward pass; return its depth, None after the last."""
+        running = (~self.state.finished[: self.num_active]).nonzero().squeeze(1)
+        if self.resting:
+            joining = min(len(known.tokens) for known in self.resting.values())
+            if depth + 1 == joining or running.numel() == 0:
+                self._join(running, joining)
+                return joining
+        if running.numel() == 0:
+            return None
+        if self.row_of is not None:
+            self._branch(running, depth)
+        elif running.numel() <= 0.75 * self.num_active or (depth == 0 and self.known):
+            # Finished rows leave once a quarter is idle: a forward pass costs little less with a
+            # few rows fewer, and moving rows costs a copy of their KV.
+            idle = self.state.finished[: self.num_active].nonzero().squeeze(1)
+            self._reorder(torch.cat([running, idle]), len(running), depth + 1)
+        if self.row_of is None:
+            self.tokens = self.state.tokens[: self.num_active, depth]
+        return depth + 1
+
+    def _reorder(self, order: torch.Tensor, num_active: int, num_tokens: int) -> None:
+        """Row i becomes row `order[i]`, its roll-out with it; the first `num_active` go on."""
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+            self.forest.cache.take_rows(order, num_tokens)
+            self.state.permute(order)
+        if num_active != self.num_active or not self.is_uniform:
+            self.row_tree = self._trees(num_active)
+            self.is_uniform = self.forest.cache.num_trees == 1
+        self.num_active = num_active
+
+    def _trees(self, num_active: int) -> torch.Tensor:
+        trees = torch.tensor([place.tree for place in self.places], device=self.forest.device)
+        return trees[self.state.origin[:num_active]]
+
+    def _join(self, running: torch.Tensor, depth: int) -> None:
+        """Those whose known tokens end here run again, with the KV that they have from before."""
+        state, cache = self.state, self.forest.cache
+        joining = [i for i, known in self.resting.items() if len(known.tokens) == depth]
+        place_of = {origin: i for i, origin in enumerate(state.origin.tolist())}
+        rows = torch.tensor([place_of[i] for i in joining], device=self.forest.device)
+        going = torch.cat([running, rows])
+        # Stable: within a tree, those that ran stay in front.
+        going = going[self._trees(len(state.origin))[going].argsort(stable=True)]
+        is_left = torch.ones_like(state.finished)
+        is_left[going] = False
+        self._reorder(torch.cat([going, is_left.nonzero().squeeze(1)]), len(going), depth)
+        place_of = {origin: i for i, origin in enumerate(state.origin.tolist())}
+        for i in joining:
+            cache.write(place_of[i], 1, self.resting.pop(i).saved)
+            state.finished[place_of[i]] = False
+        self.tokens = state.tokens[: self.num_active, depth - 1]
+
+    def _branch(self, running: torch.Tensor, depth: int) -> None:
+        """Roll-outs of a row that drew different tokens part; one row for each that is left."""
+        state, vocab = self.state, self.forest.vocab_size
+        idle = state.finished[: self.num_active].nonzero().squeeze(1)
+        state.permute(torch.cat([running, idle]))
+        self.num_active = num = len(running)
+        pairs = self.row_of[running] * vocab + state.tokens[:num, depth]
+        rows, row_of = pairs.unique(return_inverse=True)
+        source = rows // vocab
+        self.tokens = rows % vocab
+        if not torch.equal(source, torch.arange(len(self.row_tree), device=source.device)):
+            self.forest.cache.take_rows(source, depth + 1)
+        self.row_tree = self.row_tree[source]
+        self.is_uniform = self.forest.cache.num_trees == 1
+        self.row_of = row_of
+        if len(rows) == num:
+            # All have parted: roll-out i is in row i from here on.
+            state.permute(row_of.argsort())
+            self.row_of = None

@@ -1,0 +1,102 @@
+"""How many prompts and roll-outs go through a forest together, within a budget of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..errors import InvalidArgument, warn_caller
+
+
+@dataclasses.dataclass(frozen=True)
+class ForestSize:
+    """What runs together.
+
+    Attributes:
+        num_slots: prompts.
+        max_rows: roll-outs, over all prompts.
+    """
+
+    num_slots: int
+    max_rows: int
+
+    def halved(self) -> ForestSize | None:
+        """Half as many prompts, or half as many roll-outs of a single one; None below that."""
+        if self.num_slots > 1:
+            half = -(-self.num_slots // 2)
+            return ForestSize(half, max(1, self.max_rows * half // self.num_slots))
+        return ForestSize(1, self.max_rows // 2) if self.max_rows > 1 else None
+
+    def __str__(self) -> str:
+        return f"{self.num_slots} prompts and {self.max_rows} roll-outs at a time"
+
+
+def smaller_after(error: torch.OutOfMemoryError, size: ForestSize) -> ForestSize:
+    """Return what to go on with after running out of memory with `size`, and warn.
+
+    Raises:
+        torch.OutOfMemoryError: `error`, where there is nothing smaller.
+    """
+    smaller = size.halved()
+    if smaller is None:
+        raise error
+    warn_caller(f"out of memory with {size}; going on with {smaller} ({error})")
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return smaller
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Bytes of one prompt and of one roll-out, KV of all models and logits included.
+
+    Attributes:
+        per_slot: of a prompt's prefixes.
+        per_row: of a roll-out.
+        rows_per_slot: roll-outs of a prompt, k x n.
+    """
+
+    per_slot: int
+    per_row: int
+    rows_per_slot: int
+
+
+def check_sizes(batch_size: object, memory_budget: object) -> None:
+    """Refuse what is no number of prompts, or no number of bytes.
+
+    Raises:
+        InvalidArgument: the message names the argument and its value.
+    """
+    if not _is_positive_int(batch_size):
+        raise InvalidArgument(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    if memory_budget is not None and not _is_positive_int(memory_budget):
+        raise InvalidArgument(
+            f"memory_budget must be a number of bytes, or None, got {memory_budget!r}"
+        )
+
+
+def fit_forest(needs: Needs, *, batch_size: int, memory_budget: int) -> ForestSize:
+    """Return the largest forest of at most `batch_size` prompts that `memory_budget` bytes hold.
+
+    A prompt that does not fit with all its roll-outs gets them in several waves.
+
+    Raises:
+        InvalidArgument: not even one roll-out at a time fits.
+    """
+    rows = needs.rows_per_slot
+    num_slots = min(batch_size, memory_budget // (needs.per_slot + rows * needs.per_row))
+    if num_slots:
+        return ForestSize(num_slots, num_slots * rows)
+    max_rows = (memory_budget - needs.per_slot) // needs.per_row
+    if max_rows < 1:
+        least = needs.per_slot + needs.per_row
+        raise InvalidArgument(
+            f"memory_budget must be at least {least} bytes for the longest of these prompts and "
+            f"one roll-out, got {memory_budget}"
+        )
+    return ForestSize(1, max_rows)
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,154 @@
+"""From scored roll-outs to the next token of every tree (arXiv 2405.20495, eq. 5 and 12)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .. import ops
+from ..config import DecodeConfig
+from ..forest.language import LanguageForest
+from ..results import StepTrace
+from ..rollouts.records import Branch
+from . import weights as estimators
+from .pruning import LazyArgmax, StepValues
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The k candidates of every tree at one step.
+
+    Attributes:
+        ids: token ids `[G, k]`.
+        logprobs: log-probs `[G, k]` under the full vocabulary, by role ("baseline", "sft").
+        kl_baseline_to_sft: KL(pi_BL || pi_sft) `[G]` over the full vocabulary, nats; None without
+            an SFT model.
+    """
+
+    ids: torch.Tensor
+    logprobs: dict[str, torch.Tensor]
+    kl_baseline_to_sft: torch.Tensor | None = None
+
+
+def log_ratios(sft: LanguageForest, branches: Sequence[Branch], *, vocab_size: int) -> list[float]:
+    """Return log pi_sft(tau) - log q(tau) of every roll-out, q being what it was drawn from."""
+    ratios = [0.0] * len(branches)
+    drawn = [i for i, branch in enumerate(branches) if branch.tokens]
+    if drawn:
+        rows = [[branches[i].candidate, *branches[i].tokens] for i in drawn]
+        trees = [branches[i].place.tree for i in drawn]
+        logprobs = sft.score_rows(rows, trees, vocab_size=vocab_size)
+        for i, logprob in zip(drawn, logprobs, strict=True):
+            ratios[i] = logprob - branches[i].proposal_logprob
+    return ratios
+
+
+def choose(
+    candidates: Candidates,
+    values: StepValues,
+    *,
+    prior: str,
+    keys: torch.Tensor,
+    lazy: LazyArgmax | None,
+    config: DecodeConfig,
+) -> list[StepTrace]:
+    """Turn rewards into values, reweight the prior and choose one candidate a tree.
+
+    Args:
+        candidates: of every tree.
+        values: rewards of their roll-outs.
+        prior: the role whose policy is reweighted.
+        keys: of each tree's random stream at this step, int64 `[G]`.
+        lazy: what settled the choice; None: every roll-out has come in.
+        config: alpha, beta, estimator, strategy, seed.
+    """
+    prior_logprobs = candidates.logprobs[prior]
+    device = prior_logprobs.device
+    unknown = ~values.is_complete.to(device)
+    if lazy is not None:
+        beaten = ~lazy.contenders(values).to(device) & unknown.any(1, keepdim=True)
+        prior_logprobs = prior_logprobs.masked_fill(beaten, -math.inf)
+    rewards, weights, lengths = _weighed(values, config)
+    chosen = ops.reweight_sample(
+        prior_logprobs,
+        candidates.ids,
+        rewards.to(device),
+        None if weights is None else weights.to(device),
+        lengths.to(device),
+        alpha=config.alpha,
+        estimator=config.estimator,
+        greedy=config.strategy == "greedy",
+        seed=config.seed,
+        keys=keys,
+        step=0,
+        backend=config.backend,
+    )
+    divergences = _divergences(candidates, values, chosen.final_logprobs, prior, lazy, config)
+    columns = (
+        candidates.ids,
+        values.rewards,
+        chosen.q.masked_fill(unknown, math.nan),
+        chosen.q_stderr.masked_fill(unknown, math.nan),
+        chosen.ess.masked_fill(unknown, math.nan),
+        candidates.logprobs[prior],
+        chosen.final_logprobs.masked_fill(unknown.any(1, keepdim=True), math.nan),
+    )
+    rows = zip(*(column.cpu() for column in columns), strict=True)
+    choices = chosen.choice.tolist()
+    drift = candidates.kl_baseline_to_sft
+    drifts = [None] * len(choices) if drift is None else drift.tolist()
+    return [
+        StepTrace(
+            *row,
+            kl_to_sft=divergences["sft"][tree] if "sft" in divergences else None,
+            kl_to_baseline=divergences["baseline"][tree],
+            choice=choices[tree],
+            kl_baseline_to_sft=drifts[tree],
+        )
+        for tree, row in enumerate(rows)
+    ]
+
+
+def _weighed(
+    values: StepValues, config: DecodeConfig
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return values `[G, k, n]`, their log-weights and how many there are `[G, k]`."""
+    rewards = values.rewards.nan_to_num(nan=0.0)
+    lengths = values.num_rollouts
+    baseline_rewards = values.baseline_rewards.nan_to_num(nan=0.0)
+    if config.is_published:
+        published = estimators.published_values(config, rewards, baseline_rewards, lengths)
+        return published[..., None], None, torch.ones_like(lengths)
+    log_ratio = values.log_ratio.nan_to_num(nan=0.0)
+    log_weights = estimators.log_weights(config, rewards, baseline_rewards, log_ratio)
+    return rewards, log_weights, lengths
+
+
+def _divergences(
+    candidates: Candidates,
+    values: StepValues,
+    final_logprobs: torch.Tensor,
+    prior: str,
+    lazy: LazyArgmax | None,
+    config: DecodeConfig,
+) -> dict[str, list[float]]:
+    """KL(pi_alg || pi) of every tree, by role; its upper end where some Q is not known."""
+    divergences = {
+        role: estimators.kl_divergence(final_logprobs, logprobs).tolist()
+        for role, logprobs in candidates.logprobs.items()
+    }
+    open_trees = (~values.is_complete).any(1).nonzero().squeeze(1).tolist()
+    if open_trees and lazy is not None:
+        low, high = lazy.value_bounds(values)
+        for role, logprobs in candidates.logprobs.items():
+            for tree in open_trees:
+                divergences[role][tree] = estimators.greatest_kl(
+                    candidates.logprobs[prior][tree].cpu(),
+                    logprobs[tree].cpu(),
+                    low[tree] / config.alpha,
+                    high[tree] / config.alpha,
+                )
+    return divergences

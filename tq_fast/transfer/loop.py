@@ -1,0 +1,107 @@
+"""The loop of Transfer Q* (arXiv 2405.20495, Algorithm 1) over one forest, and nothing else."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ..forest import share_prefix
+from ..results import DecodeStats, Response
+from ..rewards.base import drop_from
+from ..rollouts.records import KnownRollout
+from .step import Players, Rules, Step
+
+
+class ForestDecoder:
+    """Decodes prompts over a forest of slots, one token of every slot a step.
+
+    A prompt whose response is complete makes room for the next one that waits.
+
+    Args:
+        players: the models, with one tree for each of `responses`.
+        responses: decoded first, each in a slot of its own; those that have tokens already go on
+            from there. The list changes: it always holds what is in the slots.
+        waiting: decoded as slots become free.
+        rules: what to keep to.
+        stats: counts are added here.
+    """
+
+    def __init__(
+        self,
+        players: Players,
+        responses: list[Response],
+        waiting: Sequence[Response],
+        rules: Rules,
+        *,
+        stats: DecodeStats,
+    ) -> None:
+        self.players = players
+        self.active = responses
+        self.waiting = deque(waiting)
+        self.rules = rules
+        self.stats = stats
+        self.known: list[KnownRollout | None] = [None] * len(responses)
+
+    def run(self, on_token: Callable[[Response, bool], None]) -> None:
+        """Decode every response to its end; `on_token(response, is_finished)` after each token."""
+        self._prefill(range(len(self.active)))
+        while self.active:
+            appended = self._step()
+            for response, is_finished in appended:
+                on_token(response, is_finished)
+            # Not before: a slot that runs out of memory as it is refilled loses no response.
+            for tree in reversed(range(len(appended))):
+                if appended[tree][1]:
+                    self._replace(tree)
+
+    def _prefill(self, trees: Sequence[int]) -> None:
+        """Encode the prompts of `trees`, whose prefixes are empty."""
+        texts = [[*r.prompt.token_ids, *r.token_ids] for r in self.active]
+        with self.stats.phase("prefill"):
+            for forest in self.players.languages.values():
+                for tree in trees:
+                    known = 0
+                    if self.rules.levers.share_prefixes:
+                        # Without its last token, after which the tip is.
+                        known = share_prefix(forest.cache, tree, texts[tree][:-1], texts)
+                    forest.prefill(tree, texts[tree][known:])
+
+    def _step(self) -> list[tuple[Response, bool]]:
+        """Choose one more token for every response; return them, and which are complete."""
+        step = Step(self.players, self.active, self.known, self.rules, self.stats)
+        traces = step.run()
+        with self.stats.phase("commit"):
+            last = self.rules.config.max_new_tokens - 1
+            is_finished = [
+                trace.token_id in self.rules.eos or response.step == last
+                for response, trace in zip(self.active, traces, strict=True)
+            ]
+            self.known = [step.known_after(tree, t.choice) for tree, t in enumerate(traces)]
+            staying = [tree for tree, ended in enumerate(is_finished) if not ended]
+            step.commit([(tree, traces[tree].choice) for tree in staying])
+            # Not before: what runs out of memory above is taken up again from here.
+            for response, trace in zip(self.active, traces, strict=True):
+                response.token_ids.append(trace.token_id)
+                response.trace.append(trace)
+            self.stats.num_steps += len(traces)
+            appended = list(zip(self.active, is_finished, strict=True))
+            for scorer in self.players.scorers:
+                scorer.forget()
+        return appended
+
+    def _replace(self, tree: int) -> None:
+        """Give the slot of a complete response to one that waits, or take it out."""
+        languages, scorers = self.players.languages.values(), self.players.scorers
+        if not self.waiting:
+            drop_from(self.active, tree)
+            drop_from(self.known, tree)
+            for player in (*languages, *scorers):
+                player.drop_tree(tree)
+            return
+        response = self.waiting.popleft()
+        self.active[tree], self.known[tree] = response, None
+        for forest in languages:
+            forest.cache.truncate(tree, 0)
+        for scorer in scorers:
+            scorer.replace_tree(tree, response.prompt)
+        self._prefill([tree])

@@ -1,0 +1,158 @@
+"""The rewards of a step's roll-outs as they come in, and which roll-outs the choice still needs."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..config import DecodeConfig
+from ..rollouts.records import Branch, Place
+
+# Roll-outs that a wave of the lazy arg-max runs at least, over all trees: fewer leave a forward
+# pass half empty. Measured on the embedded models: 16 and 64 save as much, 256 half as much.
+_WAVE = 32
+# Room for the rounding of fp32 scores, relative to their size.
+_SLACK = 1e-5
+
+
+class StepValues:
+    """Rewards `[G, k, n]` of one step's roll-outs.
+
+    Attributes:
+        num_rollouts: how many each candidate has, `[G, k]`: fewer than n where the candidate ends
+            the response or nothing is rolled out.
+        rewards: r `[G, k, n]`, fp32 on the CPU, NaN where none has come in.
+        baseline_rewards: r_BL of the same, where the weights need it.
+        log_ratio: log pi_sft(tau) - log q(tau) of the same, where the weights need it.
+    """
+
+    def __init__(self, num_rollouts: Sequence[Sequence[int]]) -> None:
+        self.num_rollouts = torch.tensor(num_rollouts)
+        shape = (*self.num_rollouts.shape, int(self.num_rollouts.max()))
+        self.rewards = torch.full(shape, math.nan)
+        self.baseline_rewards = torch.full(shape, math.nan)
+        self.log_ratio = torch.full(shape, math.nan)
+
+    def note(
+        self,
+        branches: Sequence[Branch],
+        rewards: Sequence[float],
+        baseline_rewards: Sequence[float] | None,
+        log_ratio: Sequence[float] | None,
+    ) -> None:
+        """Enter what came of `branches`."""
+        places = [(b.place.tree, b.place.candidate_idx, b.place.number) for b in branches]
+        at = tuple(torch.tensor(column) for column in zip(*places, strict=True))
+        self.rewards[at] = torch.tensor(rewards)
+        if baseline_rewards is not None:
+            self.baseline_rewards[at] = torch.tensor(baseline_rewards)
+        if log_ratio is not None:
+            self.log_ratio[at] = torch.tensor(log_ratio)
+
+    @property
+    def is_missing(self) -> torch.Tensor:
+        """Roll-outs that have not come in, bool `[G, k, n]`."""
+        numbers = torch.arange(self.rewards.shape[2])
+        return self.rewards.isnan() & (numbers < self.num_rollouts[..., None])
+
+    @property
+    def is_complete(self) -> torch.Tensor:
+        """Candidates of which every roll-out has come in, bool `[G, k]`."""
+        return ~self.is_missing.any(2)
+
+    def missing_places(self) -> list[Place]:
+        """All roll-outs that have not come in."""
+        return [Place(*place) for place in self.is_missing.nonzero().tolist()]
+
+
+class LazyArgmax:
+    """Settles the choice of every tree with as few roll-outs as bounds on the reward allow.
+
+    The noise of the choice is drawn first; a candidate's score then lies between what it would be
+    if all its missing rewards were the least, and the greatest, possible. A candidate whose upper
+    end lies below another's lower end cannot be chosen. What remains is chosen from as always, so
+    the token is that of full evaluation.
+
+    Args:
+        prior_logprobs: `[G, k]`.
+        noise: Gumbel noise `[G, k]`; zeros for a greedy choice.
+        bounds: least and greatest reward.
+        config: alpha, estimator and transfer are read.
+    """
+
+    def __init__(
+        self,
+        prior_logprobs: torch.Tensor,
+        noise: torch.Tensor,
+        bounds: tuple[float, float],
+        config: DecodeConfig,
+    ) -> None:
+        self.base = prior_logprobs.double().cpu() + noise.double().cpu()
+        self.bounds = bounds
+        self.config = config
+
+    def value_bounds(self, values: StepValues) -> tuple[torch.Tensor, torch.Tensor]:
+        """Least and greatest Q `[G, k]` of every candidate, fp64."""
+        low, high = (self._values(values, bound) for bound in self.bounds)
+        if self.config.transfer == "indirect":
+            # Weights that are not known yet may favour any roll-out, but Q stays in the bounds.
+            low, high = (torch.full_like(low, bound) for bound in self.bounds)
+        return low, high
+
+    def contenders(self, values: StepValues) -> torch.Tensor:
+        """Candidates that may still be chosen, bool `[G, k]`."""
+        low, high = (self.base + q / self.config.alpha for q in self.value_bounds(values))
+        best = low.max(1, keepdim=True).values
+        return high + _SLACK * (1 + high.abs() + best.abs()) >= best
+
+    def next_places(self, values: StepValues) -> list[Place]:
+        """Roll-outs to run next; none where every choice is settled."""
+        contenders = self.contenders(values)
+        missing = values.is_missing & contenders[..., None]
+        # A single contender is the choice, whatever its value.
+        missing &= (contenders.sum(1) > 1)[:, None, None]
+        open_trees = missing.flatten(1).any(1).nonzero().squeeze(1).tolist()
+        if not open_trees:
+            return []
+        # Half of what is missing, at least: a wave costs as many forward passes as a horizon.
+        share = -(-_WAVE // len(open_trees))
+        counts = missing.flatten(1).sum(1).tolist()
+        high = self.base + self.value_bounds(values)[1] / self.config.alpha
+        places: list[Place] = []
+        for tree in open_trees:
+            places += self._soonest(
+                tree, high[tree].tolist(), missing[tree], max(share, -(-counts[tree] // 2))
+            )
+        return sorted(places)
+
+    def _soonest(
+        self, tree: int, high: list[float], missing: torch.Tensor, share: int
+    ) -> list[Place]:
+        """The `share` roll-outs that tell most: always one of the candidate that could be best.
+
+        A roll-out in flight counts as if it came back with half of what is possible.
+        """
+        waiting = [numbers.nonzero().squeeze(1).tolist() for numbers in missing]
+        heap = [(-high[idx], idx) for idx, numbers in enumerate(waiting) if numbers]
+        heapq.heapify(heap)
+        step = (self.bounds[1] - self.bounds[0]) / (2 * self.config.alpha * missing.shape[1])
+        places: list[Place] = []
+        while heap and len(places) < share:
+            top, idx = heapq.heappop(heap)
+            places.append(Place(tree, idx, waiting[idx].pop(0)))
+            if waiting[idx]:
+                heapq.heappush(heap, (top + step, idx))
+        return places
+
+    def _values(self, values: StepValues, missing_reward: float) -> torch.Tensor:
+        alpha = self.config.alpha
+        numbers = torch.arange(values.rewards.shape[2])
+        is_used = numbers < values.num_rollouts[..., None]
+        rewards = values.rewards.double().nan_to_num(nan=missing_reward)
+        if self.config.estimator == "mean":
+            return torch.where(is_used, rewards, 0.0).sum(2) / values.num_rollouts
+        scaled = torch.where(is_used, rewards / alpha, -math.inf)
+        return alpha * (scaled.logsumexp(2) - values.num_rollouts.log())

@@ -1,0 +1,61 @@
+"""When noise, rather than the reward, decides the next token: what is told to the user."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from ..config import DecodeConfig
+from ..errors import warn_caller
+from ..results import StepTrace
+
+
+def warn_of_noise(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig) -> None:
+    """Warn when the Monte-Carlo error of Q exceeds alpha: the law is then dominated by noise."""
+    steps = [step for trace in traces for step in trace]
+    noisy = sum(bool((step.q_stderr > config.alpha).any()) for step in steps)
+    if noisy:
+        warn_caller(
+            f"the standard error of Q exceeds alpha={config.alpha} for some candidate in {noisy} "
+            f"of {len(steps)} steps; use more roll-outs (num_rollouts) or a larger alpha"
+        )
+
+
+def warn_of_collapse(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig) -> None:
+    """Warn when the weights of indirect transfer leave a value to a single roll-out."""
+    is_weighed = config.transfer == "indirect" and not config.is_published
+    if not traces or not is_weighed or config.horizon == 0:
+        return
+    if config.rollouts_per_candidate == 1:
+        warn_caller(
+            f"transfer='indirect' with one roll-out a candidate (num_rollouts="
+            f"{config.num_rollouts}, rollout={config.rollout!r}) weighs nothing and equals direct "
+            "transfer; use more sampled roll-outs"
+        )
+        return
+    ess = [value for trace in traces for value in known_ess(trace)]
+    if ess and has_collapsed(ess, config.num_rollouts):
+        warn_caller(
+            f"the weights of indirect transfer leave {statistics.median(ess):.2f} of "
+            f"{config.num_rollouts} roll-outs in effect (median effective sample size): most "
+            "values hang on a single one; use more roll-outs (num_rollouts) or a larger beta, now "
+            f"{config.beta}"
+        )
+
+
+def has_collapsed(ess: Sequence[float], num_rollouts: int) -> bool:
+    """Whether most candidates have fewer than two effective roll-outs.
+
+    With few roll-outs the limit is a quarter of the way from 1 to n: n weights that are nearly
+    equal may fall short of 2 as well.
+    """
+    return statistics.median(ess) < min(2.0, 1 + (num_rollouts - 1) / 4)
+
+
+def known_ess(trace: Sequence[StepTrace]) -> list[float]:
+    """Effective sample sizes of all candidates with more than one roll-out."""
+    return [
+        value
+        for step in trace
+        for value in step.ess[(step.num_rollouts > 1) & ~step.ess.isnan()].tolist()
+    ]
