@@ -28,7 +28,7 @@ import tq_fast
 from bench.ceilings import Machine, Work, measure_machine
 from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
 from tq_fast.forest.language import LanguageForest
-from tq_fast.rollouts.state import RolloutLaw
+from tq_fast.rollouts.state import RolloutSampler
 from tq_fast.transfer import step
 
 _ROUNDS = 5
@@ -56,8 +56,8 @@ class Model:
 
     Attributes:
         weight_bytes: of all weights that every pass multiplies by.
-        body_flops: of one token, without the head and attention.
-        head_flops: of one token through the output head.
+        body_flops: of one token, without the root and attention.
+        head_flops: of one token through the output root.
         kv_bytes: of one token.
         attention_flops: of one token for each token that it attends to.
     """
@@ -73,13 +73,13 @@ def describe_model(model: nn.Module) -> Model:
     """Count the linear layers of a Llama shape; the embedding table is only looked up in."""
     config = model.config
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    heads = {name for name in linear if name in ("lm_head", "score")}
+    roots = {name for name in linear if name in ("lm_head", "score")}
     size = config.hidden_size
     itemsize = next(model.parameters()).element_size()
     return Model(
         weight_bytes=sum(layer.weight.nbytes for layer in linear.values()),
-        body_flops=sum(2 * m.weight.numel() for name, m in linear.items() if name not in heads),
-        head_flops=sum(2 * linear[name].weight.numel() for name in heads),
+        body_flops=sum(2 * m.weight.numel() for name, m in linear.items() if name not in roots),
+        head_flops=sum(2 * linear[name].weight.numel() for name in roots),
         kv_bytes=2 * config.num_hidden_layers * size * itemsize,
         attention_flops=4 * config.num_hidden_layers * size,
     )
@@ -88,13 +88,13 @@ def describe_model(model: nn.Module) -> Model:
 def naive_token_forwards(setting: Setting) -> dict[str, int]:
     """Tokens through each model for one emitted token of the naive loop, the prompt at its start.
 
-    The candidates' pass over the context; `generate` of every branch, which encodes context and
+    The candidates' pass over the context; `generate` of every rollout, which encodes context and
     candidate and then one token a step; the reward of every whole text.
     """
-    branch = setting.prompt + 1 + setting.horizon
+    rollout = setting.prompt + 1 + setting.horizon
     return {
-        "baseline": setting.prompt + setting.num_branches * (branch - 1),
-        "reward": setting.num_branches * branch,
+        "baseline": setting.prompt + setting.num_branches * (rollout - 1),
+        "reward": setting.num_branches * rollout,
     }
 
 
@@ -111,7 +111,7 @@ def least_work(setting: Setting, baseline: Model, reward: Model) -> dict[str, Wo
     """Least work of each phase, per emitted token."""
     rollout_tokens = least_token_forwards(setting)["baseline"]
     scored = least_token_forwards(setting)["reward"]
-    # Prefix read once a pass, whatever the number of branches; a branch half of its length.
+    # Prefix read once a pass, whatever the number of rollouts; a rollout half of its length.
     context = setting.prompt + setting.num_branches * setting.horizon / 2
     attended = setting.prompt + setting.horizon / 2
     return {
@@ -173,7 +173,7 @@ def measure_phases(
         inner: dict[str, float] = {}
         with (
             _timed(LanguageForest, "forward_rows", inner, "rollout forward"),
-            _timed(RolloutLaw, "advance", inner, "sampling"),
+            _timed(RolloutSampler, "advance", inner, "sampling"),
             _timed(step, "run_rollouts", inner, "rollout"),
         ):
             result = decoder.decode(prompt, max_new_tokens=tokens, **options)

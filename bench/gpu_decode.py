@@ -22,7 +22,7 @@ import tq_fast
 from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
 from bench.expanded import decode_expanded
 from bench.gpu_table import describe_run, file_stem
-from tq_fast.levers import Levers
+from tq_fast.config import SpeedOptions
 
 K, HORIZON = 10, 20
 SETTINGS = {"k": K, "horizon": HORIZON, "strategy": "greedy", "rollout": "greedy"}
@@ -49,9 +49,9 @@ CASES = [
 ]
 
 
-def time_decode(duo: Duo, case: Case, levers: Levers) -> tuple[float, tq_fast.DecodeResult]:
+def time_decode(duo: Duo, case: Case, speed: SpeedOptions) -> tuple[float, tq_fast.DecodeResult]:
     """Median milliseconds between two steps, the first left out, and the result."""
-    decoder = tq_fast.TransferDecoder(duo.baseline, duo.reward, levers=levers)
+    decoder = tq_fast.TransferDecoder(duo.baseline, duo.reward, speed=speed)
     marks: list[float] = []
     result = decoder.decode(
         case.prompts,
@@ -69,10 +69,10 @@ def time_decode(duo: Duo, case: Case, levers: Levers) -> tuple[float, tq_fast.De
 def measure(duo: Duo, case: Case) -> dict[str, Any]:
     """One row: milliseconds a step with graphs and without, and of `generate`."""
     duo = duo.to(DTYPES[case.dtype])
-    plain = Levers(graph_rollouts=False)
-    for levers in (Levers(), plain):
-        time_decode(duo, case, levers)
-    graphs, ours = time_decode(duo, case, Levers())
+    plain = SpeedOptions(graph_rollouts=False)
+    for speed in (SpeedOptions(), plain):
+        time_decode(duo, case, speed)
+    graphs, ours = time_decode(duo, case, SpeedOptions())
     launches, other = time_decode(duo, case, plain)
     if case.dtype == "fp32":
         same = zip(ours.sequences, other.sequences, strict=True)

@@ -1,9 +1,9 @@
-"""Draw what `make bench` measured: cost against shape, and what each lever is worth.
+"""Draw what `make bench` measured: cost against shape, and what each option is worth.
 
     python -m bench.pictures RESULTS.json FOLDER
 
 RESULTS.json is what pytest-benchmark wrote (--benchmark-json); the pictures are
-FOLDER/decode-shapes.png and FOLDER/levers.png. A picture whose benches did not run is not drawn.
+FOLDER/decode-shapes.png and FOLDER/speed.png. A picture whose benches did not run is not drawn.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def main(results: Path, folder: Path) -> list[Path]:
     drawn = []
     if series:
         drawn.append(_draw_shapes(series, folder / "decode-shapes.png"))
-    levers = {
-        info["lever"]: info for info in records if "lever" in info and not info.get("cannot_help")
+    speed = {
+        info["option"]: info for info in records if "option" in info and not info.get("cannot_help")
     }
-    if levers:
-        drawn.append(_draw_levers(levers, folder / "levers.png"))
+    if speed:
+        drawn.append(_draw_speed(speed, folder / "speed-options.png"))
     return drawn
 
 
@@ -114,11 +114,11 @@ def _finish(axes: Axes, series: Series, axis: str, label: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_levers(levers: dict[str, dict[str, Any]], file: Path) -> Path:
-    names = sorted(levers, key=lambda name: levers[name]["ratio"])
+def _draw_speed(speed: dict[str, dict[str, Any]], file: Path) -> Path:
+    names = sorted(speed, key=lambda name: speed[name]["ratio"])
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1.4), constrained_layout=True)
-    ratios = [levers[name]["ratio"] for name in names]
-    forwards = [min(levers[name]["forwards"].values()) for name in names]
+    ratios = [speed[name]["ratio"] for name in names]
+    forwards = [min(speed[name]["forwards"].values()) for name in names]
     axes.barh(names, ratios, color=["#3b8a5a" if ratio >= 1 else "#b0413e" for ratio in ratios])
     for row, (ratio, share) in enumerate(zip(ratios, forwards, strict=True)):
         axes.text(
@@ -130,7 +130,7 @@ def _draw_levers(levers: dict[str, dict[str, Any]], file: Path) -> Path:
         )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlim(0, 1.45 * max(ratios))
-    axes.set_xlabel("time without the lever over time with it, each alone (above 1: it wins)")
+    axes.set_xlabel("time without the option over time with it, each alone (above 1: it wins)")
     figure.savefig(file, dpi=110)
     plt.close(figure)
     return file

@@ -41,7 +41,7 @@ def record_steps(num_prompts: int, rollout: str, num_rollouts: int) -> list[Step
 
     def record(*args: object, **kwargs: object) -> object:
         rollouts = run(*args, **kwargs)
-        steps.append([(b.place.tree, b.candidate, b.tokens) for b in rollouts.branches])
+        steps.append([(b.id.tree, b.candidate, b.tokens) for b in rollouts.rollouts])
         return rollouts
 
     decode_step.run_rollouts = record
@@ -59,7 +59,7 @@ def record_steps(num_prompts: int, rollout: str, num_rollouts: int) -> list[Step
                 num_rollouts=num_rollouts,
                 max_new_tokens=24,
                 # Greedy roll-outs that are reused would not be replayed in full.
-                levers=tq_fast.levers.Levers(reuse_greedy=False, refill_slots=False),
+                speed=tq_fast.speed.SpeedOptions(reuse_greedy=False, refill_slots=False),
             )
     finally:
         decode_step.run_rollouts = run

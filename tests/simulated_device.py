@@ -69,7 +69,7 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = function(*held_args, **held_kwargs)
     if not goes_remote or function is _aten._local_scalar_dense.default:
         return out
-    # What works in place answers the tensor that it was given.
+    # What works in rollout_id answers the tensor that it was given.
     given = {id(x.held): x for x in tensors if isinstance(x, Remote)}
 
     def bring(x: Any) -> Any:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 import tq_fast
 from tests import zoo
 from tq_fast import presets
+from tq_fast.config import SpeedOptions
 from tq_fast.errors import InvalidArgument
-from tq_fast.levers import Levers
 
 WRONG: list[tuple[str, Any, str]] = [
     ("reward_bounds", "0, 1", "a pair"),
@@ -31,9 +31,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("device", "gpu", "cannot be used"),
     ("device", 3.5, "cannot be used"),
     ("device", ["cpu"], "cannot be used"),
-    ("levers", 3, "Levers or None"),
-    ("levers", False, "Levers or None"),
-    ("levers", {"few_rows": False}, "Levers or None"),
+    ("speed", 3, "SpeedOptions or None"),
+    ("speed", False, "SpeedOptions or None"),
+    ("speed", {"cpu_layers": False}, "SpeedOptions or None"),
     ("config", 3, "a DecodeConfig or None"),
     ("config", {"k": 3}, "a DecodeConfig or None"),
     ("config", tq_fast.DecodeConfig, "a DecodeConfig or None"),
@@ -126,10 +126,10 @@ def test_right_values_are_taken() -> None:
         reward_index=0,
         dtype="float32",
         device="cpu",
-        levers=Levers(few_rows=False),
+        speed=SpeedOptions(cpu_layers=False),
     )
     assert decoder.reward_bounds == (-9.0, 9.5)
-    assert not decoder.levers.few_rows
+    assert not decoder.speed.cpu_layers
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

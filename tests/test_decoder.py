@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import tq_fast
+from tq_fast.config import SpeedOptions
 from tq_fast.errors import DecodingError, InvalidArgument, RewardError, UnsupportedModel
-from tq_fast.levers import Levers
 
 VOCAB = 40
 
@@ -142,14 +142,14 @@ def test_a_result_holds_one_entry_a_prompt(baseline, sft) -> None:
         sft=sft,
         num_rollouts=2,
         reward_bounds=(0.0, 5.0),
-        levers=Levers(lazy_argmax=False),
+        speed=SpeedOptions(lazy_argmax=False),
         eos_token_id=(),
         **SHORT,
     )
     assert result.texts is None
     assert [sequence.shape for sequence in result.sequences] == [(6,)] * 3
     for sequence, trace, certificate in zip(
-        result.sequences, result.traces, result.certificate, strict=True
+        result.sequences, result.traces, result.certificates, strict=True
     ):
         assert [step.token_id for step in trace] == sequence.tolist()
         for step in trace:

@@ -17,8 +17,8 @@ import tq_fast
 from tests import zoo
 from tests.naive import next_token_logprobs
 from tests.truncation import truncate
+from tq_fast.config import SpeedOptions
 from tq_fast.errors import InvalidArgument
-from tq_fast.levers import Levers
 
 VOCAB_SIZE, END = 5, 4
 PROMPTS = [[1, 3], [2], [0, 0, 1]]
@@ -143,7 +143,7 @@ def test_published_weights_are_not_normalised() -> None:
                 other = rewards**2 - 0.3 * rewards
                 q = float((((rewards - other) / BETA).exp() * rewards).mean())
                 assert float(entry.q[idx]) == pytest.approx(q, rel=1e-5)
-    assert all(one.median_ess is None for one in result.certificate)
+    assert all(one.median_ess is None for one in result.certificates)
 
 
 @pytest.mark.filterwarnings("ignore:the weights of indirect transfer")
@@ -196,22 +196,22 @@ def test_a_single_rollout_is_said_to_weigh_nothing(options: dict[str, object]) -
 @pytest.mark.filterwarnings("ignore:the weights of indirect transfer")
 def test_the_certificate_sums_up_the_effective_sample_sizes() -> None:
     result = decode(beta=0.2)
-    for trace, one in zip(result.traces, result.certificate, strict=True):
+    for trace, one in zip(result.traces, result.certificates, strict=True):
         told = torch.cat([step.ess[step.num_rollouts > 1] for step in trace])
         assert all(1 <= float(ess) <= N + 1e-4 for ess in told)
         assert one.min_ess == pytest.approx(float(told.min()))
         assert one.median_ess == pytest.approx(float(told.double().quantile(0.5)), abs=1e-5)
         assert one.min_ess < N - 0.1
-    direct = decode(transfer="direct").certificate
+    direct = decode(transfer="direct").certificates
     assert all(one.min_ess == one.median_ess == N for one in direct)
-    single = decode(transfer="direct", num_rollouts=1).certificate
+    single = decode(transfer="direct", num_rollouts=1).certificates
     assert all(one.min_ess is None for one in single)
 
 
 def test_what_no_theorem_bounds_has_no_bound() -> None:
     bounded = {"reward_bounds": (0.0, 1.0), "alpha": 5.0, "max_new_tokens": 2}
     # A choice that bounds settled leaves the gap open.
-    bounded["levers"] = Levers(lazy_argmax=False)
+    bounded["speed"] = SpeedOptions(lazy_argmax=False)
     cases = {
         ("direct", "log_ratio", "sft"): True,
         ("direct", "log_ratio", "baseline"): True,
@@ -223,7 +223,7 @@ def test_what_no_theorem_bounds_has_no_bound() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = decode(transfer=transfer, weights=weights, prior=prior, **bounded)
-        for one in result.certificate:
+        for one in result.certificates:
             assert (one.kl_bound is not None) == is_bounded
             assert (one.gap_reduction is not None) == (transfer == "direct")
             assert math.isfinite(one.kl_to_sft)

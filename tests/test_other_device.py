@@ -18,9 +18,9 @@ from tests import zoo
 from tests.simulated_device import Remote, move, simulated_device
 from tests.test_levers import NONE, PROMPTS, VOCAB, assert_same, language_model, share_of_low
 from tq_fast import decoder as decoder_module
-from tq_fast.levers import Levers
+from tq_fast.config import SpeedOptions
 from tq_fast.rollouts.graphs import RolloutGraphs
-from tq_fast.transfer.roles import open_players
+from tq_fast.transfer.roles import open_roles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
@@ -78,10 +78,12 @@ DECODES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", DECODES)
-@pytest.mark.parametrize("levers", [Levers(), NONE], ids=["all levers", "no lever"])
-def test_a_decode_on_another_device_gives_the_tokens_of_the_cpu(name: str, levers: Levers) -> None:
+@pytest.mark.parametrize("speed", [SpeedOptions(), NONE], ids=["all options", "no option"])
+def test_a_decode_on_another_device_gives_the_tokens_of_the_cpu(
+    name: str, speed: SpeedOptions
+) -> None:
     names, options = DECODES[name]
-    assert_alike(*decode_on_both(tq_fast.decode, names, levers=levers, **{**SHORT, **options}))
+    assert_alike(*decode_on_both(tq_fast.decode, names, speed=speed, **{**SHORT, **options}))
 
 
 @pytest.mark.parametrize("name", DECODES)
@@ -91,13 +93,13 @@ def test_rollouts_at_fixed_addresses_give_the_tokens_of_the_cpu(
     made = []
 
     def opened(*args: Any) -> Any:
-        players = open_players(*args)
-        if players.baseline.device.type == "cpu":
-            return players
-        made.append(RolloutGraphs(players.baseline, players.law, captures=False))
-        return dataclasses.replace(players, graphs=made[-1])
+        roles = open_roles(*args)
+        if roles.baseline.device.type == "cpu":
+            return roles
+        made.append(RolloutGraphs(roles.baseline, roles.sampler, captures=False))
+        return dataclasses.replace(roles, graphs=made[-1])
 
-    monkeypatch.setattr(decoder_module, "open_players", opened)
+    monkeypatch.setattr(decoder_module, "open_roles", opened)
     names, options = DECODES[name]
     assert_alike(*decode_on_both(tq_fast.decode, names, **{**SHORT, **options}))
     assert made

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from .config import is_real
+from .config import SpeedOptions, is_real
 from .errors import InvalidArgument
-from .levers import Levers
 
 
 def check_loading(given: Mapping[str, Any]) -> None:
-    """Check `reward_bounds`, `reward_index`, `dtype` and `levers`, those of them that are given.
+    """Check `reward_bounds`, `reward_index`, `dtype` and `speed`, those of them that are given.
 
     Raises:
         InvalidArgument: the message names the argument, its value and what was expected.
@@ -28,9 +27,9 @@ def check_loading(given: Mapping[str, Any]) -> None:
     is_float = isinstance(named, torch.dtype) and named.is_floating_point
     if dtype != "auto" and not is_float:
         raise InvalidArgument(f"dtype must be 'auto' or a floating-point dtype, got {dtype!r}")
-    levers = given.get("levers")
-    if not isinstance(levers, (Levers, type(None))):
-        raise InvalidArgument(f"levers must be tq_fast.levers.Levers or None, got {levers!r}")
+    speed = given.get("speed")
+    if not isinstance(speed, (SpeedOptions, type(None))):
+        raise InvalidArgument(f"speed must be tq_fast.SpeedOptions or None, got {speed!r}")
 
 
 def check_bounds(bounds: Any) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""`DecodeConfig`: every setting of a decode, checked when it is made."""
+"""`DecodeConfig`, every setting of a decode, checked when it is made; `SpeedOptions`."""
 
 from __future__ import annotations
 
@@ -205,3 +205,40 @@ def _require_positive(name: str, value: object) -> None:
         raise InvalidArgument(
             f"{name} must be a finite number above 0 (from {low:g} to {high:g}), got {value!r}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedOptions:
+    """What makes decoding cheaper without changing what it means.
+
+    Everything is on by default; a part is switched off to measure it and to test its promise: "same
+    tokens", or "same distribution" (the law of arXiv 2405.20495 at the same k, n and L).
+
+    Attributes:
+        merge_equal: sampled roll-outs that are still equal share one row of the forward pass: the
+            n roll-outs of a candidate branch late (same tokens).
+        reuse_greedy: the greedy roll-out of the chosen token serves again as that of its arg-max
+            child (same tokens).
+        score_once: a text that was scored at this or the last step is not scored again (same
+            tokens).
+        lazy_argmax: with a reward that is declared bounded, candidates that cannot win any more are
+            not rolled out (same tokens: the noise of the choice is drawn first).
+        refill_slots: with a fixed horizon, a finished prompt's place in the forest goes to the next
+            prompt at once (same tokens). Prompts that roll out to the end stay together.
+        share_prefixes: what a prompt has in common with another one in the forest is not encoded
+            again (same tokens up to rounding).
+        graph_rollouts: on a CUDA device, each depth of the roll-outs is one CUDA graph, replayed
+            (same tokens). Equal roll-outs part after the first depth then, and a greedy roll-out
+            serves again only where it was run to its end.
+        cpu_layers: linear and decoder layers on CPU run in kernels made for few rows (same
+            tokens up to rounding).
+    """
+
+    merge_equal: bool = True
+    reuse_greedy: bool = True
+    score_once: bool = True
+    lazy_argmax: bool = True
+    refill_slots: bool = True
+    share_prefixes: bool = True
+    graph_rollouts: bool = True
+    cpu_layers: bool = True

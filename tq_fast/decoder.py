@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from .arguments import check_bounds, check_loading, place_models
-from .config import DecodeConfig
+from .config import DecodeConfig, SpeedOptions
 from .errors import InvalidArgument
-from .levers import Levers
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -27,10 +26,10 @@ from .prompts import Prompt, PromptLike, PromptReader, read_prompts
 from .results import Certificate, DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .rewards.base import RewardFunction, Texts
 from .rewards.lengths import check_fits
-from .transfer.budget import ForestSize, check_sizes, fit_forest, smaller_after
-from .transfer.loop import ForestDecoder
-from .transfer.roles import Models, count_needs, open_players, rows_per_slot
-from .transfer.step import Rules
+from .transfer.budget import BatchShape, check_sizes, fit_forest, smaller_after
+from .transfer.loop import DecodeLoop
+from .transfer.roles import Models, memory_per_prompt, open_roles, rows_per_slot
+from .transfer.step import DecodePlan
 from .transfer.warnings import known_ess, warn_of_collapse, warn_of_noise
 from .transfer.weights import certify
 
@@ -44,7 +43,7 @@ _MODEL_ARGUMENTS = (
     "reward_bounds",
     "device",
     "dtype",
-    "levers",
+    "speed",
 )
 _RUN_ARGUMENTS = ("config", "batch_size", "memory_budget", "progress")
 
@@ -121,7 +120,7 @@ class TransferDecoder:
             traces).
         device: where models that are named are put; None: a GPU if there is one.
         dtype: of models that are named, a `torch.dtype` or "auto" (as they were saved).
-        levers: speed levers to switch off, for measuring; None: all are on.
+        speed: what makes decoding cheaper, to be switched off for measuring; None: all of it is on.
 
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
@@ -142,23 +141,23 @@ class TransferDecoder:
         reward_bounds: tuple[float, float] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "auto",
-        levers: Levers | None = None,
+        speed: SpeedOptions | None = None,
     ) -> None:
-        check_loading({"reward_index": reward_index, "dtype": dtype, "levers": levers})
-        self.levers = Levers() if levers is None else levers
+        check_loading({"reward_index": reward_index, "dtype": dtype, "speed": speed})
+        self.speed = SpeedOptions() if speed is None else speed
         self.reward_bounds = check_bounds(reward_bounds)
-        place = place_models(device)
-        self.baseline = load_language_model(baseline, "baseline", device=place, dtype=dtype)
+        rollout_id = place_models(device)
+        self.baseline = load_language_model(baseline, "baseline", device=rollout_id, dtype=dtype)
         self.tokenizer = load_tokenizer(tokenizer, baseline, "tokenizer")
         self.sft = None
         if sft is not None:
-            self.sft = load_language_model(sft, "sft", device=place, dtype=dtype)
+            self.sft = load_language_model(sft, "sft", device=rollout_id, dtype=dtype)
             own = load_tokenizer(None, sft, "sft")
             check_same_vocabulary(self.tokenizer, own, self.baseline, self.sft)
         loading = {
             "texts": Texts(self.tokenizer),
             "vocab_size": self.baseline.get_output_embeddings().weight.shape[0],
-            "device": place,
+            "device": rollout_id,
             "dtype": dtype,
         }
         self.reward = load_reward(
@@ -207,13 +206,13 @@ class TransferDecoder:
         stats = DecodeStats()
         responses = [Response(idx, prompt) for idx, prompt in enumerate(read)]
         batch_size = min(batch_size, max(1, len(read)))
-        size = ForestSize(batch_size, batch_size * rows_per_slot(config))
+        size = BatchShape(batch_size, batch_size * rows_per_slot(config))
         if read and memory_budget is not None:
-            needs = count_needs(self._models(), read, config)
+            needs = memory_per_prompt(self._models(), read, config)
             size = fit_forest(needs, batch_size=batch_size, memory_budget=memory_budget)
         finished: dict[int, PromptResult] = {}
 
-        def note(response: Response, is_finished: bool) -> None:
+        def record(response: Response, is_finished: bool) -> None:
             idx = response.idx
             unused = config.max_new_tokens - len(response.token_ids) if is_finished else 0
             bar.advance(1 + unused)
@@ -227,13 +226,13 @@ class TransferDecoder:
         num_tokens = len(read) * config.max_new_tokens
         rewards = (getattr(r, "model", None) for r in (self.reward, self.baseline_reward))
         models = [m for m in (self.baseline, self.sft, *rewards) if m is not None]
-        rules = Rules(config, prior, eos, self.reward_bounds, size.max_rows, self.levers)
+        plan = DecodePlan(config, prior, eos, self.reward_bounds, size.max_rows, self.speed)
         with (
             TokenBar(num_tokens, visible=progress) as bar,
             evaluating(models),
             carry_finished(finished),
         ):
-            self._decode_all(responses, rules, size, stats, note)
+            self._decode_all(responses, plan, size, stats, record)
         traces = [response.trace for response in responses]
         warn_of_noise(traces, config)
         warn_of_collapse(traces, config)
@@ -250,45 +249,45 @@ class TransferDecoder:
     def _decode_all(
         self,
         responses: list[Response],
-        rules: Rules,
-        size: ForestSize,
+        plan: DecodePlan,
+        size: BatchShape,
         stats: DecodeStats,
-        note: Callable[[Response, bool], None],
+        record: Callable[[Response, bool], None],
     ) -> None:
         """Decode everything, over smaller forests where the memory does not suffice."""
-        while unfinished := [r for r in responses if not self._is_finished(r, rules)]:
+        while unfinished := [r for r in responses if not self._is_finished(r, plan)]:
             # Roll-outs to the end get shorter from step to step: prompts that began together stay
             # together, or each step is as long as that of the newest.
-            refills = rules.levers.refill_slots and rules.config.horizon is not None
+            refills = plan.speed.refill_slots and plan.config.horizon is not None
             group = unfinished if refills else unfinished[: size.num_slots]
             try:
-                self._decode_group(group, rules, size, stats, note)
+                self._decode_group(group, plan, size, stats, record)
             except torch.OutOfMemoryError as error:
                 size = smaller_after(error, size)
-                rules = dataclasses.replace(rules, max_rows=size.max_rows)
+                plan = dataclasses.replace(plan, max_rows=size.max_rows)
 
-    def _is_finished(self, response: Response, rules: Rules) -> bool:
+    def _is_finished(self, response: Response, plan: DecodePlan) -> bool:
         ids = response.token_ids
-        return len(ids) == rules.config.max_new_tokens or bool(ids and ids[-1] in rules.eos)
+        return len(ids) == plan.config.max_new_tokens or bool(ids and ids[-1] in plan.eos)
 
     def _decode_group(
         self,
         group: list[Response],
-        rules: Rules,
-        size: ForestSize,
+        plan: DecodePlan,
+        size: BatchShape,
         stats: DecodeStats,
-        note: Callable[[Response, bool], None],
+        record: Callable[[Response, bool], None],
     ) -> None:
         """Decode prompts over one forest a model, as many at a time as `size` says."""
         active, waiting = group[: size.num_slots], group[size.num_slots :]
-        players = open_players(self._models(), active, waiting, rules)
+        roles = open_roles(self._models(), active, waiting, plan)
         own = DecodeStats()
         try:
-            ForestDecoder(players, active, waiting, rules, stats=own).run(note)
+            DecodeLoop(roles, active, waiting, plan, stats=own).run(record)
         finally:
-            for role, player in players.by_role.items():
-                own.token_forwards[role] = player.num_token_forwards
-                own.peak_kv_bytes[role] = player.peak_kv_bytes
+            for role, part in roles.by_role.items():
+                own.token_forwards[role] = part.num_token_forwards
+                own.peak_kv_bytes[role] = part.peak_kv_bytes
             stats.add(own)
 
     def _models(self) -> Models:

@@ -196,14 +196,14 @@ class DecodeResult:
         texts: responses as text, special tokens left out; None where there is no tokenizer.
         sequences: new token ids, int64 `[T]` on the CPU, the EOS token included.
         traces: a `StepTrace` for every token of every response.
-        certificate: divergence and bound of every response.
+        certificates: divergence and bound of every response.
         stats: counts over the whole call.
     """
 
     texts: list[str] | None
     sequences: list[torch.Tensor]
     traces: list[list[StepTrace]]
-    certificate: list[Certificate]
+    certificates: list[Certificate]
     stats: DecodeStats
 
     @staticmethod
@@ -215,6 +215,6 @@ class DecodeResult:
             texts=[result.text for result in results] if has_texts else None,
             sequences=[result.sequence for result in results],
             traces=[result.trace for result in results],
-            certificate=[result.certificate for result in results],
+            certificates=[result.certificate for result in results],
             stats=stats,
         )

@@ -139,8 +139,8 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
 
 
 def test_every_argument_of_the_decoder_can_be_given() -> None:
-    # Levers are there to be measured, by code.
-    arguments = set(inspect.signature(tq_fast.TransferDecoder).parameters) - {"levers"}
+    # SpeedOptions are there to be measured, by code.
+    arguments = set(inspect.signature(tq_fast.TransferDecoder).parameters) - {"speed"}
     assert arguments == {field.name for field in dataclasses.fields(ModelChoice)}
 
 

@@ -204,7 +204,7 @@ def test_with_greedy_rollouts_decode_is_exact_and_so_is_its_certificate(
         a.masked_fill(b == -math.inf, -math.inf).logsumexp(-1)
         for a, b in zip(anchor, kept, strict=True)
     ]
-    for idx, (ids, one) in enumerate(zip(result.sequences, result.certificate, strict=True)):
+    for idx, (ids, one) in enumerate(zip(result.sequences, result.certificates, strict=True)):
         along = functools.partial(path_sum, number=idx // 4, ids=ids.tolist())
         assert one.kl_to_sft == pytest.approx(along(to_sft), abs=T * ATOL)
         assert one.kl_to_baseline == pytest.approx(along(to_baseline), abs=T * ATOL)
@@ -218,7 +218,7 @@ def test_with_greedy_rollouts_decode_is_exact_and_so_is_its_certificate(
         assert one.kl_bound is None
     # With bounds on the reward some values need not be known: the divergence is bounded then.
     bounded = decode(baseline, beta=BETA, reward_bounds=(0.0, 1.0), **options)
-    for idx, (ids, one) in enumerate(zip(bounded.sequences, bounded.certificate, strict=True)):
+    for idx, (ids, one) in enumerate(zip(bounded.sequences, bounded.certificates, strict=True)):
         assert torch.equal(ids, result.sequences[idx])
         along = functools.partial(path_sum, number=idx // 4, ids=ids.tolist())
         bound = T / ALPHA - along(masses) + (1 / BETA if prior == "baseline" else 0.0)
@@ -270,7 +270,7 @@ def test_dera_draws_from_the_exact_mixture(mix: float) -> None:
     for policy in (sft, baseline):
         assert chi_square_excess(drawn, log_law(policy).exp().flatten() / NUM_WORLDS) > 10
     divergences = [divergence(a, b) for a, b in zip(mixture, sft, strict=True)]
-    for idx, (ids, one) in enumerate(zip(result.sequences, result.certificate, strict=True)):
+    for idx, (ids, one) in enumerate(zip(result.sequences, result.certificates, strict=True)):
         expected = path_sum(divergences, idx // copies, ids.tolist())
         assert one.kl_to_sft == pytest.approx(expected, abs=T * ATOL)
 
@@ -287,7 +287,7 @@ def test_the_mean_certificate_is_the_divergence_of_responses_and_keeps_to_the_bo
     options = {"copies": copies, "num_rollouts": num_rollouts, "prior": prior}
     result = decode(baseline, **options)
     bounded = decode(baseline, beta=BETA, reward_bounds=(0.0, 1.0), **options)
-    assert all(one.kl_to_sft <= one.kl_bound for one in bounded.certificate)
+    assert all(one.kl_to_sft <= one.kl_bound for one in bounded.certificates)
     truths = {
         "kl_to_sft": divergence(log_law(exact), log_law(sft)),
         "kl_to_baseline": divergence(log_law(exact), log_law(baseline)),
@@ -302,7 +302,7 @@ def test_the_mean_certificate_is_the_divergence_of_responses_and_keeps_to_the_bo
     # rewards in [0, 1] drawn evenly have a standard deviation of 0.29.
     noise = (T - 1) * (0.29 / ALPHA) ** 2 / (2 * num_rollouts)
     for name, truth in truths.items():
-        found = torch.tensor([getattr(one, name) for one in result.certificate])
+        found = torch.tensor([getattr(one, name) for one in result.certificates])
         found = found.view(NUM_WORLDS, copies).double()
         error = found - truth[:, None]
         allowed = noise * (ALPHA if name == "gap_reduction" else 1.0)

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tq_fast.forest import decoder_layers, few_rows
 from tq_fast.forest.decoder_layers import FORMULAS, digest, fused_forward
-from tq_fast.forest.few_rows import FewRows
+from tq_fast.forest.few_rows import CpuLayers
 from tq_fast.forest.language import LanguageForest
 
 # Sums in another order; in 16 bits an intermediate may round to a neighbour, two layers deep.
@@ -45,7 +45,7 @@ def model_of(kind: str, dtype: torch.dtype = torch.float32, **settings: object) 
 
 
 def rolled_out(model: PreTrainedModel, **options: object) -> torch.Tensor:
-    """Logits of a prompt's tip and of three rows, three tokens deep."""
+    """Logits of a prompt's next_logits and of three rows, three tokens deep."""
     forest = LanguageForest(
         model,
         num_trees=1,
@@ -56,7 +56,7 @@ def rolled_out(model: PreTrainedModel, **options: object) -> torch.Tensor:
         **options,
     )
     forest.prefill(0, [3, 1, 4, 1, 5, 9, 2])
-    logits = [forest.tip.clone()]
+    logits = [forest.next_logits.clone()]
     for start in range(3):
         logits.append(forest.forward_rows(torch.tensor([start, 7, 40]), start=start, tree=None))
     return torch.cat(logits)
@@ -69,7 +69,7 @@ def test_logits_are_those_of_the_modules_which_are_not_called(kind, dtype, monke
     model = model_of(kind, dtype)
     for parameter in model.parameters():
         parameter.data.mul_(3)
-    expected = rolled_out(model, few_rows=False)
+    expected = rolled_out(model, cpu_layers=False)
     called: list[nn.Module] = []
     mlp = type(model.model.layers[0].mlp)
     forward = mlp.forward
@@ -91,9 +91,9 @@ def test_a_window_and_rotary_scaling_are_kept() -> None:
         model = model_of(kind, **settings)
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
-        expected = rolled_out(model, few_rows=False)
+        expected = rolled_out(model, cpu_layers=False)
         torch.testing.assert_close(rolled_out(model), expected, rtol=1e-4, atol=1e-4)
-        plain = rolled_out(model_of(kind), few_rows=False)
+        plain = rolled_out(model_of(kind), cpu_layers=False)
         assert not torch.allclose(plain, expected, atol=1e-2)
 
 
@@ -138,11 +138,11 @@ def test_a_layer_that_somebody_changed_is_left_alone() -> None:
 
 def test_linear_layers_inside_a_fused_layer_keep_their_forward() -> None:
     model = model_of("llama")
-    with FewRows(model).during(3):
+    with CpuLayers(model).during(3):
         assert "forward" in model.model.layers[0].__dict__
         assert "forward" in model.lm_head.__dict__
         assert "forward" not in model.model.layers[0].mlp.up_proj.__dict__
-    with FewRows(model).during(1001):
+    with CpuLayers(model).during(1001):
         assert all("forward" not in module.__dict__ for module in model.modules())
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tq_fast import _native
 from tq_fast.forest import few_rows
-from tq_fast.forest.few_rows import FewRows
+from tq_fast.forest.few_rows import CpuLayers
 
 # Both products round their fp32 sums in their own order; 16-bit results may round to a neighbour.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -32,7 +32,7 @@ def test_the_product_is_that_of_the_layer(way, dtype, bias, shape) -> None:
     x = torch.randn(shape).to(dtype)
     with torch.inference_mode():
         expected = layer(x)
-        with FewRows(nn.Sequential(layer)).during(x.shape[:-1].numel()):
+        with CpuLayers(nn.Sequential(layer)).during(x.shape[:-1].numel()):
             assert "forward" in layer.__dict__
             result = layer(x)
     assert result.shape == expected.shape and result.is_contiguous()
@@ -41,7 +41,7 @@ def test_the_product_is_that_of_the_layer(way, dtype, bias, shape) -> None:
 
 def test_layers_are_as_they_were_afterwards_even_after_an_error(way) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    with pytest.raises(ZeroDivisionError), FewRows(model).during(10):
+    with pytest.raises(ZeroDivisionError), CpuLayers(model).during(10):
         assert "forward" in model[0].__dict__
         raise ZeroDivisionError
     assert all("forward" not in layer.__dict__ for layer in model)
@@ -50,7 +50,7 @@ def test_layers_are_as_they_were_afterwards_even_after_an_error(way) -> None:
 @torch.inference_mode()
 def test_a_weight_that_was_replaced_is_the_one_that_multiplies(way) -> None:
     layer = nn.Linear(4, 3, bias=False)
-    product = FewRows(nn.Sequential(layer))
+    product = CpuLayers(nn.Sequential(layer))
     with product.during(2):
         layer(torch.ones(2, 4))
     layer.weight = nn.Parameter(torch.full((3, 4), 2.0), requires_grad=False)
@@ -62,7 +62,7 @@ def test_more_rows_than_it_was_measured_for_go_the_usual_way(monkeypatch) -> Non
     monkeypatch.setattr(few_rows, "most_rows", lambda dtype: 12)
     monkeypatch.setattr(few_rows, "most_rows_transposed", lambda dtype: 0)
     layer = nn.Linear(4, 4)
-    product = FewRows(nn.Sequential(layer))
+    product = CpuLayers(nn.Sequential(layer))
     for num_rows in (1, 12, 13):
         with product.during(num_rows):
             assert ("forward" in layer.__dict__) == (num_rows <= 12)
@@ -70,7 +70,7 @@ def test_more_rows_than_it_was_measured_for_go_the_usual_way(monkeypatch) -> Non
 
 def test_another_backend_leaves_every_layer_alone() -> None:
     layer = nn.Linear(4, 4)
-    with FewRows(nn.Sequential(layer), "ref").during(10):
+    with CpuLayers(nn.Sequential(layer), "ref").during(10):
         assert "forward" not in layer.__dict__
 
 
@@ -80,7 +80,7 @@ def test_a_subclass_of_linear_and_a_layer_patched_by_its_owner_are_left_alone(wa
 
     owned, patched = Owned(4, 4), nn.Linear(4, 4)
     patched.forward = lambda x: x
-    with FewRows(nn.Sequential(owned, patched)).during(10):
+    with CpuLayers(nn.Sequential(owned, patched)).during(10):
         assert "forward" not in owned.__dict__
         assert patched(torch.ones(1)).item() == 1
     assert "forward" in patched.__dict__

@@ -74,7 +74,7 @@ def test_every_architecture_has_the_logits_of_the_plain_model(name: str, random_
     model = model_of(name)
     prefixes = [random_ids(length).tolist() for length in PROMPTS]
     forest = forest_of(model, prefixes)
-    assert_logits(model, forest.tip, prefixes)
+    assert_logits(model, forest.next_logits, prefixes)
 
     tokens = random_ids(len(PROMPTS) * ROWS_PER_TREE, DEPTH)
     tree_of = [row // ROWS_PER_TREE for row in range(len(tokens))]
@@ -92,16 +92,16 @@ def test_every_architecture_has_the_logits_of_the_plain_model(name: str, random_
     forest.commit([0, 2], chosen, first_logits[chosen])
     for tree, row in zip([0, 2], chosen, strict=True):
         prefixes[tree].append(int(tokens[row, 0]))
-    assert_logits(model, forest.tip, prefixes)
+    assert_logits(model, forest.next_logits, prefixes)
 
     forest.advance([0, 1, 2], [7, 8, 9])
     for prefix, token in zip(prefixes, [7, 8, 9], strict=True):
         prefix.append(token)
-    assert_logits(model, forest.tip, prefixes)
+    assert_logits(model, forest.next_logits, prefixes)
 
     forest.drop_tree(0)
     prefixes = [prefixes[2], prefixes[1]]
-    assert_logits(model, forest.tip, prefixes)
+    assert_logits(model, forest.next_logits, prefixes)
     # Unequal numbers of rows a tree, over prefixes that a commit has grown.
     tokens = random_ids(3, 2)
     tree = torch.tensor([0, 1, 1])
@@ -133,7 +133,7 @@ def test_rows_can_be_put_in_another_order_and_some_left_behind(name: str, random
     forest.cache.commit([0], [place])
     prompts[0].append(int(tokens[2, 0]))
     forest.advance([0], [5])
-    assert_logits(model, forest.tip[:1], [[*prompts[0], 5]])
+    assert_logits(model, forest.next_logits[:1], [[*prompts[0], 5]])
 
 
 @pytest.mark.parametrize("name", zoo.LANGUAGE_MODELS)
@@ -185,7 +185,7 @@ def test_half_precision_errs_no_more_than_the_plain_model(
     rows = [prompts[r // ROWS_PER_TREE] + row for r, row in enumerate(tokens.tolist())]
     truth = torch.stack([plain_logits(exact, row) for row in [*prompts, *rows]])
     plain = torch.stack([plain_logits(model, row) for row in [*prompts, *rows]])
-    ours = torch.cat([forest.tip, logits])
+    ours = torch.cat([forest.next_logits, logits])
     assert ours.isfinite().all()
 
     def error(values: torch.Tensor) -> float:
@@ -251,7 +251,7 @@ def test_two_forests_over_one_model_do_not_meet(random_ids) -> None:
 def test_a_prompt_of_one_token_is_a_prompt(random_ids) -> None:
     for name in ("llama", "mistral-narrow", "gpt2"):
         forest = forest_of(model_of(name), [[4]])
-        assert_logits(model_of(name), forest.tip, [[4]])
+        assert_logits(model_of(name), forest.next_logits, [[4]])
 
 
 def test_max_positions_is_where_the_angles_of_longrope_change() -> None:

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.test_levers import ENDS, assert_same, language_model, run
 
 from tests import zoo
-from tests.test_levers import ENDS, assert_same, language_model, run
+from tq_fast.config import SpeedOptions
 from tq_fast.errors import UnsupportedModel
 from tq_fast.forest.language import check_runs
-from tq_fast.levers import Levers
 from tq_fast.rollouts.graphs import RolloutGraphs
 
-PLAIN = Levers(graph_rollouts=False)
+PLAIN = SpeedOptions(graph_rollouts=False)
 
 pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
 
@@ -37,7 +37,7 @@ def test_graphs_give_the_tokens_of_separate_launches(
     with warnings.catch_warnings():
         # Falling back to separate launches would make this test compare them with themselves.
         warnings.filterwarnings("error", message=".*cannot be captured")
-        ours = run(baseline, Levers(), **options)
+        ours = run(baseline, SpeedOptions(), **options)
     assert_same(ours, run(baseline, PLAIN, **options))
 
 
@@ -52,7 +52,7 @@ def test_rows_gather_in_smaller_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RolloutGraphs, "_gather_running", note)
     baseline = language_model().cuda()
     options = {"num_rollouts": 8, "horizon": None, "max_new_tokens": 40}
-    ours = run(baseline, Levers(), **options)
+    ours = run(baseline, SpeedOptions(), **options)
     assert gathered
     assert_same(ours, run(baseline, PLAIN, **options))
 
@@ -68,5 +68,5 @@ def test_the_host_waits_for_nothing_between_depths(monkeypatch: pytest.MonkeyPat
         depths.append(num_rows)
 
     monkeypatch.setattr(RolloutGraphs, "_replay", watched)
-    run(language_model().cuda(), Levers(), num_rollouts=4)
+    run(language_model().cuda(), SpeedOptions(), num_rollouts=4)
     assert len(depths) > 10

@@ -19,7 +19,7 @@ RANKS = {
     "errors": 0,
     "env": 1,
     "config": 1,
-    "levers": 1,
+    "speed": 1,
     "progress": 1,
     "prompts": 1,
     "kernels": 1,

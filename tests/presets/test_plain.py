@@ -42,7 +42,7 @@ def test_log_probs_and_divergences_of_plain_decoding_are_exact() -> None:
     options = {"rollout_temperature": 0.7, "rollout_top_k": 20, "rollout_top_p": 0.9}
     result = run("baseline", PROMPTS[:2], **options)
     for prompt, ids, trace, certificate in zip(
-        PROMPTS, tokens(result), result.traces, result.certificate, strict=False
+        PROMPTS, tokens(result), result.traces, result.certificates, strict=False
     ):
         totals = torch.zeros(2, dtype=torch.float64)
         for step, entry in enumerate(trace):
@@ -79,9 +79,9 @@ def test_dera_draws_from_the_mixture_over_the_whole_vocabulary(mix: float) -> No
     names = {0.0: "sft", 1.0: "baseline"}
     if mix in names:
         assert tokens(result) == tokens(run(names[mix], PROMPTS[:2]))
-        assert result.certificate[0].prior == names[mix]
+        assert result.certificates[0].prior == names[mix]
     else:
-        assert result.certificate[0].prior == "mixture"
+        assert result.certificates[0].prior == "mixture"
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.5, 1.0, 2.0])
@@ -243,10 +243,10 @@ def test_a_small_memory_budget_draws_the_same_responses_in_waves() -> None:
 
 def test_the_certificate_of_the_best_of_n_bounds_its_divergence() -> None:
     extra = math.log(3) - 2 / 3
-    from_sft = run("best_of_n", source="sft", baseline=None).certificate
+    from_sft = run("best_of_n", source="sft", baseline=None).certificates
     assert [one.kl_to_sft for one in from_sft] == pytest.approx([extra] * len(PROMPTS))
     result = run("best_of_n", source="baseline")
-    for prompt, ids, one in zip(PROMPTS, tokens(result), result.certificate, strict=True):
+    for prompt, ids, one in zip(PROMPTS, tokens(result), result.certificates, strict=True):
         ratio = 0.0
         for step, token in enumerate(ids):
             context = [*prompt, *ids[:step]]

@@ -106,7 +106,7 @@ def test_models_that_are_not_needed_may_be_left_out(method: str) -> None:
         options["rollout"] = "sample"
     without = run(method, **unused, **options)
     assert tokens(without) == tokens(run(method, **options))
-    assert all(one.kl_to_sft is None for one in without.certificate) == (
+    assert all(one.kl_to_sft is None for one in without.certificates) == (
         "sft" not in NEEDED[method]
     )
 
@@ -225,7 +225,7 @@ def test_indirect_transfer_is_the_decode_of_its_settings() -> None:
 def test_where_the_sft_model_plays_every_part_the_result_says_so(method: str) -> None:
     result = run(method, reward_bounds=(-20.0, 20.0), alpha=2.0)
     assert set(result.stats.token_forwards) == {"sft", "reward"}
-    for trace, certificate in zip(result.traces, result.certificate, strict=True):
+    for trace, certificate in zip(result.traces, result.certificates, strict=True):
         assert certificate.prior == "sft" and certificate.kl_to_baseline is None
         assert certificate.kl_to_sft == pytest.approx(sum(step.kl_to_sft for step in trace))
         bound = len(trace) * 40.0 / 2.0 - certificate.log_prior_mass
@@ -240,11 +240,11 @@ def test_where_the_sft_model_plays_every_part_the_result_says_so(method: str) ->
 def test_a_baseline_aligned_to_another_reward_has_no_bound_under_its_own_prior() -> None:
     options = {"reward_bounds": (-20.0, 20.0), "beta": 0.5, "max_new_tokens": 2}
     for prior, is_bounded in (("baseline", False), ("sft", True)):
-        target = run("direct_on_target", prior=prior, **options).certificate
+        target = run("direct_on_target", prior=prior, **options).certificates
         assert all((one.kl_bound is not None) == is_bounded for one in target)
         assert all(
             one.kl_bound is not None
-            for one in run("transfer_q", prior=prior, **options).certificate
+            for one in run("transfer_q", prior=prior, **options).certificates
         )
 
 

@@ -13,11 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-import tq_fast
-from tests import zoo
 from tests.test_levers import (
     ARCHITECTURES,
     ENDS,
@@ -28,13 +23,18 @@ from tests.test_levers import (
     language_model,
     run,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tq_fast
+from tests import zoo
 from tq_fast import decoder as decoder_module
+from tq_fast.config import SpeedOptions
 from tq_fast.forest import language
 from tq_fast.forest.language import LanguageForest
-from tq_fast.levers import Levers
 from tq_fast.rollouts.graphs import RolloutGraphs
-from tq_fast.rollouts.state import RolloutLaw
-from tq_fast.transfer.roles import open_players
+from tq_fast.rollouts.state import RolloutSampler
+from tq_fast.transfer.roles import open_roles
 
 pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
 
@@ -47,20 +47,20 @@ def with_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RolloutGraphs]
     made: list[RolloutGraphs] = []
 
     def opened(*args: Any) -> Any:
-        players = open_players(*args)
-        made.append(RolloutGraphs(players.baseline, players.law, captures=False))
-        return dataclasses.replace(players, graphs=made[-1])
+        roles = open_roles(*args)
+        made.append(RolloutGraphs(roles.baseline, roles.sampler, captures=False))
+        return dataclasses.replace(roles, graphs=made[-1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoder_module, "open_players", opened)
+        patch.setattr(decoder_module, "open_roles", opened)
         yield made
 
 
-def plain(baseline: Any, levers: Levers, **options: Any) -> tq_fast.DecodeResult:
+def plain(baseline: Any, speed: SpeedOptions, **options: Any) -> tq_fast.DecodeResult:
     """`run` without graphs, whatever the fixture has patched."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_module, "open_players", open_players)
-        return run(baseline, levers, **options)
+        patch.setattr(decoder_module, "open_roles", open_roles)
+        return run(baseline, speed, **options)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -78,10 +78,10 @@ def test_the_tokens_are_those_without_graphs(
 ) -> None:
     baseline = language_model(architecture, scale=2.0)
     options = {"horizon": horizon, "eos_token_id": ends, **rollout}
-    ours = run(baseline, Levers(), **options)
+    ours = run(baseline, SpeedOptions(), **options)
     assert horizon == 1 or with_graphs[0].depth.item() > 1
     assert_same(ours, plain(baseline, NONE, **options))
-    assert ours.stats.rollouts_run == plain(baseline, Levers(), **options).stats.rollouts_run
+    assert ours.stats.rollouts_run == plain(baseline, SpeedOptions(), **options).stats.rollouts_run
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 2}, {"reward_bounds": (0.0, 1.0)}])
@@ -90,7 +90,7 @@ def test_refilled_slots_and_waves_of_a_lazy_choice_use_the_same_buffers(
 ) -> None:
     baseline = language_model(scale=2.0)
     options = {"num_rollouts": 3, "horizon": 3, **options}
-    ours = run(baseline, Levers(), **options)
+    ours = run(baseline, SpeedOptions(), **options)
     assert len(with_graphs) == 1
     without = {name: x for name, x in options.items() if name != "reward_bounds"}
     assert_same(ours, plain(baseline, NONE, **without))
@@ -109,7 +109,7 @@ def test_rows_that_still_run_gather_in_a_smaller_graph(
     monkeypatch.setattr(RolloutGraphs, "_gather_running", note)
     baseline = language_model()
     options = {"num_rollouts": 8, "horizon": None, "max_new_tokens": 40, "prompts": PROMPTS[:3]}
-    ours = run(baseline, Levers(), **options)
+    ours = run(baseline, SpeedOptions(), **options)
     assert gathered and all(2 * smaller <= num_rows for num_rows, smaller in gathered)
     assert_same(ours, plain(baseline, NONE, **options))
 
@@ -132,7 +132,7 @@ def test_no_buffer_moves_from_step_to_step(
         addresses.append(tuple(buffer.data_ptr() for buffer in buffers))
 
     monkeypatch.setattr(RolloutGraphs, "_step", noted)
-    run(language_model(), Levers(), num_rollouts=2)
+    run(language_model(), SpeedOptions(), num_rollouts=2)
     assert len(addresses) > 6 and len(set(addresses)) == 1
 
 
@@ -157,7 +157,7 @@ def on_meta(architecture: str) -> LanguageForest:
     # The trial run reads what it computes, which here is nothing.
     language._kv_bytes[model] = 1
     sizes = {"num_trees": 2, "num_rows": 8, "prefix_capacity": 16, "branch_capacity": 6}
-    forest = LanguageForest(model, **sizes, backend="ref", few_rows=False)
+    forest = LanguageForest(model, **sizes, backend="ref", cpu_layers=False)
     forest.prefill(0, [1, 2, 3])
     forest.prefill(1, [1, 2])
     return forest
@@ -172,7 +172,7 @@ def test_the_host_learns_nothing_of_a_depth_and_tells_it_nothing(
     forest = on_meta(architecture)
     config = tq_fast.DecodeConfig(k=4, backend="ref", **rollout)
     eos = torch.zeros(1, dtype=torch.int64, device="meta")
-    graphs = RolloutGraphs(forest, RolloutLaw(eos, VOCAB, config), captures=False)
+    graphs = RolloutGraphs(forest, RolloutSampler(eos, VOCAB, config), captures=False)
     with _OneDevice():
         graphs._step(8)
 
@@ -187,7 +187,7 @@ def test_graphs_of_another_layout_share_no_memory_with_those_before(
     monkeypatch.setattr(RolloutGraphs, "_capture", lambda graphs, _: pools.append(graphs._pool))
     forest = on_meta("llama")
     eos = torch.zeros(1, dtype=torch.int64, device="meta")
-    graphs = RolloutGraphs(forest, RolloutLaw(eos, VOCAB, tq_fast.DecodeConfig()))
+    graphs = RolloutGraphs(forest, RolloutSampler(eos, VOCAB, tq_fast.DecodeConfig()))
     for capacity in (6, 9):
         forest.cache.reserve(prefix_capacity=0, branch_capacity=capacity)
         assert graphs._prepare(8) and graphs._prepare(4)
@@ -214,7 +214,7 @@ def test_a_model_that_cannot_be_captured_is_said_once_and_decoded_all_the_same(
     options = {"num_rollouts": 4}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ours = run(baseline, Levers(), **options)
+        ours = run(baseline, SpeedOptions(), **options)
     said = [str(w.message) for w in caught if "cannot be captured" in str(w.message)]
     assert len(said) == 1 and "model type 'llama'" in said[0] and "not permitted" in said[0]
     assert_same(ours, plain(baseline, NONE, **options))
@@ -234,6 +234,6 @@ def test_running_out_of_memory_in_a_capture_is_not_taken_for_a_refusal(
     monkeypatch.setattr(RolloutGraphs, "_capture", fail_once)
     baseline = language_model(scale=2.0)
     with pytest.warns(UserWarning, match="out of memory with 5 prompts"):
-        ours = run(baseline, Levers(), num_rollouts=4)
+        ours = run(baseline, SpeedOptions(), num_rollouts=4)
     assert max(tried[1:]) < tried[0]
     assert_same(ours, plain(baseline, NONE, num_rollouts=4))

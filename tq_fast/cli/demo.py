@@ -143,7 +143,7 @@ def compare(
             for name, result in drawn.items()
         ],
         traces=decoded.traces,
-        certificates=decoded.certificate,
+        certificates=decoded.certificates,
         stats=decoded.stats,
         seconds=seconds,
         tokenizer=decoder.tokenizer,

@@ -47,7 +47,7 @@ def measure_responses(
                 **{f"rep_{n}": rep_n(words, n) for n in (2, 3, 4)},
                 "diversity": diversity(words),
                 "coherence": coherences[idx],
-                "kl_to_sft": result.certificate[idx].kl_to_sft,
+                "kl_to_sft": result.certificates[idx].kl_to_sft,
                 **_trace_means(result.traces[idx]),
                 "token_forwards": {
                     role: count * share for role, count in result.stats.token_forwards.items()

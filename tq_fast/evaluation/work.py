@@ -118,7 +118,7 @@ class EvalWorker:
         for i, idx in enumerate(group):
             trace = result.traces[i]
             text = None if result.texts is None else result.texts[i]
-            one = PromptResult(text, result.sequences[i], trace, result.certificate[i])
+            one = PromptResult(text, result.sequences[i], trace, result.certificates[i])
             is_first = task.seed_idx == 0 and idx < self.config.traces
             # A method without values has nothing in its trace that the response does not say.
             keeps_trace = is_first and len(trace[0].candidates) > 1

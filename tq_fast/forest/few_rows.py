@@ -62,7 +62,7 @@ def most_rows_transposed(dtype: torch.dtype) -> int:
     return 80 if dtype is torch.bfloat16 and _native.cpu_has("amx") else 0
 
 
-class FewRows:
+class CpuLayers:
     """The layers of a model, and what stands in for them in a pass of so many rows.
 
     Args:

@@ -16,7 +16,7 @@ from ..errors import BackendRefused, UnsupportedModel
 from . import ForestCache, SavedTokens
 from .attention import running
 from .cache import BranchPass, PrefillPass
-from .few_rows import FewRows
+from .few_rows import CpuLayers
 from .head import LinearHead, linear_head
 from .packing import split_by_length
 
@@ -45,7 +45,7 @@ class Forest:
         prefix_capacity: int,
         branch_capacity: int,
         backend: str | None,
-        few_rows: bool = True,
+        cpu_layers: bool = True,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -58,7 +58,7 @@ class Forest:
             branch_capacity=branch_capacity,
         )
         self.num_token_forwards = 0
-        self.few_rows = FewRows(model, backend) if few_rows else None
+        self.cpu_layers = CpuLayers(model, backend) if cpu_layers else None
 
     @property
     def peak_kv_bytes(self) -> int:
@@ -122,7 +122,7 @@ class Forest:
         self.num_token_forwards += tokens.numel()
         with (
             running(module, self.cache, forward_pass, self.backend),
-            self.few_rows.during(tokens.numel()) if self.few_rows else contextlib.nullcontext(),
+            self.cpu_layers.during(tokens.numel()) if self.cpu_layers else contextlib.nullcontext(),
         ):
             return module(
                 input_ids=tokens,
@@ -135,24 +135,24 @@ class Forest:
 
 
 class LanguageForest(Forest):
-    """Next-token logits for the tips of G trees and for N rows.
+    """Next-token logits after the prefixes of G trees and after N rows.
 
     Attributes:
-        tip: logits `[G, V]` of the token after each tree's prefix.
+        next_logits: logits `[G, V]` of the token after each tree's prefix.
     """
 
     def __init__(self, model: PreTrainedModel, **sizes: object) -> None:
         check_runs(model)
         super().__init__(model, **sizes)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
-        self.tip = torch.empty(
+        self.next_logits = torch.empty(
             self.cache.num_trees, self.vocab_size, dtype=model.dtype, device=self.device
         )
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
-        """Encode what is left of the prompt of `tree`; its tip is ready afterwards."""
+        """Encode what is left of the prompt of `tree`; its next_logits is ready afterwards."""
         output = self.run_prefill(self.model, tree, token_ids, **self._last_only)
-        self.tip[tree] = output.logits[0, -1]
+        self.next_logits[tree] = output.logits[0, -1]
 
     def forward_rows(
         self, tokens: torch.Tensor, *, start: int, tree: torch.Tensor | None
@@ -244,29 +244,33 @@ class LanguageForest(Forest):
         self,
         trees: Sequence[int],
         rows: Sequence[int],
-        tips: torch.Tensor,
+        next_logits: torch.Tensor,
         saved: SavedTokens | None = None,
     ) -> None:
-        """Move the first token of `rows[i]` into the prefix of `trees[i]`; `tips[i]` follow it.
+        """Move the first token of `rows[i]` into the prefix of `trees[i]`.
+
+        `next_logits[i]` follow it.
 
         Its KV is read from `saved`, where that is given.
         """
         self.cache.commit(trees, rows, saved=saved)
-        self.tip[torch.tensor(trees, device=self.device)] = tips
+        self.next_logits[torch.tensor(trees, device=self.device)] = next_logits
 
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
         """Append `tokens[i]` to the prefix of `trees[i]` (ascending) by one forward pass."""
         tree = None if len(trees) == self.cache.num_trees else torch.tensor(trees)
         ids = torch.tensor(tokens, device=self.device)
-        tips = self.forward_rows(ids, start=0, tree=tree if tree is None else tree.to(self.device))
-        self.commit(trees, range(len(trees)), tips)
+        next_logits = self.forward_rows(
+            ids, start=0, tree=tree if tree is None else tree.to(self.device)
+        )
+        self.commit(trees, range(len(trees)), next_logits)
 
     def drop_tree(self, tree: int) -> None:
         """Take `tree` out; the last tree takes over its place."""
         last = self.cache.num_trees - 1
         self.cache.drop_tree(tree)
-        self.tip[tree] = self.tip[last]
-        self.tip = self.tip[:last]
+        self.next_logits[tree] = self.next_logits[last]
+        self.next_logits = self.next_logits[:last]
 
     @functools.cached_property
     def _last_only(self) -> dict[str, object]:

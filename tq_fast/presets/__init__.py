@@ -35,7 +35,7 @@ from ..models.loading import ModelLike
 from ..prompts import PromptLike
 from ..results import DecodeResult
 from ..rewards.base import RewardFunction
-from .call import MethodCall
+from .call import PresetCall
 
 Prompts: TypeAlias = PromptLike | Sequence[PromptLike]
 RewardLike: TypeAlias = ModelLike | RewardFunction
@@ -202,9 +202,9 @@ def direct_on_target(
     result = call.steer(prompts)
     unbounded = [
         dataclasses.replace(one, kl_bound=None) if one.prior == "baseline" else one
-        for one in result.certificate
+        for one in result.certificates
     ]
-    return dataclasses.replace(result, certificate=unbounded)
+    return dataclasses.replace(result, certificates=unbounded)
 
 
 def transfer_q_indirect(
@@ -248,8 +248,8 @@ def _read(
     options: Mapping[str, Any],
     fixed: Mapping[str, Any] | None = None,
     **models: Any,
-) -> MethodCall:
-    return MethodCall(method, {**FIXED_FIELDS[method], **(fixed or {})}, models, options)
+) -> PresetCall:
+    return PresetCall(method, {**FIXED_FIELDS[method], **(fixed or {})}, models, options)
 
 
 def _check_role(name: str, role: object) -> None:

@@ -23,7 +23,7 @@ _RUNNING = ("batch_size", "memory_budget", "progress")
 _OTHERS = ("config", *_RUNNING, *sorted(_DECODER_ARGUMENTS))
 
 
-class MethodCall:
+class PresetCall:
     """The settings of one call of `method`.
 
     Args:
@@ -108,9 +108,9 @@ class MethodCall:
         traces = [[_as_sft(step) for step in trace] for trace in result.traces]
         certificates = [
             self._certify_sft(trace, certificate, decoder)
-            for trace, certificate in zip(traces, result.certificate, strict=True)
+            for trace, certificate in zip(traces, result.certificates, strict=True)
         ]
-        return dataclasses.replace(result, traces=traces, certificate=certificates)
+        return dataclasses.replace(result, traces=traces, certificates=certificates)
 
     def _certify_sft(
         self, trace: list[StepTrace], certificate: Certificate, decoder: TransferDecoder

@@ -29,7 +29,7 @@ from ..rewards.base import Opening, RewardFunction, Texts
 from ..rewards.causal import CausalReward
 from ..rewards.lengths import check_fits
 from ..rewards.scorer import Scorer
-from ..transfer.budget import ForestSize, Needs, check_sizes, fit_forest, smaller_after
+from ..transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 from .sampling import Drawn, certify_plain, sample_responses, trace_plain
 
 
@@ -124,7 +124,7 @@ class PlainDecoder:
         read = read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
         self._check(read, config)
         batch_size = min(batch_size, max(1, len(read)))
-        size = ForestSize(batch_size, batch_size * num)
+        size = BatchShape(batch_size, batch_size * num)
         if read and memory_budget is not None:
             needs = self._needs(read, num, config)
             size = fit_forest(needs, batch_size=batch_size, memory_budget=memory_budget)
@@ -169,7 +169,7 @@ class PlainDecoder:
         with own.phase("prefill"):
             for forest in forests.values():
                 for tree, text in enumerate(texts):
-                    # Without its last token, after which the tip is.
+                    # Leave the last token to be encoded: its logits are the next-token logits.
                     known = share_prefix(forest.cache, tree, text[:-1], texts)
                     forest.prefill(tree, text[known:])
         drawn: list[Drawn] = []
@@ -245,16 +245,16 @@ class PlainDecoder:
         stats.peak_kv_bytes["reward"] = session.peak_kv_bytes
         return scores
 
-    def _needs(self, prompts: Sequence[Prompt], num: int, config: DecodeConfig) -> Needs:
+    def _needs(self, prompts: Sequence[Prompt], num: int, config: DecodeConfig) -> MemoryPerPrompt:
         """Bytes of a prompt and of a response, for the longest of `prompts`."""
         prefix = max(len(prompt.token_ids) for prompt in prompts)
         per_token = sum(check_runs(model) for model in self.models.values())
         logits = 2 * 4 * self.vocab_size * len(self.models)
-        needs = Needs(per_token * prefix, per_token * config.max_new_tokens + logits, num)
+        needs = MemoryPerPrompt(per_token * prefix, per_token * config.max_new_tokens + logits, num)
         if not isinstance(self.reward, CausalReward):
             return needs
         whole = check_runs(self.reward.model) * (prefix + config.max_new_tokens)
-        return Needs(needs.per_slot + whole, needs.per_row + whole, num)
+        return MemoryPerPrompt(needs.per_slot + whole, needs.per_row + whole, num)
 
     def _finish(
         self, drawn: Drawn, rewards: torch.Tensor, weights: Mapping[str, float]

@@ -24,7 +24,7 @@ from ..forest.language import LanguageForest
 from ..ops.sample_tokens import proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..results import Certificate, StepTrace
-from ..rollouts.records import stream_keys
+from ..rollouts.streams import stream_keys
 from ..transfer.weights import kl_divergence
 
 # Stands where roll-outs have their candidate: no token has this id.
@@ -88,7 +88,7 @@ def sample_responses(
 ) -> list[Drawn]:
     """Draw a response of each of `numbers` for every tree; return them by tree, then number.
 
-    The prefixes and tips stay as they were, so that further responses may follow.
+    The prefixes and their next-token logits stay as they were, so that further responses may follow.
 
     Args:
         forests: one a role, prompts encoded, with a row for every response and room for
@@ -110,7 +110,9 @@ def sample_responses(
     keys = stream_keys([(key, 0, _NO_CANDIDATE, i) for key in prompt_keys for i in numbers])
     rows = _Rows(keys.to(device), list(forests), config.max_new_tokens)
     end_ids = torch.tensor(eos, dtype=torch.int64, device=device)
-    logits = {role: forest.tip.repeat_interleave(num, 0) for role, forest in forests.items()}
+    logits = {
+        role: forest.next_logits.repeat_interleave(num, 0) for role, forest in forests.items()
+    }
     active, tree = num_trees * num, None
     for depth in range(config.max_new_tokens):
         ids = _draw(rows, logits, weights, depth, config, vocab_size, row_tree)

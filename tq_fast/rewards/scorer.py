@@ -10,7 +10,7 @@ import torch
 from ..errors import DecodingError, RewardError
 from ..prompts import Prompt
 from ..results import Response
-from ..rollouts.records import Branch
+from ..rollouts.records import Rollout
 from .base import RewardSession, drop_from
 
 # Values are fp32: a greater score would be infinite there.
@@ -51,18 +51,18 @@ class Scorer:
         """Most bytes of KV that the reward held so far."""
         return self.session.peak_kv_bytes
 
-    def score(self, branches: Sequence[Branch]) -> list[float]:
-        """Return the reward of each branch's whole response.
+    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Return the reward of each roll-out's whole response.
 
         Raises:
             RewardError: it raised, returned another number of scores, one that is not finite, or
                 one outside of the declared bounds.
         """
         texts = []
-        for branch in branches:
-            tree = branch.place.tree
+        for rollout in rollouts:
+            tree = rollout.id.tree
             emitted = self.responses[tree].token_ids
-            texts.append((tree, (*emitted, branch.candidate, *branch.tokens)))
+            texts.append((tree, (*emitted, rollout.candidate, *rollout.tokens)))
         if not self.remembers:
             return self.score_texts(texts)
         new = list(

@@ -19,9 +19,9 @@ import torch
 
 from ..errors import warn_caller
 from ..forest.language import LanguageForest
-from .state import RolloutLaw, RolloutState
+from .state import RolloutSampler, RolloutState
 
-# Depths between two looks at how many roll-outs still run, and how old the news may be.
+# Depths between two looks at how many roll-outs still run, and how old the answer may be.
 _LOOK_EVERY = 8
 
 
@@ -30,12 +30,14 @@ class RolloutGraphs:
 
     Args:
         forest: the baseline; its rows hold the first token of the roll-outs when `run` is called.
-        law: how roll-outs are drawn.
+        sampler: how roll-outs are drawn.
         captures: False runs the same operations one by one, on any device.
     """
 
-    def __init__(self, forest: LanguageForest, law: RolloutLaw, *, captures: bool = True) -> None:
-        self.forest, self.law, self.captures = forest, law, captures
+    def __init__(
+        self, forest: LanguageForest, sampler: RolloutSampler, *, captures: bool = True
+    ) -> None:
+        self.forest, self.sampler, self.captures = forest, sampler, captures
         cache, device = forest.cache, forest.device
         self.state = RolloutState.resting(cache.num_rows, cache.branch_capacity, device)
         self.tree = torch.zeros(cache.num_rows, dtype=torch.int64, device=device)
@@ -65,13 +67,13 @@ class RolloutGraphs:
         self._load(state, tree)
         if not self._prepare(num_rows):
             return None
-        news = _News(self.num_running)
+        lagged = LaggedCount(self.num_running)
         depth = 1
         while depth < num_depths:
             self._replay(num_rows)
             depth += 1
             if depth % _LOOK_EVERY == 0 and depth < num_depths:
-                at_most = news.exchange()
+                at_most = lagged.exchange()
                 if at_most == 0:
                     break
                 smaller = self._size_for(len(tree) if at_most is None else at_most)
@@ -96,7 +98,7 @@ class RolloutGraphs:
             tree=self.tree[:num_rows],
             prefix_len=self.prefix_len[: self.forest.cache.num_trees],
         )
-        self.law.advance(logits, state, self.depth)
+        self.sampler.advance(logits, state, self.depth)
         self.num_running.copy_((~state.finished[:num_rows]).sum())
         self.depth += 1
 
@@ -193,7 +195,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class _News:
+class LaggedCount:
     """A number of the device, read one exchange late: what is read was ready long ago."""
 
     def __init__(self, number: torch.Tensor) -> None:

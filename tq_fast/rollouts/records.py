@@ -1,4 +1,4 @@
-"""What is rolled out, and what came of it: the k x n branches of every tree."""
+"""The records of roll-outs: where each belongs, what it starts from, and what came of it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch
 
 from ..config import DecodeConfig
 from ..forest import SavedTokens
-from ..ops.philox import philox4x32
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Place:
+class RolloutId:
     """Where a roll-out belongs.
 
     Attributes:
-        tree: the tree (slot of the forest).
+        tree: the tree (one prompt of the forest).
         candidate_idx: which of the tree's k candidates it starts with.
         number: which of the candidate's n roll-outs it is.
     """
@@ -33,18 +32,18 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Branch:
-    """One roll-out of one candidate: its place, and what came of it.
+class Rollout:
+    """One roll-out of one candidate.
 
     Attributes:
-        place: where it belongs.
+        id: where it belongs.
         candidate: the candidate's token id.
         tokens: token ids after the candidate, at most the horizon; an EOS is the last.
         logprob: sum of log pi_BL of the tokens that were drawn at this step, natural log.
         proposal_logprob: sum of the log density that they were really drawn from.
     """
 
-    place: Place
+    id: RolloutId
     candidate: int
     tokens: list[int]
     logprob: float = 0.0
@@ -52,7 +51,7 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
+class Root:
     """What a tree's roll-outs start from, at one step.
 
     Attributes:
@@ -74,12 +73,15 @@ class Head:
 
 
 @dataclasses.dataclass(frozen=True)
-class KnownRollout:
-    """A greedy roll-out of which the start is known: that of the arg-max child of a chosen token.
+class ReusedRollout:
+    """The start of a greedy roll-out that the step before has run already.
+
+    The greedy roll-out of the chosen token continues with its arg-max child; what follows the child
+    there is the child's own greedy roll-out.
 
     Attributes:
         candidate: token id of the child.
-        tokens: what follows it, as far as known.
+        tokens: what follows it, as far as it was run.
         is_finished: whether it ends there with an EOS.
         saved: KV of all of `tokens` but the last, `[1, H_kv, len - 1, d]` a layer.
     """
@@ -91,34 +93,22 @@ class KnownRollout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rollouts:
+class RolloutWave:
     """What one call of `run_rollouts` did.
 
     Attributes:
-        branches: one for each place, in the same order.
+        rollouts: one for each id, in the same order.
         first_row: the candidate `(tree, candidate_idx)` is this row of `first_logits` and `saved`.
         first_logits: logits `[C, V]` after each candidate that ran.
         saved: KV of these candidates.
-        row_of: row of the cache in which the roll-out of a place ended; empty where that was not
-            kept track of.
+        row_of: row of the cache in which a roll-out ended; empty where the rows were not kept track
+            of.
         num_steps: forward passes that were run.
     """
 
-    branches: list[Branch]
+    rollouts: list[Rollout]
     first_row: Mapping[tuple[int, int], int]
     first_logits: torch.Tensor | None
     saved: SavedTokens | None
-    row_of: Mapping[Place, int]
+    row_of: Mapping[RolloutId, int]
     num_steps: int
-
-
-def stream_keys(places: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
-    """Return the key `[N]` (int64) of a random stream for each `(prompt key, step, token, number)`.
-
-    A stream depends on these alone, never on where in the forest a prompt or a roll-out happens to
-    stand.
-    """
-    prompt, step, token, number = torch.tensor(places, dtype=torch.int64).reshape(-1, 4).unbind(1)
-    counter = (token, step, number, torch.zeros_like(step))
-    words = philox4x32(counter, (prompt & 0xFFFFFFFF, (prompt >> 32) & 0xFFFFFFFF))
-    return words[0] | (words[1] << 32)

@@ -9,55 +9,56 @@ import torch
 from ..forest import SavedTokens
 from ..forest.language import LanguageForest
 from .graphs import RolloutGraphs
-from .records import Branch, Head, KnownRollout, Place, Rollouts, stream_keys
-from .state import RolloutLaw, RolloutState
+from .records import ReusedRollout, Rollout, RolloutId, RolloutWave, Root
+from .state import RolloutSampler, RolloutState
+from .streams import stream_keys
 
 
 def run_rollouts(
     forest: LanguageForest,
-    heads: Sequence[Head],
-    places: Sequence[Place],
+    roots: Sequence[Root],
+    rollout_ids: Sequence[RolloutId],
     *,
-    known: Mapping[tuple[int, int], KnownRollout],
+    known: Mapping[tuple[int, int], ReusedRollout],
     merge: bool,
     eos: tuple[int, ...],
-    law: RolloutLaw,
+    sampler: RolloutSampler,
     graphs: RolloutGraphs | None,
-) -> Rollouts:
-    """Roll out at `places`, all trees and branches together.
+) -> RolloutWave:
+    """Roll out at `rollout_ids`, all trees together.
 
     Args:
-        forest: the baseline; `heads[g]` is of its tree g.
-        heads: one a tree.
-        places: ascending. A candidate that is an EOS, or has no horizon, gets no roll-out.
+        forest: the baseline; `roots[g]` is of its tree g.
+        roots: one a tree.
+        rollout_ids: ascending. A candidate that is an EOS, or has no horizon, gets no roll-out.
         known: roll-outs of which the start is known, by candidate `(tree, candidate_idx)`; greedy
             roll-outs only.
         merge: roll-outs that are still equal share a row.
         eos: ids that end a roll-out.
-        law: how roll-outs are drawn.
+        sampler: how roll-outs are drawn.
         graphs: run the depths after the first, if given.
     """
-    done: dict[Place, Branch] = {}
+    done: dict[RolloutId, Rollout] = {}
     live = []
-    for place in places:
-        head = heads[place.tree]
-        token = head.candidates[place.candidate_idx]
-        if head.horizon and token not in eos:
-            live.append(place)
+    for rollout_id in rollout_ids:
+        root = roots[rollout_id.tree]
+        token = root.candidates[rollout_id.candidate_idx]
+        if root.horizon and token not in eos:
+            live.append(rollout_id)
         else:
-            done[place] = Branch(place, token, [])
+            done[rollout_id] = Rollout(rollout_id, token, [])
     if not live:
-        return Rollouts([done[place] for place in places], {}, None, None, {}, 0)
-    merge = merge and law.config.rollout == "sample"
-    run = _Run(forest, heads, live, known, law, merge)
+        return RolloutWave([done[rollout_id] for rollout_id in rollout_ids], {}, None, None, {}, 0)
+    merge = merge and sampler.config.rollout == "sample"
+    run = _Run(forest, roots, live, known, sampler, merge)
     run.advance(graphs)
-    done.update((branch.place, branch) for branch in run.branches())
-    return Rollouts(
-        [done[place] for place in places],
+    done.update((rollout.id, rollout) for rollout in run.rollouts())
+    return RolloutWave(
+        [done[rollout_id] for rollout_id in rollout_ids],
         run.first_row,
         run.first_logits,
         run.saved,
-        run.row_of_place(),
+        run.row_of_id(),
         run.num_steps,
     )
 
@@ -72,27 +73,30 @@ class _Run:
     def __init__(
         self,
         forest: LanguageForest,
-        heads: Sequence[Head],
-        places: Sequence[Place],
-        known: Mapping[tuple[int, int], KnownRollout],
-        law: RolloutLaw,
+        roots: Sequence[Root],
+        rollout_ids: Sequence[RolloutId],
+        known: Mapping[tuple[int, int], ReusedRollout],
+        sampler: RolloutSampler,
         merge: bool,
     ) -> None:
-        self.forest, self.places, self.law = forest, places, law
-        own = [heads[place.tree] for place in places]
+        self.forest, self.rollout_ids, self.sampler = forest, rollout_ids, sampler
+        own = [roots[rollout_id.tree] for rollout_id in rollout_ids]
         self.candidates = [
-            head.candidates[place.candidate_idx] for head, place in zip(own, places, strict=True)
+            root.candidates[rollout_id.candidate_idx]
+            for root, rollout_id in zip(own, rollout_ids, strict=True)
         ]
         keys = stream_keys(
             [
-                (head.key, head.step, token, place.number)
-                for head, token, place in zip(own, self.candidates, places, strict=True)
+                (root.key, root.step, token, rollout_id.number)
+                for root, token, rollout_id in zip(own, self.candidates, rollout_ids, strict=True)
             ]
         )
-        self.horizons = [head.horizon for head in own]
+        self.horizons = [root.horizon for root in own]
         self.state = RolloutState.begin(keys.to(forest.device), self.horizons)
-        self.known = {i: known[p.candidate] for i, p in enumerate(places) if p.candidate in known}
-        self.num_active = len(places)
+        self.known = {
+            i: known[p.candidate] for i, p in enumerate(rollout_ids) if p.candidate in known
+        }
+        self.num_active = len(rollout_ids)
         self.num_steps = 0
         self._make_rows(merge)
         self.first_logits: torch.Tensor | None = None
@@ -100,23 +104,23 @@ class _Run:
 
     def _make_rows(self, merge: bool) -> None:
         """A row for each roll-out, or for each candidate where roll-outs are merged."""
-        places, device = self.places, self.forest.device
-        first: dict[Place | tuple[int, int], int] = {}
-        for i, place in enumerate(places):
-            first.setdefault(place.candidate if merge else place, i)
+        rollout_ids, device = self.rollout_ids, self.forest.device
+        first: dict[RolloutId | tuple[int, int], int] = {}
+        for i, rollout_id in enumerate(rollout_ids):
+            first.setdefault(rollout_id.candidate if merge else rollout_id, i)
         self.first_row: dict[tuple[int, int], int] = {}
         for row, i in enumerate(first.values()):
-            self.first_row.setdefault(places[i].candidate, row)
-        trees = [places[i].tree for i in first.values()]
+            self.first_row.setdefault(rollout_ids[i].candidate, row)
+        trees = [rollout_ids[i].tree for i in first.values()]
         self.row_tree = torch.tensor(trees, device=device)
         self.tokens = torch.tensor([self.candidates[i] for i in first.values()], device=device)
         num_trees = self.forest.cache.num_trees
         self.is_uniform = len({trees.count(tree) for tree in range(num_trees)}) == 1
         # Row of each active roll-out; None: roll-out i has row i.
         self.row_of: torch.Tensor | None = None
-        self.is_traced = len(first) == len(places)
+        self.is_traced = len(first) == len(rollout_ids)
         if not self.is_traced:
-            rows = [self.first_row[place.candidate] for place in places]
+            rows = [self.first_row[rollout_id.candidate] for rollout_id in rollout_ids]
             self.row_of = torch.tensor(rows, device=device)
 
     def advance(self, graphs: RolloutGraphs | None) -> None:
@@ -129,10 +133,10 @@ class _Run:
             if depth == 0:
                 self.first_logits = logits
                 self.saved = self.forest.cache.save(slice(len(self.tokens)), 0, 1)
-                self._fill_known()
+                self._fill_reused()
             if self.row_of is not None:
                 logits = logits.index_select(0, self.row_of)
-            self.law.advance(logits, state, depth)
+            self.sampler.advance(logits, state, depth)
             if depth == 0 and graphs is not None and self._finish_in(graphs):
                 return
             depth = self._next_depth(depth)
@@ -156,25 +160,25 @@ class _Run:
         self.is_traced = False
         return True
 
-    def branches(self) -> list[Branch]:
-        """What came of every place."""
+    def rollouts(self) -> list[Rollout]:
+        """What came of every roll-out."""
         state, where = self.state, self.state.origin.argsort()
         columns = (state.tokens, state.lengths, state.logprob, state.proposal_logprob)
         rows = zip(*(column[where].tolist() for column in columns), strict=True)
         return [
-            Branch(place, candidate, tokens[:length], logprob, proposal)
-            for place, candidate, (tokens, length, logprob, proposal) in zip(
-                self.places, self.candidates, rows, strict=True
+            Rollout(rollout_id, candidate, tokens[:length], logprob, proposal)
+            for rollout_id, candidate, (tokens, length, logprob, proposal) in zip(
+                self.rollout_ids, self.candidates, rows, strict=True
             )
         ]
 
-    def row_of_place(self) -> dict[Place, int]:
+    def row_of_id(self) -> dict[RolloutId, int]:
         """Row of the cache that holds each roll-out; empty where that was not kept track of."""
         if not self.is_traced:
             return {}
-        return dict(zip(self.places, self.state.origin.argsort().tolist(), strict=True))
+        return dict(zip(self.rollout_ids, self.state.origin.argsort().tolist(), strict=True))
 
-    def _fill_known(self) -> None:
+    def _fill_reused(self) -> None:
         """What is known of a roll-out is not drawn: it rests until its first unknown token."""
         state, device = self.state, self.forest.device
         for i, known in self.known.items():
@@ -220,7 +224,9 @@ class _Run:
         self.num_active = num_active
 
     def _trees(self, num_active: int) -> torch.Tensor:
-        trees = torch.tensor([place.tree for place in self.places], device=self.forest.device)
+        trees = torch.tensor(
+            [rollout_id.tree for rollout_id in self.rollout_ids], device=self.forest.device
+        )
         return trees[self.state.origin[:num_active]]
 
     def _join(self, running: torch.Tensor, depth: int) -> None:

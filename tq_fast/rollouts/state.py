@@ -68,7 +68,7 @@ class RolloutState:
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutLaw:
+class RolloutSampler:
     """How roll-outs are drawn.
 
     Attributes:

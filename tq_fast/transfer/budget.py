@@ -10,7 +10,7 @@ from ..errors import InvalidArgument, warn_caller
 
 
 @dataclasses.dataclass(frozen=True)
-class ForestSize:
+class BatchShape:
     """What runs together.
 
     Attributes:
@@ -21,18 +21,18 @@ class ForestSize:
     num_slots: int
     max_rows: int
 
-    def halved(self) -> ForestSize | None:
+    def halved(self) -> BatchShape | None:
         """Half as many prompts, or half as many roll-outs of a single one; None below that."""
         if self.num_slots > 1:
             half = -(-self.num_slots // 2)
-            return ForestSize(half, max(1, self.max_rows * half // self.num_slots))
-        return ForestSize(1, self.max_rows // 2) if self.max_rows > 1 else None
+            return BatchShape(half, max(1, self.max_rows * half // self.num_slots))
+        return BatchShape(1, self.max_rows // 2) if self.max_rows > 1 else None
 
     def __str__(self) -> str:
         return f"{self.num_slots} prompts and {self.max_rows} roll-outs at a time"
 
 
-def smaller_after(error: torch.OutOfMemoryError, size: ForestSize) -> ForestSize:
+def smaller_after(error: torch.OutOfMemoryError, size: BatchShape) -> BatchShape:
     """Return what to go on with after running out of memory with `size`, and warn.
 
     Raises:
@@ -48,7 +48,7 @@ def smaller_after(error: torch.OutOfMemoryError, size: ForestSize) -> ForestSize
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class MemoryPerPrompt:
     """Bytes of one prompt and of one roll-out, KV of all models and logits included.
 
     Attributes:
@@ -76,7 +76,7 @@ def check_sizes(batch_size: object, memory_budget: object) -> None:
         )
 
 
-def fit_forest(needs: Needs, *, batch_size: int, memory_budget: int) -> ForestSize:
+def fit_forest(needs: MemoryPerPrompt, *, batch_size: int, memory_budget: int) -> BatchShape:
     """Return the largest forest of at most `batch_size` prompts that `memory_budget` bytes hold.
 
     A prompt that does not fit with all its roll-outs gets them in several waves.
@@ -87,7 +87,7 @@ def fit_forest(needs: Needs, *, batch_size: int, memory_budget: int) -> ForestSi
     rows = needs.rows_per_slot
     num_slots = min(batch_size, memory_budget // (needs.per_slot + rows * needs.per_row))
     if num_slots:
-        return ForestSize(num_slots, num_slots * rows)
+        return BatchShape(num_slots, num_slots * rows)
     max_rows = (memory_budget - needs.per_slot) // needs.per_row
     if max_rows < 1:
         least = needs.per_slot + needs.per_row
@@ -95,7 +95,7 @@ def fit_forest(needs: Needs, *, batch_size: int, memory_budget: int) -> ForestSi
             f"memory_budget must be at least {least} bytes for the longest of these prompts and "
             f"one roll-out, got {memory_budget}"
         )
-    return ForestSize(1, max_rows)
+    return BatchShape(1, max_rows)
 
 
 def _is_positive_int(value: object) -> bool:

@@ -12,7 +12,7 @@ from .. import ops
 from ..config import DecodeConfig
 from ..forest.language import LanguageForest
 from ..results import StepTrace
-from ..rollouts.records import Branch
+from ..rollouts.records import Rollout
 from . import weights as estimators
 from .pruning import LazyArgmax, StepValues
 
@@ -33,16 +33,16 @@ class Candidates:
     kl_baseline_to_sft: torch.Tensor | None = None
 
 
-def log_ratios(sft: LanguageForest, branches: Sequence[Branch], *, vocab_size: int) -> list[float]:
+def log_ratios(sft: LanguageForest, rollouts: Sequence[Rollout], *, vocab_size: int) -> list[float]:
     """Return log pi_sft(tau) - log q(tau) of every roll-out, q being what it was drawn from."""
-    ratios = [0.0] * len(branches)
-    drawn = [i for i, branch in enumerate(branches) if branch.tokens]
+    ratios = [0.0] * len(rollouts)
+    drawn = [i for i, rollout in enumerate(rollouts) if rollout.tokens]
     if drawn:
-        rows = [[branches[i].candidate, *branches[i].tokens] for i in drawn]
-        trees = [branches[i].place.tree for i in drawn]
+        rows = [[rollouts[i].candidate, *rollouts[i].tokens] for i in drawn]
+        trees = [rollouts[i].id.tree for i in drawn]
         logprobs = sft.score_rows(rows, trees, vocab_size=vocab_size)
         for i, logprob in zip(drawn, logprobs, strict=True):
-            ratios[i] = logprob - branches[i].proposal_logprob
+            ratios[i] = logprob - rollouts[i].proposal_logprob
     return ratios
 
 

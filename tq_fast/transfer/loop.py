@@ -8,39 +8,39 @@ from collections.abc import Callable, Sequence
 from ..forest import share_prefix
 from ..results import DecodeStats, Response
 from ..rewards.base import drop_from
-from ..rollouts.records import KnownRollout
-from .step import Players, Rules, Step
+from ..rollouts.records import ReusedRollout
+from .step import DecodePlan, Roles, Step
 
 
-class ForestDecoder:
+class DecodeLoop:
     """Decodes prompts over a forest of slots, one token of every slot a step.
 
     A prompt whose response is complete makes room for the next one that waits.
 
     Args:
-        players: the models, with one tree for each of `responses`.
+        roles: the models, with one tree for each of `responses`.
         responses: decoded first, each in a slot of its own; those that have tokens already go on
             from there. The list changes: it always holds what is in the slots.
         waiting: decoded as slots become free.
-        rules: what to keep to.
+        plan: what to keep to.
         stats: counts are added here.
     """
 
     def __init__(
         self,
-        players: Players,
+        roles: Roles,
         responses: list[Response],
         waiting: Sequence[Response],
-        rules: Rules,
+        plan: DecodePlan,
         *,
         stats: DecodeStats,
     ) -> None:
-        self.players = players
+        self.roles = roles
         self.active = responses
         self.waiting = deque(waiting)
-        self.rules = rules
+        self.plan = plan
         self.stats = stats
-        self.known: list[KnownRollout | None] = [None] * len(responses)
+        self.known: list[ReusedRollout | None] = [None] * len(responses)
 
     def run(self, on_token: Callable[[Response, bool], None]) -> None:
         """Decode every response to its end; `on_token(response, is_finished)` after each token."""
@@ -58,25 +58,25 @@ class ForestDecoder:
         """Encode the prompts of `trees`, whose prefixes are empty."""
         texts = [[*r.prompt.token_ids, *r.token_ids] for r in self.active]
         with self.stats.phase("prefill"):
-            for forest in self.players.languages.values():
+            for forest in self.roles.languages.values():
                 for tree in trees:
                     known = 0
-                    if self.rules.levers.share_prefixes:
-                        # Without its last token, after which the tip is.
+                    if self.plan.speed.share_prefixes:
+                        # Leave the last token to be encoded: its logits are the next-token logits.
                         known = share_prefix(forest.cache, tree, texts[tree][:-1], texts)
                     forest.prefill(tree, texts[tree][known:])
 
     def _step(self) -> list[tuple[Response, bool]]:
         """Choose one more token for every response; return them, and which are complete."""
-        step = Step(self.players, self.active, self.known, self.rules, self.stats)
+        step = Step(self.roles, self.active, self.known, self.plan, self.stats)
         traces = step.run()
         with self.stats.phase("commit"):
-            last = self.rules.config.max_new_tokens - 1
+            last = self.plan.config.max_new_tokens - 1
             is_finished = [
-                trace.token_id in self.rules.eos or response.step == last
+                trace.token_id in self.plan.eos or response.step == last
                 for response, trace in zip(self.active, traces, strict=True)
             ]
-            self.known = [step.known_after(tree, t.choice) for tree, t in enumerate(traces)]
+            self.known = [step.reused_after(tree, t.choice) for tree, t in enumerate(traces)]
             staying = [tree for tree, ended in enumerate(is_finished) if not ended]
             step.commit([(tree, traces[tree].choice) for tree in staying])
             # Not before: what runs out of memory above is taken up again from here.
@@ -85,18 +85,18 @@ class ForestDecoder:
                 response.trace.append(trace)
             self.stats.num_steps += len(traces)
             appended = list(zip(self.active, is_finished, strict=True))
-            for scorer in self.players.scorers:
+            for scorer in self.roles.scorers:
                 scorer.forget()
         return appended
 
     def _replace(self, tree: int) -> None:
         """Give the slot of a complete response to one that waits, or take it out."""
-        languages, scorers = self.players.languages.values(), self.players.scorers
+        languages, scorers = self.roles.languages.values(), self.roles.scorers
         if not self.waiting:
             drop_from(self.active, tree)
             drop_from(self.known, tree)
-            for player in (*languages, *scorers):
-                player.drop_tree(tree)
+            for part in (*languages, *scorers):
+                part.drop_tree(tree)
             return
         response = self.waiting.popleft()
         self.active[tree], self.known[tree] = response, None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import DecodeConfig
-from ..rollouts.records import Branch, Place
+from ..rollouts.records import Rollout, RolloutId
 
 # Roll-outs that a wave of the lazy arg-max runs at least, over all trees: fewer leave a forward
 # pass half empty. Measured on the embedded models: 16 and 64 save as much, 256 half as much.
@@ -36,16 +36,16 @@ class StepValues:
         self.baseline_rewards = torch.full(shape, math.nan)
         self.log_ratio = torch.full(shape, math.nan)
 
-    def note(
+    def record(
         self,
-        branches: Sequence[Branch],
+        rollouts: Sequence[Rollout],
         rewards: Sequence[float],
         baseline_rewards: Sequence[float] | None,
         log_ratio: Sequence[float] | None,
     ) -> None:
-        """Enter what came of `branches`."""
-        places = [(b.place.tree, b.place.candidate_idx, b.place.number) for b in branches]
-        at = tuple(torch.tensor(column) for column in zip(*places, strict=True))
+        """Enter what came of `rollouts`."""
+        rollout_ids = [(b.id.tree, b.id.candidate_idx, b.id.number) for b in rollouts]
+        at = tuple(torch.tensor(column) for column in zip(*rollout_ids, strict=True))
         self.rewards[at] = torch.tensor(rewards)
         if baseline_rewards is not None:
             self.baseline_rewards[at] = torch.tensor(baseline_rewards)
@@ -63,9 +63,9 @@ class StepValues:
         """Candidates of which every roll-out has come in, bool `[G, k]`."""
         return ~self.is_missing.any(2)
 
-    def missing_places(self) -> list[Place]:
+    def missing_ids(self) -> list[RolloutId]:
         """All roll-outs that have not come in."""
-        return [Place(*place) for place in self.is_missing.nonzero().tolist()]
+        return [RolloutId(*rollout_id) for rollout_id in self.is_missing.nonzero().tolist()]
 
 
 class LazyArgmax:
@@ -108,7 +108,7 @@ class LazyArgmax:
         best = low.max(1, keepdim=True).values
         return high + _SLACK * (1 + high.abs() + best.abs()) >= best
 
-    def next_places(self, values: StepValues) -> list[Place]:
+    def next_ids(self, values: StepValues) -> list[RolloutId]:
         """Roll-outs to run next; none where every choice is settled."""
         contenders = self.contenders(values)
         missing = values.is_missing & contenders[..., None]
@@ -121,16 +121,16 @@ class LazyArgmax:
         share = -(-_WAVE // len(open_trees))
         counts = missing.flatten(1).sum(1).tolist()
         high = self.base + self.value_bounds(values)[1] / self.config.alpha
-        places: list[Place] = []
+        rollout_ids: list[RolloutId] = []
         for tree in open_trees:
-            places += self._soonest(
+            rollout_ids += self._soonest(
                 tree, high[tree].tolist(), missing[tree], max(share, -(-counts[tree] // 2))
             )
-        return sorted(places)
+        return sorted(rollout_ids)
 
     def _soonest(
         self, tree: int, high: list[float], missing: torch.Tensor, share: int
-    ) -> list[Place]:
+    ) -> list[RolloutId]:
         """The `share` roll-outs that tell most: always one of the candidate that could be best.
 
         A roll-out in flight counts as if it came back with half of what is possible.
@@ -139,13 +139,13 @@ class LazyArgmax:
         heap = [(-high[idx], idx) for idx, numbers in enumerate(waiting) if numbers]
         heapq.heapify(heap)
         step = (self.bounds[1] - self.bounds[0]) / (2 * self.config.alpha * missing.shape[1])
-        places: list[Place] = []
-        while heap and len(places) < share:
+        rollout_ids: list[RolloutId] = []
+        while heap and len(rollout_ids) < share:
             top, idx = heapq.heappop(heap)
-            places.append(Place(tree, idx, waiting[idx].pop(0)))
+            rollout_ids.append(RolloutId(tree, idx, waiting[idx].pop(0)))
             if waiting[idx]:
                 heapq.heappush(heap, (top + step, idx))
-        return places
+        return rollout_ids
 
     def _values(self, values: StepValues, missing_reward: float) -> torch.Tensor:
         alpha = self.config.alpha

@@ -16,9 +16,9 @@ from ..rewards.base import Opening, Reward
 from ..rewards.causal import CausalReward
 from ..rewards.scorer import Scorer
 from ..rollouts.graphs import RolloutGraphs
-from ..rollouts.state import RolloutLaw
-from .budget import Needs
-from .step import Players, Rules
+from ..rollouts.state import RolloutSampler
+from .budget import MemoryPerPrompt
+from .step import DecodePlan, Roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Models:
     baseline_reward: Reward | None
 
 
-def open_players(
-    models: Models, active: list[Response], waiting: Sequence[Response], rules: Rules
-) -> Players:
+def open_roles(
+    models: Models, active: list[Response], waiting: Sequence[Response], plan: DecodePlan
+) -> Roles:
     """Open a forest for each model, with a slot for each of `active`.
 
     Args:
         models: the models.
         active: what is decoded first; the caller's list, which changes as slots are refilled.
-        waiting: what will take their places.
-        rules: what the decode keeps to.
+        waiting: what will take their rollout_ids.
+        plan: what the decode keeps to.
     """
-    config = rules.config
+    config = plan.config
     num_slots = len(active)
-    num_rows = max(num_slots, min(rules.max_rows, num_slots * rows_per_slot(config)))
+    num_rows = max(num_slots, min(plan.max_rows, num_slots * rows_per_slot(config)))
     branch = _branch_capacity(config)
     prompts = [response.prompt for response in active]
     later = [response.prompt for response in waiting]
@@ -52,7 +52,7 @@ def open_players(
         "num_trees": num_slots,
         "prefix_capacity": _prefix_capacity([*prompts, *later], config),
         "backend": config.backend,
-        "few_rows": rules.levers.few_rows,
+        "cpu_layers": plan.speed.cpu_layers,
     }
 
     opening = Opening(
@@ -65,7 +65,7 @@ def open_players(
 
     def score_by(reward: Reward, bounds: tuple[float, float] | None) -> Scorer:
         session = reward.open(opening)
-        return Scorer(session, active, bounds=bounds, remembers=rules.levers.score_once)
+        return Scorer(session, active, bounds=bounds, remembers=plan.speed.score_once)
 
     sft = None
     if models.sft is not None:
@@ -77,22 +77,24 @@ def open_players(
         )
     baseline = LanguageForest(models.baseline, num_rows=num_rows, branch_capacity=branch, **sizes)
     vocab_size = min(forest.vocab_size for forest in (baseline, sft or baseline))
-    eos = torch.tensor(rules.eos, dtype=torch.int64, device=baseline.device)
-    law = RolloutLaw(eos, vocab_size, config)
-    has_graphs = rules.levers.graph_rollouts and baseline.device.type == "cuda"
-    return Players(
+    eos = torch.tensor(plan.eos, dtype=torch.int64, device=baseline.device)
+    sampler = RolloutSampler(eos, vocab_size, config)
+    has_graphs = plan.speed.graph_rollouts and baseline.device.type == "cuda"
+    return Roles(
         baseline=baseline,
         sft=sft,
-        reward=score_by(models.reward, rules.reward_bounds),
+        reward=score_by(models.reward, plan.reward_bounds),
         baseline_reward=score_by(models.baseline_reward, None)
         if config.needs_baseline_reward
         else None,
-        law=law,
-        graphs=RolloutGraphs(baseline, law) if has_graphs else None,
+        sampler=sampler,
+        graphs=RolloutGraphs(baseline, sampler) if has_graphs else None,
     )
 
 
-def count_needs(models: Models, prompts: Sequence[Prompt], config: DecodeConfig) -> Needs:
+def memory_per_prompt(
+    models: Models, prompts: Sequence[Prompt], config: DecodeConfig
+) -> MemoryPerPrompt:
     """Bytes of a slot and of a roll-out, for the longest of `prompts`."""
     prefix, branch = _prefix_capacity(prompts, config), _branch_capacity(config)
     per_token = check_runs(models.baseline)
@@ -107,7 +109,7 @@ def count_needs(models: Models, prompts: Sequence[Prompt], config: DecodeConfig)
             per_token = check_runs(reward.model)
             per_slot += per_token * (prefix + branch)
             per_row += per_token * (branch + 2)
-    return Needs(per_slot, per_row, rows_per_slot(config))
+    return MemoryPerPrompt(per_slot, per_row, rows_per_slot(config))
 
 
 def rows_per_slot(config: DecodeConfig) -> int:

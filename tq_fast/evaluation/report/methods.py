@@ -1,4 +1,4 @@
-"""Pictures of the methods of a set-up. Needs matplotlib (the extra `plots`)."""
+"""Pictures of the methods of a set-up. MemoryPerPrompt matplotlib (the extra `plots`)."""
 
 from __future__ import annotations
 

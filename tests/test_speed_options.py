@@ -1,4 +1,4 @@
-"""Every speed lever keeps its promise: the same tokens with it as without it."""
+"""Every speed option keeps its promise: the same tokens with it as without it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 import tq_fast
 from tests import zoo
+from tq_fast.config import SpeedOptions
 from tq_fast.errors import InvalidArgument, RewardError
 from tq_fast.forest.language import LanguageForest
-from tq_fast.levers import Levers
 
 VOCAB = 40
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7], [14, 15]]
 ENDS = (0, 11, 22)
-NONE = Levers(**{field.name: False for field in dataclasses.fields(Levers)})
+NONE = SpeedOptions(**{field.name: False for field in dataclasses.fields(SpeedOptions)})
 ARCHITECTURES = ["llama", "mistral-sliding", "gemma3", "gpt2"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
@@ -36,7 +36,7 @@ def language_model(name: str = "llama", seed: int = 1, scale: float = 1.0) -> Pr
 def share_of_low(prompts: Sequence[Any], responses: Sequence[Sequence[int]]) -> list[float]:
     """Between 0 and 1, and different for nearly every response."""
     return [
-        sum((token * (place + 3)) % 17 for place, token in enumerate(response))
+        sum((token * (rollout_id + 3)) % 17 for rollout_id, token in enumerate(response))
         / (17 * max(1, len(response)))
         for response in responses
     ]
@@ -44,13 +44,13 @@ def share_of_low(prompts: Sequence[Any], responses: Sequence[Sequence[int]]) -> 
 
 def run(
     baseline: PreTrainedModel,
-    levers: Levers,
+    speed: SpeedOptions,
     reward: Callable[..., Any] = share_of_low,
     **options: Any,
 ) -> tq_fast.DecodeResult:
     settings = {"k": 5, "horizon": 4, "max_new_tokens": 7, "alpha": 0.3, "eos_token_id": ENDS}
     prompts = options.pop("prompts", PROMPTS)
-    return tq_fast.decode(prompts, baseline, reward, levers=levers, **{**settings, **options})
+    return tq_fast.decode(prompts, baseline, reward, speed=speed, **{**settings, **options})
 
 
 def assert_same(ours: tq_fast.DecodeResult, plain: tq_fast.DecodeResult) -> None:
@@ -146,7 +146,7 @@ def test_the_lazy_argmax_keeps_the_tokens_of_indirect_transfer(weights: str) -> 
     }
     baseline = language_model(scale=3.0)
     plain = run(baseline, NONE, **options)
-    ours = run(baseline, Levers(), **options)
+    ours = run(baseline, SpeedOptions(), **options)
     assert_same(ours, plain)
     assert ours.stats.rollouts_run < plain.stats.rollouts_run
 
@@ -156,8 +156,8 @@ def test_all_levers_together_give_the_tokens_of_none(rollout: str) -> None:
     baseline = language_model(scale=2.0)
     options = {"rollout": rollout, "num_rollouts": 3, "horizon": None, "batch_size": 2}
     plain = run(baseline, NONE, **options)
-    assert_same(run(baseline, Levers(), **options), plain)
-    bounded = run(baseline, Levers(), reward_bounds=(0.0, 1.0), **options)
+    assert_same(run(baseline, SpeedOptions(), **options), plain)
+    bounded = run(baseline, SpeedOptions(), reward_bounds=(0.0, 1.0), **options)
     assert_same(bounded, plain)
 
 
@@ -172,7 +172,7 @@ def test_a_text_is_scored_once() -> None:
 
     options = {"num_rollouts": 6, "horizon": None, "max_new_tokens": 5, "prompts": PROMPTS[:3]}
     baseline = language_model(scale=4.0)
-    ours = run(baseline, Levers(), reward, **options)
+    ours = run(baseline, SpeedOptions(), reward, **options)
     assert_same(ours, run(baseline, NONE, **options))
     assert len(seen) < ours.stats.rollouts_run
 
@@ -192,7 +192,7 @@ def test_a_free_slot_goes_to_the_next_prompt(strategy: str) -> None:
         **options,
     )
     assert sorted(order) == list(range(len(PROMPTS)))
-    alone = tq_fast.TransferDecoder(baseline, share_of_low, levers=NONE)
+    alone = tq_fast.TransferDecoder(baseline, share_of_low, speed=NONE)
     plain = alone.decode(PROMPTS, k=5, horizon=3, eos_token_id=tuple(range(0, VOCAB, 4)), **options)
     assert_same(result, plain)
 
@@ -218,13 +218,13 @@ def test_what_prompts_have_in_common_is_encoded_once(architecture: str) -> None:
     saved = plain.stats.token_forwards["baseline"] - ours.stats.token_forwards["baseline"]
     assert saved == 22 + 19 + 22
     # A prompt that comes later finds what is in the forest then.
-    queued = run(baseline, Levers(), reward, batch_size=1, **options)
+    queued = run(baseline, SpeedOptions(), reward, batch_size=1, **options)
     assert_same(queued, plain)
 
 
 def test_bounds_that_do_not_hold_are_an_error() -> None:
     with pytest.raises(RewardError, match=r"prompt 0, step 0: .*outside of its reward_bounds"):
-        run(language_model(), Levers(), reward_bounds=(0.0, 0.01), alpha=1e-3)
+        run(language_model(), SpeedOptions(), reward_bounds=(0.0, 0.01), alpha=1e-3)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.4, 0.1])
@@ -232,20 +232,20 @@ def test_a_memory_budget_is_kept_with_the_same_tokens(share: float) -> None:
     baseline, sft = language_model(), language_model(seed=3)
     reward = zoo.classifier("llama", vocab_size=VOCAB)
     options = {"sft": sft, "num_rollouts": 2, "horizon": 6}
-    free = run(baseline, Levers(), reward, **options)
+    free = run(baseline, SpeedOptions(), reward, **options)
     held = sum(free.stats.peak_kv_bytes.values())
     # Logits are counted too, so that the whole does not quite fit.
     budget = int(share * held)
-    ours = run(baseline, Levers(), reward, memory_budget=budget, **options)
+    ours = run(baseline, SpeedOptions(), reward, memory_budget=budget, **options)
     assert_same(ours, free)
     assert sum(ours.stats.peak_kv_bytes.values()) <= budget
 
 
 def test_a_budget_that_holds_nothing_is_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"memory_budget must be at least \d+ bytes"):
-        run(language_model(), Levers(), memory_budget=1000)
+        run(language_model(), SpeedOptions(), memory_budget=1000)
     with pytest.raises(InvalidArgument, match="memory_budget must be a number of bytes"):
-        run(language_model(), Levers(), memory_budget=0)
+        run(language_model(), SpeedOptions(), memory_budget=0)
 
 
 def test_out_of_memory_halves_the_forest_and_goes_on() -> None:
@@ -259,7 +259,7 @@ def test_out_of_memory_halves_the_forest_and_goes_on() -> None:
 
     baseline = language_model()
     with pytest.warns(UserWarning, match="out of memory with 5 prompts and 25 roll-outs"):
-        ours = run(baseline, Levers(), short)
+        ours = run(baseline, SpeedOptions(), short)
     assert min(rows) <= 3 and max(rows) > 3
     assert_same(ours, run(baseline, NONE))
 
@@ -271,7 +271,7 @@ def test_out_of_memory_with_a_single_rollout_is_raised() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(torch.OutOfMemoryError):
-            run(language_model(), Levers(), never)
+            run(language_model(), SpeedOptions(), never)
 
 
 def test_out_of_memory_in_a_refilled_slot_loses_no_response(
@@ -289,5 +289,5 @@ def test_out_of_memory_in_a_refilled_slot_loses_no_response(
 
     monkeypatch.setattr(LanguageForest, "prefill", short)
     with pytest.warns(UserWarning, match="out of memory with 2 prompts"):
-        assert_same(run(baseline, Levers(), batch_size=2), plain)
+        assert_same(run(baseline, SpeedOptions(), batch_size=2), plain)
     assert len(calls) > 3

@@ -1,7 +1,7 @@
-"""Each speed lever alone, with it and without it in turns, and where it cannot help.
+"""Each speed option alone, with it and without it in turns, and where it cannot help.
 
-Ratios are of medians: above 1, the lever wins. "cannot help" is one greedy roll-out a candidate of
-a model without an end of sequence, where only `reuse_greedy` and `few_rows` find work.
+Ratios are of medians: above 1, the option wins. "cannot help" is one greedy roll-out a candidate of
+a model without an end of sequence, where only `reuse_greedy` and `cpu_layers` find work.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tq_fast
 from bench.decode_models import prompt_of, random_duo
-from tq_fast.levers import Levers
+from tq_fast.config import SpeedOptions
 from tq_fast.models.tiny import load_tiny_world
 
 ROUNDS = 3
-NONE = Levers(**{field.name: False for field in dataclasses.fields(Levers)})
+NONE = SpeedOptions(**{field.name: False for field in dataclasses.fields(SpeedOptions)})
 # On the embedded models: sampled roll-outs to the end, prompts together.
 SAMPLED = {"k": 10, "num_rollouts": 4, "horizon": None, "max_new_tokens": 24, "alpha": 1.0}
 GREEDY = {"k": 10, "horizon": 20, "rollout": "greedy", "strategy": "greedy", "eos_token_id": ()}
@@ -33,9 +33,9 @@ GREEDY = {"k": 10, "horizon": 20, "rollout": "greedy", "strategy": "greedy", "eo
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A lever where it has work: on the embedded models, or on the random ones of 134 M."""
+    """A option where it has work: on the embedded models, or on the random ones of 134 M."""
 
-    lever: tuple[str, ...]
+    option: tuple[str, ...]
     embedded: bool
     options: dict[str, Any]
     num_prompts: int = 8
@@ -51,7 +51,7 @@ CASES = {
     ),
     "reuse_greedy": Case(("reuse_greedy",), False, {**GREEDY, "max_new_tokens": 4}, 1),
     "share_prefixes": Case(("share_prefixes",), False, {**GREEDY, "max_new_tokens": 1}, 4),
-    "few_rows": Case(("few_rows",), False, {**GREEDY, "max_new_tokens": 4}, 1),
+    "cpu_layers": Case(("cpu_layers",), False, {**GREEDY, "max_new_tokens": 4}, 1),
 }
 
 
@@ -72,8 +72,8 @@ class Embedded:
             "reward_bounds": (-4.0, 4.0),
         }
 
-    def decode(self, levers: Levers, num_prompts: int, **options: Any) -> tq_fast.DecodeResult:
-        decoder = tq_fast.TransferDecoder(**self.models, levers=levers)
+    def decode(self, speed: SpeedOptions, num_prompts: int, **options: Any) -> tq_fast.DecodeResult:
+        decoder = tq_fast.TransferDecoder(**self.models, speed=speed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return decoder.decode(self.prompts[:num_prompts], **options)
@@ -85,10 +85,10 @@ class Random:
     def __init__(self) -> None:
         self.duo = random_duo()
 
-    def decode(self, levers: Levers, num_prompts: int, **options: Any) -> tq_fast.DecodeResult:
+    def decode(self, speed: SpeedOptions, num_prompts: int, **options: Any) -> tq_fast.DecodeResult:
         common = prompt_of(192)
         prompts = [torch.cat([common, prompt_of(16 + i)]) for i in range(num_prompts)]
-        decoder = tq_fast.TransferDecoder(self.duo.baseline, self.duo.reward, levers=levers)
+        decoder = tq_fast.TransferDecoder(self.duo.baseline, self.duo.reward, speed=speed)
         return decoder.decode(prompts, **options)
 
 
@@ -104,13 +104,13 @@ def random_models() -> Random:
 
 def alternate(
     benchmark: BenchmarkFixture,
-    run: Callable[[Levers], tq_fast.DecodeResult],
-    off: Levers,
-    on: Levers,
+    run: Callable[[SpeedOptions], tq_fast.DecodeResult],
+    off: SpeedOptions,
+    on: SpeedOptions,
 ) -> tuple[float, float, tq_fast.DecodeResult, tq_fast.DecodeResult]:
     """Time `run` with `off` and with `on` in turns; check that the tokens are the same."""
-    seconds: dict[Levers, list[float]] = {off: [], on: []}
-    results: dict[Levers, tq_fast.DecodeResult] = {}
+    seconds: dict[SpeedOptions, list[float]] = {off: [], on: []}
+    results: dict[SpeedOptions, tq_fast.DecodeResult] = {}
     run(on)
 
     def both() -> None:
@@ -134,10 +134,10 @@ def test_lever(
     random_models: Random,
     name: str,
 ) -> None:
-    benchmark.group = f"lever: {name}"
+    benchmark.group = f"option: {name}"
     case = CASES[name]
     models = embedded if case.embedded else random_models
-    levers = dataclasses.replace(NONE, **dict.fromkeys(case.lever, True))
+    speed = dataclasses.replace(NONE, **dict.fromkeys(case.option, True))
     before = torch.get_num_threads()
     torch.set_num_threads(1 if case.embedded else before)
     try:
@@ -145,7 +145,7 @@ def test_lever(
             benchmark,
             lambda which: models.decode(which, case.num_prompts, **case.options),
             NONE,
-            levers,
+            speed,
         )
     finally:
         torch.set_num_threads(before)
@@ -153,7 +153,7 @@ def test_lever(
         role: result.stats.token_forwards[role] / plain.stats.token_forwards[role]
         for role in ("baseline", "reward")
     }
-    benchmark.extra_info.update(lever=name, ratio=without / ours, forwards=forwards)
+    benchmark.extra_info.update(option=name, ratio=without / ours, forwards=forwards)
     figure(
         f"{name}: {without / ours:.2f}x ({1e3 * without:.0f} ms without, {1e3 * ours:.0f} ms with),"
         f" token-forwards of the baseline {forwards['baseline']:.2f}x, of the reward "
@@ -162,22 +162,22 @@ def test_lever(
 
 
 @pytest.mark.parametrize(
-    "name", [field.name for field in dataclasses.fields(Levers) if field.name != "few_rows"]
+    "name", [field.name for field in dataclasses.fields(SpeedOptions) if field.name != "cpu_layers"]
 )
 def test_lever_that_cannot_help(
     benchmark: BenchmarkFixture, figure: Callable[[str], None], random_models: Random, name: str
 ) -> None:
-    benchmark.group = "levers that cannot help"
+    benchmark.group = "speed that cannot help"
     options = {**GREEDY, "max_new_tokens": 2}
     if name == "reuse_greedy":
         # A horizon of one leaves nothing to reuse.
         options["horizon"] = 1
-    levers = dataclasses.replace(NONE, few_rows=True)
+    speed = dataclasses.replace(NONE, cpu_layers=True)
     without, ours, _, _ = alternate(
         benchmark,
         lambda which: random_models.decode(which, 1, **options),
-        levers,
-        dataclasses.replace(levers, **{name: True}),
+        speed,
+        dataclasses.replace(speed, **{name: True}),
     )
-    benchmark.extra_info.update(lever=name, ratio=without / ours, cannot_help=True)
+    benchmark.extra_info.update(option=name, ratio=without / ours, cannot_help=True)
     figure(f"{name} where it cannot help: {without / ours:.3f}x")
