@@ -16,7 +16,7 @@ import torch
 import tq_fast
 from tests import zoo
 from tests.simulated_device import Remote, move, simulated_device
-from tests.test_levers import NONE, PROMPTS, VOCAB, assert_same, language_model, share_of_low
+from tests.test_speed_options import NONE, PROMPTS, VOCAB, assert_same, language_model, share_of_low
 from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
 from tq_fast.rollouts.graphs import RolloutGraphs

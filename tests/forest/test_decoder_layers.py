@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tq_fast.forest import decoder_layers, few_rows
+from tq_fast.forest import cpu_layers, decoder_layers
+from tq_fast.forest.cpu_layers import CpuLayers
 from tq_fast.forest.decoder_layers import FORMULAS, digest, fused_forward
-from tq_fast.forest.few_rows import CpuLayers
 from tq_fast.forest.language import LanguageForest
 
 # Sums in another order; in 16 bits an intermediate may round to a neighbour, two layers deep.
@@ -23,8 +23,8 @@ FUSED = ["llama", "mistral", "qwen2"]
 @pytest.fixture(autouse=True)
 def any_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fused layers whatever instruction set the kernels use here."""
-    monkeypatch.setattr(few_rows, "most_rows", lambda dtype: 1000)
-    monkeypatch.setattr(few_rows, "most_rows_of_a_layer", lambda dtype: 1000)
+    monkeypatch.setattr(cpu_layers, "most_rows", lambda dtype: 1000)
+    monkeypatch.setattr(cpu_layers, "most_rows_of_a_layer", lambda dtype: 1000)
     yield
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests import zoo
-from tq_fast.forest.head import linear_head
 from tq_fast.forest.language import LanguageForest
+from tq_fast.forest.logprobs import linear_head, score_rows
 
 SIZES = {"num_trees": 1, "num_rows": 3, "prefix_capacity": 9, "branch_capacity": 1}
 ROWS = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 1, 2]]
@@ -45,7 +45,7 @@ def test_another_formula_is_noticed_and_its_logits_are_used() -> None:
     assert linear_head(warped) is None
     forest = LanguageForest(warped, **SIZES, backend=None)
     forest.prefill(0, [3, 4])
-    sums = forest.score_rows(ROWS, [0, 0, 0], vocab_size=zoo.VOCAB_SIZE)
+    sums = score_rows(forest, ROWS, [0, 0, 0], vocab_size=zoo.VOCAB_SIZE)
     for row, got in zip(ROWS, sums, strict=True):
         logprobs = warped(input_ids=torch.tensor([[3, 4, *row]])).logits[0].double().log_softmax(-1)
         expected = sum(logprobs[1 + at, token] for at, token in enumerate(row) if at > 0)
@@ -61,7 +61,7 @@ def test_scored_rows_have_no_logits_of_the_dtype_of_the_model() -> None:
     assert linear_head(model) is not None
     calls = []
     model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(args))
-    forest.score_rows(ROWS, [0, 0, 0], vocab_size=zoo.VOCAB_SIZE)
+    score_rows(forest, ROWS, [0, 0, 0], vocab_size=zoo.VOCAB_SIZE)
     assert not calls
     model(input_ids=torch.tensor([[1, 2]]))
     assert calls

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tests import zoo
 from tq_fast.forest.language import LanguageForest, max_positions
+from tq_fast.forest.logprobs import score_rows
 
 # fp32 in another order of summation, at logits that reach 15: up to 8e-6 was seen, and 2.1e-5 with
 # granite, whose plain model is itself 2.4e-5 from float64 there (the forest 0.6e-5).
@@ -151,13 +152,13 @@ def test_score_rows_sums_the_log_probabilities_of_the_plain_model(
         start = len(prompts[tree])
         expected.append(sum(float(logprobs[start + at, row[at + 1]]) for at in range(len(row) - 1)))
     forest = forest_of(model, prompts)
-    sums = forest.score_rows(rows, trees, vocab_size=zoo.VOCAB_SIZE)
+    sums = score_rows(forest, rows, trees, vocab_size=zoo.VOCAB_SIZE)
     # The error of one log-prob, up to eight times.
     assert sums == pytest.approx(expected, abs=8 * ATOL)
     # From the model's own logits, in several passes: those of one would be too large.
-    monkeypatch.setattr("tq_fast.forest.language.linear_head", lambda model: None)
-    monkeypatch.setattr("tq_fast.forest.language._LOGITS_BYTES", 2 * 4 * zoo.VOCAB_SIZE * 8)
-    assert forest.score_rows(rows, trees, vocab_size=zoo.VOCAB_SIZE) == pytest.approx(
+    monkeypatch.setattr("tq_fast.forest.logprobs.linear_head", lambda model: None)
+    monkeypatch.setattr("tq_fast.forest.logprobs._LOGITS_BYTES", 2 * 4 * zoo.VOCAB_SIZE * 8)
+    assert score_rows(forest, rows, trees, vocab_size=zoo.VOCAB_SIZE) == pytest.approx(
         expected, abs=8 * ATOL
     )
 
@@ -166,8 +167,8 @@ def test_score_rows_leaves_padded_vocabulary_out(random_ids) -> None:
     model = model_of("llama")
     forest = forest_of(model, [random_ids(4).tolist()])
     row = [1, 2, 3]
-    small = forest.score_rows([row], [0], vocab_size=4)[0]
-    assert small > forest.score_rows([row], [0], vocab_size=zoo.VOCAB_SIZE)[0]
+    small = score_rows(forest, [row], [0], vocab_size=4)[0]
+    assert small > score_rows(forest, [row], [0], vocab_size=zoo.VOCAB_SIZE)[0]
 
 
 @pytest.mark.parametrize("name", zoo.LANGUAGE_MODELS)

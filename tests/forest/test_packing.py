@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from tq_fast.forest import packing
-from tq_fast.forest.packing import split_by_length
+from tq_fast.forest import logprobs
+from tq_fast.forest.logprobs import split_by_length
 
 
 def cost(lengths: list[int], passes: list[list[int]], per_pass: int) -> int:
@@ -17,7 +17,7 @@ def cost(lengths: list[int], passes: list[list[int]], per_pass: int) -> int:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_other_passes_cost_less(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_CPU_PASS", 7)
+    monkeypatch.setattr(logprobs, "_CPU_PASS", 7)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 12, (6,), generator=generator).tolist()
     passes = split_by_length(lengths, device_type="cpu", max_rows=10)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_levers import ENDS, assert_same, language_model, run
+from tests.test_speed_options import ENDS, assert_same, language_model, run
 
 from tests import zoo
 from tq_fast.config import SpeedOptions
 from tq_fast.errors import UnsupportedModel
-from tq_fast.forest.language import check_runs
+from tq_fast.forest.support import check_runs
 from tq_fast.rollouts.graphs import RolloutGraphs
 
 PLAIN = SpeedOptions(graph_rollouts=False)

@@ -15,7 +15,7 @@ from tests import zoo
 from tests.naive import next_token_logprobs
 from tests.ops.statistics import chi_square_excess
 from tests.presets.test_presets import ATOL, ENDS, PROMPTS, SHORT, models, run, tokens
-from tests.test_levers import share_of_low
+from tests.test_speed_options import share_of_low
 from tests.truncation import truncate
 from tq_fast import presets
 from tq_fast.errors import DecodingError, InvalidArgument, RewardError

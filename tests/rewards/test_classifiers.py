@@ -13,8 +13,11 @@ from transformers import PreTrainedTokenizerFast
 from tests import zoo
 from tests.rewards.texts import ATOL, CHATS, PROMPTS, encoder, plain_score, scorer, whole_text
 from tq_fast.prompts import Prompt, read_prompts
-from tq_fast.rewards.base import CallableReward, Opening, RewardSession, Texts
-from tq_fast.rewards.causal import CausalReward, ClassifierReward, EncoderReward
+from tq_fast.rewards.base import Opening, RewardSession, Texts
+from tq_fast.rewards.causal import CausalReward
+from tq_fast.rewards.classifier import ClassifierReward
+from tq_fast.rewards.encoder import EncoderReward
+from tq_fast.rewards.function import FunctionReward
 
 ROWS_PER_TREE = 3
 HORIZON = 4
@@ -52,7 +55,7 @@ def walk(num_trees: int, num_steps: int, vocab_size: int, seed: int = 0) -> list
     return steps
 
 
-def open_reward(reward: ClassifierReward | CallableReward, prompts: list[Prompt]) -> RewardSession:
+def open_reward(reward: ClassifierReward | FunctionReward, prompts: list[Prompt]) -> RewardSession:
     num_rows = len(prompts) * ROWS_PER_TREE
     return reward.open(Opening(prompts, num_rows, max_new=12 + HORIZON, backend=None))
 
@@ -82,7 +85,7 @@ def scores_of(session: RewardSession, step: Step) -> tuple[list[float], int]:
 def test_token_ids_are_scored_as_a_whole_and_encoded_once(
     architecture: str, cost_of_a_pass: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tq_fast.forest.packing._CPU_PASS", cost_of_a_pass)
+    monkeypatch.setattr("tq_fast.forest.logprobs._CPU_PASS", cost_of_a_pass)
     model = zoo.classifier(architecture)
     given = [[5, 6, 7], list(range(3, 20)), [9]]
     prompts = read_prompts(given, None, vocab_size=zoo.VOCAB_SIZE)
@@ -300,7 +303,7 @@ def test_an_encoder_scores_whole_texts_whatever_stands_beside_them(
 def test_an_encoder_reads_more_texts_than_one_batch_holds(
     tokenizers: Tokenizers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tq_fast.rewards.causal._TEXT_BATCH", 4)
+    monkeypatch.setattr("tq_fast.rewards.encoder._TEXT_BATCH", 4)
     ours = tokenizers["bytes"]
     model = encoder(len(ours))
     prompts = read_prompts(PROMPTS, ours, vocab_size=len(ours))
@@ -326,7 +329,7 @@ def test_a_function_reads_prompts_as_given_and_responses_as_text(
         return torch.arange(len(responses)).float()[:, None]
 
     prompts = read_prompts([PROMPTS[0], [5, 6, 7]], ours, vocab_size=len(ours))
-    session = open_reward(CallableReward(reward, Texts(ours)), prompts)
+    session = open_reward(FunctionReward(reward, Texts(ours)), prompts)
     answer = ours("a short answer")["input_ids"]
     end = ours.eos_token_id
     scores, _ = scores_of(session, Step([0, 0, 1], [answer, [*answer, end], [*answer, 8]]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_levers import (
+from tests.test_speed_options import (
     ARCHITECTURES,
     ENDS,
     NONE,

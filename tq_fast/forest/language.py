@@ -5,26 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import weakref
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from .. import ops
-from ..errors import BackendRefused, UnsupportedModel
 from . import ForestCache, SavedTokens
 from .attention import running
 from .cache import BranchPass, PrefillPass
-from .few_rows import CpuLayers
-from .head import LinearHead, linear_head
-from .packing import split_by_length
-
-# Logits that one scoring pass may hold, in bytes.
-_LOGITS_BYTES = 256 << 20
-
-# Bytes of KV that a token takes in models that ran over a forest.
-_kv_bytes: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+from .cpu_layers import CpuLayers
 
 
 class Forest:
@@ -142,7 +131,6 @@ class LanguageForest(Forest):
     """
 
     def __init__(self, model: PreTrainedModel, **sizes: object) -> None:
-        check_runs(model)
         super().__init__(model, **sizes)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.next_logits = torch.empty(
@@ -184,62 +172,6 @@ class LanguageForest(Forest):
         output = self._run(self.model, tokens, positions, now, self._last_only)
         return output.logits[:, -1]
 
-    def score_rows(
-        self, rows: Sequence[Sequence[int]], trees: Sequence[int], *, vocab_size: int
-    ) -> list[float]:
-        """Sum of log p of every token of `rows[i]` but its first, after the prefix of `trees[i]`.
-
-        Natural log; ids from `vocab_size` on do not take part. Where the head is a matrix, the
-        logits are never whole, and fp32 from the product onward; else they are the model's own.
-        """
-        lengths = [len(row) - 1 for row in rows]
-        self.cache.reserve(prefix_capacity=0, branch_capacity=max(lengths))
-        head = linear_head(self.model)
-        per_pass = self.cache.num_rows
-        if head is None:
-            fitting = _LOGITS_BYTES // (4 * self.vocab_size * max(lengths))
-            per_pass = min(per_pass, max(1, fitting))
-        sums = [0.0] * len(rows)
-        for chunk in split_by_length(lengths, device_type=self.device.type, max_rows=per_pass):
-            width = max(lengths[i] for i in chunk)
-            tokens = torch.tensor(
-                [[*rows[i], *[0] * (width - lengths[i])] for i in chunk], device=self.device
-            )
-            used = torch.tensor([lengths[i] for i in chunk], device=self.device)
-            tree = torch.tensor([trees[i] for i in chunk], device=self.device)
-            found = self._score_pass(head, tokens, used, tree, vocab_size)
-            for i, logprob in zip(chunk, found.tolist(), strict=True):
-                sums[i] = logprob
-        return sums
-
-    def _score_pass(
-        self,
-        head: LinearHead | None,
-        tokens: torch.Tensor,
-        lengths: torch.Tensor,
-        tree: torch.Tensor,
-        vocab_size: int,
-    ) -> torch.Tensor:
-        """The sums `[n]` of rows `[n, 1 + T]`, of which `lengths` `[n]` tokens count."""
-        module = self.model if head is None else head.backbone
-        output = self.run_branches(module, tokens[:, :-1], start=0, tree=tree)
-        if head is not None:
-            return ops.linear_trajectory_logprob(
-                output.last_hidden_state,
-                head.weight,
-                tokens[:, 1:],
-                lengths,
-                bias=head.bias,
-                scale=head.scale,
-                softcap=head.softcap,
-                vocab_size=vocab_size,
-                backend=self.backend,
-            )
-        logprobs = output.logits[..., :vocab_size].float().log_softmax(-1)
-        picked = logprobs.gather(2, tokens[:, 1:, None]).squeeze(2)
-        used = torch.arange(picked.shape[1], device=self.device) < lengths[:, None]
-        return torch.where(used, picked, 0.0).sum(1)
-
     def commit(
         self,
         trees: Sequence[int],
@@ -249,20 +181,17 @@ class LanguageForest(Forest):
     ) -> None:
         """Move the first token of `rows[i]` into the prefix of `trees[i]`.
 
-        `next_logits[i]` follow it.
-
-        Its KV is read from `saved`, where that is given.
+        `next_logits[i]` are the logits after it. Its KV is read from `saved`, where that is given.
         """
         self.cache.commit(trees, rows, saved=saved)
         self.next_logits[torch.tensor(trees, device=self.device)] = next_logits
 
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
         """Append `tokens[i]` to the prefix of `trees[i]` (ascending) by one forward pass."""
-        tree = None if len(trees) == self.cache.num_trees else torch.tensor(trees)
+        is_whole = len(trees) == self.cache.num_trees
+        tree = None if is_whole else torch.tensor(trees, device=self.device)
         ids = torch.tensor(tokens, device=self.device)
-        next_logits = self.forward_rows(
-            ids, start=0, tree=tree if tree is None else tree.to(self.device)
-        )
+        next_logits = self.forward_rows(ids, start=0, tree=tree)
         self.commit(trees, range(len(trees)), next_logits)
 
     def drop_tree(self, tree: int) -> None:
@@ -277,68 +206,6 @@ class LanguageForest(Forest):
         """What asks the model for the logits of the last token alone."""
         takes = inspect.signature(self.model.forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-
-
-def check_supported(model: PreTrainedModel, role: str) -> None:
-    """Refuse a model that the forest cannot run, by its configuration; `check_runs` tries it.
-
-    Raises:
-        UnsupportedModel: the message names the role, the model type and the feature.
-    """
-    config = model.config.get_text_config()
-    name = f"{role}: model type {model.config.model_type!r}"
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{name} is an encoder-decoder; a decoder-only model is needed")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(
-            f"{name} does not use the attention interface of transformers, through which the "
-            "shared-prefix cache works"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if kinds:
-        raise UnsupportedModel(
-            f"{name} has layers of kind {', '.join(sorted(kinds))}; only full_attention and "
-            "sliding_attention are honoured"
-        )
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UnsupportedModel(f"{name} attends in both directions (use_bidirectional_attention)")
-    if getattr(config, "is_decoder", True) is False and hasattr(config, "type_vocab_size"):
-        raise UnsupportedModel(f"{name} is an encoder (is_decoder=False)")
-
-
-@torch.no_grad()
-def check_runs(model: PreTrainedModel) -> int:
-    """Push three tokens through a forest of one tree: what it does not honour shows at once.
-
-    A model that ran once is not tried again. Returns the bytes of KV that a token takes.
-
-    Raises:
-        UnsupportedModel: the message names the model type and the feature.
-    """
-    if model in _kv_bytes:
-        return _kv_bytes[model]
-    forest = Forest(
-        model, num_trees=1, num_rows=1, prefix_capacity=2, branch_capacity=1, backend=None
-    )
-    is_language_model = model.get_output_embeddings() is not None
-    module = model if is_language_model else getattr(model, model.base_model_prefix)
-    try:
-        forest.run_prefill(module, 0, [0, 0])
-        token = torch.zeros(1, 1, dtype=torch.int64, device=forest.device)
-        forest.run_branches(module, token, start=0, tree=None)
-    except (torch.OutOfMemoryError, BackendRefused):
-        raise
-    except Exception as error:
-        # Whatever the model's own code makes of a cache that it does not expect.
-        raise UnsupportedModel(
-            f"model type {model.config.model_type!r} does not run over the shared-prefix cache: "
-            f"{error}"
-        ) from error
-    _kv_bytes[model] = forest.cache.num_bytes // 3
-    return _kv_bytes[model]
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

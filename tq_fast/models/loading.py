@@ -21,9 +21,11 @@ from transformers import (
 )
 
 from ..errors import InvalidArgument, UnsupportedModel
-from ..forest.language import check_supported
-from ..rewards.base import CallableReward, Reward, RewardFunction, Texts
-from ..rewards.causal import CausalReward, EncoderReward, is_causal_classifier
+from ..forest.support import check_supported
+from ..rewards.base import Reward, RewardFunction, Texts
+from ..rewards.causal import CausalReward, is_causal_classifier
+from ..rewards.encoder import EncoderReward
+from ..rewards.function import FunctionReward
 
 ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
@@ -107,7 +109,7 @@ def load_reward(
             raise InvalidArgument(
                 f"{role} is a function, which takes no tokenizer and no label index"
             )
-        return CallableReward(source, texts)
+        return FunctionReward(source, texts)
     if not is_model:
         raise InvalidArgument(
             f"{role} must be a hub id, a folder, a sequence classifier or a function "

@@ -10,8 +10,9 @@ import torch
 from ..arguments import check_loading, place_models
 from ..config import DecodeConfig
 from ..errors import DecodingError, InvalidArgument
-from ..forest.language import LanguageForest, check_runs
+from ..forest.language import LanguageForest
 from ..forest.prefixes import share_prefix
+from ..forest.support import check_runs
 from ..models.loading import (
     ModelLike,
     TokenizerLike,
@@ -212,6 +213,8 @@ class PlainDecoder:
     def _open(
         self, prompts: Sequence[Prompt], num: int, config: DecodeConfig
     ) -> dict[str, LanguageForest]:
+        for model in self.models.values():
+            check_runs(model)
         return {
             role: LanguageForest(
                 model,

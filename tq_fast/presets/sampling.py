@@ -88,7 +88,7 @@ def sample_responses(
 ) -> list[Drawn]:
     """Draw a response of each of `numbers` for every tree; return them by tree, then number.
 
-    The prefixes and their next-token logits stay as they were, so that further responses may follow.
+    The prefixes and their next-token logits stay as they were: further responses may follow.
 
     Args:
         forests: one a role, prompts encoded, with a row for every response and room for

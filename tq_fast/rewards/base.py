@@ -3,9 +3,9 @@
 A reward is opened for the prompts of a forest (`open`); the session that it returns scores rows of
 new token ids and forgets a tree when its response is complete. Three kinds:
 
-    CallableReward   a function `(prompts, responses) -> floats`; here
-    CausalReward     a causal sequence classifier over its own forest: what was encoded stays
-    EncoderReward    any other sequence classifier: whole texts, in batches; both in classifiers.py
+    FunctionReward   a function `(prompts, responses) -> floats`; function.py
+    CausalReward     a causal sequence classifier over its own forest; causal.py
+    EncoderReward    any other sequence classifier: whole texts, in batches; encoder.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..prompts import Prompt
@@ -94,47 +93,6 @@ class Texts:
         given = prompt.given
         before = given if isinstance(given, str) else self.response(prompt.token_ids)
         return before + self.continuation(prompt, token_ids)
-
-
-class CallableReward:
-    """A plain function `(prompts, responses) -> floats`.
-
-    It gets the prompts as they were given (token ids as text) and the responses as text, special
-    tokens left out. Without a tokenizer both are lists of token ids.
-    """
-
-    def __init__(self, function: RewardFunction, texts: Texts) -> None:
-        self.function = function
-        self.texts = texts
-
-    def open(self, opening: Opening) -> RewardSession:
-        return _CallableSession(self, opening.prompts)
-
-
-class _CallableSession:
-    num_token_forwards = 0
-    peak_kv_bytes = 0
-
-    def __init__(self, reward: CallableReward, prompts: Sequence[Prompt]) -> None:
-        self.reward = reward
-        self.prompts = list(prompts)
-
-    def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
-        texts = self.reward.texts
-        if texts.tokenizer is None:
-            shown: list[Any] = [list(ids) for ids in responses]
-        else:
-            shown = [texts.response(ids) for ids in responses]
-        scores = self.reward.function([self.prompts[tree].given for tree in trees], shown)
-        if isinstance(scores, torch.Tensor):
-            scores = scores.reshape(-1)
-        return [float(score) for score in scores]
-
-    def replace_tree(self, tree: int, prompt: Prompt) -> None:
-        self.prompts[tree] = prompt
-
-    def drop_tree(self, tree: int) -> None:
-        drop_from(self.prompts, tree)
 
 
 def drop_from(entries: list[Any], idx: int) -> None:

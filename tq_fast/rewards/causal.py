@@ -1,4 +1,4 @@
-"""Sequence classifiers as rewards: causal ones over a forest, any other on whole texts."""
+"""Causal sequence classifiers as rewards, over a forest: what was encoded stays encoded."""
 
 from __future__ import annotations
 
@@ -7,68 +7,15 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..errors import InvalidArgument
 from ..forest import common_length, share_prefix
-from ..forest.language import Forest, check_runs, max_positions
-from ..forest.packing import split_by_length
-from ..prompts import Prompt, chat_token_ids
-from .base import Opening, RewardSession, Texts, drop_from
-
-# Whole texts that an encoder scores at a time.
-_TEXT_BATCH = 32
-
-
-class ClassifierReward:
-    """What both kinds of sequence classifier share: how a text becomes token ids.
-
-    Args:
-        model: a sequence classifier.
-        tokenizer: its own tokenizer; None where it reads the baseline's token ids.
-        texts: decodes with the baseline's tokenizer.
-        label: which label is the reward; None where there is one label.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        texts: Texts,
-        label: int | None,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.texts = texts
-        self.label = check_label(model, label)
-        self._shares_ids = tokenizer is None or _encode_alike(tokenizer, texts.tokenizer)
-
-    def shares_ids(self, prompt: Prompt) -> bool:
-        """Whether the baseline's token ids of `prompt` and response are the reward's own."""
-        if not self._shares_ids or self.tokenizer is None or self.texts.tokenizer is None:
-            return self._shares_ids
-        is_chat = not isinstance(prompt.given, str)
-        same_template = self.tokenizer.chat_template == self.texts.tokenizer.chat_template
-        return not is_chat or same_template
-
-    def encode(self, prompt: Prompt, token_ids: Sequence[int]) -> list[int]:
-        """Token ids, under the reward's tokenizer, of prompt and response together."""
-        if self.shares_ids(prompt):
-            return [*prompt.token_ids, *token_ids]
-        if not isinstance(prompt.given, str) and self.tokenizer.chat_template:
-            answer = {"role": "assistant", "content": self.texts.response(token_ids)}
-            chat = [*prompt.given, answer]
-            return chat_token_ids(self.tokenizer, chat, add_generation_prompt=False)
-        return self.tokenizer(self.texts.whole(prompt, token_ids))["input_ids"]
-
-    def check_length(self, num_tokens: int) -> None:
-        """Refuse a sequence that is longer than the model allows."""
-        limit = max_positions(self.model)
-        if limit is not None and num_tokens > limit:
-            raise InvalidArgument(
-                f"prompt and response make {num_tokens} tokens for the reward model, which allows "
-                f"{limit}"
-            )
+from ..forest.language import Forest
+from ..forest.logprobs import split_by_length
+from ..forest.support import check_runs
+from ..prompts import Prompt
+from .base import Opening, RewardSession, drop_from
+from .classifier import ClassifierReward
 
 
 class CausalReward(ClassifierReward):
@@ -218,91 +165,8 @@ class _CausalSession:
         return head(pooled).float()
 
 
-class EncoderReward(ClassifierReward):
-    """A sequence classifier that reads whole texts, `_TEXT_BATCH` at a time."""
-
-    def open(self, opening: Opening) -> RewardSession:
-        return _EncoderSession(self, opening.prompts)
-
-
-class _EncoderSession:
-    peak_kv_bytes = 0
-
-    def __init__(self, reward: EncoderReward, prompts: Sequence[Prompt]) -> None:
-        self.reward = reward
-        self.prompts = list(prompts)
-        self.num_token_forwards = 0
-        self.pad = reward.model.config.get_text_config().pad_token_id
-
-    def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
-        rows = [
-            self.reward.encode(self.prompts[tree], response)
-            for tree, response in zip(trees, responses, strict=True)
-        ]
-        self.reward.check_length(max(map(len, rows)))
-        # Rows of like length together, so that little is padded.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        size = 1 if self.pad is None else _TEXT_BATCH
-        scores = [math.nan] * len(rows)
-        for start in range(0, len(order), size):
-            chunk = order[start : start + size]
-            for i, score in zip(chunk, self._forward([rows[i] for i in chunk]), strict=True):
-                scores[i] = score
-        return scores
-
-    def replace_tree(self, tree: int, prompt: Prompt) -> None:
-        self.prompts[tree] = prompt
-
-    def drop_tree(self, tree: int) -> None:
-        drop_from(self.prompts, tree)
-
-    def _forward(self, rows: list[list[int]]) -> list[float]:
-        device = self.reward.model.device
-        width = max(map(len, rows))
-        self.num_token_forwards += len(rows) * width
-        pad = 0 if self.pad is None else self.pad
-        tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
-        mask = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
-        )
-        logits = self.reward.model(input_ids=tokens, attention_mask=mask).logits
-        return logits.float()[:, self.reward.label].tolist()
-
-
 def is_causal_classifier(model: PreTrainedModel) -> bool:
     """Whether `model` is a causal backbone with a `score` head, as transformers builds them."""
     return isinstance(getattr(model, "score", None), torch.nn.Module) and hasattr(
         model, model.base_model_prefix
-    )
-
-
-def check_label(model: PreTrainedModel, label: int | None) -> int:
-    """Return the label that is the reward.
-
-    Raises:
-        InvalidArgument: several labels and no index, or an index out of range.
-    """
-    num_labels = model.config.num_labels
-    if label is None and num_labels > 1:
-        raise InvalidArgument(
-            f"the reward model has {num_labels} labels; reward_index must say which one is the "
-            "reward, got None"
-        )
-    if label is not None and not 0 <= label < num_labels:
-        raise InvalidArgument(
-            f"reward_index must be in [0, {num_labels}) for this reward model, got {label!r}"
-        )
-    return label or 0
-
-
-def _encode_alike(
-    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None
-) -> bool:
-    """Whether both tokenizers give the same ids for every text."""
-    if other is None:
-        return False
-    probe = "One text, and 2 more."
-    return (
-        tokenizer.get_vocab() == other.get_vocab()
-        and tokenizer(probe)["input_ids"] == other(probe)["input_ids"]
     )

@@ -11,6 +11,7 @@ import torch
 from .. import ops
 from ..config import DecodeConfig
 from ..forest.language import LanguageForest
+from ..forest.logprobs import score_rows
 from ..results import StepTrace
 from ..rollouts.records import Rollout
 from . import weights as estimators
@@ -40,7 +41,7 @@ def log_ratios(sft: LanguageForest, rollouts: Sequence[Rollout], *, vocab_size: 
     if drawn:
         rows = [[rollouts[i].candidate, *rollouts[i].tokens] for i in drawn]
         trees = [rollouts[i].id.tree for i in drawn]
-        logprobs = sft.score_rows(rows, trees, vocab_size=vocab_size)
+        logprobs = score_rows(sft, rows, trees, vocab_size=vocab_size)
         for i, logprob in zip(drawn, logprobs, strict=True):
             ratios[i] = logprob - rollouts[i].proposal_logprob
     return ratios

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import DecodeConfig
-from ..forest.language import LanguageForest, check_runs
+from ..forest.language import LanguageForest
+from ..forest.support import check_runs
 from ..prompts import Prompt
 from ..results import Response
 from ..rewards.base import Opening, Reward
@@ -67,6 +68,8 @@ def open_roles(
         session = reward.open(opening)
         return Scorer(session, active, bounds=bounds, remembers=plan.speed.score_once)
 
+    for model in filter(None, (models.baseline, models.sft)):
+        check_runs(model)
     sft = None
     if models.sft is not None:
         sft = LanguageForest(

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tq_fast import _native
-from tq_fast.forest import few_rows
-from tq_fast.forest.few_rows import CpuLayers
+from tq_fast.forest import cpu_layers
+from tq_fast.forest.cpu_layers import CpuLayers
 
 # Both products round their fp32 sums in their own order; 16-bit results may round to a neighbour.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -18,8 +18,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both stand-ins, whichever this processor would choose."""
     ours, transposed = (1000, 0) if request.param == "ours" else (0, 1000)
-    monkeypatch.setattr(few_rows, "most_rows", lambda dtype: ours)
-    monkeypatch.setattr(few_rows, "most_rows_transposed", lambda dtype: transposed)
+    monkeypatch.setattr(cpu_layers, "most_rows", lambda dtype: ours)
+    monkeypatch.setattr(cpu_layers, "most_rows_transposed", lambda dtype: transposed)
     return request.param
 
 
@@ -59,8 +59,8 @@ def test_a_weight_that_was_replaced_is_the_one_that_multiplies(way) -> None:
 
 
 def test_more_rows_than_it_was_measured_for_go_the_usual_way(monkeypatch) -> None:
-    monkeypatch.setattr(few_rows, "most_rows", lambda dtype: 12)
-    monkeypatch.setattr(few_rows, "most_rows_transposed", lambda dtype: 0)
+    monkeypatch.setattr(cpu_layers, "most_rows", lambda dtype: 12)
+    monkeypatch.setattr(cpu_layers, "most_rows_transposed", lambda dtype: 0)
     layer = nn.Linear(4, 4)
     product = CpuLayers(nn.Sequential(layer))
     for num_rows in (1, 12, 13):
@@ -92,8 +92,10 @@ def test_a_range_of_rows_for_every_processor(monkeypatch, isa, traits) -> None:
     monkeypatch.setattr(_native, "cpu_isa", lambda: isa)
     monkeypatch.setattr(_native, "cpu_has", traits.__contains__)
     for dtype in TOLERANCE:
-        most = few_rows.most_rows(dtype)
+        most = cpu_layers.most_rows(dtype)
         assert (most == 0) == (isa == "base")
-        assert few_rows.most_rows_of_a_layer(dtype) >= most
-    assert few_rows.most_rows(torch.float64) == few_rows.most_rows_of_a_layer(torch.float64) == 0
-    assert few_rows.most_rows_transposed(torch.bfloat16) == (80 if "amx" in traits else 0)
+        assert cpu_layers.most_rows_of_a_layer(dtype) >= most
+    assert (
+        cpu_layers.most_rows(torch.float64) == cpu_layers.most_rows_of_a_layer(torch.float64) == 0
+    )
+    assert cpu_layers.most_rows_transposed(torch.bfloat16) == (80 if "amx" in traits else 0)

@@ -1,0 +1,52 @@
+"""A plain function as a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..prompts import Prompt
+from .base import Opening, RewardFunction, RewardSession, Texts, drop_from
+
+
+class FunctionReward:
+    """A plain function `(prompts, responses) -> floats`.
+
+    It gets the prompts as they were given (token ids as text) and the responses as text, special
+    tokens left out. Without a tokenizer both are lists of token ids.
+    """
+
+    def __init__(self, function: RewardFunction, texts: Texts) -> None:
+        self.function = function
+        self.texts = texts
+
+    def open(self, opening: Opening) -> RewardSession:
+        return _FunctionSession(self, opening.prompts)
+
+
+class _FunctionSession:
+    num_token_forwards = 0
+    peak_kv_bytes = 0
+
+    def __init__(self, reward: FunctionReward, prompts: Sequence[Prompt]) -> None:
+        self.reward = reward
+        self.prompts = list(prompts)
+
+    def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
+        texts = self.reward.texts
+        if texts.tokenizer is None:
+            shown: list[Any] = [list(ids) for ids in responses]
+        else:
+            shown = [texts.response(ids) for ids in responses]
+        scores = self.reward.function([self.prompts[tree].given for tree in trees], shown)
+        if isinstance(scores, torch.Tensor):
+            scores = scores.reshape(-1)
+        return [float(score) for score in scores]
+
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        self.prompts[tree] = prompt
+
+    def drop_tree(self, tree: int) -> None:
+        drop_from(self.prompts, tree)
