@@ -128,8 +128,8 @@ def test_right_values_are_taken() -> None:
         device="cpu",
         speed=SpeedOptions(cpu_layers=False),
     )
-    assert decoder.reward_bounds == (-9.0, 9.5)
-    assert not decoder.speed.cpu_layers
+    assert decoder.session.reward_bounds == (-9.0, 9.5)
+    assert not decoder.session.speed.cpu_layers
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

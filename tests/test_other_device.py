@@ -94,9 +94,9 @@ def test_rollouts_at_fixed_addresses_give_the_tokens_of_the_cpu(
 
     def opened(*args: Any) -> Any:
         roles = open_roles(*args)
-        if roles.baseline.device.type == "cpu":
+        if roles.roller.device.type == "cpu":
             return roles
-        made.append(RolloutGraphs(roles.baseline, roles.sampler, captures=False))
+        made.append(RolloutGraphs(roles.roller, roles.sampler, captures=False))
         return dataclasses.replace(roles, graphs=made[-1])
 
     monkeypatch.setattr(decoder_module, "open_roles", opened)

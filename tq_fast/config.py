@@ -145,6 +145,11 @@ class DecodeConfig:
         return dataclasses.replace(base or cls(), **options)
 
     @property
+    def end_ids(self) -> tuple[int, ...] | None:
+        """`eos_token_id` as it is after checking: a tuple, or None for the model's own."""
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else None
+
+    @property
     def rollouts_per_candidate(self) -> int:
         """Roll-outs that really run for a candidate: greedy ones are all the same."""
         return 1 if self.rollout == "greedy" else self.num_rollouts

@@ -1,4 +1,4 @@
-"""`decode` and `TransferDecoder`: what users call."""
+"""`decode` and `TransferDecoder`: Transfer Q* over models of one's own."""
 
 from __future__ import annotations
 
@@ -7,43 +7,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import check_bounds, check_loading, place_models
-from .config import DecodeConfig, SpeedOptions
+from .config import DecodeConfig, Role, SpeedOptions
 from .errors import InvalidArgument
-from .models.loading import (
-    ModelLike,
-    TokenizerLike,
-    check_same_vocabulary,
-    end_token_ids,
-    evaluating,
-    load_language_model,
-    load_reward,
-    load_tokenizer,
-)
-from .progress import TokenBar
-from .prompts import Prompt, PromptLike, PromptReader, read_prompts
-from .results import Certificate, DecodeResult, DecodeStats, PromptResult, Response, carry_finished
-from .rewards.base import RewardFunction, Texts
-from .rewards.lengths import check_fits
-from .transfer.budget import BatchShape, check_sizes, fit_forest, smaller_after
+from .models.loading import ModelLike, TokenizerLike
+from .prompts import Prompt, PromptLike, PromptReader
+from .results import DecodeResult, DecodeStats, PromptResult, Response
+from .rewards.base import Reward, RewardFunction
+from .session import LoadingOptions, Report, Session
+from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes
+from .transfer.certificate import certify
 from .transfer.loop import DecodeLoop
-from .transfer.roles import Models, memory_per_prompt, open_roles, rows_per_slot
-from .transfer.step import DecodePlan
-from .transfer.warnings import known_ess, warn_of_collapse, warn_of_noise
-from .transfer.weights import certify
+from .transfer.roles import DecodePlan, memory_per_prompt, open_roles, rows_per_prompt
+from .transfer.warnings import warn_of_collapse, warn_of_noise
 
 _MODEL_ARGUMENTS = (
     "sft",
     "baseline_reward",
-    "tokenizer",
-    "reward_tokenizer",
-    "baseline_reward_tokenizer",
-    "reward_index",
-    "reward_bounds",
-    "device",
-    "dtype",
-    "speed",
+    *(field.name for field in dataclasses.fields(LoadingOptions)),
 )
 _RUN_ARGUMENTS = ("config", "batch_size", "memory_budget", "progress")
 
@@ -143,38 +125,47 @@ class TransferDecoder:
         dtype: torch.dtype | str = "auto",
         speed: SpeedOptions | None = None,
     ) -> None:
-        check_loading({"reward_index": reward_index, "dtype": dtype, "speed": speed})
-        self.speed = SpeedOptions() if speed is None else speed
-        self.reward_bounds = check_bounds(reward_bounds)
-        rollout_id = place_models(device)
-        self.baseline = load_language_model(baseline, "baseline", device=rollout_id, dtype=dtype)
-        self.tokenizer = load_tokenizer(tokenizer, baseline, "tokenizer")
-        self.sft = None
-        if sft is not None:
-            self.sft = load_language_model(sft, "sft", device=rollout_id, dtype=dtype)
-            own = load_tokenizer(None, sft, "sft")
-            check_same_vocabulary(self.tokenizer, own, self.baseline, self.sft)
-        loading = {
-            "texts": Texts(self.tokenizer),
-            "vocab_size": self.baseline.get_output_embeddings().weight.shape[0],
-            "device": rollout_id,
-            "dtype": dtype,
-        }
-        self.reward = load_reward(
-            reward, "reward", tokenizer=reward_tokenizer, label=reward_index, **loading
+        loading = LoadingOptions(
+            tokenizer=tokenizer,
+            reward_tokenizer=reward_tokenizer,
+            baseline_reward_tokenizer=baseline_reward_tokenizer,
+            reward_index=reward_index,
+            reward_bounds=reward_bounds,
+            device=device,
+            dtype=dtype,
+            speed=speed,
         )
-        self.baseline_reward = None
-        if baseline_reward is not None:
-            self.baseline_reward = load_reward(
-                baseline_reward,
-                "baseline_reward",
-                tokenizer=baseline_reward_tokenizer,
-                label=None,
-                **loading,
-            )
+        self.session = Session(
+            {"baseline": baseline, "sft": sft},
+            {"reward": reward, "baseline_reward": baseline_reward},
+            loading,
+        )
 
-    # Not inference_mode: its tensors could not be used in training afterwards.
-    @torch.no_grad()
+    @property
+    def baseline(self) -> PreTrainedModel:
+        """The model that rolls out."""
+        return self.session.languages["baseline"]
+
+    @property
+    def sft(self) -> PreTrainedModel | None:
+        """The SFT model, where there is one."""
+        return self.session.languages.get("sft")
+
+    @property
+    def reward(self) -> Reward:
+        """The target reward."""
+        return self.session.rewards["reward"]
+
+    @property
+    def baseline_reward(self) -> Reward | None:
+        """The reward that the baseline was aligned to, where it was given."""
+        return self.session.rewards.get("baseline_reward")
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The language models' tokenizer, where there is one."""
+        return self.session.tokenizer
+
     def decode(
         self,
         prompts: PromptLike | Sequence[PromptLike],
@@ -198,126 +189,23 @@ class TransferDecoder:
         for name, callback in callbacks.items():
             if callback is not None and not callable(callback):
                 raise InvalidArgument(f"{name} must be a function or None, got {callback!r}")
-        prior = self._check_config(config)
-        read = self._read_prompts(prompts, config)
-        eos = config.eos_token_id
-        if eos is None:
-            eos = end_token_ids(self.baseline, self.tokenizer)
-        stats = DecodeStats()
-        responses = [Response(idx, prompt) for idx, prompt in enumerate(read)]
-        batch_size = min(batch_size, max(1, len(read)))
-        size = BatchShape(batch_size, batch_size * rows_per_slot(config))
-        if read and memory_budget is not None:
-            needs = memory_per_prompt(self._models(), read, config)
-            size = fit_forest(needs, batch_size=batch_size, memory_budget=memory_budget)
-        finished: dict[int, PromptResult] = {}
-
-        def record(response: Response, is_finished: bool) -> None:
-            idx = response.idx
-            unused = config.max_new_tokens - len(response.token_ids) if is_finished else 0
-            bar.advance(1 + unused)
-            if on_token is not None:
-                on_token(idx)
-            if is_finished:
-                finished[idx] = self._finish(response, config, prior)
-                if on_finished is not None:
-                    on_finished(idx, finished[idx])
-
-        num_tokens = len(read) * config.max_new_tokens
-        rewards = (getattr(r, "model", None) for r in (self.reward, self.baseline_reward))
-        models = [m for m in (self.baseline, self.sft, *rewards) if m is not None]
-        plan = DecodePlan(config, prior, eos, self.reward_bounds, size.max_rows, self.speed)
-        with (
-            TokenBar(num_tokens, visible=progress) as bar,
-            evaluating(models),
-            carry_finished(finished),
-        ):
-            self._decode_all(responses, plan, size, stats, record)
-        traces = [response.trace for response in responses]
-        warn_of_noise(traces, config)
-        warn_of_collapse(traces, config)
-        results = [finished[response.idx] for response in responses]
-        return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
+        return steer(
+            self.session,
+            prompts,
+            config,
+            batch_size=batch_size,
+            memory_budget=memory_budget,
+            progress=progress,
+            on_token=on_token,
+            on_finished=on_finished,
+        )
 
     def prompt_reader(self) -> PromptReader:
-        """Reads prompts one at a time into what `decode` takes.
+        """Return what reads prompts one at a time into what `decode` takes.
 
-        For prompts that are to be decoded in several calls with the random streams of one.
+        It is for prompts that are to be decoded in several calls with the random streams of one.
         """
-        return PromptReader(self.tokenizer, vocab_size=self._vocab_size())
-
-    def _decode_all(
-        self,
-        responses: list[Response],
-        plan: DecodePlan,
-        size: BatchShape,
-        stats: DecodeStats,
-        record: Callable[[Response, bool], None],
-    ) -> None:
-        """Decode everything, over smaller forests where the memory does not suffice."""
-        while unfinished := [r for r in responses if not self._is_finished(r, plan)]:
-            # Roll-outs to the end get shorter from step to step: prompts that began together stay
-            # together, or each step is as long as that of the newest.
-            refills = plan.speed.refill_slots and plan.config.horizon is not None
-            group = unfinished if refills else unfinished[: size.num_slots]
-            try:
-                self._decode_group(group, plan, size, stats, record)
-            except torch.OutOfMemoryError as error:
-                size = smaller_after(error, size)
-                plan = dataclasses.replace(plan, max_rows=size.max_rows)
-
-    def _is_finished(self, response: Response, plan: DecodePlan) -> bool:
-        ids = response.token_ids
-        return len(ids) == plan.config.max_new_tokens or bool(ids and ids[-1] in plan.eos)
-
-    def _decode_group(
-        self,
-        group: list[Response],
-        plan: DecodePlan,
-        size: BatchShape,
-        stats: DecodeStats,
-        record: Callable[[Response, bool], None],
-    ) -> None:
-        """Decode prompts over one forest a model, as many at a time as `size` says."""
-        active, waiting = group[: size.num_slots], group[size.num_slots :]
-        roles = open_roles(self._models(), active, waiting, plan)
-        own = DecodeStats()
-        try:
-            DecodeLoop(roles, active, waiting, plan, stats=own).run(record)
-        finally:
-            for role, part in roles.by_role.items():
-                own.token_forwards[role] = part.num_token_forwards
-                own.peak_kv_bytes[role] = part.peak_kv_bytes
-            stats.add(own)
-
-    def _models(self) -> Models:
-        return Models(self.baseline, self.sft, self.reward, self.baseline_reward)
-
-    def _check_config(self, config: DecodeConfig) -> str:
-        """Check what depends on the models; return the prior in use."""
-        if config.candidates_from == "sft" and self.sft is None:
-            raise InvalidArgument("candidates_from='sft' needs an sft model, got sft=None")
-        if config.prior == "sft" and self.sft is None:
-            raise InvalidArgument("prior='sft' needs an sft model, got sft=None")
-        if config.needs_log_ratio and self.sft is None:
-            raise InvalidArgument("weights='log_ratio' needs an sft model, got sft=None")
-        if config.needs_baseline_reward and self.baseline_reward is None:
-            raise InvalidArgument(f"weights={config.weights!r} needs baseline_reward, got None")
-        vocab_size = self._vocab_size()
-        if config.k > vocab_size:
-            raise InvalidArgument(f"k must be at most the vocabulary, {vocab_size}, got {config.k}")
-        for token in config.eos_token_id or ():
-            if token >= vocab_size:
-                raise InvalidArgument(
-                    f"eos_token_id must be inside of the vocabulary [0, {vocab_size}), got {token}"
-                )
-        return config.prior or ("baseline" if self.sft is None else "sft")
-
-    def _read_prompts(self, prompts: Any, config: DecodeConfig) -> list[Prompt]:
-        read = read_prompts(prompts, self.tokenizer, vocab_size=self._vocab_size())
-        for idx, prompt in enumerate(read):
-            self.check_length(idx, prompt, config)
-        return read
+        return self.session.prompt_reader()
 
     def check_length(self, idx: int, prompt: Prompt, config: DecodeConfig) -> None:
         """Refuse a prompt that is too long for a model; `decode` does this by itself.
@@ -325,38 +213,128 @@ class TransferDecoder:
         Raises:
             InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
         """
-        num_new = config.max_new_tokens + (config.horizon or 0)
-        settings = f"max_new_tokens={config.max_new_tokens} and horizon={config.horizon}"
-        models = {"baseline": self.baseline, "sft": self.sft, "reward": self.reward}
-        if config.needs_baseline_reward:
-            models["baseline_reward"] = self.baseline_reward
-        check_fits(idx, prompt, num_new, settings, models)
+        _check_length(self.session, idx, prompt, config)
 
-    def _vocab_size(self) -> int:
-        models = [model for model in (self.baseline, self.sft) if model is not None]
-        return min(model.get_output_embeddings().weight.shape[0] for model in models)
 
-    def _finish(self, response: Response, config: DecodeConfig, prior: str) -> PromptResult:
-        text = None
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
-        sequence = torch.tensor(response.token_ids)
-        certificate = self._certify(response, config, prior)
-        return PromptResult(text, sequence, response.trace, certificate)
+# torch.inference_mode would do too, but its tensors could not be used in training afterwards.
+@torch.no_grad()
+def steer(
+    session: Session,
+    prompts: PromptLike | Sequence[PromptLike],
+    config: DecodeConfig,
+    *,
+    roller: Role = "baseline",
+    **running: Any,
+) -> DecodeResult:
+    """Decode `prompts` by Transfer Q* over the models of `session`.
 
-    def _certify(self, response: Response, config: DecodeConfig, prior: str) -> Certificate:
-        trace = response.trace
-        return certify(
-            config,
-            prior=prior,
-            num_steps=len(trace),
-            kl_to_sft=None if self.sft is None else sum(step.kl_to_sft for step in trace),
-            kl_to_baseline=sum(step.kl_to_baseline for step in trace),
-            kl_baseline_to_sft=None
-            if self.sft is None
-            else sum(step.kl_baseline_to_sft for step in trace),
-            log_prior_mass=sum(float(step.prior_logprobs.logsumexp(-1)) for step in trace),
-            ess=[] if config.is_published else known_ess(trace),
-            is_exact=all(step.is_complete for step in trace),
-            reward_bounds=self.reward_bounds,
+    Args:
+        session: models and rewards.
+        prompts: as for `decode`.
+        config: settings.
+        roller: the role whose model rolls out; with "sft" that model plays every part.
+        **running: the keyword arguments of `Session.run`.
+    """
+    plan = _make_plan(session, config, roller)
+    read = session.read(prompts)
+    for idx, prompt in enumerate(read):
+        _check_length(session, idx, prompt, config)
+    result = session.run(read, _TransferMethod(session, plan), **running)
+    warn_of_noise(result.traces, config)
+    warn_of_collapse(result.traces, config)
+    return result
+
+
+def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePlan:
+    """Check what depends on the models, and settle it."""
+    has_sft = "sft" in session.languages
+    if config.candidates_from == "sft" and not has_sft:
+        raise InvalidArgument("candidates_from='sft' needs an sft model, got sft=None")
+    if config.prior == "sft" and not has_sft:
+        raise InvalidArgument("prior='sft' needs an sft model, got sft=None")
+    if config.needs_log_ratio and not has_sft:
+        raise InvalidArgument("weights='log_ratio' needs an sft model, got sft=None")
+    if config.needs_baseline_reward and "baseline_reward" not in session.rewards:
+        raise InvalidArgument(f"weights={config.weights!r} needs baseline_reward, got None")
+    if config.k > session.vocab_size:
+        raise InvalidArgument(
+            f"k must be at most the vocabulary, {session.vocab_size}, got {config.k}"
         )
+    return DecodePlan(
+        config,
+        roller=roller,
+        prior=config.prior or ("sft" if has_sft else "baseline"),
+        candidates_from=config.candidates_from,
+        eos=session.end_ids(config),
+        vocab_size=session.vocab_size,
+        reward_bounds=session.reward_bounds,
+        max_rows=0,
+        speed=session.speed,
+    )
+
+
+def _check_length(session: Session, idx: int, prompt: Prompt, config: DecodeConfig) -> None:
+    num_new = config.max_new_tokens + (config.horizon or 0)
+    settings = f"max_new_tokens={config.max_new_tokens} and horizon={config.horizon}"
+    session.check_fits(idx, prompt, num_new, settings)
+
+
+class _TransferMethod:
+    """Transfer Q* as a session runs it.
+
+    Args:
+        session: models and rewards.
+        plan: what the decode keeps to; `max_rows` follows the shape of each batch.
+    """
+
+    def __init__(self, session: Session, plan: DecodePlan) -> None:
+        self.session = session
+        self.plan = plan
+        self.rows_per_prompt = rows_per_prompt(plan.config)
+        self.tokens_per_prompt = plan.config.max_new_tokens
+
+    def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
+        return memory_per_prompt(self.session.languages, self.session.rewards, prompts, self.plan)
+
+    def decode(
+        self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
+    ) -> None:
+        """Decode over one forest a model; a finished prompt's slot goes to the next one."""
+        plan = dataclasses.replace(self.plan, max_rows=shape.max_rows)
+        # Roll-outs to the end get shorter from step to step: prompts that began together stay
+        # together, or each step is as long as that of the newest.
+        refills = plan.speed.refill_slots and plan.config.horizon is not None
+        active = responses[: shape.num_prompts]
+        waiting = responses[shape.num_prompts :] if refills else []
+        roles = open_roles(
+            self.session.languages,
+            self.session.rewards,
+            [response.prompt for response in active],
+            [response.prompt for response in waiting],
+            plan,
+        )
+
+        def on_token(response: Response, is_finished: bool) -> None:
+            report.token(response.idx)
+            if is_finished:
+                num_unused = self.tokens_per_prompt - len(response.token_ids)
+                report.finish(response.idx, self._finish(response), num_unused=num_unused)
+
+        own = DecodeStats()
+        try:
+            DecodeLoop(roles, active, waiting, plan, stats=own).run(on_token)
+        finally:
+            for role, part in roles.by_role.items():
+                own.token_forwards[role] = part.num_token_forwards
+                own.peak_kv_bytes[role] = part.peak_kv_bytes
+            stats.add(own)
+
+    def _finish(self, response: Response) -> PromptResult:
+        certificate = certify(
+            response.trace,
+            self.plan.config,
+            prior=self.plan.prior,
+            reward_bounds=self.session.reward_bounds,
+        )
+        text = self.session.text_of(response.token_ids)
+        return PromptResult(text, torch.tensor(response.token_ids), response.trace, certificate)

@@ -115,7 +115,7 @@ def run_job() -> Iterator[dict[str, Any]]:
 
 def write_records(path: Path) -> None:
     """Write a line for every record of the job."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in run_job()))
+    path.write_text("".join(json.dumps(record, sort_keys=True) + "\n" for record in run_job()))
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def _model_settings(job: EvalJob, loaded: LoadedModels) -> dict[str, Any]:
     for role, model in loaded.languages.items():
         settings[role] = {"fingerprint": fingerprint_model(model, loaded.tokenizer)}
     for role, reward in loaded.rewards.items():
-        if hasattr(reward, "model"):
+        if reward.model is not None:
             fingerprint = fingerprint_model(reward.model, reward.tokenizer)
         else:
             fingerprint = reward.function.__qualname__

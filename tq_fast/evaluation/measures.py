@@ -8,7 +8,7 @@ from typing import Any
 
 from ..prompts import Prompt
 from ..results import DecodeResult, StepTrace
-from ..transfer.warnings import known_ess
+from ..transfer.certificate import known_ess
 from .metrics import cosine, diversity, rep_n
 from .models import LoadedModels
 

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._version import __version__
-from ..arguments import place_models
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..errors import InvalidArgument
+from ..session import place_models
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ROLES = ("baseline", "sft", "reward", "baseline_reward")

@@ -153,7 +153,7 @@ def args(
     models = {"baseline": baseline} if prior == "baseline" else {}
     call = _read("args", options, roles, **models, sft=sft, reward=reward)
     call.require(prior, "reward")
-    return call.steer(prompts) if prior == "baseline" else call.steer_sft(prompts)
+    return call.steer(prompts)
 
 
 def controlled_decoding(
@@ -167,7 +167,7 @@ def controlled_decoding(
     """CD (arXiv 2310.17022): roll-outs, prior and candidates all from the SFT model."""
     call = _read("controlled_decoding", options, sft=sft, reward=reward)
     call.require("sft", "reward")
-    return call.steer_sft(prompts)
+    return call.steer(prompts)
 
 
 def transfer_q(

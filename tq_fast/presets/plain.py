@@ -1,4 +1,4 @@
-"""`PlainDecoder`: responses without values, from one model, a mixture of two, or the best of n."""
+"""Decoding without values: responses from one model, a mixture of two, or the best of n."""
 
 from __future__ import annotations
 
@@ -7,287 +7,195 @@ from typing import Any
 
 import torch
 
-from ..arguments import check_loading, place_models
-from ..config import DecodeConfig
-from ..errors import DecodingError, InvalidArgument
+from ..config import DecodeConfig, Role
+from ..errors import DecodingError
+from ..forest import share_prefix
 from ..forest.language import LanguageForest
-from ..forest.prefixes import share_prefix
 from ..forest.support import check_runs
-from ..models.loading import (
-    ModelLike,
-    TokenizerLike,
-    check_same_vocabulary,
-    end_token_ids,
-    evaluating,
-    load_language_model,
-    load_reward,
-    load_tokenizer,
-)
-from ..progress import TokenBar
-from ..prompts import Prompt, PromptLike, read_prompts
-from ..results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
-from ..rewards.base import Opening, RewardFunction, Texts
-from ..rewards.causal import CausalReward
-from ..rewards.lengths import check_fits
+from ..prompts import Prompt, PromptLike
+from ..results import DecodeResult, DecodeStats, PromptResult, Response
+from ..rewards.base import Opening
 from ..rewards.scorer import Scorer
-from ..transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
+from ..session import Report, Session
+from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .sampling import Drawn, certify_plain, sample_responses, trace_plain
 
 
-class PlainDecoder:
-    """Decodes over the package's own forest and random streams, without candidates and values.
+@torch.no_grad()
+def sample(
+    session: Session,
+    prompts: PromptLike | Sequence[PromptLike],
+    weights: Mapping[Role, float],
+    *,
+    num: int = 1,
+    config: DecodeConfig,
+    **running: Any,
+) -> DecodeResult:
+    """Draw a response from `softmax(sum_m c_m log pi_m)` for each prompt.
+
+    The package's own forest and random streams are used, without candidates and values.
 
     Args:
-        sft: the SFT model, or None.
-        baseline: the baseline model, or None; one of the two must be there.
-        reward: the reward that chooses among n responses, or None.
-        tokenizer: the language models'; None: that in the baseline's own folder, else the SFT's.
-        reward_tokenizer: the reward's; None: that in its own folder.
-        reward_index: which label of a reward model with several labels is the reward.
-        device: where models that are named are put; None: a GPU if there is one.
-        dtype: of models that are named, a `torch.dtype` or "auto" (as they were saved).
+        session: models, and the reward that chooses among several responses.
+        prompts: as for `tq_fast.decode`.
+        weights: c_m by role, summing to 1; the divergence to a model of weight 0 is measured all
+            the same.
+        num: responses for a prompt; of several the reward chooses the first highest.
+        config: strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
+            eos_token_id, seed and backend are read.
+        **running: the keyword arguments of `Session.run`.
 
     Raises:
-        InvalidArgument: an argument is wrong; the message names it.
-        UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
+        InvalidArgument: an argument is wrong; raised before any forward pass.
+        DecodingError: a prompt failed; `finished` holds the responses of earlier batches.
     """
+    method = _PlainMethod(session, weights, num, config)
+    read = session.read(prompts)
+    for idx, prompt in enumerate(read):
+        settings = f"max_new_tokens={config.max_new_tokens}"
+        session.check_fits(idx, prompt, config.max_new_tokens, settings)
+    return session.run(read, method, **running)
+
+
+class _PlainMethod:
+    """Plain sampling as a session runs it; the arguments are those of `sample`."""
 
     def __init__(
-        self,
-        *,
-        sft: ModelLike | None = None,
-        baseline: ModelLike | None = None,
-        reward: ModelLike | RewardFunction | None = None,
-        tokenizer: TokenizerLike | None = None,
-        reward_tokenizer: TokenizerLike | None = None,
-        reward_index: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str = "auto",
+        self, session: Session, weights: Mapping[Role, float], num: int, config: DecodeConfig
     ) -> None:
-        check_loading({"reward_index": reward_index, "dtype": dtype})
-        place = place_models(device)
-        given = {"baseline": baseline, "sft": sft}
-        self.models = {
-            role: load_language_model(model, role, device=place, dtype=dtype)
-            for role, model in given.items()
-            if model is not None
-        }
-        main = sft if baseline is None else baseline
-        self.tokenizer = load_tokenizer(tokenizer, main, "tokenizer")
-        if len(self.models) == 2:
-            own = load_tokenizer(None, sft, "sft")
-            check_same_vocabulary(self.tokenizer, own, *self.models.values())
-        sizes = [model.get_output_embeddings().weight.shape[0] for model in self.models.values()]
-        self.vocab_size = min(sizes)
-        self.reward = None
-        if reward is not None:
-            self.reward = load_reward(
-                reward,
-                "reward",
-                tokenizer=reward_tokenizer,
-                label=reward_index,
-                texts=Texts(self.tokenizer),
-                vocab_size=sizes[0],
-                device=place,
-                dtype=dtype,
-            )
+        self.session = session
+        self.weights = weights
+        self.config = config
+        self.eos = session.end_ids(config)
+        self.rows_per_prompt = num
+        self.tokens_per_prompt = num * config.max_new_tokens
 
-    @torch.no_grad()
+    def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
+        """Bytes of a prompt and of a response, for the longest of `prompts`."""
+        models = self.session.languages.values()
+        prefix = max(len(prompt.token_ids) for prompt in prompts)
+        per_token = sum(check_runs(model) for model in models)
+        logits = 2 * 4 * self.session.vocab_size * len(models)
+        whole = prefix + self.config.max_new_tokens
+        scored = sum(reward.kv_bytes_per_token() * whole for reward in self._rewards())
+        return MemoryPerPrompt(
+            per_token * prefix + scored,
+            per_token * self.config.max_new_tokens + logits + scored,
+            self.rows_per_prompt,
+        )
+
     def decode(
-        self,
-        prompts: PromptLike | Sequence[PromptLike],
-        weights: Mapping[str, float],
-        *,
-        num: int = 1,
-        config: DecodeConfig,
-        batch_size: int = 8,
-        memory_budget: int | None = None,
-        progress: bool = False,
-    ) -> DecodeResult:
-        """Draw a response from `softmax(sum_m c_m log pi_m)` for each prompt.
+        self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
+    ) -> None:
+        """Decode the first prompts over one forest a model, their responses wave by wave."""
+        group = responses[: shape.num_prompts]
+        num = self.rows_per_prompt
+        per_wave = max(1, min(num, shape.max_rows // len(group)))
+        own, counted = DecodeStats(), report.bar.num_done
+        try:
+            drawn = self._draw(group, per_wave, own, report)
+            scores = self._score(group, drawn, per_wave, own)
+        except torch.OutOfMemoryError:
+            report.bar.advance(counted - report.bar.num_done)
+            raise
+        stats.add(own)
+        for tree, response in enumerate(group):
+            mine = slice(tree * num, (tree + 1) * num)
+            result = self._finish(drawn[mine], scores[mine])
+            stats.num_steps += len(result.sequence)
+            report.finish(response.idx, result, num_unused=0)
 
-        Args:
-            prompts: as for `tq_fast.decode`.
-            weights: c_m by role ("sft", "baseline"), summing to 1; the divergence to a model of
-                weight 0 is measured all the same.
-            num: responses for a prompt; of several the reward chooses the first highest.
-            config: strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
-                eos_token_id, seed and backend are read.
-            batch_size: prompts that are decoded together, at most. Results do not depend on it.
-            memory_budget: bytes of KV and logits at most, as for `tq_fast.decode`.
-            progress: show a progress bar.
-
-        Raises:
-            InvalidArgument: an argument is wrong; raised before any forward pass.
-            DecodingError: a prompt failed; `finished` holds the responses of earlier batches.
-        """
-        check_sizes(batch_size, memory_budget)
-        read = read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
-        self._check(read, config)
-        batch_size = min(batch_size, max(1, len(read)))
-        size = BatchShape(batch_size, batch_size * num)
-        if read and memory_budget is not None:
-            needs = self._needs(read, num, config)
-            size = fit_forest(needs, batch_size=batch_size, memory_budget=memory_budget)
-        stats = DecodeStats()
-        results: dict[int, PromptResult] = {}
-        with (
-            TokenBar(len(read) * num * config.max_new_tokens, visible=progress) as bar,
-            evaluating(self._all_models()),
-            carry_finished(results),
-        ):
-            while len(results) < len(read):
-                start, counted = len(results), bar.num_done
-                group = read[start : start + size.num_slots]
-                # Of every prompt so many responses at a time.
-                wave = max(1, min(num, size.max_rows // len(group)))
-                waves = [range(i, min(i + wave, num)) for i in range(0, num, wave)]
-                try:
-                    new = self._decode_group(group, weights, waves, config, stats, bar)
-                    results.update(enumerate(new, start))
-                except torch.OutOfMemoryError as error:
-                    size = smaller_after(error, size)
-                    bar.advance(counted - bar.num_done)
-                except DecodingError as error:
-                    place = {"prompt_idx": start + error.prompt_idx, "step": error.step}
-                    raise type(error)(error.reason, **place) from error.__cause__
-        has_texts = self.tokenizer is not None
-        return DecodeResult.collect(list(results.values()), stats, has_texts=has_texts)
-
-    def _decode_group(
-        self,
-        prompts: list[Prompt],
-        weights: Mapping[str, float],
-        waves: Sequence[range],
-        config: DecodeConfig,
-        stats: DecodeStats,
-        bar: TokenBar,
-    ) -> list[PromptResult]:
-        """Decode a few prompts over one forest a model, their responses wave by wave."""
-        own, num = DecodeStats(), waves[-1].stop
-        forests = self._open(prompts, len(waves[0]), config)
-        texts = [prompt.token_ids for prompt in prompts]
-        with own.phase("prefill"):
+    def _draw(
+        self, group: Sequence[Response], per_wave: int, stats: DecodeStats, report: Report
+    ) -> list[Drawn]:
+        """Every response of every prompt, by prompt and then by number."""
+        num, longest_wave = self.rows_per_prompt, len(group) * per_wave
+        forests = self._open([response.prompt for response in group], longest_wave)
+        texts = [response.prompt.token_ids for response in group]
+        with stats.phase("prefill"):
             for forest in forests.values():
                 for tree, text in enumerate(texts):
                     # Leave the last token to be encoded: its logits are the next-token logits.
                     known = share_prefix(forest.cache, tree, text[:-1], texts)
                     forest.prefill(tree, text[known:])
         drawn: list[Drawn] = []
-        with own.phase("rollout"):
-            for numbers in waves:
-                new = sample_responses(
-                    forests,
-                    weights,
-                    numbers=numbers,
-                    prompt_keys=[prompt.key for prompt in prompts],
-                    eos=self.end_ids(config),
-                    config=config,
-                    on_depth=bar.advance,
-                )
+        with stats.phase("rollout"):
+            for start in range(0, num, per_wave):
+                try:
+                    new = sample_responses(
+                        forests,
+                        self.weights,
+                        numbers=range(start, min(start + per_wave, num)),
+                        prompt_keys=[response.prompt.key for response in group],
+                        eos=self.eos,
+                        config=self.config,
+                        on_depth=report.bar.advance,
+                    )
+                except DecodingError as error:
+                    place = {"prompt_idx": group[error.prompt_idx].idx, "step": error.step}
+                    raise type(error)(error.reason, **place) from error.__cause__
                 longest = max(len(response.token_ids) for response in new)
-                bar.advance(len(new) * (config.max_new_tokens - longest))
-                own.rollout_steps += longest - 1
+                report.bar.advance(len(new) * (self.config.max_new_tokens - longest))
+                stats.rollout_steps += longest - 1
                 drawn += new
-        # By prompt, and there by number, as the waves came.
-        drawn.sort(key=lambda response: response.tree)
         for role, forest in forests.items():
-            own.token_forwards[role] = forest.num_token_forwards
-            own.peak_kv_bytes[role] = forest.peak_kv_bytes
-        scores = [0.0] * len(drawn)
-        if self.reward is not None:
-            with own.phase("reward"):
-                per_call = len(prompts) * len(waves[0])
-                scores = self._score(prompts, drawn, per_call, config, own)
-            own.rollouts_run = len(drawn)
-        finished = []
-        for start in range(0, len(drawn), num):
-            mine = scores[start : start + num]
-            winner = drawn[start + mine.index(max(mine))]
-            own.num_steps += len(winner.token_ids)
-            rewards = torch.tensor(mine if self.reward is not None else [])
-            finished.append(self._finish(winner, rewards, weights))
-        stats.add(own)
-        return finished
+            stats.token_forwards[role] = forest.num_token_forwards
+            stats.peak_kv_bytes[role] = forest.peak_kv_bytes
+        return sorted(drawn, key=lambda response: response.tree)
 
-    def _open(
-        self, prompts: Sequence[Prompt], num: int, config: DecodeConfig
-    ) -> dict[str, LanguageForest]:
-        for model in self.models.values():
+    def _open(self, prompts: Sequence[Prompt], num_rows: int) -> dict[Role, LanguageForest]:
+        forests = {}
+        for role, model in self.session.languages.items():
             check_runs(model)
-        return {
-            role: LanguageForest(
+            forests[role] = LanguageForest(
                 model,
                 num_trees=len(prompts),
-                num_rows=len(prompts) * num,
+                num_rows=num_rows,
                 prefix_capacity=max(len(prompt.token_ids) for prompt in prompts),
-                branch_capacity=max(1, config.max_new_tokens - 1),
-                backend=config.backend,
+                branch_capacity=max(1, self.config.max_new_tokens - 1),
+                backend=self.config.backend,
             )
-            for role, model in self.models.items()
-        }
+        return forests
 
     def _score(
         self,
-        prompts: Sequence[Prompt],
+        group: Sequence[Response],
         drawn: Sequence[Drawn],
-        per_call: int,
-        config: DecodeConfig,
+        per_wave: int,
         stats: DecodeStats,
     ) -> list[float]:
-        session = self.reward.open(
-            Opening(prompts, per_call, max_new=config.max_new_tokens, backend=config.backend)
-        )
-        responses = [Response(tree, prompt) for tree, prompt in enumerate(prompts)]
-        scorer = Scorer(session, responses, bounds=None, remembers=False)
-        texts = [(response.tree, tuple(response.token_ids)) for response in drawn]
+        """The reward of every response; empty without a reward."""
         scores: list[float] = []
-        for start in range(0, len(texts), per_call):
-            scores += scorer.score_texts(texts[start : start + per_call])
-        stats.token_forwards["reward"] = session.num_token_forwards
-        stats.peak_kv_bytes["reward"] = session.peak_kv_bytes
+        for reward in self._rewards():
+            per_call = len(group) * per_wave
+            with stats.phase("reward"):
+                session = reward.open(
+                    Opening(
+                        [response.prompt for response in group],
+                        per_call,
+                        max_new=self.config.max_new_tokens,
+                        backend=self.config.backend,
+                    )
+                )
+                scorer = Scorer(session, len(group), bounds=None, remembers=False)
+                texts = [(response.tree, tuple(response.token_ids)) for response in drawn]
+                for start in range(0, len(texts), per_call):
+                    scores += scorer.score_texts(texts[start : start + per_call], group)
+                stats.token_forwards["reward"] = session.num_token_forwards
+                stats.peak_kv_bytes["reward"] = session.peak_kv_bytes
+            stats.rollouts_run = len(drawn)
         return scores
 
-    def _needs(self, prompts: Sequence[Prompt], num: int, config: DecodeConfig) -> MemoryPerPrompt:
-        """Bytes of a prompt and of a response, for the longest of `prompts`."""
-        prefix = max(len(prompt.token_ids) for prompt in prompts)
-        per_token = sum(check_runs(model) for model in self.models.values())
-        logits = 2 * 4 * self.vocab_size * len(self.models)
-        needs = MemoryPerPrompt(per_token * prefix, per_token * config.max_new_tokens + logits, num)
-        if not isinstance(self.reward, CausalReward):
-            return needs
-        whole = check_runs(self.reward.model) * (prefix + config.max_new_tokens)
-        return MemoryPerPrompt(needs.per_slot + whole, needs.per_row + whole, num)
+    def _rewards(self) -> list[Any]:
+        """The reward that chooses, where there is one."""
+        return [reward for role, reward in self.session.rewards.items() if role == "reward"]
 
-    def _finish(
-        self, drawn: Drawn, rewards: torch.Tensor, weights: Mapping[str, float]
-    ) -> PromptResult:
-        text = None
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(drawn.token_ids, skip_special_tokens=True)
-        certificate = certify_plain(drawn, weights, num=max(1, len(rewards)))
+    def _finish(self, drawn: Sequence[Drawn], scores: Sequence[float]) -> PromptResult:
+        """The result of a prompt: its first response of the highest score."""
+        winner = drawn[scores.index(max(scores))] if scores else drawn[0]
         return PromptResult(
-            text, torch.tensor(drawn.token_ids), trace_plain(drawn, rewards), certificate
+            self.session.text_of(winner.token_ids),
+            torch.tensor(winner.token_ids),
+            trace_plain(winner, torch.tensor(scores)),
+            certify_plain(winner, self.weights, num=max(1, len(scores))),
         )
-
-    def end_ids(self, config: DecodeConfig) -> tuple[int, ...]:
-        """The ids that end a response: the config's, else the baseline's or the SFT model's own."""
-        if config.eos_token_id is not None:
-            return config.eos_token_id
-        return end_token_ids(next(iter(self.models.values())), self.tokenizer)
-
-    def _check(self, prompts: Sequence[Prompt], config: DecodeConfig) -> None:
-        for token in config.eos_token_id or ():
-            if token >= self.vocab_size:
-                raise InvalidArgument(
-                    "eos_token_id must be inside of the vocabulary "
-                    f"[0, {self.vocab_size}), got {token}"
-                )
-        settings = f"max_new_tokens={config.max_new_tokens}"
-        models = {**self.models, "reward": self.reward}
-        for idx, prompt in enumerate(prompts):
-            check_fits(idx, prompt, config.max_new_tokens, settings, models)
-
-    def _all_models(self) -> list[Any]:
-        scorer = getattr(self.reward, "model", None)
-        return [*self.models.values(), *([] if scorer is None else [scorer])]

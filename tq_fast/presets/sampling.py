@@ -25,7 +25,7 @@ from ..ops.sample_tokens import proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..results import Certificate, StepTrace
 from ..rollouts.streams import stream_keys
-from ..transfer.weights import kl_divergence
+from ..transfer.certificate import kl_divergence
 
 # Stands where roll-outs have their candidate: no token has this id.
 _NO_CANDIDATE = 0xFFFFFFFF

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..prompts import Prompt
 
@@ -64,10 +64,22 @@ class RewardSession(Protocol):
 
 
 class Reward(Protocol):
-    """Something that scores responses."""
+    """Something that scores responses.
+
+    Attributes:
+        model: the classifier that scores; None where the reward is a function.
+        tokenizer: the classifier's own; None where it reads the baseline's token ids.
+    """
+
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
 
     def open(self, opening: Opening) -> RewardSession:
         """Start on the prompts of a forest."""
+        ...
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV that the reward keeps for a token; 0 where it keeps none."""
         ...
 
 

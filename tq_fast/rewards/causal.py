@@ -32,6 +32,10 @@ class CausalReward(ClassifierReward):
         longest = max(len(prompt.token_ids) for prompt in prompts)
         return _CausalSession(self, opening, capacity=longest + opening.max_new)
 
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV that a token takes in the forest."""
+        return check_runs(self.model)
+
 
 class _CausalSession:
     """Keeps, for each tree, the encoded prefix and the rows of the last call.

@@ -53,6 +53,10 @@ class ClassifierReward:
             return chat_token_ids(self.tokenizer, chat, add_generation_prompt=False)
         return self.tokenizer(self.texts.whole(prompt, token_ids))["input_ids"]
 
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV that a token takes: none here, since whole texts are scored."""
+        return 0
+
     def check_length(self, num_tokens: int) -> None:
         """Refuse a sequence that is longer than the model allows."""
         limit = max_positions(self.model)

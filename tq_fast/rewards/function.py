@@ -18,12 +18,18 @@ class FunctionReward:
     tokens left out. Without a tokenizer both are lists of token ids.
     """
 
+    model = None
+    tokenizer = None
+
     def __init__(self, function: RewardFunction, texts: Texts) -> None:
         self.function = function
         self.texts = texts
 
     def open(self, opening: Opening) -> RewardSession:
         return _FunctionSession(self, opening.prompts)
+
+    def kv_bytes_per_token(self) -> int:
+        return 0
 
 
 class _FunctionSession:

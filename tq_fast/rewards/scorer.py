@@ -22,7 +22,7 @@ class Scorer:
 
     Args:
         session: the reward over the forest.
-        responses: the response of each tree; the caller's own list, which changes.
+        num_trees: trees of the forest.
         bounds: (lo, hi) where the reward is declared bounded.
         remembers: texts of this and the last call are not scored again.
     """
@@ -30,16 +30,15 @@ class Scorer:
     def __init__(
         self,
         session: RewardSession,
-        responses: list[Response],
+        num_trees: int,
         *,
         bounds: tuple[float, float] | None,
         remembers: bool,
     ) -> None:
         self.session = session
-        self.responses = responses
         self.bounds = bounds
         self.remembers = remembers
-        self._known: list[dict[tuple[int, ...], float]] = [{} for _ in responses]
+        self._known: list[dict[tuple[int, ...], float]] = [{} for _ in range(num_trees)]
 
     @property
     def num_token_forwards(self) -> int:
@@ -51,8 +50,12 @@ class Scorer:
         """Most bytes of KV that the reward held so far."""
         return self.session.peak_kv_bytes
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
+    def score(self, rollouts: Sequence[Rollout], responses: Sequence[Response]) -> list[float]:
         """Return the reward of each roll-out's whole response.
+
+        Args:
+            rollouts: what was rolled out.
+            responses: the response of each tree, with the tokens emitted so far.
 
         Raises:
             RewardError: it raised, returned another number of scores, one that is not finite, or
@@ -61,21 +64,21 @@ class Scorer:
         texts = []
         for rollout in rollouts:
             tree = rollout.id.tree
-            emitted = self.responses[tree].token_ids
+            emitted = responses[tree].token_ids
             texts.append((tree, (*emitted, rollout.candidate, *rollout.tokens)))
         if not self.remembers:
-            return self.score_texts(texts)
+            return self.score_texts(texts, responses)
         new = list(
             dict.fromkeys((tree, text) for tree, text in texts if text not in self._known[tree])
         )
         if new:
-            for (tree, text), score in zip(new, self.score_texts(new), strict=True):
+            for (tree, text), score in zip(new, self.score_texts(new, responses), strict=True):
                 self._known[tree][text] = score
         return [self._known[tree][text] for tree, text in texts]
 
-    def forget(self) -> None:
+    def forget(self, responses: Sequence[Response]) -> None:
         """Keep only texts that can come again: those that begin with what was emitted."""
-        for tree, response in enumerate(self.responses):
+        for tree, response in enumerate(responses):
             emitted = tuple(response.token_ids)
             known = self._known[tree]
             self._known[tree] = {
@@ -92,7 +95,9 @@ class Scorer:
         drop_from(self._known, tree)
         self.session.drop_tree(tree)
 
-    def score_texts(self, texts: Sequence[tuple[int, tuple[int, ...]]]) -> list[float]:
+    def score_texts(
+        self, texts: Sequence[tuple[int, tuple[int, ...]]], responses: Sequence[Response]
+    ) -> list[float]:
         """Return the reward of each (tree, whole response), whether it is known or not; checked.
 
         Raises:
@@ -103,19 +108,20 @@ class Scorer:
         except (torch.OutOfMemoryError, DecodingError):
             raise
         except Exception as error:
-            self._fail(texts[0][0], f"the reward raised {error!r}", error)
+            _fail(responses[texts[0][0]], f"the reward raised {error!r}", error)
         if len(scores) != len(texts):
             message = f"the reward returned {len(scores)} scores for {len(texts)} responses"
-            self._fail(texts[0][0], message)
+            _fail(responses[texts[0][0]], message)
         for (tree, _), score in zip(texts, scores, strict=True):
             if not abs(score) <= _MAX_SCORE:
-                self._fail(tree, f"the reward returned {score}")
+                _fail(responses[tree], f"the reward returned {score}")
             if self.bounds is not None and not self.bounds[0] <= score <= self.bounds[1]:
-                self._fail(
-                    tree, f"the reward returned {score}, outside of its reward_bounds {self.bounds}"
+                _fail(
+                    responses[tree],
+                    f"the reward returned {score}, outside of its reward_bounds {self.bounds}",
                 )
         return scores
 
-    def _fail(self, tree: int, message: str, cause: BaseException | None = None) -> NoReturn:
-        response = self.responses[tree]
-        raise RewardError(message, prompt_idx=response.idx, step=response.step) from cause
+
+def _fail(response: Response, message: str, cause: BaseException | None = None) -> NoReturn:
+    raise RewardError(message, prompt_idx=response.idx, step=response.step) from cause

@@ -19,7 +19,7 @@ def run_rollouts(
     roots: Sequence[Root],
     rollout_ids: Sequence[RolloutId],
     *,
-    known: Mapping[tuple[int, int], ReusedRollout],
+    reused: Mapping[tuple[int, int], ReusedRollout],
     merge: bool,
     eos: tuple[int, ...],
     sampler: RolloutSampler,
@@ -31,7 +31,7 @@ def run_rollouts(
         forest: the baseline; `roots[g]` is of its tree g.
         roots: one a tree.
         rollout_ids: ascending. A candidate that is an EOS, or has no horizon, gets no roll-out.
-        known: roll-outs of which the start is known, by candidate `(tree, candidate_idx)`; greedy
+        reused: roll-outs whose start was run before, by candidate `(tree, candidate_idx)`; greedy
             roll-outs only.
         merge: roll-outs that are still equal share a row.
         eos: ids that end a roll-out.
@@ -50,7 +50,7 @@ def run_rollouts(
     if not live:
         return RolloutWave([done[rollout_id] for rollout_id in rollout_ids], {}, None, None, {}, 0)
     merge = merge and sampler.config.rollout == "sample"
-    run = _Run(forest, roots, live, known, sampler, merge)
+    run = _Run(forest, roots, live, reused, sampler, merge)
     run.advance(graphs)
     done.update((rollout.id, rollout) for rollout in run.rollouts())
     return RolloutWave(

@@ -14,22 +14,22 @@ class BatchShape:
     """What runs together.
 
     Attributes:
-        num_slots: prompts.
+        num_prompts: prompts.
         max_rows: roll-outs, over all prompts.
     """
 
-    num_slots: int
+    num_prompts: int
     max_rows: int
 
     def halved(self) -> BatchShape | None:
         """Half as many prompts, or half as many roll-outs of a single one; None below that."""
-        if self.num_slots > 1:
-            half = -(-self.num_slots // 2)
-            return BatchShape(half, max(1, self.max_rows * half // self.num_slots))
+        if self.num_prompts > 1:
+            half = -(-self.num_prompts // 2)
+            return BatchShape(half, max(1, self.max_rows * half // self.num_prompts))
         return BatchShape(1, self.max_rows // 2) if self.max_rows > 1 else None
 
     def __str__(self) -> str:
-        return f"{self.num_slots} prompts and {self.max_rows} roll-outs at a time"
+        return f"{self.num_prompts} prompts and {self.max_rows} roll-outs at a time"
 
 
 def smaller_after(error: torch.OutOfMemoryError, size: BatchShape) -> BatchShape:
@@ -52,14 +52,14 @@ class MemoryPerPrompt:
     """Bytes of one prompt and of one roll-out, KV of all models and logits included.
 
     Attributes:
-        per_slot: of a prompt's prefixes.
+        per_prompt: of a prompt's prefixes.
         per_row: of a roll-out.
-        rows_per_slot: roll-outs of a prompt, k x n.
+        rows_per_prompt: roll-outs of a prompt, k x n.
     """
 
-    per_slot: int
+    per_prompt: int
     per_row: int
-    rows_per_slot: int
+    rows_per_prompt: int
 
 
 def check_sizes(batch_size: object, memory_budget: object) -> None:
@@ -76,7 +76,7 @@ def check_sizes(batch_size: object, memory_budget: object) -> None:
         )
 
 
-def fit_forest(needs: MemoryPerPrompt, *, batch_size: int, memory_budget: int) -> BatchShape:
+def fit_forest(needed: MemoryPerPrompt, *, batch_size: int, memory_budget: int) -> BatchShape:
     """Return the largest forest of at most `batch_size` prompts that `memory_budget` bytes hold.
 
     A prompt that does not fit with all its roll-outs gets them in several waves.
@@ -84,13 +84,13 @@ def fit_forest(needs: MemoryPerPrompt, *, batch_size: int, memory_budget: int) -
     Raises:
         InvalidArgument: not even one roll-out at a time fits.
     """
-    rows = needs.rows_per_slot
-    num_slots = min(batch_size, memory_budget // (needs.per_slot + rows * needs.per_row))
-    if num_slots:
-        return BatchShape(num_slots, num_slots * rows)
-    max_rows = (memory_budget - needs.per_slot) // needs.per_row
+    rows = needed.rows_per_prompt
+    num_prompts = min(batch_size, memory_budget // (needed.per_prompt + rows * needed.per_row))
+    if num_prompts:
+        return BatchShape(num_prompts, num_prompts * rows)
+    max_rows = (memory_budget - needed.per_prompt) // needed.per_row
     if max_rows < 1:
-        least = needs.per_slot + needs.per_row
+        least = needed.per_prompt + needed.per_row
         raise InvalidArgument(
             f"memory_budget must be at least {least} bytes for the longest of these prompts and "
             f"one roll-out, got {memory_budget}"

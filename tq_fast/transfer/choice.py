@@ -14,8 +14,9 @@ from ..forest.language import LanguageForest
 from ..forest.logprobs import score_rows
 from ..results import StepTrace
 from ..rollouts.records import Rollout
-from . import weights as estimators
+from .certificate import greatest_kl, kl_divergence
 from .pruning import LazyArgmax, StepValues
+from .weights import log_weights, published_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def choose(
         StepTrace(
             *row,
             kl_to_sft=divergences["sft"][tree] if "sft" in divergences else None,
-            kl_to_baseline=divergences["baseline"][tree],
+            kl_to_baseline=divergences["baseline"][tree] if "baseline" in divergences else None,
             choice=choices[tree],
             kl_baseline_to_sft=drifts[tree],
         )
@@ -121,11 +122,10 @@ def _weighed(
     lengths = values.num_rollouts
     baseline_rewards = values.baseline_rewards.nan_to_num(nan=0.0)
     if config.is_published:
-        published = estimators.published_values(config, rewards, baseline_rewards, lengths)
+        published = published_values(config, rewards, baseline_rewards, lengths)
         return published[..., None], None, torch.ones_like(lengths)
     log_ratio = values.log_ratio.nan_to_num(nan=0.0)
-    log_weights = estimators.log_weights(config, rewards, baseline_rewards, log_ratio)
-    return rewards, log_weights, lengths
+    return rewards, log_weights(config, rewards, baseline_rewards, log_ratio), lengths
 
 
 def _divergences(
@@ -138,7 +138,7 @@ def _divergences(
 ) -> dict[str, list[float]]:
     """KL(pi_alg || pi) of every tree, by role; its upper end where some Q is not known."""
     divergences = {
-        role: estimators.kl_divergence(final_logprobs, logprobs).tolist()
+        role: kl_divergence(final_logprobs, logprobs).tolist()
         for role, logprobs in candidates.logprobs.items()
     }
     open_trees = (~values.is_complete).any(1).nonzero().squeeze(1).tolist()
@@ -146,7 +146,7 @@ def _divergences(
         low, high = lazy.value_bounds(values)
         for role, logprobs in candidates.logprobs.items():
             for tree in open_trees:
-                divergences[role][tree] = estimators.greatest_kl(
+                divergences[role][tree] = greatest_kl(
                     candidates.logprobs[prior][tree].cpu(),
                     logprobs[tree].cpu(),
                     low[tree] / config.alpha,

@@ -9,7 +9,8 @@ from ..forest import share_prefix
 from ..results import DecodeStats, Response
 from ..rewards.base import drop_from
 from ..rollouts.records import ReusedRollout
-from .step import DecodePlan, Roles, Step
+from .roles import DecodePlan, Roles
+from .step import Step
 
 
 class DecodeLoop:
@@ -20,7 +21,7 @@ class DecodeLoop:
     Args:
         roles: the models, with one tree for each of `responses`.
         responses: decoded first, each in a slot of its own; those that have tokens already go on
-            from there. The list changes: it always holds what is in the slots.
+            from there.
         waiting: decoded as slots become free.
         plan: what to keep to.
         stats: counts are added here.
@@ -29,18 +30,18 @@ class DecodeLoop:
     def __init__(
         self,
         roles: Roles,
-        responses: list[Response],
+        responses: Sequence[Response],
         waiting: Sequence[Response],
         plan: DecodePlan,
         *,
         stats: DecodeStats,
     ) -> None:
         self.roles = roles
-        self.active = responses
+        self.active = list(responses)
         self.waiting = deque(waiting)
         self.plan = plan
         self.stats = stats
-        self.known: list[ReusedRollout | None] = [None] * len(responses)
+        self.reused: list[ReusedRollout | None] = [None] * len(responses)
 
     def run(self, on_token: Callable[[Response, bool], None]) -> None:
         """Decode every response to its end; `on_token(response, is_finished)` after each token."""
@@ -49,7 +50,8 @@ class DecodeLoop:
             appended = self._step()
             for response, is_finished in appended:
                 on_token(response, is_finished)
-            # Not before: a slot that runs out of memory as it is refilled loses no response.
+            # Refill slots only after `on_token` has seen every response, so that an out-of-memory
+            # error here loses none.
             for tree in reversed(range(len(appended))):
                 if appended[tree][1]:
                     self._replace(tree)
@@ -68,38 +70,37 @@ class DecodeLoop:
 
     def _step(self) -> list[tuple[Response, bool]]:
         """Choose one more token for every response; return them, and which are complete."""
-        step = Step(self.roles, self.active, self.known, self.plan, self.stats)
+        step = Step(self.roles, self.active, self.reused, self.plan, self.stats)
         traces = step.run()
         with self.stats.phase("commit"):
-            last = self.plan.config.max_new_tokens - 1
             is_finished = [
-                trace.token_id in self.plan.eos or response.step == last
+                self.plan.is_complete([*response.token_ids, trace.token_id])
                 for response, trace in zip(self.active, traces, strict=True)
             ]
-            self.known = [step.reused_after(tree, t.choice) for tree, t in enumerate(traces)]
+            self.reused = [step.reused_after(tree, t.choice) for tree, t in enumerate(traces)]
             staying = [tree for tree, ended in enumerate(is_finished) if not ended]
             step.commit([(tree, traces[tree].choice) for tree in staying])
-            # Not before: what runs out of memory above is taken up again from here.
+            # Append the tokens last: an out-of-memory error above leaves every response as it was.
             for response, trace in zip(self.active, traces, strict=True):
                 response.token_ids.append(trace.token_id)
                 response.trace.append(trace)
             self.stats.num_steps += len(traces)
             appended = list(zip(self.active, is_finished, strict=True))
-            for scorer in self.roles.scorers:
-                scorer.forget()
+            for scorer in self.roles.rewards.values():
+                scorer.forget(self.active)
         return appended
 
     def _replace(self, tree: int) -> None:
         """Give the slot of a complete response to one that waits, or take it out."""
-        languages, scorers = self.roles.languages.values(), self.roles.scorers
+        languages, scorers = self.roles.languages.values(), self.roles.rewards.values()
         if not self.waiting:
             drop_from(self.active, tree)
-            drop_from(self.known, tree)
-            for part in (*languages, *scorers):
+            drop_from(self.reused, tree)
+            for part in self.roles.by_role.values():
                 part.drop_tree(tree)
             return
         response = self.waiting.popleft()
-        self.active[tree], self.known[tree] = response, None
+        self.active[tree], self.reused[tree] = response, None
         for forest in languages:
             forest.cache.truncate(tree, 0)
         for scorer in scorers:

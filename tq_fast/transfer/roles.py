@@ -1,123 +1,176 @@
-"""The forests of one decode: how large they must be, and opening them."""
+"""The models of one decode, each over a forest in the role that it has, and what it keeps to."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from ..config import DecodeConfig
+from ..config import DecodeConfig, Role, SpeedOptions
 from ..forest.language import LanguageForest
 from ..forest.support import check_runs
 from ..prompts import Prompt
-from ..results import Response
 from ..rewards.base import Opening, Reward
-from ..rewards.causal import CausalReward
 from ..rewards.scorer import Scorer
 from ..rollouts.graphs import RolloutGraphs
 from ..rollouts.state import RolloutSampler
 from .budget import MemoryPerPrompt
-from .step import DecodePlan, Roles
 
 
 @dataclasses.dataclass(frozen=True)
-class Models:
-    """What a decode works with."""
+class DecodePlan:
+    """What one decode keeps to from its first step to its last.
 
-    baseline: PreTrainedModel
-    sft: PreTrainedModel | None
-    reward: Reward
-    baseline_reward: Reward | None
+    Attributes:
+        config: how to decode.
+        roller: the role whose model rolls out.
+        prior: the role whose policy is reweighted.
+        candidates_from: the role whose policy proposes the candidates.
+        eos: ids that end a response.
+        vocab_size: ids from here on are padding.
+        reward_bounds: (lo, hi) of the reward, where declared.
+        max_rows: roll-outs that run together, at most.
+        speed: what makes the decode cheaper.
+    """
+
+    config: DecodeConfig
+    roller: Role
+    prior: Role
+    candidates_from: Role
+    eos: tuple[int, ...]
+    vocab_size: int
+    reward_bounds: tuple[float, float] | None
+    max_rows: int
+    speed: SpeedOptions
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether roll-outs are run only until the choice is settled."""
+        is_bounded = self.reward_bounds is not None
+        return self.speed.lazy_argmax and is_bounded and not self.config.is_published
+
+    def is_complete(self, token_ids: Sequence[int]) -> bool:
+        """Whether a response of these tokens has come to its end."""
+        is_full = len(token_ids) == self.config.max_new_tokens
+        return is_full or (bool(token_ids) and token_ids[-1] in self.eos)
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The models of one decode, each over a forest with one tree a prompt.
+
+    Attributes:
+        languages: language models by role, "baseline" before "sft".
+        roller: the one that rolls out.
+        rewards: rewards that take part by role, "reward" before "baseline_reward".
+        sampler: how roll-outs are drawn.
+        graphs: run the roll-outs, on a CUDA device.
+    """
+
+    languages: Mapping[Role, LanguageForest]
+    roller: LanguageForest
+    rewards: Mapping[str, Scorer]
+    sampler: RolloutSampler
+    graphs: RolloutGraphs | None
+
+    @property
+    def by_role(self) -> dict[str, LanguageForest | Scorer]:
+        """All that take part."""
+        return {**self.languages, **self.rewards}
 
 
 def open_roles(
-    models: Models, active: list[Response], waiting: Sequence[Response], plan: DecodePlan
+    languages: Mapping[Role, PreTrainedModel],
+    rewards: Mapping[str, Reward],
+    prompts: Sequence[Prompt],
+    waiting: Sequence[Prompt],
+    plan: DecodePlan,
 ) -> Roles:
-    """Open a forest for each model, with a slot for each of `active`.
+    """Open a forest for each model, with a tree for each of `prompts`.
 
     Args:
-        models: the models.
-        active: what is decoded first; the caller's list, which changes as slots are refilled.
-        waiting: what will take their rollout_ids.
+        languages: language models by role.
+        rewards: rewards by role.
+        prompts: decoded first.
+        waiting: prompts that take the places of those that are finished.
         plan: what the decode keeps to.
     """
-    config = plan.config
-    num_slots = len(active)
-    num_rows = max(num_slots, min(plan.max_rows, num_slots * rows_per_slot(config)))
+    config, num_trees = plan.config, len(prompts)
+    num_rows = max(num_trees, min(plan.max_rows, num_trees * rows_per_prompt(config)))
     branch = _branch_capacity(config)
-    prompts = [response.prompt for response in active]
-    later = [response.prompt for response in waiting]
-    sizes = {
-        "num_trees": num_slots,
-        "prefix_capacity": _prefix_capacity([*prompts, *later], config),
-        "backend": config.backend,
-        "cpu_layers": plan.speed.cpu_layers,
-    }
-
     opening = Opening(
         prompts,
         num_rows=num_rows,
         max_new=config.max_new_tokens + branch,
         backend=config.backend,
-        waiting=later,
+        waiting=waiting,
     )
-
-    def score_by(reward: Reward, bounds: tuple[float, float] | None) -> Scorer:
-        session = reward.open(opening)
-        return Scorer(session, active, bounds=bounds, remembers=plan.speed.score_once)
-
-    for model in filter(None, (models.baseline, models.sft)):
-        check_runs(model)
-    sft = None
-    if models.sft is not None:
-        sft = LanguageForest(
-            models.sft,
-            num_rows=num_rows if config.needs_log_ratio else num_slots,
-            branch_capacity=branch if config.needs_log_ratio else 1,
-            **sizes,
+    scorers = {
+        role: Scorer(
+            reward.open(opening),
+            num_trees,
+            bounds=plan.reward_bounds if role == "reward" else None,
+            remembers=plan.speed.score_once,
         )
-    baseline = LanguageForest(models.baseline, num_rows=num_rows, branch_capacity=branch, **sizes)
-    vocab_size = min(forest.vocab_size for forest in (baseline, sft or baseline))
-    eos = torch.tensor(plan.eos, dtype=torch.int64, device=baseline.device)
-    sampler = RolloutSampler(eos, vocab_size, config)
-    has_graphs = plan.speed.graph_rollouts and baseline.device.type == "cuda"
-    return Roles(
-        baseline=baseline,
-        sft=sft,
-        reward=score_by(models.reward, plan.reward_bounds),
-        baseline_reward=score_by(models.baseline_reward, None)
-        if config.needs_baseline_reward
-        else None,
-        sampler=sampler,
-        graphs=RolloutGraphs(baseline, sampler) if has_graphs else None,
-    )
+        for role, reward in _scoring(rewards, config).items()
+    }
+    forests = {}
+    for role, model in languages.items():
+        check_runs(model)
+        has_branches = role == plan.roller or config.needs_log_ratio
+        forests[role] = LanguageForest(
+            model,
+            num_trees=num_trees,
+            num_rows=num_rows if has_branches else num_trees,
+            prefix_capacity=_prefix_capacity([*prompts, *waiting], config),
+            branch_capacity=branch if has_branches else 1,
+            backend=config.backend,
+            cpu_layers=plan.speed.cpu_layers,
+        )
+    roller = forests[plan.roller]
+    eos = torch.tensor(plan.eos, dtype=torch.int64, device=roller.device)
+    sampler = RolloutSampler(eos, plan.vocab_size, config)
+    has_graphs = plan.speed.graph_rollouts and roller.device.type == "cuda"
+    graphs = RolloutGraphs(roller, sampler) if has_graphs else None
+    return Roles(forests, roller, scorers, sampler, graphs)
 
 
 def memory_per_prompt(
-    models: Models, prompts: Sequence[Prompt], config: DecodeConfig
+    languages: Mapping[Role, PreTrainedModel],
+    rewards: Mapping[str, Reward],
+    prompts: Sequence[Prompt],
+    plan: DecodePlan,
 ) -> MemoryPerPrompt:
-    """Bytes of a slot and of a roll-out, for the longest of `prompts`."""
+    """Bytes of a prompt and of a roll-out, for the longest of `prompts`."""
+    config = plan.config
     prefix, branch = _prefix_capacity(prompts, config), _branch_capacity(config)
-    per_token = check_runs(models.baseline)
-    logits = 2 * 4 * models.baseline.get_output_embeddings().weight.shape[0]
-    per_slot, per_row = per_token * prefix, per_token * (branch + 1) + logits
-    if models.sft is not None:
-        per_token = check_runs(models.sft)
-        per_slot += per_token * (prefix + 1)
-        per_row += per_token * branch if config.needs_log_ratio else 0
-    for reward in (models.reward, models.baseline_reward if config.needs_baseline_reward else None):
-        if isinstance(reward, CausalReward):
-            per_token = check_runs(reward.model)
-            per_slot += per_token * (prefix + branch)
-            per_row += per_token * (branch + 2)
-    return MemoryPerPrompt(per_slot, per_row, rows_per_slot(config))
+    per_prompt, per_row = 0, 2 * 4 * plan.vocab_size
+    for role, model in languages.items():
+        per_token = check_runs(model)
+        if role == plan.roller:
+            per_prompt += per_token * prefix
+            per_row += per_token * (branch + 1)
+        else:
+            per_prompt += per_token * (prefix + 1)
+            per_row += per_token * branch if config.needs_log_ratio else 0
+    for reward in _scoring(rewards, config).values():
+        per_token = reward.kv_bytes_per_token()
+        per_prompt += per_token * (prefix + branch)
+        per_row += per_token * (branch + 2)
+    return MemoryPerPrompt(per_prompt, per_row, rows_per_prompt(config))
 
 
-def rows_per_slot(config: DecodeConfig) -> int:
+def rows_per_prompt(config: DecodeConfig) -> int:
     """Roll-outs of one prompt."""
     return config.k * config.rollouts_per_candidate
+
+
+def _scoring(rewards: Mapping[str, Reward], config: DecodeConfig) -> dict[str, Reward]:
+    """The rewards that a decode asks, by role."""
+    needs_both = config.needs_baseline_reward
+    return {role: reward for role, reward in rewards.items() if role == "reward" or needs_both}
 
 
 def _prefix_capacity(prompts: Sequence[Prompt], config: DecodeConfig) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -10,90 +9,16 @@ from typing import NoReturn
 import torch
 
 from .. import ops
-from ..config import DecodeConfig, SpeedOptions
 from ..errors import DecodingError
-from ..forest.language import LanguageForest
 from ..ops import philox
 from ..results import DecodeStats, Response, StepTrace
-from ..rewards.scorer import Scorer
-from ..rollouts.graphs import RolloutGraphs
 from ..rollouts.records import ReusedRollout, Rollout, RolloutId, RolloutWave, Root
 from ..rollouts.run import run_rollouts
-from ..rollouts.state import RolloutSampler
 from ..rollouts.streams import stream_keys
+from .certificate import kl_divergence
 from .choice import Candidates, choose, log_ratios
 from .pruning import LazyArgmax, StepValues
-from .weights import kl_divergence
-
-
-@dataclasses.dataclass(frozen=True)
-class Roles:
-    """The models of one decode, each over a forest with one tree a slot.
-
-    Attributes:
-        baseline: pi_BL; it rolls out.
-        sft: pi_sft, or None.
-        reward: the target reward.
-        baseline_reward: the reward that the baseline was aligned to, where the weights need it.
-        sampler: how the baseline's roll-outs are drawn.
-        graphs: run the roll-outs, on a CUDA device.
-    """
-
-    baseline: LanguageForest
-    sft: LanguageForest | None
-    reward: Scorer
-    baseline_reward: Scorer | None
-    sampler: RolloutSampler
-    graphs: RolloutGraphs | None
-
-    @property
-    def by_role(self) -> dict[str, LanguageForest | Scorer]:
-        """All that take part."""
-        names = ("baseline", "sft", "reward", "baseline_reward")
-        parts = {name: getattr(self, name) for name in names}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    @property
-    def languages(self) -> dict[str, LanguageForest]:
-        """Language models by role."""
-        return {role: p for role, p in self.by_role.items() if isinstance(p, LanguageForest)}
-
-    @property
-    def scorers(self) -> list[Scorer]:
-        """Rewards that take part."""
-        return [part for part in self.by_role.values() if isinstance(part, Scorer)]
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids from here on are padding."""
-        return self.sampler.vocab_size
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodePlan:
-    """What one decode keeps to from its first step to its last.
-
-    Attributes:
-        config: how to decode.
-        prior: the role whose policy is reweighted.
-        eos: ids that end a response.
-        reward_bounds: (lo, hi) of the reward, where declared.
-        max_rows: roll-outs that run together, at most.
-        speed: speed speed.
-    """
-
-    config: DecodeConfig
-    prior: str
-    eos: tuple[int, ...]
-    reward_bounds: tuple[float, float] | None
-    max_rows: int
-    speed: SpeedOptions
-
-    @property
-    def is_lazy(self) -> bool:
-        """Whether roll-outs are run only until the choice is settled."""
-        is_bounded = self.reward_bounds is not None
-        return self.speed.lazy_argmax and is_bounded and not self.config.is_published
+from .roles import DecodePlan, Roles
 
 
 class Step:
@@ -102,7 +27,7 @@ class Step:
     Args:
         roles: the models.
         responses: one a tree, none of them complete.
-        known: what is known of a greedy roll-out of each tree from the step before.
+        reused: the start of a greedy roll-out of each tree that the step before has run.
         plan: what the decode keeps to.
         stats: counts and times are added here.
     """
@@ -111,7 +36,7 @@ class Step:
         self,
         roles: Roles,
         responses: Sequence[Response],
-        known: Sequence[ReusedRollout | None],
+        reused: Sequence[ReusedRollout | None],
         plan: DecodePlan,
         stats: DecodeStats,
     ) -> None:
@@ -124,9 +49,9 @@ class Step:
         self.rollouts: dict[RolloutId, Rollout] = {}
         with stats.phase("candidates"):
             self._propose()
-        self.known: Mapping[tuple[int, int], ReusedRollout] = {
+        self.reused: Mapping[tuple[int, int], ReusedRollout] = {
             (tree, root.candidates.index(start.candidate)): start
-            for tree, (root, start) in enumerate(zip(self.roots, known, strict=True))
+            for tree, (root, start) in enumerate(zip(self.roots, reused, strict=True))
             if start is not None and start.candidate in root.candidates
         }
 
@@ -148,8 +73,8 @@ class Step:
     def _propose(self) -> None:
         """The k likeliest next tokens of every tree, and what is to be known of each."""
         languages, config = self.roles.languages, self.config
-        vocab_size = self.roles.vocab_size
-        next_logits = languages[config.candidates_from].next_logits
+        vocab_size, proposer = self.plan.vocab_size, self.plan.candidates_from
+        next_logits = languages[proposer].next_logits
         proposed = ops.topk_logprobs(
             next_logits, config.k, vocab_size=vocab_size, backend=config.backend
         )
@@ -158,14 +83,14 @@ class Step:
                 self._fail(tree, f"the logits sum to {lse}")
         logprobs = {}
         for role, forest in languages.items():
-            if role == config.candidates_from:
+            if role == proposer:
                 logprobs[role] = proposed.logprobs
             else:
                 logits = forest.next_logits[:, :vocab_size].float()
                 logprobs[role] = logits.gather(1, proposed.ids) - logits.logsumexp(1, keepdim=True)
         drift = None
-        if self.roles.sft is not None:
-            forests = (self.roles.baseline, self.roles.sft)
+        if len(languages) == 2:
+            forests = (languages["baseline"], languages["sft"])
             laws = [forest.next_logits[:, :vocab_size].float().log_softmax(1) for forest in forests]
             drift = kl_divergence(*laws)
         self.roots = [
@@ -175,7 +100,7 @@ class Step:
         keys = stream_keys([(root.key, root.step, 0, 0) for root in self.roots])
         self.keys = keys.to(proposed.ids.device)
         self.lazy = None
-        if self.plan.is_lazy:
+        if self.plan.is_lazy and self.plan.reward_bounds is not None:
             noise = torch.zeros_like(proposed.logprobs)
             if config.strategy == "sample":
                 noise = philox.gumbel(config.seed, self.keys[:, None], 0, proposed.ids)
@@ -198,10 +123,10 @@ class Step:
         config, phase = self.config, self.stats.phase
         with phase("rollout"):
             wave = run_rollouts(
-                self.roles.baseline,
+                self.roles.roller,
                 self.roots,
                 rollout_ids,
-                known=self.known,
+                reused=self.reused,
                 merge=self.plan.speed.merge_equal,
                 eos=self.plan.eos,
                 sampler=self.roles.sampler,
@@ -214,34 +139,37 @@ class Step:
         self.waves.append(wave)
         self.stats.rollout_steps += wave.num_steps
         with phase("reward"):
-            scores = self.roles.reward.score(wave.rollouts)
-            baseline_scores = ratios = None
-            if self.roles.baseline_reward is not None:
-                baseline_scores = self.roles.baseline_reward.score(wave.rollouts)
+            scores = {
+                role: scorer.score(wave.rollouts, self.responses)
+                for role, scorer in self.roles.rewards.items()
+            }
+            ratios = None
             if config.needs_log_ratio:
-                sft = self.roles.sft
-                ratios = log_ratios(sft, wave.rollouts, vocab_size=self.roles.vocab_size)
-        self.values.record(wave.rollouts, scores, baseline_scores, ratios)
+                sft = self.roles.languages["sft"]
+                ratios = log_ratios(sft, wave.rollouts, vocab_size=self.plan.vocab_size)
+        baseline_scores = scores.get("baseline_reward")
+        self.values.record(wave.rollouts, scores["reward"], baseline_scores, ratios)
 
     def commit(self, chosen: Sequence[tuple[int, int]]) -> None:
         """Move the KV of the candidates `(tree, candidate_idx)` into the prefixes of all models.
 
-        Those that never ran are encoded.
+        Candidates that never ran are encoded.
         """
-        baseline, left = self.roles.baseline, list(chosen)
+        roller, left = self.roles.roller, list(chosen)
         for wave in self.waves:
             ready = [rollout_id for rollout_id in left if rollout_id in wave.first_row]
-            if ready:
+            if ready and wave.first_logits is not None:
                 rows = [wave.first_row[rollout_id] for rollout_id in ready]
                 next_logits = wave.first_logits[rows]
-                baseline.commit([tree for tree, _ in ready], rows, next_logits, wave.saved)
+                roller.commit([tree for tree, _ in ready], rows, next_logits, wave.saved)
                 left = [rollout_id for rollout_id in left if rollout_id not in wave.first_row]
         if left:
             tokens = [self.roots[tree].candidates[idx] for tree, idx in left]
-            baseline.advance([tree for tree, _ in left], tokens)
-        if chosen and self.roles.sft is not None:
-            tokens = [self.roots[tree].candidates[idx] for tree, idx in chosen]
-            self.roles.sft.advance([tree for tree, _ in chosen], tokens)
+            roller.advance([tree for tree, _ in left], tokens)
+        tokens = [self.roots[tree].candidates[idx] for tree, idx in chosen]
+        for forest in self.roles.languages.values():
+            if chosen and forest is not roller:
+                forest.advance([tree for tree, _ in chosen], tokens)
 
     def reused_after(self, tree: int, choice: int) -> ReusedRollout | None:
         """What the greedy roll-out of candidate `choice` says of the next step's.
@@ -261,7 +189,7 @@ class Step:
             return ReusedRollout(child, rest, is_finished=True, saved=None)
         if rollout_id not in rows:
             return None
-        cache = self.roles.baseline.cache
+        cache = self.roles.roller.cache
         saved = cache.save([rows[rollout_id]], 2, len(rollout.tokens))
         return ReusedRollout(child, rest, is_finished=False, saved=saved)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..config import DecodeConfig
 from ..errors import warn_caller
 from ..results import StepTrace
+from .certificate import known_ess
 
 
 def warn_of_noise(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig) -> None:
@@ -50,12 +51,3 @@ def has_collapsed(ess: Sequence[float], num_rollouts: int) -> bool:
     equal may fall short of 2 as well.
     """
     return statistics.median(ess) < min(2.0, 1 + (num_rollouts - 1) / 4)
-
-
-def known_ess(trace: Sequence[StepTrace]) -> list[float]:
-    """Effective sample sizes of all candidates with more than one roll-out."""
-    return [
-        value
-        for step in trace
-        for value in step.ess[(step.num_rollouts > 1) & ~step.ess.isnan()].tolist()
-    ]

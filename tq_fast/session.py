@@ -1,0 +1,333 @@
+"""What every decoder does around its loop: models by role, prompts, batches, progress, results."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import DecodeConfig, Role, SpeedOptions, is_real
+from .errors import InvalidArgument
+from .models.loading import (
+    ModelLike,
+    TokenizerLike,
+    check_same_vocabulary,
+    end_token_ids,
+    evaluating,
+    load_language_model,
+    load_reward,
+    load_tokenizer,
+)
+from .prompts import Prompt, PromptReader, read_prompts
+from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
+from .rewards.base import Reward, RewardFunction, Texts
+from .rewards.lengths import check_fits
+from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
+
+ROLES: tuple[Role, ...] = ("baseline", "sft")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadingOptions:
+    """How models that are named are loaded, and how rewards are read.
+
+    The attributes are the keyword arguments of `TransferDecoder`, whose docstring explains them.
+
+    Raises:
+        InvalidArgument: a value is wrong; the message names the argument, its value and what was
+            expected.
+    """
+
+    tokenizer: TokenizerLike | None = None
+    reward_tokenizer: TokenizerLike | None = None
+    baseline_reward_tokenizer: TokenizerLike | None = None
+    reward_index: int | None = None
+    reward_bounds: tuple[float, float] | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype | str = "auto"
+    speed: SpeedOptions | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reward_bounds", _checked_bounds(self.reward_bounds))
+        label = self.reward_index
+        if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+            raise InvalidArgument(f"reward_index must be an integer or None, got {label!r}")
+        dtype = self.dtype
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        is_float = isinstance(named, torch.dtype) and named.is_floating_point
+        if dtype != "auto" and not is_float:
+            raise InvalidArgument(f"dtype must be 'auto' or a floating-point dtype, got {dtype!r}")
+        if not isinstance(self.speed, (SpeedOptions, type(None))):
+            raise InvalidArgument(f"speed must be tq_fast.SpeedOptions or None, got {self.speed!r}")
+
+
+def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
+    """Return `reward_bounds` as floats."""
+    if bounds is None:
+        return None
+    is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+    if not is_pair or not all(is_real(end) for end in bounds):
+        raise InvalidArgument(f"reward_bounds must be a pair (lo, hi) of numbers, got {bounds!r}")
+    most = sys.float_info.max
+    if not -most <= bounds[0] < bounds[1] <= most:
+        raise InvalidArgument(f"reward_bounds must have lo < hi, both finite, got {bounds!r}")
+    return float(bounds[0]), float(bounds[1])
+
+
+def place_models(device: torch.device | str | None) -> torch.device:
+    """Return where models that are named are put: `device`, else a GPU if there is one.
+
+    Raises:
+        InvalidArgument: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidArgument(f"device {device!r} cannot be used: {reason}") from error
+
+
+class Report:
+    """Hears from a method how far it is, and keeps what is finished.
+
+    Args:
+        bar: shows the tokens.
+        finished: the results so far, by prompt position; added to here.
+        on_token: called after every new token of a prompt, with the prompt's position.
+        on_finished: called as soon as a response is complete, with the prompt's position.
+    """
+
+    def __init__(
+        self,
+        bar: TokenBar,
+        finished: dict[int, PromptResult],
+        on_token: Callable[[int], None] | None,
+        on_finished: Callable[[int, PromptResult], None] | None,
+    ) -> None:
+        self.bar = bar
+        self._finished = finished
+        self._on_token = on_token
+        self._on_finished = on_finished
+
+    def token(self, idx: int) -> None:
+        """Count one more token of prompt `idx`."""
+        self.bar.advance(1)
+        if self._on_token is not None:
+            self._on_token(idx)
+
+    def finish(self, idx: int, result: PromptResult, *, num_unused: int) -> None:
+        """Keep the result of prompt `idx`, which left `num_unused` of its tokens undrawn."""
+        self.bar.advance(num_unused)
+        self._finished[idx] = result
+        if self._on_finished is not None:
+            self._on_finished(idx, result)
+
+
+class Method(Protocol):
+    """One way to decode prompts over the models of a session.
+
+    Attributes:
+        rows_per_prompt: rows of the forest that a prompt takes.
+        tokens_per_prompt: tokens that a prompt is counted as, in the progress bar.
+    """
+
+    rows_per_prompt: int
+    tokens_per_prompt: int
+
+    def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
+        """Bytes of a prompt and of a row, for the longest of `prompts`."""
+        ...
+
+    def decode(
+        self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
+    ) -> None:
+        """Decode the first of `responses`, as many as `shape` says, or more of them in turn."""
+        ...
+
+
+class Session:
+    """Models that are loaded once, each under the role that it has.
+
+    Args:
+        languages: language models by role; one that is None takes no part. The first one's
+            tokenizer reads the prompts.
+        rewards: rewards by role ("reward", "baseline_reward"), likewise.
+        loading: how they are loaded.
+
+    Raises:
+        InvalidArgument: an argument is wrong; the message names it.
+        UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
+    """
+
+    def __init__(
+        self,
+        languages: Mapping[Role, ModelLike | None],
+        rewards: Mapping[str, ModelLike | RewardFunction | None],
+        loading: LoadingOptions,
+    ) -> None:
+        self.reward_bounds = loading.reward_bounds
+        self.speed = loading.speed or SpeedOptions()
+        place, dtype = place_models(loading.device), loading.dtype
+        given = {role: model for role in ROLES if (model := languages.get(role)) is not None}
+        self.languages: dict[Role, PreTrainedModel] = {
+            role: load_language_model(model, role, device=place, dtype=dtype)
+            for role, model in given.items()
+        }
+        self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(
+            loading.tokenizer, next(iter(given.values())), "tokenizer"
+        )
+        if len(given) == 2:
+            own = load_tokenizer(None, given["sft"], "sft")
+            check_same_vocabulary(self.tokenizer, own, *self.languages.values())
+        sizes = [_vocab_size_of(model) for model in self.languages.values()]
+        self.vocab_size = min(sizes)
+        self.rewards: dict[str, Reward] = {
+            role: load_reward(
+                reward,
+                role,
+                tokenizer=getattr(loading, f"{role}_tokenizer"),
+                label=loading.reward_index if role == "reward" else None,
+                texts=Texts(self.tokenizer),
+                vocab_size=sizes[0],
+                device=place,
+                dtype=dtype,
+            )
+            for role, reward in rewards.items()
+            if reward is not None
+        }
+
+    def prompt_reader(self) -> PromptReader:
+        """Return what reads prompts one at a time, with the random streams of a single call."""
+        return PromptReader(self.tokenizer, vocab_size=self.vocab_size)
+
+    def read(self, prompts: Any) -> list[Prompt]:
+        """Read `prompts` in any of their forms; `tq_fast.prompts.read_prompts` says which."""
+        return read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
+
+    def check_fits(self, idx: int, prompt: Prompt, num_new: int, settings: str) -> None:
+        """Refuse a prompt that is too long, with `num_new` tokens after it, for some model.
+
+        Raises:
+            InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
+        """
+        check_fits(idx, prompt, num_new, settings, {**self.languages, **self.rewards})
+
+    def end_ids(self, config: DecodeConfig) -> tuple[int, ...]:
+        """Return the ids that end a response: the config's, else the first model's own.
+
+        Raises:
+            InvalidArgument: an id of the config is outside of the vocabulary.
+        """
+        if config.end_ids is None:
+            return end_token_ids(next(iter(self.languages.values())), self.tokenizer)
+        for token in config.end_ids:
+            if token >= self.vocab_size:
+                raise InvalidArgument(
+                    "eos_token_id must be inside of the vocabulary "
+                    f"[0, {self.vocab_size}), got {token}"
+                )
+        return config.end_ids
+
+    def text_of(self, token_ids: Sequence[int]) -> str | None:
+        """Return a response as text, special tokens left out; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        method: Method,
+        *,
+        batch_size: int = 8,
+        memory_budget: int | None = None,
+        progress: bool = False,
+        on_token: Callable[[int], None] | None = None,
+        on_finished: Callable[[int, PromptResult], None] | None = None,
+    ) -> DecodeResult:
+        """Decode `prompts` by `method`, in smaller batches where the memory does not suffice.
+
+        Whatever ends the run has the complete responses as `finished`.
+        """
+        check_sizes(batch_size, memory_budget)
+        responses = [Response(idx, prompt) for idx, prompt in enumerate(prompts)]
+        batch_size = min(batch_size, max(1, len(prompts)))
+        shape = BatchShape(batch_size, batch_size * method.rows_per_prompt)
+        if prompts and memory_budget is not None:
+            needed = method.memory(prompts)
+            shape = fit_forest(needed, batch_size=batch_size, memory_budget=memory_budget)
+        stats = DecodeStats()
+        finished: dict[int, PromptResult] = {}
+        with (
+            TokenBar(len(prompts) * method.tokens_per_prompt, visible=progress) as bar,
+            evaluating(self._models()),
+            carry_finished(finished),
+        ):
+            report = Report(bar, finished, on_token, on_finished)
+            while unfinished := [r for r in responses if r.idx not in finished]:
+                try:
+                    method.decode(unfinished, shape, stats, report)
+                except torch.OutOfMemoryError as error:
+                    shape = smaller_after(error, shape)
+        results = [finished[idx] for idx in range(len(prompts))]
+        return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
+
+    def _models(self) -> list[PreTrainedModel]:
+        scorers = [reward.model for reward in self.rewards.values() if reward.model is not None]
+        return [*self.languages.values(), *scorers]
+
+
+def _vocab_size_of(model: PreTrainedModel) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+class TokenBar:
+    """Context manager: a bar over `num_tokens` tokens, or nothing where it is not visible."""
+
+    def __init__(self, num_tokens: int, *, visible: bool) -> None:
+        self._bar = Progress(
+            TextColumn("decoding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            disable=not visible,
+        )
+        self._task = self._bar.add_task("decoding", total=num_tokens)
+
+    def __enter__(self) -> TokenBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    @property
+    def num_done(self) -> int:
+        """Tokens counted so far."""
+        return int(self._bar.tasks[0].completed)
+
+    def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` more."""
+        self._bar.update(self._task, advance=num_tokens)
