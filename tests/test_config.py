@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 
 import pytest
 
-from tq_fast import DecodeConfig
+from tq_fast import DecodeConfig, DecodeOptions
 from tq_fast.errors import InvalidArgument
+from tq_fast.session import LoadingOptions, MethodOptions
 
 
 @pytest.mark.parametrize(
@@ -100,3 +102,14 @@ def test_without_a_horizon_rollouts_reach_the_end_of_the_response() -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DecodeConfig().k = 3
+
+
+def test_the_typed_options_are_the_fields_of_the_config() -> None:
+    assert typing.get_type_hints(DecodeOptions) == typing.get_type_hints(DecodeConfig)
+
+
+def test_the_options_of_presets_are_all_there_is() -> None:
+    loading = typing.get_type_hints(LoadingOptions)
+    known = {**typing.get_type_hints(MethodOptions)}
+    assert known.keys() >= {*typing.get_type_hints(DecodeConfig), *loading, "config", "progress"}
+    assert {name: known[name] for name in loading} == loading

@@ -5,19 +5,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .config import DecodeConfig
+from .config import DecodeConfig, DecodeOptions, SpeedOptions
+from .errors import (
+    BackendRefused,
+    DecodingError,
+    InvalidArgument,
+    RewardError,
+    TqFastError,
+    UnsupportedModel,
+)
 
 if TYPE_CHECKING:
     from . import ops, presets
     from .decoder import TransferDecoder, decode
-    from .results import DecodeResult, DecodeStats, StepTrace
+    from .results import Certificate, DecodeResult, DecodeStats, PromptResult, StepTrace
 
 __all__ = [
+    "BackendRefused",
+    "Certificate",
     "DecodeConfig",
+    "DecodeOptions",
     "DecodeResult",
     "DecodeStats",
+    "DecodingError",
+    "InvalidArgument",
+    "PromptResult",
+    "RewardError",
+    "SpeedOptions",
     "StepTrace",
+    "TqFastError",
     "TransferDecoder",
+    "UnsupportedModel",
     "__version__",
     "decode",
     "ops",
@@ -26,8 +44,10 @@ __all__ = [
 
 # Imported at first use: the ops need torch and not transformers, the command line at first neither.
 _HOMES = {
+    "Certificate": "results",
     "DecodeResult": "results",
     "DecodeStats": "results",
+    "PromptResult": "results",
     "StepTrace": "results",
     "TransferDecoder": "decoder",
     "decode": "decoder",

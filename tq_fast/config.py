@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, TypeGuard
 
 from .errors import InvalidArgument
 
@@ -100,7 +100,8 @@ class DecodeConfig:
                 expected = ", ".join(repr(choice) for choice in choices)
                 raise InvalidArgument(f"{name} must be one of {expected}, got {value!r}")
         if self.eos_token_id is not None:
-            ids = (self.eos_token_id,) if _is_int(self.eos_token_id) else self.eos_token_id
+            given: object = self.eos_token_id
+            ids = (given,) if _is_int(given) else given
             if not isinstance(ids, (tuple, list)) or not all(_is_int(i) and i >= 0 for i in ids):
                 raise InvalidArgument(
                     "eos_token_id must be a token id, a tuple of token ids or None, "
@@ -150,6 +151,12 @@ class DecodeConfig:
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else None
 
     @property
+    def kl_weight(self) -> float:
+        """`beta`, for settings that cannot do without: indirect transfer is refused without it."""
+        assert self.beta is not None, "these settings have no beta"
+        return self.beta
+
+    @property
     def rollouts_per_candidate(self) -> int:
         """Roll-outs that really run for a candidate: greedy ones are all the same."""
         return 1 if self.rollout == "greedy" else self.num_rollouts
@@ -190,11 +197,11 @@ def _choices() -> dict[str, tuple[Any, ...]]:
 _CHOICES = _choices()
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_real(value: object) -> bool:
+def is_real(value: object) -> TypeGuard[float]:
     """Whether `value` is a number of Python's; True and False are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -210,6 +217,30 @@ def _require_positive(name: str, value: object) -> None:
         raise InvalidArgument(
             f"{name} must be a finite number above 0 (from {low:g} to {high:g}), got {value!r}"
         )
+
+
+class DecodeOptions(TypedDict, total=False):
+    """The fields of `DecodeConfig` as keyword arguments, so that an editor completes them."""
+
+    k: int
+    alpha: float
+    beta: float | None
+    num_rollouts: int
+    horizon: int | None
+    max_new_tokens: int
+    strategy: Strategy
+    rollout: Rollout
+    rollout_temperature: float
+    rollout_top_k: int
+    rollout_top_p: float
+    prior: Role | None
+    candidates_from: Role
+    transfer: Transfer
+    weights: Weights
+    estimator: Estimator
+    eos_token_id: int | tuple[int, ...] | None
+    seed: int
+    backend: Backend | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import DecodeConfig, Role, SpeedOptions
+from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
 from .errors import InvalidArgument
 from .models.loading import ModelLike, TokenizerLike
 from .prompts import Prompt, PromptLike, PromptReader
@@ -22,11 +22,9 @@ from .transfer.loop import DecodeLoop
 from .transfer.roles import DecodePlan, memory_per_prompt, open_roles, rows_per_prompt
 from .transfer.warnings import warn_of_collapse, warn_of_noise
 
-_MODEL_ARGUMENTS = (
-    "sft",
-    "baseline_reward",
-    *(field.name for field in dataclasses.fields(LoadingOptions)),
-)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _RUN_ARGUMENTS = ("config", "batch_size", "memory_budget", "progress")
 
 
@@ -35,11 +33,21 @@ def decode(
     baseline: ModelLike,
     reward: ModelLike | RewardFunction,
     *,
+    sft: ModelLike | None = None,
+    baseline_reward: ModelLike | RewardFunction | None = None,
+    tokenizer: TokenizerLike | None = None,
+    reward_tokenizer: TokenizerLike | None = None,
+    baseline_reward_tokenizer: TokenizerLike | None = None,
+    reward_index: int | None = None,
+    reward_bounds: tuple[float, float] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    speed: SpeedOptions | None = None,
     config: DecodeConfig | None = None,
     batch_size: int = 8,
     memory_budget: int | None = None,
     progress: bool = False,
-    **options: Any,
+    **options: Unpack[DecodeOptions],
 ) -> DecodeResult:
     """Decode `prompts` with Transfer Q* (arXiv 2405.20495, Algorithm 1).
 
@@ -59,7 +67,9 @@ def decode(
             prompts, and then roll-outs, that do not fit together run one after the other, with
             the same results. None: as much as batch_size takes.
         progress: show a progress bar.
-        **options: every field of `DecodeConfig`, and the keyword arguments of `TransferDecoder`.
+        **options: every field of `DecodeConfig`.
+
+    All other keyword arguments are those of `TransferDecoder`.
 
     Returns:
         Responses, traces, certificates and counts, in the order of the prompts.
@@ -71,9 +81,20 @@ def decode(
             complete, as that of any other exception does which ends the call on the way (no memory
             for a single roll-out, an interrupt, what a callback raised).
     """
-    models = {name: options.pop(name) for name in _MODEL_ARGUMENTS if name in options}
-    config = DecodeConfig.from_options(config, (*_MODEL_ARGUMENTS, *_RUN_ARGUMENTS), **options)
-    decoder = TransferDecoder(baseline, reward, **models)
+    loading: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "reward_tokenizer": reward_tokenizer,
+        "baseline_reward_tokenizer": baseline_reward_tokenizer,
+        "reward_index": reward_index,
+        "reward_bounds": reward_bounds,
+        "device": device,
+        "dtype": dtype,
+        "speed": speed,
+    }
+    # Wrong settings are refused before any model is loaded.
+    others = ("sft", "baseline_reward", *loading, *_RUN_ARGUMENTS)
+    config = DecodeConfig.from_options(config, others, **options)
+    decoder = TransferDecoder(baseline, reward, sft=sft, baseline_reward=baseline_reward, **loading)
     return decoder.decode(
         prompts,
         config=config,
@@ -176,7 +197,7 @@ class TransferDecoder:
         progress: bool = False,
         on_token: Callable[[int], None] | None = None,
         on_finished: Callable[[int, PromptResult], None] | None = None,
-        **options: Any,
+        **options: Unpack[DecodeOptions],
     ) -> DecodeResult:
         """Decode `prompts`; arguments, result and errors are those of `tq_fast.decode`.
 

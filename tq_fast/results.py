@@ -180,11 +180,12 @@ class PromptResult:
 
 @contextlib.contextmanager
 def carry_finished(results: Mapping[int, PromptResult]) -> Iterator[None]:
-    """Whatever ends the block has what is finished by then as `finished`: new token ids `[T]`."""
+    """Give whatever ends the block the responses finished by then: `finished`, token ids `[T]`."""
     try:
         yield
     except BaseException as error:
-        error.finished = {idx: result.sequence for idx, result in results.items()}
+        # Any exception takes attributes; only our own declare this one.
+        vars(error)["finished"] = {idx: result.sequence for idx, result in results.items()}
         raise
 
 
@@ -212,7 +213,7 @@ class DecodeResult:
     ) -> DecodeResult:
         """Put the responses of one call together."""
         return DecodeResult(
-            texts=[result.text for result in results] if has_texts else None,
+            texts=[result.text or "" for result in results] if has_texts else None,
             sequences=[result.sequence for result in results],
             traces=[result.trace for result in results],
             certificates=[result.certificate for result in results],

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from rich.progress import (
@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import DecodeConfig, Role, SpeedOptions, is_real
+from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
 from .models.loading import (
     ModelLike,
@@ -72,6 +72,29 @@ class LoadingOptions:
             raise InvalidArgument(f"dtype must be 'auto' or a floating-point dtype, got {dtype!r}")
         if not isinstance(self.speed, (SpeedOptions, type(None))):
             raise InvalidArgument(f"speed must be tq_fast.SpeedOptions or None, got {self.speed!r}")
+
+
+class RunOptions(TypedDict, total=False):
+    """How a call runs; results do not depend on it."""
+
+    batch_size: int
+    memory_budget: int | None
+    progress: bool
+
+
+class MethodOptions(DecodeOptions, RunOptions, total=False):
+    """What every preset takes beside prompts and models: all settings, as keyword arguments."""
+
+    config: DecodeConfig | None
+    baseline_reward: ModelLike | RewardFunction | None
+    tokenizer: TokenizerLike | None
+    reward_tokenizer: TokenizerLike | None
+    baseline_reward_tokenizer: TokenizerLike | None
+    reward_index: int | None
+    reward_bounds: tuple[float, float] | None
+    device: torch.device | str | None
+    dtype: torch.dtype | str
+    speed: SpeedOptions | None
 
 
 def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
@@ -225,7 +248,9 @@ class Session:
         Raises:
             InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
         """
-        check_fits(idx, prompt, num_new, settings, {**self.languages, **self.rewards})
+        models: dict[str, PreTrainedModel | Reward | None] = dict(self.rewards)
+        models |= {str(role): model for role, model in self.languages.items()}
+        check_fits(idx, prompt, num_new, settings, models)
 
     def end_ids(self, config: DecodeConfig) -> tuple[int, ...]:
         """Return the ids that end a response: the config's, else the first model's own.

@@ -27,7 +27,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..config import Role
 from ..errors import InvalidArgument
@@ -35,7 +35,11 @@ from ..models.loading import ModelLike
 from ..prompts import PromptLike
 from ..results import DecodeResult
 from ..rewards.base import RewardFunction
+from ..session import ROLES, MethodOptions
 from .call import PresetCall
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Prompts: TypeAlias = PromptLike | Sequence[PromptLike]
 RewardLike: TypeAlias = ModelLike | RewardFunction
@@ -62,7 +66,7 @@ def sft(
     reward: RewardLike | None = None,
     *,
     sft: ModelLike | None = None,
-    **options: Any,
+    **options: Unpack[MethodOptions],
 ) -> DecodeResult:
     """Plain decoding of the SFT model: a sample of its law, or arg max (`strategy`)."""
     call = _read("sft", options, sft=sft)
@@ -76,7 +80,7 @@ def baseline(
     reward: RewardLike | None = None,
     *,
     sft: ModelLike | None = None,
-    **options: Any,
+    **options: Unpack[MethodOptions],
 ) -> DecodeResult:
     """Plain decoding of the baseline: a sample of its law, or arg max (`strategy`)."""
     call = _read("baseline", options, baseline=baseline, sft=sft)
@@ -91,7 +95,7 @@ def dera(
     *,
     sft: ModelLike | None = None,
     mix: float = 0.5,
-    **options: Any,
+    **options: Unpack[MethodOptions],
 ) -> DecodeResult:
     """Decoding-time realignment: `softmax((1 - mix) log pi_sft + mix log pi_BL)`, no reward.
 
@@ -114,7 +118,7 @@ def best_of_n(
     sft: ModelLike | None = None,
     n: int = 16,
     source: Role = "baseline",
-    **options: Any,
+    **options: Unpack[MethodOptions],
 ) -> DecodeResult:
     """`n` full responses of the `source` model; the highest reward wins, the first among equals.
 
@@ -127,21 +131,21 @@ def best_of_n(
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InvalidArgument(f"n must be an integer of at least 1, got {n!r}")
     _check_role("source", source)
-    models = {"baseline": baseline} if source == "baseline" else {}
-    call = _read("best_of_n", options, **models, sft=sft, reward=reward)
+    models = {"baseline": baseline if source == "baseline" else None, "sft": sft}
+    call = _read("best_of_n", options, None, reward=reward, **models)
     call.require(source, "reward")
-    weights = {role: float(role == source) for role in ("sft", "baseline")}
+    weights: dict[Role, float] = {role: float(role == source) for role in ROLES}
     return call.sample(prompts, weights, num=n)
 
 
-def args(
+def args(  # type: ignore[misc]  # it gives the field `prior` a default of its own
     prompts: Prompts,
     baseline: ModelLike | None = None,
     reward: RewardLike | None = None,
     *,
     sft: ModelLike | None = None,
     prior: Role = "sft",
-    **options: Any,
+    **options: Unpack[MethodOptions],
 ) -> DecodeResult:
     """ARGS: the reward of the partial text in the place of Q, no roll-out (arXiv 2402.01694).
 
@@ -150,8 +154,8 @@ def args(
     """
     _check_role("prior", prior)
     roles = {"prior": prior, "candidates_from": prior}
-    models = {"baseline": baseline} if prior == "baseline" else {}
-    call = _read("args", options, roles, **models, sft=sft, reward=reward)
+    models = {"baseline": baseline if prior == "baseline" else None, "sft": sft}
+    call = _read("args", options, roles, reward=reward, **models)
     call.require(prior, "reward")
     return call.steer(prompts)
 
@@ -162,7 +166,7 @@ def controlled_decoding(
     reward: RewardLike | None = None,
     *,
     sft: ModelLike | None = None,
-    **options: Any,
+    **options: Unpack[MethodOptions],
 ) -> DecodeResult:
     """CD (arXiv 2310.17022): roll-outs, prior and candidates all from the SFT model."""
     call = _read("controlled_decoding", options, sft=sft, reward=reward)
@@ -176,7 +180,7 @@ def transfer_q(
     reward: RewardLike | None = None,
     *,
     sft: ModelLike | None = None,
-    **options: Any,
+    **options: Unpack[MethodOptions],
 ) -> DecodeResult:
     """Direct Transfer Q*: the baseline was aligned to `reward` itself."""
     call = _read("transfer_q", options, baseline=baseline, sft=sft, reward=reward)
@@ -190,7 +194,7 @@ def direct_on_target(
     reward: RewardLike | None = None,
     *,
     sft: ModelLike | None = None,
-    **options: Any,
+    **options: Unpack[MethodOptions],
 ) -> DecodeResult:
     """DT: the steps of `transfer_q` although the baseline was aligned to another reward.
 
@@ -213,7 +217,7 @@ def transfer_q_indirect(
     reward: RewardLike | None = None,
     *,
     sft: ModelLike | None = None,
-    **options: Any,
+    **options: Unpack[MethodOptions],
 ) -> DecodeResult:
     """Indirect Transfer Q*: the baseline was aligned to another reward, with KL weight `beta`.
 

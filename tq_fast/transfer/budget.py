@@ -42,8 +42,8 @@ def smaller_after(error: torch.OutOfMemoryError, size: BatchShape) -> BatchShape
     if smaller is None:
         raise error
     warn_caller(f"out of memory with {size}; going on with {smaller} ({error})")
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    # Without a CUDA device in use this does nothing.
+    torch.cuda.empty_cache()
     return smaller
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from .. import ops
-from ..config import DecodeConfig
+from ..config import DecodeConfig, Role
 from ..forest.language import LanguageForest
 from ..forest.logprobs import score_rows
 from ..results import StepTrace
@@ -31,7 +31,7 @@ class Candidates:
     """
 
     ids: torch.Tensor
-    logprobs: dict[str, torch.Tensor]
+    logprobs: Mapping[Role, torch.Tensor]
     kl_baseline_to_sft: torch.Tensor | None = None
 
 
@@ -52,7 +52,7 @@ def choose(
     candidates: Candidates,
     values: StepValues,
     *,
-    prior: str,
+    prior: Role,
     keys: torch.Tensor,
     lazy: LazyArgmax | None,
     config: DecodeConfig,
@@ -89,28 +89,29 @@ def choose(
         backend=config.backend,
     )
     divergences = _divergences(candidates, values, chosen.final_logprobs, prior, lazy, config)
-    columns = (
-        candidates.ids,
-        values.rewards,
-        chosen.q.masked_fill(unknown, math.nan),
-        chosen.q_stderr.masked_fill(unknown, math.nan),
-        chosen.ess.masked_fill(unknown, math.nan),
-        candidates.logprobs[prior],
-        chosen.final_logprobs.masked_fill(unknown.any(1, keepdim=True), math.nan),
-    )
-    rows = zip(*(column.cpu() for column in columns), strict=True)
+    is_open = unknown.any(1, keepdim=True)
+    columns = {
+        "candidates": candidates.ids,
+        "rewards": values.rewards,
+        "q": chosen.q.masked_fill(unknown, math.nan),
+        "q_stderr": chosen.q_stderr.masked_fill(unknown, math.nan),
+        "ess": chosen.ess.masked_fill(unknown, math.nan),
+        "prior_logprobs": candidates.logprobs[prior],
+        "final_logprobs": chosen.final_logprobs.masked_fill(is_open, math.nan),
+    }
+    on_cpu = {name: column.cpu() for name, column in columns.items()}
     choices = chosen.choice.tolist()
     drift = candidates.kl_baseline_to_sft
     drifts = [None] * len(choices) if drift is None else drift.tolist()
     return [
         StepTrace(
-            *row,
+            **{name: column[tree] for name, column in on_cpu.items()},
             kl_to_sft=divergences["sft"][tree] if "sft" in divergences else None,
             kl_to_baseline=divergences["baseline"][tree] if "baseline" in divergences else None,
             choice=choices[tree],
             kl_baseline_to_sft=drifts[tree],
         )
-        for tree, row in enumerate(rows)
+        for tree in range(len(choices))
     ]
 
 
@@ -132,10 +133,10 @@ def _divergences(
     candidates: Candidates,
     values: StepValues,
     final_logprobs: torch.Tensor,
-    prior: str,
+    prior: Role,
     lazy: LazyArgmax | None,
     config: DecodeConfig,
-) -> dict[str, list[float]]:
+) -> dict[Role, list[float]]:
     """KL(pi_alg || pi) of every tree, by role; its upper end where some Q is not known."""
     divergences = {
         role: kl_divergence(final_logprobs, logprobs).tolist()

@@ -78,7 +78,8 @@ class Roles:
     @property
     def by_role(self) -> dict[str, LanguageForest | Scorer]:
         """All that take part."""
-        return {**self.languages, **self.rewards}
+        parts: dict[str, LanguageForest | Scorer] = dict(self.rewards)
+        return {**{str(role): forest for role, forest in self.languages.items()}, **parts}
 
 
 def open_roles(

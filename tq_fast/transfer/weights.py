@@ -14,14 +14,14 @@ from ..config import DecodeConfig
 def log_weights(
     config: DecodeConfig,
     rewards: torch.Tensor,
-    baseline_rewards: torch.Tensor | None,
-    log_ratio: torch.Tensor | None,
+    baseline_rewards: torch.Tensor,
+    log_ratio: torch.Tensor,
 ) -> torch.Tensor | None:
     """Return the log-weight of each roll-out, before it is normalised within its candidate.
 
     Equals, for indirect transfer, `(r - r_BL) / beta` (weights="reward_gap") or
     `r / beta + log pi_sft(tau) - log q(tau)` (weights="log_ratio"); None, all weights equal, for
-    direct transfer. Natural log.
+    direct transfer.
 
     Args:
         config: `transfer`, `weights` and `beta` are read.
@@ -32,8 +32,8 @@ def log_weights(
     if config.transfer == "direct":
         return None
     if config.weights == "log_ratio":
-        return rewards / config.beta + log_ratio
-    return (rewards - baseline_rewards) / config.beta
+        return rewards / config.kl_weight + log_ratio
+    return (rewards - baseline_rewards) / config.kl_weight
 
 
 def published_values(
@@ -47,6 +47,6 @@ def published_values(
     Equals `mean_i exp((r_i - r_BL,i) / beta) r_i`, with weights that are not normalised, over the
     first `lengths` `[G, k]` roll-outs.
     """
-    weighed = torch.exp((rewards - baseline_rewards) / config.beta) * rewards
+    weighed = torch.exp((rewards - baseline_rewards) / config.kl_weight) * rewards
     used = torch.arange(rewards.shape[2], device=rewards.device) < lengths[..., None]
     return torch.where(used, weighed, 0.0).sum(-1) / lengths
