@@ -248,8 +248,10 @@ class Session:
         Raises:
             InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
         """
-        models: dict[str, PreTrainedModel | Reward | None] = dict(self.rewards)
-        models |= {str(role): model for role, model in self.languages.items()}
+        models: dict[str, PreTrainedModel | Reward | None] = {
+            str(role): model for role, model in self.languages.items()
+        }
+        models |= self.rewards
         check_fits(idx, prompt, num_new, settings, models)
 
     def end_ids(self, config: DecodeConfig) -> tuple[int, ...]:
