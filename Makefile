@@ -30,6 +30,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # TABLE=FILE keeps the table of figures; the pictures go beside the stored results.
 bench: $(INSTALLED)

@@ -1,6 +1,6 @@
 """Transfer Q* as a plain loop, with nothing kept between steps: what `tq_fast.decode` must equal.
 
-Written from method.md sections 1 and 2 and from what the published code does, without anything of
+Written from docs/develop/method.md and from what the published code does, without anything of
 the package. For every new token: one full forward pass over prompt and response gives the k
 candidates; transformers' own `generate` completes each of them; the reward model reads every whole
 sequence from its first token; the candidate is chosen by `log pi_prior + Q / alpha`.

@@ -1,4 +1,4 @@
-"""Sampled roll-outs: decode draws its responses from the law of method.md section 2, exactly.
+"""Sampled roll-outs: decode draws its responses from the law of docs/develop/method.md, exactly.
 
 A Llama over five tokens makes everything enumerable: all roll-outs of a candidate with their
 probabilities, so the law of Q for n of them, so the law of the next token, so that of the response.

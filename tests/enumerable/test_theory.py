@@ -1,4 +1,4 @@
-"""What method.md claims, held against thousands of random worlds in which all of it is exact."""
+"""The claims of docs/develop/method.md, held against thousands of worlds in which all is exact."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_the_log_ratio_needs_no_baseline_reward(size: tuple[int, int, int]) -> N
 def test_averaging_few_rollouts_moves_the_law(
     alpha: float, num_rollouts: int, expected: float
 ) -> None:
-    """Unit-sd rewards, values 0.4 apart: the figures of method.md section 5, within a fifth."""
+    """Unit-sd rewards, values 0.4 apart: the figures of docs/develop/method.md, within a fifth."""
     generator = torch.Generator().manual_seed(0)
     num_cases, num_draws, k = 60, 4000, 10
     prior = torch.randn(num_cases, 1, k, generator=generator).log_softmax(-1)

@@ -13,32 +13,28 @@ import tq_fast
 ROOT = Path(tq_fast.__file__).parent
 REPOSITORY = ROOT.parent
 
-# Imports go down: a module imports modules of a lower rank, or of its own folder.
-RANKS = {
-    "_version": 0,
-    "errors": 0,
-    "env": 1,
-    "config": 1,
-    "speed": 1,
-    "prompts": 1,
-    "kernels": 1,
-    "_native": 2,
-    "ops": 3,
-    "results": 2,
-    "forest": 4,
-    "rewards": 6,
-    "rollouts": 5,
-    "models": 7,
-    "transfer": 8,
-    "session": 9,
-    "decoder": 10,
-    "presets": 11,
-    "__init__": 12,
-    "evaluation": 14,
-    "jobs": 13,
-    "cli": 15,
-    "__main__": 16,
-}
+# The floors of the house from the ground up: a module imports from floors below its own, or from its
+# own folder. docs/develop/architecture.md says what lives where.
+FLOORS = (
+    {"_version", "errors"},
+    {"config", "env", "kernels", "prompts"},
+    {"_native", "results"},
+    {"ops"},
+    {"forest"},
+    {"rollouts"},
+    {"rewards"},
+    {"models"},
+    {"transfer"},
+    {"session"},
+    {"decoder"},
+    {"presets"},
+    {"__init__"},
+    {"jobs"},
+    {"evaluation"},
+    {"cli"},
+    {"__main__"},
+)
+RANKS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPS = (
     "topk_logprobs",
     "sample_tokens",
@@ -80,12 +76,42 @@ def _imported_units(path: Path) -> set[str]:
     return units
 
 
+def _wrong_arrows(path: Path, imported: set[str]) -> list[str]:
+    """A sentence for every import of `path` that does not go down."""
+    unit, name = _unit(path), path.relative_to(ROOT)
+    return [
+        f"{name} imports tq_fast.{other}: an arrow up, from floor {RANKS[unit]} ({unit}) to floor "
+        f"{RANKS[other]} ({other})"
+        for other in sorted(imported - {unit})
+        if RANKS[other] >= RANKS[unit]
+    ]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_only_modules_of_lower_rank(path: Path) -> None:
+def test_a_module_imports_only_from_floors_below(path: Path) -> None:
     unit = _unit(path)
-    assert unit in RANKS, f"{unit} has no rank yet: give it one"
-    for imported in _imported_units(path) - {unit}:
-        assert RANKS[imported] < RANKS[unit], f"{unit} imports {imported}, which stands above it"
+    assert unit in RANKS, f"{path.relative_to(ROOT)}: {unit} has no floor yet: give it one"
+    assert _wrong_arrows(path, _imported_units(path)) == []
+
+
+def test_a_wrong_arrow_is_named() -> None:
+    (sentence,) = _wrong_arrows(ROOT / "transfer" / "step.py", {"ops", "session", "transfer"})
+    assert sentence.startswith("transfer/step.py imports tq_fast.session: an arrow up, from floor 8")
+
+
+def test_every_room_of_the_house_stands_in_its_picture() -> None:
+    picture = (REPOSITORY / "docs" / "develop" / "architecture.md").read_text(encoding="utf-8")
+    for room, floor in RANKS.items():
+        (row,) = [line for line in picture.splitlines() if line.startswith(f"| {floor} |")]
+        assert f"`{room}.py`" in row or f"`{room}/`" in row, f"floor {floor} lacks {room}"
+
+
+def test_no_function_is_longer_than_eighty_lines() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 80, f"{path.relative_to(ROOT)}: {node.name} has {length} lines"
 
 
 def test_the_check_of_imports_sees_both_kinds_of_import(tmp_path: Path) -> None:
