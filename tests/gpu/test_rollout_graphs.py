@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_speed_options import ENDS, assert_same, language_model, run
 
 from tests import zoo
+from tests.test_speed_options import ENDS, assert_same, language_model, run
 from tq_fast.config import SpeedOptions
 from tq_fast.errors import UnsupportedModel
 from tq_fast.forest.support import check_runs

@@ -317,7 +317,7 @@ def test_out_of_memory_goes_on_with_fewer_prompts_and_responses() -> None:
     with pytest.warns(UserWarning, match="out of memory with 4 prompts and 24 roll-outs") as caught:
         ours = run("best_of_n", reward=short, **options)
     assert max(numbers) > 3 and min(numbers) <= 3
-    assert all(warning.filename != tq_fast.plain.__file__ for warning in caught)
+    assert all(warning.filename != tq_fast.presets.plain.__file__ for warning in caught)
     assert tokens(ours) == tokens(plain)
 
 

@@ -13,6 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tq_fast
+from tests import zoo
 from tests.test_speed_options import (
     ARCHITECTURES,
     ENDS,
@@ -23,14 +28,9 @@ from tests.test_speed_options import (
     language_model,
     run,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-import tq_fast
-from tests import zoo
 from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
-from tq_fast.forest import language
+from tq_fast.forest import support
 from tq_fast.forest.language import LanguageForest
 from tq_fast.rollouts.graphs import RolloutGraphs
 from tq_fast.rollouts.state import RolloutSampler
@@ -155,7 +155,7 @@ def on_meta(architecture: str) -> LanguageForest:
             if isinstance(value, torch.Tensor):
                 setattr(module, name, value.to("meta"))
     # The trial run reads what it computes, which here is nothing.
-    language._kv_bytes[model] = 1
+    support._kv_bytes[model] = 1
     sizes = {"num_trees": 2, "num_rows": 8, "prefix_capacity": 16, "branch_capacity": 6}
     forest = LanguageForest(model, **sizes, backend="ref", cpu_layers=False)
     forest.prefill(0, [1, 2, 3])
