@@ -122,7 +122,7 @@ def test_no_buffer_moves_from_step_to_step(
 
     def noted(graphs: RolloutGraphs, num_rows: int) -> None:
         step(graphs, num_rows)
-        buffers = [*vars(graphs.state).values(), graphs.tree, graphs.prefix_len, graphs.depth]
+        buffers = [*graphs.state.tensors.values(), graphs.prefix_len, graphs.depth]
         layers = graphs.forest.cache._kv.values()
         buffers += [
             buffer
@@ -175,6 +175,7 @@ def test_the_host_learns_nothing_of_a_depth_and_tells_it_nothing(
     graphs = RolloutGraphs(forest, RolloutSampler(eos, VOCAB, config), captures=False)
     with _OneDevice():
         graphs._step(8)
+        graphs._gather_running(8, 4, 1)
 
 
 @torch.no_grad()
@@ -203,15 +204,15 @@ def test_what_the_host_reads_or_sends_would_be_noticed() -> None:
         numbers.copy_(torch.zeros(3))
 
 
+@pytest.mark.parametrize("options", [{"num_rollouts": 4}, {"rollout": "greedy"}])
 def test_a_model_that_cannot_be_captured_is_said_once_and_decoded_all_the_same(
-    with_graphs: list[RolloutGraphs], monkeypatch: pytest.MonkeyPatch
+    with_graphs: list[RolloutGraphs], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     def refuse(graphs: RolloutGraphs, num_rows: int) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(RolloutGraphs, "_capture", refuse)
     baseline = language_model(scale=2.0)
-    options = {"num_rollouts": 4}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ours = run(baseline, SpeedOptions(), **options)

@@ -201,7 +201,7 @@ class Step:
                 self.roles.baseline,
                 self.roots,
                 rollout_ids,
-                known=self.known,
+                reused=self.known,
                 merge=self.plan.speed.merge_equal,
                 eos=self.plan.eos,
                 sampler=self.roles.sampler,
