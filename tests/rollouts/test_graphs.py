@@ -32,7 +32,7 @@ from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
 from tq_fast.forest import support
 from tq_fast.forest.language import LanguageForest
-from tq_fast.rollouts.graphs import RolloutGraphs
+from tq_fast.rollouts.graphs import LaggedCount, RolloutGraphs
 from tq_fast.rollouts.state import RolloutSampler
 from tq_fast.transfer.roles import open_roles
 
@@ -238,3 +238,64 @@ def test_running_out_of_memory_in_a_capture_is_not_taken_for_a_refusal(
         ours = run(baseline, SpeedOptions(), num_rollouts=4)
     assert max(tried[1:]) < tried[0]
     assert_same(ours, plain(baseline, NONE, num_rollouts=4))
+
+
+class _Stream:
+    """Stands for a stream: what is enqueued happens when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.pending: list[Callable[[], None]] = []
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        while self.pending:
+            self.pending.pop(0)()
+
+
+class _Number:
+    """Stands for a number on the second GPU; copies of it are enqueued there."""
+
+    device = torch.device("cuda", 1)
+
+    def __init__(self, stream: _Stream) -> None:
+        self.stream, self.value = stream, 0
+
+
+class _Pinned:
+    """Stands for pinned memory, which holds nonsense until a copy has arrived."""
+
+    def __init__(self) -> None:
+        self.value = -1
+
+    def copy_(self, number: _Number, *, non_blocking: bool) -> None:
+        assert non_blocking
+        value = number.value
+        number.stream.pending.append(lambda: setattr(self, "value", value))
+
+    def __int__(self) -> int:
+        return self.value
+
+
+def test_a_count_is_waited_for_on_the_device_that_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device is another one: an event recorded there is ready before the copy is."""
+    current, second = _Stream(), _Stream()
+    streams = {None: current, _Number.device: second}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[device])
+    monkeypatch.setattr(torch, "empty_like", lambda number, *, device, pin_memory: _Pinned())
+    number = _Number(second)
+    lagged: Any = LaggedCount(number)  # type: ignore[arg-type]
+    assert lagged.exchange() is None
+    for value in (5, 3, 0):
+        before, number.value = number.value, value
+        assert lagged.exchange() == before
+
+
+def test_a_count_on_the_cpu_is_one_exchange_late_too() -> None:
+    number = torch.tensor([4])
+    lagged = LaggedCount(number)
+    assert lagged.exchange() is None
+    number.fill_(2)
+    assert lagged.exchange() == 4
+    assert lagged.exchange() == 2

@@ -185,25 +185,24 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class LaggedCount:
-    """A number of the device, read one exchange late: what is read was ready long ago."""
+    """A number of the device, read one exchange late so that its copy has long arrived."""
 
     def __init__(self, number: torch.Tensor) -> None:
         self._number = number
-        self._is_cuda = number.device.type == "cuda"
-        self._copy = torch.empty_like(number, device="cpu", pin_memory=self._is_cuda)
+        is_cuda = number.device.type == "cuda"
+        self._copy = torch.empty_like(number, device="cpu", pin_memory=is_cuda)
+        # The stream of the number's device, which need not be the current one, makes the copies.
+        self._stream = torch.cuda.current_stream(number.device) if is_cuda else None
         self._sent: torch.cuda.Event | None = None
         self._has_sent = False
 
     def exchange(self) -> int | None:
         """Return what was sent last time, None the first time, and send the number of now."""
-        before = None
-        if self._has_sent:
-            if self._sent is not None:
-                self._sent.synchronize()
-            before = int(self._copy)
+        if self._sent is not None:
+            self._sent.synchronize()
+        before = int(self._copy) if self._has_sent else None
         self._copy.copy_(self._number, non_blocking=True)
-        if self._is_cuda:
-            self._sent = torch.cuda.Event()
-            self._sent.record()
+        if self._stream is not None:
+            self._sent = self._stream.record_event()
         self._has_sent = True
         return before
