@@ -122,11 +122,12 @@ def cost_of(num_tokens: int, num_rows: int) -> float:
     )
     forest.prefill(0, list(range(1, 30)))
     tokens = torch.randint(1, 100, (num_rows, num_tokens))
+    tree = torch.zeros(num_rows, dtype=torch.int64)
     seconds: dict[int, list[float]] = {1: [], num_tokens: []}
     for _ in range(40):
         for count in seconds:
             start = time.perf_counter()
-            forest.run_branches(model, tokens[:, :count], start=8, tree=None)
+            forest.run_branches(model, tokens[:, :count], start=8, tree=tree)
             seconds[count].append(time.perf_counter() - start)
     return statistics.median(seconds[num_tokens]) / statistics.median(seconds[1])
 

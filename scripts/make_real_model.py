@@ -1,4 +1,4 @@
-"""Write SmolLM2-135M-Instruct as a folder of transformers, from the GGUF file that a package carries.
+"""Write SmolLM2-135M-Instruct as a folder of transformers, from the GGUF file in a package.
 
     python scripts/make_real_model.py FOLDER
 

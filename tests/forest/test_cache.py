@@ -35,11 +35,9 @@ class Writer:
         tokens = torch.tensor(ids)
         self._write(
             self.cache.branch_pass(
-                num_rows=len(ids),
+                tree=torch.arange(len(ids)) // (ROWS // TREES),
                 start=start,
                 num_tokens=tokens.shape[1],
-                tree=None,
-                device=tokens.device,
             ),
             tokens,
         )

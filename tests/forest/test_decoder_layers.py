@@ -57,8 +57,10 @@ def rolled_out(model: PreTrainedModel, **options: object) -> torch.Tensor:
     )
     forest.prefill(0, [3, 1, 4, 1, 5, 9, 2])
     logits = [forest.next_logits.clone()]
+    tree = torch.zeros(3, dtype=torch.int64)
     for start in range(3):
-        logits.append(forest.forward_rows(torch.tensor([start, 7, 40]), start=start, tree=None))
+        tokens = torch.tensor([start, 7, 40])
+        logits.append(forest.forward_rows(tokens, start=start, tree=tree))
     return torch.cat(logits)
 
 

@@ -19,6 +19,8 @@ ATOL = 3e-5
 PROMPTS = [3, 11, 20]
 ROWS_PER_TREE = 4
 DEPTH = 4
+# The tree of each row of a whole forest.
+TREE_OF = torch.arange(len(PROMPTS) * ROWS_PER_TREE) // ROWS_PER_TREE
 
 
 @functools.cache
@@ -78,12 +80,11 @@ def test_every_architecture_has_the_logits_of_the_plain_model(name: str, random_
     assert_logits(model, forest.next_logits, prefixes)
 
     tokens = random_ids(len(PROMPTS) * ROWS_PER_TREE, DEPTH)
-    tree_of = [row // ROWS_PER_TREE for row in range(len(tokens))]
     for depth in range(DEPTH):
-        logits = forest.forward_rows(tokens[:, depth], start=depth, tree=None)
+        logits = forest.forward_rows(tokens[:, depth], start=depth, tree=TREE_OF)
         rows = tokens[:, : depth + 1].tolist()
         assert_logits(
-            model, logits, [prefixes[t] + row for t, row in zip(tree_of, rows, strict=True)]
+            model, logits, [prefixes[t] + row for t, row in zip(TREE_OF, rows, strict=True)]
         )
         if depth == 0:
             first_logits = logits
@@ -121,7 +122,7 @@ def test_rows_can_be_put_in_another_order_and_some_left_behind(name: str, random
     forest = forest_of(model, prompts)
     tokens = random_ids(len(PROMPTS) * ROWS_PER_TREE, 3)
     for depth in range(2):
-        forest.forward_rows(tokens[:, depth], start=depth, tree=None)
+        forest.forward_rows(tokens[:, depth], start=depth, tree=TREE_OF)
     order = torch.tensor([1, 3, 4, 8, 9, 10, 0, 2, 5, 6, 7, 11])
     forest.cache.take_rows(order, 2)
     staying = order[:6]
@@ -182,7 +183,7 @@ def test_half_precision_errs_no_more_than_the_plain_model(
     forest = forest_of(model, prompts)
     tokens = random_ids(len(PROMPTS) * ROWS_PER_TREE, 2)
     for depth in range(2):
-        logits = forest.forward_rows(tokens[:, depth], start=depth, tree=None)
+        logits = forest.forward_rows(tokens[:, depth], start=depth, tree=TREE_OF)
     rows = [prompts[r // ROWS_PER_TREE] + row for r, row in enumerate(tokens.tolist())]
     truth = torch.stack([plain_logits(exact, row) for row in [*prompts, *rows]])
     plain = torch.stack([plain_logits(model, row) for row in [*prompts, *rows]])
@@ -199,7 +200,7 @@ def test_half_precision_errs_no_more_than_the_plain_model(
 def test_a_forest_counts_the_tokens_that_went_through_the_model(random_ids) -> None:
     forest = forest_of(model_of("llama"), [random_ids(length).tolist() for length in PROMPTS])
     assert forest.num_token_forwards == sum(PROMPTS)
-    forest.forward_rows(random_ids(6), start=0, tree=None)
+    forest.forward_rows(random_ids(6), start=0, tree=torch.tensor([0, 0, 1, 1, 2, 2]))
     forest.advance([0], [3])
     assert forest.num_token_forwards == sum(PROMPTS) + 6 + 1
 
@@ -207,7 +208,7 @@ def test_a_forest_counts_the_tokens_that_went_through_the_model(random_ids) -> N
 def test_the_cache_holds_one_prefix_a_tree_and_one_branch_a_row(random_ids) -> None:
     model = model_of("llama")
     forest = forest_of(model, [random_ids(length).tolist() for length in PROMPTS])
-    forest.forward_rows(random_ids(12), start=0, tree=None)
+    forest.forward_rows(random_ids(12), start=0, tree=TREE_OF)
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     prefixes = len(PROMPTS) * (max(PROMPTS) + DEPTH)
@@ -227,13 +228,13 @@ def test_the_model_is_left_as_it_was_even_by_a_failure(random_ids) -> None:
 
     hook = model.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="in the second layer"):
-        forest.forward_rows(random_ids(2), start=0, tree=None)
+        forest.forward_rows(random_ids(2), start=0, tree=TREE_OF[:2])
     hook.remove()
     assert model.config._attn_implementation == "eager"
     assert torch.equal(plain_logits(model, ids), before)
     # The forest too: a pass that failed is done again.
     tokens = random_ids(2)
-    logits = forest.forward_rows(tokens, start=0, tree=None)
+    logits = forest.forward_rows(tokens, start=0, tree=TREE_OF[:2])
     assert_logits(model, logits, [[*ids, token] for token in tokens.tolist()])
 
 
@@ -244,7 +245,9 @@ def test_two_forests_over_one_model_do_not_meet(random_ids) -> None:
     tokens = random_ids(ROWS_PER_TREE, 2)
     for depth in range(2):
         for forest, ids in zip(forests, prompts, strict=True):
-            logits = forest.forward_rows(tokens[:, depth], start=depth, tree=None)
+            logits = forest.forward_rows(
+                tokens[:, depth], start=depth, tree=TREE_OF[:ROWS_PER_TREE]
+            )
             rows = tokens[:, : depth + 1].tolist()
             assert_logits(model, logits, [ids + row for row in rows])
 

@@ -96,7 +96,9 @@ def test_a_module_imports_only_from_floors_below(path: Path) -> None:
 
 def test_a_wrong_arrow_is_named() -> None:
     (sentence,) = _wrong_arrows(ROOT / "transfer" / "step.py", {"ops", "session", "transfer"})
-    assert sentence.startswith("transfer/step.py imports tq_fast.session: an arrow up, from floor 8")
+    assert sentence.startswith(
+        "transfer/step.py imports tq_fast.session: an arrow up, from floor 8"
+    )
 
 
 def test_every_room_of_the_house_stands_in_its_picture() -> None:

@@ -32,7 +32,7 @@ from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
 from tq_fast.forest import support
 from tq_fast.forest.language import LanguageForest
-from tq_fast.rollouts.graphs import RolloutGraphs
+from tq_fast.rollouts.graphs import LaggedCount, RolloutGraphs
 from tq_fast.rollouts.state import RolloutSampler
 from tq_fast.transfer.roles import open_roles
 
@@ -122,7 +122,7 @@ def test_no_buffer_moves_from_step_to_step(
 
     def noted(graphs: RolloutGraphs, num_rows: int) -> None:
         step(graphs, num_rows)
-        buffers = [*vars(graphs.state).values(), graphs.tree, graphs.prefix_len, graphs.depth]
+        buffers = [*graphs.state.tensors.values(), graphs.prefix_len, graphs.depth]
         layers = graphs.forest.cache._kv.values()
         buffers += [
             buffer
@@ -175,6 +175,7 @@ def test_the_host_learns_nothing_of_a_depth_and_tells_it_nothing(
     graphs = RolloutGraphs(forest, RolloutSampler(eos, VOCAB, config), captures=False)
     with _OneDevice():
         graphs._step(8)
+        graphs._gather_running(8, 4, 1)
 
 
 @torch.no_grad()
@@ -203,15 +204,15 @@ def test_what_the_host_reads_or_sends_would_be_noticed() -> None:
         numbers.copy_(torch.zeros(3))
 
 
+@pytest.mark.parametrize("options", [{"num_rollouts": 4}, {"rollout": "greedy"}])
 def test_a_model_that_cannot_be_captured_is_said_once_and_decoded_all_the_same(
-    with_graphs: list[RolloutGraphs], monkeypatch: pytest.MonkeyPatch
+    with_graphs: list[RolloutGraphs], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     def refuse(graphs: RolloutGraphs, num_rows: int) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(RolloutGraphs, "_capture", refuse)
     baseline = language_model(scale=2.0)
-    options = {"num_rollouts": 4}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ours = run(baseline, SpeedOptions(), **options)
@@ -237,3 +238,64 @@ def test_running_out_of_memory_in_a_capture_is_not_taken_for_a_refusal(
         ours = run(baseline, SpeedOptions(), num_rollouts=4)
     assert max(tried[1:]) < tried[0]
     assert_same(ours, plain(baseline, NONE, num_rollouts=4))
+
+
+class _Stream:
+    """Stands for a stream: what is enqueued happens when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.pending: list[Callable[[], None]] = []
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        while self.pending:
+            self.pending.pop(0)()
+
+
+class _Number:
+    """Stands for a number on the second GPU; copies of it are enqueued there."""
+
+    device = torch.device("cuda", 1)
+
+    def __init__(self, stream: _Stream) -> None:
+        self.stream, self.value = stream, 0
+
+
+class _Pinned:
+    """Stands for pinned memory, which holds nonsense until a copy has arrived."""
+
+    def __init__(self) -> None:
+        self.value = -1
+
+    def copy_(self, number: _Number, *, non_blocking: bool) -> None:
+        assert non_blocking
+        value = number.value
+        number.stream.pending.append(lambda: setattr(self, "value", value))
+
+    def __int__(self) -> int:
+        return self.value
+
+
+def test_a_count_is_waited_for_on_the_device_that_sends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device is another one: an event recorded there is ready before the copy is."""
+    current, second = _Stream(), _Stream()
+    streams = {None: current, _Number.device: second}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[device])
+    monkeypatch.setattr(torch, "empty_like", lambda number, *, device, pin_memory: _Pinned())
+    number = _Number(second)
+    lagged: Any = LaggedCount(number)  # type: ignore[arg-type]
+    assert lagged.exchange() is None
+    for value in (5, 3, 0):
+        before, number.value = number.value, value
+        assert lagged.exchange() == before
+
+
+def test_a_count_on_the_cpu_is_one_exchange_late_too() -> None:
+    number = torch.tensor([4])
+    lagged = LaggedCount(number)
+    assert lagged.exchange() is None
+    number.fill_(2)
+    assert lagged.exchange() == 4
+    assert lagged.exchange() == 2

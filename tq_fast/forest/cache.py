@@ -29,7 +29,7 @@ class _Layer:
     prefix_v: torch.Tensor
     branch_k: torch.Tensor
     branch_v: torch.Tensor
-    # The last answer of `prefix`, and what it answered.
+    # The views that `prefix` returned last, and the arguments that they are for.
     _prefix: tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def prefix(self, num_trees: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,13 +44,13 @@ class _Layer:
         return self._prefix[1]
 
     def branches(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of some branches, whole buffers."""
+        """Keys and values of the branches `rows`, with all tokens that they can hold."""
         if rows == slice(0, len(self.branch_k)):
             return self.branch_k, self.branch_v
         return self.branch_k[rows], self.branch_v[rows]
 
     def grow(self, prefix_capacity: int, branch_capacity: int) -> None:
-        """Make room for so many tokens; what the buffers hold is kept."""
+        """Make room for so many tokens a row and keep those that the buffers hold."""
         if prefix_capacity > self.prefix_k.shape[2]:
             self.prefix_k = _grown(self.prefix_k, prefix_capacity)
             self.prefix_v = _grown(self.prefix_v, prefix_capacity)
@@ -78,9 +78,9 @@ class BranchPass:
 
     Attributes:
         rows: the rows of this pass, n of them one after the other.
-        where: branch tokens that the new ones become; a tensor (int64 `[T]`) where only the device
-            knows.
-        tree: tree of each row, int64 `[n]`, ascending; None: `row // (n // G)`.
+        where: places of the new tokens in their branches; a tensor (int64 `[T]`) where only the
+            device knows them.
+        tree: tree of each row, int64 `[n]`, ascending.
         prefix_len: prefix tokens of each tree, int64 `[G]`.
         branch_len: branch tokens of each row after the pass, int64 `[n]`.
         max_prefix: no prefix is longer.
@@ -88,13 +88,13 @@ class BranchPass:
 
     rows: slice
     where: slice | torch.Tensor
-    tree: torch.Tensor | None
+    tree: torch.Tensor
     prefix_len: torch.Tensor
     branch_len: torch.Tensor
     max_prefix: int
 
 
-class ForestCache(Cache):
+class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types here
     """KV of G prefixes and N branches of one model.
 
     Args:
@@ -128,20 +128,22 @@ class ForestCache(Cache):
 
     @property
     def layout(self) -> tuple[int, int, int]:
-        """Changes whenever buffers move, or what is used of them."""
+        """Changes whenever the buffers move, or the part of them that is used."""
         return self.num_trees, self.prefix_capacity, self.branch_capacity
 
     def branch_pass(
         self,
         *,
-        num_rows: int,
+        tree: torch.Tensor,
         start: int,
         num_tokens: int,
-        tree: torch.Tensor | None,
-        device: torch.device,
         first_row: int = 0,
     ) -> BranchPass:
-        """Describe a pass of `num_tokens` new tokens for `num_rows` rows from `first_row` on."""
+        """Describe a pass of `num_tokens` new tokens for rows of the trees `tree` `[n]`.
+
+        They are the rows from `first_row` on, and hold `start` tokens already.
+        """
+        num_rows, device = len(tree), tree.device
         assert first_row + num_rows <= self.num_rows, (first_row, num_rows, self.num_rows)
         assert start + num_tokens <= self.branch_capacity, (start, num_tokens)
         prefix_len = torch.tensor(self.prefix_len[: self.num_trees], device=device)
@@ -160,9 +162,9 @@ class ForestCache(Cache):
     ) -> BranchPass:
         """Describe a pass of one token for each row of `tree` `[n]`, known to the device alone.
 
-        What it reads and writes lies at fixed addresses for as long as `layout` stays the same:
-        `depth`, int64 `[1]`, is how many tokens each branch holds already, `prefix_len` `[G]` is
-        the caller's.
+        The pass reads and writes fixed addresses for as long as `layout` stays the same. `depth`,
+        int64 `[1]`, is how many tokens each branch holds already; `prefix_len` `[G]` is a buffer
+        of the caller.
         """
         num_rows = tree.shape[0]
         return BranchPass(
@@ -302,7 +304,7 @@ class ForestCache(Cache):
         self.num_trees = last
 
     def reserve(self, *, prefix_capacity: int, branch_capacity: int) -> None:
-        """Grow the buffers to hold at least so many tokens; what they hold is kept."""
+        """Grow the buffers to at least so many tokens a row and keep those that they hold."""
         self.prefix_capacity = max(prefix_capacity, self.prefix_capacity)
         self.branch_capacity = max(branch_capacity, self.branch_capacity)
         for layer in self._kv.values():

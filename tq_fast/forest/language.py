@@ -71,32 +71,22 @@ class Forest:
         tokens: torch.Tensor,
         *,
         start: int,
-        tree: torch.Tensor | None,
+        tree: torch.Tensor,
         first_row: int = 0,
         **options: object,
     ) -> object:
         """Push `tokens` `[n, T]` through n rows, which hold `start` tokens already.
 
-        `tree` is the tree of each row (int64 `[n]`, ascending); None: n is a multiple of G and row
-        i belongs to tree `i // (n // G)`.
+        `tree` is the tree of each row, int64 `[n]`, ascending.
         """
-        num_rows, num_tokens = tokens.shape
+        num_tokens = tokens.shape[1]
         branch_pass = self.cache.branch_pass(
-            num_rows=num_rows,
-            start=start,
-            num_tokens=num_tokens,
-            tree=tree,
-            device=self.device,
-            first_row=first_row,
+            tree=tree, start=start, num_tokens=num_tokens, first_row=first_row
         )
-        prefix_len = branch_pass.prefix_len
-        if tree is None:
-            first = prefix_len.repeat_interleave(num_rows // self.cache.num_trees)
-        else:
-            first = prefix_len[tree]
-        positions = first[:, None] + torch.arange(start, start + num_tokens, device=self.device)
+        first = branch_pass.prefix_len[tree][:, None]
+        positions = first + torch.arange(start, start + num_tokens, device=self.device)
         if num_tokens > 1 and self.limit is not None:
-            # What pads a short row to the length of a long one may lie beyond the last position.
+            # The padding of a short row may reach beyond the model's last position.
             positions.clamp_(max=self.limit - 1)
         return self._run(module, tokens, positions, branch_pass, options)
 
@@ -142,9 +132,7 @@ class LanguageForest(Forest):
         output = self.run_prefill(self.model, tree, token_ids, **self._last_only)
         self.next_logits[tree] = output.logits[0, -1]
 
-    def forward_rows(
-        self, tokens: torch.Tensor, *, start: int, tree: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward_rows(self, tokens: torch.Tensor, *, start: int, tree: torch.Tensor) -> torch.Tensor:
         """Push one token a row (int64 `[n]`); return the logits `[n, V]` after it."""
         output = self.run_branches(
             self.model, tokens[:, None], start=start, tree=tree, **self._last_only
@@ -159,7 +147,9 @@ class LanguageForest(Forest):
         tree: torch.Tensor,
         prefix_len: torch.Tensor,
     ) -> torch.Tensor:
-        """`forward_rows` for what only the device knows, at fixed addresses; the host never waits.
+        """`forward_rows` at fixed addresses and a depth that only the device knows.
+
+        The host does not wait for the device.
 
         Args:
             tokens: int64 `[n, 1]`.
@@ -188,9 +178,7 @@ class LanguageForest(Forest):
 
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
         """Append `tokens[i]` to the prefix of `trees[i]` (ascending) by one forward pass."""
-        is_whole = len(trees) == self.cache.num_trees
-        tree = None if is_whole else torch.tensor(trees, device=self.device)
-        ids = torch.tensor(tokens, device=self.device)
+        tree, ids = torch.tensor([trees, tokens], device=self.device)
         next_logits = self.forward_rows(ids, start=0, tree=tree)
         self.commit(trees, range(len(trees)), next_logits)
 
@@ -203,7 +191,7 @@ class LanguageForest(Forest):
 
     @functools.cached_property
     def _last_only(self) -> dict[str, object]:
-        """What asks the model for the logits of the last token alone."""
+        """Options that ask the model for the logits of the last token alone."""
         takes = inspect.signature(self.model.forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 

@@ -63,7 +63,7 @@ def check_runs(model: PreTrainedModel) -> int:
     try:
         forest.run_prefill(module, 0, [0, 0])
         token = torch.zeros(1, 1, dtype=torch.int64, device=forest.device)
-        forest.run_branches(module, token, start=0, tree=None)
+        forest.run_branches(module, token, start=0, tree=token[0])
     except (torch.OutOfMemoryError, BackendRefused):
         raise
     except Exception as error:

@@ -21,13 +21,15 @@ from .. import ops
 from ..config import DecodeConfig
 from ..errors import DecodingError
 from ..forest.language import LanguageForest
-from ..ops.sample_tokens import proposal_logprobs
+from ..ops.sample_tokens import SampledTokens, proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..results import Certificate, StepTrace
+from ..rollouts.rows import RowMap
+from ..rollouts.state import RolloutState
 from ..rollouts.streams import stream_keys
 from ..transfer.certificate import kl_divergence
 
-# Stands where roll-outs have their candidate: no token has this id.
+# Takes the place of the candidate in the key of a random stream; no token has this id.
 _NO_CANDIDATE = 0xFFFFFFFF
 
 
@@ -52,28 +54,68 @@ class Drawn:
     divergences: dict[str, torch.Tensor]
 
 
-class _Rows:
-    """Responses in the making, in the order of the caches' rows."""
+@dataclasses.dataclass(frozen=True)
+class MixtureSampler:
+    """How responses are drawn; as `RolloutSampler`, from the mixture of `weights`."""
 
-    def __init__(self, keys: torch.Tensor, roles: Sequence[str], max_new_tokens: int) -> None:
-        num_rows, device = keys.shape[0], keys.device
-        self.keys = keys
-        self.origin = torch.arange(num_rows, device=device)
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self.tokens = torch.zeros(num_rows, max_new_tokens, dtype=torch.int64, device=device)
-        self.columns = {
-            name: torch.zeros(num_rows, max_new_tokens, device=device)
-            for name in ("policy", "drawn", *(f"{kind}:{m}" for m in roles for kind in _KINDS))
-        }
+    weights: Mapping[str, float]
+    eos: torch.Tensor
+    vocab_size: int
+    config: DecodeConfig
 
-    def permute(self, order: torch.Tensor) -> None:
-        fixed = [self.keys, self.origin, self.lengths, self.finished, self.tokens]
-        for field in (*fixed, *self.columns.values()):
-            field[: order.shape[0]] = field[order]
+    def advance(self, logits: Mapping[str, torch.Tensor], state: RolloutState, depth: int) -> None:
+        """Draw the token at `depth` of the first responses and record its log-probs and KLs.
 
+        Raises:
+            DecodingError: logits that are no law; prompt_idx is the tree.
+        """
+        config = self.config
+        policy = mix_policies(logits, self.weights, self.vocab_size)
+        num = policy.shape[0]
+        drawn = ops.sample_tokens(
+            policy,
+            state.keys[:num],
+            depth,
+            temperature=0.0 if config.strategy == "greedy" else config.rollout_temperature,
+            top_k=config.rollout_top_k,
+            top_p=config.rollout_top_p,
+            seed=config.seed,
+            backend=config.backend,
+        )
+        finished = state.finished[:num]
+        broken = (~drawn.valid & ~finished).nonzero()
+        if broken.numel():
+            tree = int(state.tree[broken[0, 0]])
+            raise DecodingError("the logits are not finite", prompt_idx=tree, step=depth)
+        state.tokens[:num, depth] = drawn.ids
+        state.lengths[:num] += ~finished
+        finished |= torch.isin(drawn.ids, self.eos) | (state.lengths[:num] >= state.limits[:num])
+        recorded = {"policy": drawn.logprobs, "drawn": drawn.proposal_logprobs}
+        recorded |= self._compare(policy, drawn, logits)
+        for name, values in recorded.items():
+            state.columns[name][:num, depth] = values
 
-_KINDS = ("logprob", "kl")
+    def _compare(
+        self, policy: torch.Tensor, drawn: SampledTokens, logits: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Log-prob of the drawn tokens under every model, and KL `[n]` of the law drawn from."""
+        config = self.config
+        is_greedy = config.strategy == "greedy"
+        top_k, top_p = config.rollout_top_k, config.rollout_top_p
+        is_plain = (config.rollout_temperature, top_k, top_p) == (1.0, 0, 1.0) and not is_greedy
+        # A model that is itself the law drawn from has no divergence, and its log-prob is known.
+        others = [role for role in logits if not (is_plain and self.weights[role] == 1.0)]
+        recorded = {f"logprob:{role}": drawn.logprobs for role in logits}
+        if others and not is_greedy:
+            law = proposal_logprobs(
+                policy, temperature=config.rollout_temperature, top_k=top_k, top_p=top_p
+            )
+        for role in others:
+            logprobs = clean_logits(logits[role], self.vocab_size).log_softmax(-1)
+            picked = logprobs.gather(1, drawn.ids[:, None]).squeeze(1)
+            recorded[f"logprob:{role}"] = picked
+            recorded[f"kl:{role}"] = -picked if is_greedy else kl_divergence(law, logprobs)
+        return recorded
 
 
 def sample_responses(
@@ -103,90 +145,32 @@ def sample_responses(
     Raises:
         DecodingError: logits that are no law; prompt_idx is the tree.
     """
+    device = next(iter(forests.values())).device
     vocab_size = min(forest.vocab_size for forest in forests.values())
-    first = next(iter(forests.values()))
-    num_trees, num, device = len(prompt_keys), len(numbers), first.device
-    row_tree = torch.arange(num_trees, device=device).repeat_interleave(num)
-    keys = stream_keys([(key, 0, _NO_CANDIDATE, i) for key in prompt_keys for i in numbers])
-    rows = _Rows(keys.to(device), list(forests), config.max_new_tokens)
     end_ids = torch.tensor(eos, dtype=torch.int64, device=device)
-    logits = {
-        role: forest.next_logits.repeat_interleave(num, 0) for role, forest in forests.items()
-    }
-    active, tree = num_trees * num, None
+    sampler = MixtureSampler(weights, end_ids, vocab_size, config)
+    trees = [tree for tree in range(len(prompt_keys)) for _ in numbers]
+    keys = stream_keys([(key, 0, _NO_CANDIDATE, i) for key in prompt_keys for i in numbers])
+    limits = [config.max_new_tokens] * len(trees)
+    columns = ["policy", "drawn", *(f"{kind}:{m}" for m in forests for kind in ("logprob", "kl"))]
+    state = RolloutState.begin(keys.to(device), limits, trees, columns)
+    rows = RowMap(state)
+    logits = {role: forest.next_logits[rows.tree] for role, forest in forests.items()}
     for depth in range(config.max_new_tokens):
-        ids = _draw(rows, logits, weights, depth, config, vocab_size, row_tree)
-        rows.lengths[:active] += ~rows.finished[:active]
-        rows.finished[:active] |= torch.isin(ids, end_ids)
-        on_depth(num_trees * num)
-        running = (~rows.finished[:active]).nonzero().squeeze(1)
-        if depth + 1 == config.max_new_tokens or running.numel() == 0:
+        sampler.advance(logits, state, depth)
+        on_depth(len(trees))
+        order = rows.compact()
+        if not rows.num_active:
             break
-        # As for roll-outs: moving rows costs a copy of their KV, a few idle ones cost less.
-        if running.numel() <= 0.75 * active:
-            order = torch.cat([running, rows.finished[:active].nonzero().squeeze(1)])
+        if order is not None:
             for forest in forests.values():
                 forest.cache.take_rows(order, depth)
-            rows.permute(order)
-            active = running.numel()
-            tree = row_tree[rows.origin[:active]]
-        tokens = rows.tokens[:active, depth]
+        tokens = rows.tokens(depth)
         logits = {
-            role: forest.forward_rows(tokens, start=depth, tree=tree)
+            role: forest.forward_rows(tokens, start=depth, tree=rows.tree)
             for role, forest in forests.items()
         }
-    return _collect(rows, list(forests), row_tree)
-
-
-def _draw(
-    rows: _Rows,
-    logits: Mapping[str, torch.Tensor],
-    weights: Mapping[str, float],
-    depth: int,
-    config: DecodeConfig,
-    vocab_size: int,
-    row_tree: torch.Tensor,
-) -> torch.Tensor:
-    """Draw the token at `depth` of the first rows and note it; return its ids `[n]`."""
-    policy = mix_policies(logits, weights, vocab_size)
-    active = policy.shape[0]
-    is_greedy = config.strategy == "greedy"
-    heat = {"top_k": config.rollout_top_k, "top_p": config.rollout_top_p}
-    drawn = ops.sample_tokens(
-        policy,
-        rows.keys[:active],
-        depth,
-        temperature=0.0 if is_greedy else config.rollout_temperature,
-        **heat,
-        seed=config.seed,
-        backend=config.backend,
-    )
-    broken = (~drawn.valid & ~rows.finished[:active]).nonzero()
-    if broken.numel():
-        at = int(row_tree[rows.origin[broken[0, 0]]])
-        raise DecodingError("the logits are not finite", prompt_idx=at, step=depth)
-    rows.tokens[:active, depth] = drawn.ids
-    rows.columns["policy"][:active, depth] = drawn.logprobs
-    rows.columns["drawn"][:active, depth] = drawn.proposal_logprobs
-    is_plain = not is_greedy and config.rollout_temperature == 1.0 and heat["top_p"] == 1.0
-    is_plain = is_plain and heat["top_k"] == 0
-    law = None
-    for role, scores in logits.items():
-        if weights[role] == 1.0 and is_plain:
-            # The law itself: no divergence, and the log-prob is known.
-            rows.columns[f"logprob:{role}"][:active, depth] = drawn.logprobs
-            continue
-        logprobs = clean_logits(scores, vocab_size).log_softmax(-1)
-        picked = logprobs.gather(1, drawn.ids[:, None]).squeeze(1)
-        if is_greedy:
-            divergence = -picked
-        else:
-            if law is None:
-                law = proposal_logprobs(policy, temperature=config.rollout_temperature, **heat)
-            divergence = kl_divergence(law, logprobs)
-        rows.columns[f"logprob:{role}"][:active, depth] = picked
-        rows.columns[f"kl:{role}"][:active, depth] = divergence
-    return drawn.ids
+    return _collect(state, list(forests))
 
 
 def mix_policies(
@@ -202,36 +186,30 @@ def mix_policies(
     logprobs = {
         role: clean_logits(logits[role], vocab_size).log_softmax(-1) for role in taking_part
     }
-    mixed = sum(weight * logprobs[role] for role, weight in taking_part.items())
+    first, *others = (weight * logprobs[role] for role, weight in taking_part.items())
+    mixed = sum(others, start=first)
     for law in logprobs.values():
         mixed = mixed.masked_fill(law == -torch.inf, -torch.inf)
     return mixed
 
 
-def _collect(rows: _Rows, roles: Sequence[str], row_tree: torch.Tensor) -> list[Drawn]:
-    back = torch.argsort(rows.origin)
-    lengths = rows.lengths[back].tolist()
-    tokens = rows.tokens[back].tolist()
-    columns = {name: column[back].cpu() for name, column in rows.columns.items()}
-
-    def cut(name: str, row: int) -> torch.Tensor:
-        return columns[name][row, : lengths[row]]
-
-    return [
-        Drawn(
-            tree,
-            tokens[row][: lengths[row]],
-            cut("policy", row),
-            cut("drawn", row),
-            {role: cut(f"logprob:{role}", row) for role in roles},
-            {role: cut(f"kl:{role}", row) for role in roles},
-        )
-        for row, tree in enumerate(row_tree.tolist())
-    ]
+def _collect(state: RolloutState, roles: Sequence[str]) -> list[Drawn]:
+    """What came of every response, in the order of the beginning."""
+    places = state.places
+    columns = {name: column[places].cpu() for name, column in state.columns.items()}
+    fields = (state.tree, state.lengths, state.tokens)
+    drawn: list[Drawn] = []
+    for tree, length, tokens in zip(*(field[places].tolist() for field in fields), strict=True):
+        own = {name: column[len(drawn), :length] for name, column in columns.items()}
+        logprobs = {role: own[f"logprob:{role}"] for role in roles}
+        divergences = {role: own[f"kl:{role}"] for role in roles}
+        law = own["policy"], own["drawn"]
+        drawn.append(Drawn(tree, tokens[:length], *law, logprobs, divergences))
+    return drawn
 
 
 def trace_plain(drawn: Drawn, rewards: torch.Tensor) -> list[StepTrace]:
-    """One candidate a step, the token that was drawn; all scores stand in the first step."""
+    """Trace one candidate a step, the token that was drawn; the first step holds all scores."""
     unknown = torch.full((1,), math.nan)
     scores = [rewards[None]] + [torch.empty(1, 0)] * (len(drawn.token_ids) - 1)
 
@@ -259,9 +237,9 @@ def trace_plain(drawn: Drawn, rewards: torch.Tensor) -> list[StepTrace]:
 def certify_plain(drawn: Drawn, weights: Mapping[str, float], *, num: int) -> Certificate:
     """Return the certificate of the best of `num` responses (1: of a plain one).
 
-    The divergence of the best of n from what it was drawn from is at most log n - (n - 1) / n,
-    which stands here in its place; to another model the winner's own log-ratio is added, so that
-    the mean over responses is an upper bound on the divergence.
+    The best of n diverges from the law that it was drawn from by at most log n - (n - 1) / n, and
+    the certificate gives this bound in place of the divergence. For another model it adds the
+    winner's own log-ratio, so that the mean over responses bounds the divergence.
     """
     extra = math.log(num) - (num - 1) / num
     totals: dict[str, float | None] = {"sft": None, "baseline": None}

@@ -2,12 +2,12 @@
 
 A depth of the forest is a few hundred small kernels. Launched one by one from Python they take
 longer than the device needs to run them; replayed as a graph, a depth is one launch. What changes
-from depth to depth (how deep it is, what was drawn, who is finished) therefore lives on the device,
-and so does every buffer that a kernel touches, where it was when the graph was captured.
+from depth to depth (the depth itself, the tokens drawn, the roll-outs that are finished) therefore
+lives on the device, and every buffer that a kernel touches stays at the address that it had when
+the graph was captured.
 
-Rows that are finished stay where they are, idle, until few enough are left for a graph of half the
-size. The host learns of that late: it reads how many ran a few depths ago, and that many run now at
-most.
+Finished rows stay where they are, idle, until few enough run for a graph of half the size. The host
+learns of that late, without waiting: it reads how many ran a few depths ago, and no more run now.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import warn_caller
 from ..forest.language import LanguageForest
 from .state import RolloutSampler, RolloutState
 
-# Depths between two looks at how many roll-outs still run, and how old the answer may be.
+# Depths between two looks at how many roll-outs run; each look shows the number of the one before.
 _LOOK_EVERY = 8
 
 
@@ -39,8 +39,9 @@ class RolloutGraphs:
     ) -> None:
         self.forest, self.sampler, self.captures = forest, sampler, captures
         cache, device = forest.cache, forest.device
-        self.state = RolloutState.resting(cache.num_rows, cache.branch_capacity, device)
-        self.tree = torch.zeros(cache.num_rows, dtype=torch.int64, device=device)
+        keys = torch.zeros(cache.num_rows, dtype=torch.int64, device=device)
+        limits = [cache.branch_capacity] * cache.num_rows
+        self.state = RolloutState.begin(keys, limits, [0] * cache.num_rows)
         self.prefix_len = torch.zeros(cache.num_trees, dtype=torch.int64, device=device)
         self.depth = torch.ones(1, dtype=torch.int64, device=device)
         self.num_running = torch.zeros(1, dtype=torch.int64, device=device)
@@ -49,22 +50,22 @@ class RolloutGraphs:
         self._is_refused = False
         self._pool = torch.cuda.graph_pool_handle() if captures else None
 
-    def run(self, state: RolloutState, tree: torch.Tensor, num_depths: int) -> int | None:
+    def run(self, state: RolloutState, num_depths: int) -> int | None:
         """Go on with roll-outs that have drawn their first token, until all are finished.
 
         Args:
-            state: of roll-outs that are each in a row of their own; changed in place.
-            tree: int64 `[N]`, ascending, the tree of each row.
+            state: of roll-outs that are each in a row of their own, ascending in their trees;
+                changed in place.
             num_depths: no roll-out has more tokens than this.
 
         Returns:
-            Forward passes that were run; None where the model cannot be captured, which is said in
-            a warning, once. Then nothing has changed.
+            Forward passes that were run; None, with nothing changed, where the model cannot be
+            captured. A warning says so, once.
         """
         if num_depths == 1:
             return 0
-        num_rows = self._size_for(len(tree))
-        self._load(state, tree)
+        num_rows = self._size_for(len(state.keys))
+        self._load(state)
         if not self._prepare(num_rows):
             return None
         lagged = LaggedCount(self.num_running)
@@ -76,11 +77,12 @@ class RolloutGraphs:
                 at_most = lagged.exchange()
                 if at_most == 0:
                     break
-                smaller = self._size_for(len(tree) if at_most is None else at_most)
+                smaller = self._size_for(len(state.keys) if at_most is None else at_most)
                 if 2 * smaller <= num_rows and self._prepare(smaller):
                     self._gather_running(num_rows, smaller, depth)
                     num_rows = smaller
-        self._store(state)
+        # Rows that rested from the start stand behind all roll-outs still.
+        self.state.copy_to(state)
         return depth - 1
 
     def _size_for(self, num: int) -> int:
@@ -89,13 +91,13 @@ class RolloutGraphs:
         return min(-(-num // step) * step, self.forest.cache.num_rows)
 
     def _step(self, num_rows: int) -> None:
-        """One depth of the first `num_rows` rows; the host knows nothing of it but their number."""
+        """Run one depth of the first `num_rows` rows; everything else is read on the device."""
         state = self.state
         tokens = state.tokens[:num_rows].index_select(1, self.depth - 1)
         logits = self.forest.forward_depth(
             tokens,
             depth=self.depth,
-            tree=self.tree[:num_rows],
+            tree=state.tree[:num_rows],
             prefix_len=self.prefix_len[: self.forest.cache.num_trees],
         )
         self.sampler.advance(logits, state, self.depth)
@@ -140,8 +142,8 @@ class RolloutGraphs:
             now, aside = torch.cuda.current_stream(), _side_stream(self.forest.device)
             aside.wait_stream(now)
             with torch.cuda.stream(aside):
-                # Compiles kernels and allocates workspaces. No roll-out moves on, and the KV that
-                # is written is that of a token which is still to come.
+                # A trial step compiles kernels and allocates workspaces. It moves no roll-out on,
+                # since all are marked finished, and the depth itself will overwrite its KV.
                 self.state.finished.fill_(True)
                 try:
                     self._step(num_rows)
@@ -150,71 +152,57 @@ class RolloutGraphs:
                     self.state.finished.copy_(finished)
                     now.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            # Not the stream that torch.cuda.graph has for all devices.
-            options = {"stream": aside, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(graph, pool=self._pool, **options):
+            # The stream that torch.cuda.graph would take is one for all devices.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
+            ):
                 self._step(num_rows)
         return graph.replay
 
-    def _load(self, state: RolloutState, tree: torch.Tensor) -> None:
+    def _load(self, state: RolloutState) -> None:
         """Copy `state` to the fixed addresses; rows beyond it rest, in the last tree."""
-        num = len(tree)
+        assert state.tokens.shape[1] <= self.state.tokens.shape[1], "more tokens than branches hold"
         self.state.finished.fill_(True)
-        torch.arange(len(self.tree), out=self.state.origin)
-        for name, field in vars(state).items():
-            own = vars(self.state)[name]
-            if field.dim() == 2:
-                own = own[:, : field.shape[1]]
-            own[:num] = field
-        self.tree[:num] = tree
-        self.tree[num:] = tree[-1:]
+        self.state.tree.copy_(state.tree[-1:])
+        state.copy_to(self.state)
         lengths = torch.tensor(self.forest.cache.prefix_len)
         self.prefix_len[: len(lengths)].copy_(lengths)
         self.depth.fill_(1)
 
-    def _store(self, state: RolloutState) -> None:
-        """Copy back what has become of the roll-outs, each to the place where it was."""
-        where = self.state.origin.argsort()[: len(state.keys)]
-        for name, field in vars(state).items():
-            own = vars(self.state)[name][where]
-            field.copy_(own[:, : field.shape[1]] if field.dim() == 2 else own)
-
     def _gather_running(self, num_rows: int, smaller: int, depth: int) -> None:
         """Move the roll-outs that run, in their order, into the first `smaller` rows."""
-        finished = self.state.finished[:num_rows].to(torch.int8)
-        order = finished.argsort(stable=True)[:smaller].sort().values
-        stays = torch.zeros_like(finished).index_fill_(0, order, 1)
-        self.forest.cache.take_rows(order, depth)
-        self.state.permute(stays.argsort(descending=True, stable=True))
-        self.tree[:smaller] = self.tree[order]
+        order = self.state.running_first(self.state.tree[:num_rows])
+        # Finished ones fill the rows that are left over: sorted, trees ascend all the same.
+        order[:smaller] = order[:smaller].sort().values
+        self.forest.cache.take_rows(order[:smaller], depth)
+        self.state.permute(order)
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One a device: cuBLAS keeps a workspace for every stream that it ever ran on."""
-    return torch.cuda.Stream(device)
+    """Return the one stream of captures: cuBLAS keeps a workspace for every stream it ran on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class LaggedCount:
-    """A number of the device, read one exchange late: what is read was ready long ago."""
+    """A number of the device, read one exchange late so that its copy has long arrived."""
 
     def __init__(self, number: torch.Tensor) -> None:
         self._number = number
-        self._is_cuda = number.device.type == "cuda"
-        self._copy = torch.empty_like(number, device="cpu", pin_memory=self._is_cuda)
+        is_cuda = number.device.type == "cuda"
+        self._copy = torch.empty_like(number, device="cpu", pin_memory=is_cuda)
+        # The stream of the number's device, which need not be the current one, makes the copies.
+        self._stream = torch.cuda.current_stream(number.device) if is_cuda else None
         self._sent: torch.cuda.Event | None = None
         self._has_sent = False
 
     def exchange(self) -> int | None:
         """Return what was sent last time, None the first time, and send the number of now."""
-        before = None
-        if self._has_sent:
-            if self._sent is not None:
-                self._sent.synchronize()
-            before = int(self._copy)
+        if self._sent is not None:
+            self._sent.synchronize()
+        before = int(self._copy) if self._has_sent else None
         self._copy.copy_(self._number, non_blocking=True)
-        if self._is_cuda:
-            self._sent = torch.cuda.Event()
-            self._sent.record()
+        if self._stream is not None:
+            self._sent = self._stream.record_event()
         self._has_sent = True
         return before

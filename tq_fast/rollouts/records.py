@@ -1,4 +1,4 @@
-"""The records of roll-outs: where each belongs, what it starts from, and what came of it."""
+"""The records of roll-outs: their places, their starts and their outcomes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Root:
-    """What a tree's roll-outs start from, at one step.
+    """The start of a tree's roll-outs at one step.
 
     Attributes:
         candidates: k token ids.
@@ -76,12 +76,12 @@ class Root:
 class ReusedRollout:
     """The start of a greedy roll-out that the step before has run already.
 
-    The greedy roll-out of the chosen token continues with its arg-max child; what follows the child
-    there is the child's own greedy roll-out.
+    The greedy roll-out of the chosen token continues with its arg-max child. The tokens after this
+    child are the child's own greedy roll-out, and the child is a candidate of the next step.
 
     Attributes:
         candidate: token id of the child.
-        tokens: what follows it, as far as it was run.
+        tokens: the tokens after it, as far as they were run.
         is_finished: whether it ends there with an EOS.
         saved: KV of all of `tokens` but the last, `[1, H_kv, len - 1, d]` a layer.
     """
@@ -101,8 +101,7 @@ class RolloutWave:
         first_row: the candidate `(tree, candidate_idx)` is this row of `first_logits` and `saved`.
         first_logits: logits `[C, V]` after each candidate that ran.
         saved: KV of these candidates.
-        row_of: row of the cache in which a roll-out ended; empty where the rows were not kept track
-            of.
+        row_of: row of the cache in which a roll-out ended; empty where nobody kept track of rows.
         num_steps: forward passes that were run.
     """
 

@@ -13,58 +13,88 @@ from ..config import DecodeConfig
 
 @dataclasses.dataclass
 class RolloutState:
-    """What is known of N roll-outs.
+    """What is known of N roll-outs of at most L tokens.
 
     Attributes:
         keys: int64 `[N]`, of the random streams.
         limits: int64 `[N]`, tokens at most.
+        tree: int64 `[N]`, the tree that each belongs to.
         tokens: int64 `[N, L]`.
         lengths: int64 `[N]`.
         finished: bool `[N]`.
         logprob: fp32 `[N]`, sum of log pi_BL of the tokens, natural log.
         proposal_logprob: fp32 `[N]`, sum of the log density that they were drawn from.
         origin: int64 `[N]`, which roll-out this was at the beginning.
+        columns: fp32 `[N, L]` each, what else is recorded of every token, by name.
     """
 
     keys: torch.Tensor
     limits: torch.Tensor
+    tree: torch.Tensor
     tokens: torch.Tensor
     lengths: torch.Tensor
     finished: torch.Tensor
     logprob: torch.Tensor
     proposal_logprob: torch.Tensor
     origin: torch.Tensor
+    columns: dict[str, torch.Tensor]
 
     @staticmethod
-    def resting(num: int, width: int, device: torch.device) -> RolloutState:
-        """N roll-outs that are finished before they begin."""
-        numbers = torch.zeros(4, num, dtype=torch.int64, device=device)
-        sums = torch.zeros(2, num, dtype=torch.float32, device=device)
+    def begin(
+        keys: torch.Tensor, limits: Sequence[int], trees: Sequence[int], columns: Sequence[str] = ()
+    ) -> RolloutState:
+        """Roll-outs without a token yet, on the device of `keys`."""
+        num, device = len(limits), keys.device
+        tokens = keys.new_zeros(num, max(limits))
         return RolloutState(
-            keys=numbers[0],
-            limits=numbers[1],
-            tokens=torch.zeros(num, width, dtype=torch.int64, device=device),
-            lengths=numbers[2],
-            finished=torch.ones(num, dtype=torch.bool, device=device),
-            logprob=sums[0],
-            proposal_logprob=sums[1],
-            origin=torch.arange(num, out=numbers[3]),
+            keys=keys,
+            limits=torch.tensor(limits, device=device),
+            tree=torch.tensor(trees, device=device),
+            tokens=tokens,
+            lengths=keys.new_zeros(num),
+            finished=torch.zeros(num, dtype=torch.bool, device=device),
+            logprob=torch.zeros(num, device=device),
+            proposal_logprob=torch.zeros(num, device=device),
+            origin=torch.arange(num, device=device),
+            columns={name: torch.zeros(tokens.shape, device=device) for name in columns},
         )
 
-    @staticmethod
-    def begin(keys: torch.Tensor, limits: Sequence[int]) -> RolloutState:
-        """Roll-outs without a token yet, of at most `limits[i]` tokens, on the device of `keys`."""
-        state = RolloutState.resting(len(limits), max(limits), keys.device)
-        state.keys = keys
-        state.limits = torch.tensor(limits, device=keys.device)
-        state.finished.fill_(False)
-        return state
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All fields and columns by name, each with a row for every roll-out."""
+        fields = {name: field for name, field in vars(self).items() if name != "columns"}
+        return fields | {f"columns[{name}]": column for name, column in self.columns.items()}
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where each roll-out of the beginning is now, int64 `[N]`."""
+        return self.origin.argsort()
+
+    def count_running(self, num: int) -> int:
+        """How many of the first `num` are not finished."""
+        return int((~self.finished[:num]).sum())
+
+    def running_first(self, by: torch.Tensor) -> torch.Tensor:
+        """Order of the first roll-outs that puts those that run in front.
+
+        They ascend in `by` (int64 `[n]`), equal ones as they were; behind them come the finished
+        ones as they were. The host does not wait for the device.
+        """
+        last = torch.iinfo(torch.int64).max
+        return by.masked_fill(self.finished[: by.shape[0]], last).argsort(stable=True)
 
     def permute(self, order: torch.Tensor) -> None:
         """Roll-out i of the first becomes roll-out `order[i]`."""
         num = order.shape[0]
-        for field in vars(self).values():
+        for field in self.tensors.values():
             field[:num] = field[order]
+
+    def copy_to(self, other: RolloutState) -> None:
+        """Overwrite the first roll-outs of `other`, as far as both reach."""
+        for name, field in self.tensors.items():
+            target = other.tensors[name]
+            common = tuple(map(slice, map(min, field.shape, target.shape)))
+            target[common] = field[common]
 
 
 @dataclasses.dataclass(frozen=True)
