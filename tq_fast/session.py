@@ -21,12 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
+from .forest.language import vocab_size_of
 from .models.loading import (
     ModelLike,
     TokenizerLike,
     check_same_vocabulary,
     end_token_ids,
-    evaluating,
     load_language_model,
     load_reward,
     load_tokenizer,
@@ -217,7 +217,7 @@ class Session:
         if len(given) == 2:
             own = load_tokenizer(None, given["sft"], "sft")
             check_same_vocabulary(self.tokenizer, own, *self.languages.values())
-        sizes = [_vocab_size_of(model) for model in self.languages.values()]
+        sizes = [vocab_size_of(model) for model in self.languages.values()]
         self.vocab_size = min(sizes)
         self.rewards: dict[str, Reward] = {
             role: load_reward(
@@ -302,7 +302,6 @@ class Session:
         finished: dict[int, PromptResult] = {}
         with (
             TokenBar(len(prompts) * method.tokens_per_prompt, visible=progress) as bar,
-            evaluating(self._models()),
             carry_finished(finished),
         ):
             report = Report(bar, finished, on_token, on_finished)
@@ -313,14 +312,6 @@ class Session:
                     shape = smaller_after(error, shape)
         results = [finished[idx] for idx in range(len(prompts))]
         return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
-
-    def _models(self) -> list[PreTrainedModel]:
-        scorers = [reward.model for reward in self.rewards.values() if reward.model is not None]
-        return [*self.languages.values(), *scorers]
-
-
-def _vocab_size_of(model: PreTrainedModel) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
 
 
 class TokenBar:

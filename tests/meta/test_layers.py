@@ -13,8 +13,8 @@ import tq_fast
 ROOT = Path(tq_fast.__file__).parent
 REPOSITORY = ROOT.parent
 
-# The floors of the house from the ground up: a module imports from floors below its own, or from its
-# own folder. docs/develop/architecture.md says what lives where.
+# The floors of the house from the ground up: a module imports from floors below its own, or from
+# its own folder. docs/develop/architecture.md says what lives where.
 FLOORS = (
     {"_version", "errors"},
     {"config", "env", "kernels", "prompts"},

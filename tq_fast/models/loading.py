@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-import weakref
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +17,7 @@ from transformers import (
 )
 
 from ..errors import InvalidArgument, UnsupportedModel
+from ..forest.language import vocab_size_of
 from ..forest.support import check_supported
 from ..rewards.base import Reward, RewardFunction, Texts
 from ..rewards.causal import CausalReward, is_causal_classifier
@@ -29,10 +26,6 @@ from ..rewards.function import FunctionReward
 
 ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
-
-# Held by the thread that decodes with a model.
-_locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_making_locks = threading.Lock()
 
 
 def load_language_model(
@@ -151,38 +144,12 @@ def check_same_vocabulary(
                 f"{len(theirs)} and {len(ours)}), for one in the token {differing!r}"
             )
         return
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (sft_model, baseline_model)]
+    sizes = [vocab_size_of(model) for model in (sft_model, baseline_model)]
     if sizes[0] != sizes[1]:
         raise InvalidArgument(
             f"sft and baseline must have the same vocabulary, got sizes {sizes[0]} and {sizes[1]} "
             "and not both tokenizers"
         )
-
-
-@contextlib.contextmanager
-def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Within the block `models` are in evaluation mode; afterwards each part is as it was.
-
-    Another thread that wants one of them waits: a model over a forest has another attention.
-    """
-    with contextlib.ExitStack() as held:
-        # In one order everywhere, so that no two threads wait for each other.
-        models = sorted(set(models), key=id)
-        for model in models:
-            held.enter_context(_lock_of(model))
-        training = [part for model in models for part in model.modules() if part.training]
-        for part in training:
-            part.training = False
-        try:
-            yield
-        finally:
-            for part in training:
-                part.training = True
-
-
-def _lock_of(model: torch.nn.Module) -> threading.RLock:
-    with _making_locks:
-        return _locks.setdefault(model, threading.RLock())
 
 
 def end_token_ids(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from .. import ops
-from ..config import DecodeConfig
+from ..config import DecodeConfig, Role
 from ..errors import DecodingError
 from ..forest.language import LanguageForest
 from ..ops.sample_tokens import SampledTokens, proposal_logprobs
@@ -58,12 +58,12 @@ class Drawn:
 class MixtureSampler:
     """How responses are drawn; as `RolloutSampler`, from the mixture of `weights`."""
 
-    weights: Mapping[str, float]
+    weights: Mapping[Role, float]
     eos: torch.Tensor
     vocab_size: int
     config: DecodeConfig
 
-    def advance(self, logits: Mapping[str, torch.Tensor], state: RolloutState, depth: int) -> None:
+    def advance(self, logits: Mapping[Role, torch.Tensor], state: RolloutState, depth: int) -> None:
         """Draw the token at `depth` of the first responses and record its log-probs and KLs.
 
         Raises:
@@ -96,7 +96,7 @@ class MixtureSampler:
             state.columns[name][:num, depth] = values
 
     def _compare(
-        self, policy: torch.Tensor, drawn: SampledTokens, logits: Mapping[str, torch.Tensor]
+        self, policy: torch.Tensor, drawn: SampledTokens, logits: Mapping[Role, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Log-prob of the drawn tokens under every model, and KL `[n]` of the law drawn from."""
         config = self.config
@@ -119,8 +119,8 @@ class MixtureSampler:
 
 
 def sample_responses(
-    forests: Mapping[str, LanguageForest],
-    weights: Mapping[str, float],
+    forests: Mapping[Role, LanguageForest],
+    weights: Mapping[Role, float],
     *,
     numbers: Sequence[int],
     prompt_keys: Sequence[int],
@@ -174,7 +174,7 @@ def sample_responses(
 
 
 def mix_policies(
-    logits: Mapping[str, torch.Tensor], weights: Mapping[str, float], vocab_size: int
+    logits: Mapping[Role, torch.Tensor], weights: Mapping[Role, float], vocab_size: int
 ) -> torch.Tensor:
     """Return `sum_m c_m log_softmax(logits_m)` `[N, V]`, fp32; unnormalised, natural log.
 
@@ -234,7 +234,7 @@ def trace_plain(drawn: Drawn, rewards: torch.Tensor) -> list[StepTrace]:
     ]
 
 
-def certify_plain(drawn: Drawn, weights: Mapping[str, float], *, num: int) -> Certificate:
+def certify_plain(drawn: Drawn, weights: Mapping[Role, float], *, num: int) -> Certificate:
     """Return the certificate of the best of `num` responses (1: of a plain one).
 
     The best of n diverges from the law that it was drawn from by at most log n - (n - 1) / n, and

@@ -49,7 +49,6 @@ class _CausalSession:
         self.reward = reward
         self.prompts = list(opening.prompts)
         model = reward.model
-        self.backbone = getattr(model, model.base_model_prefix)
         self.pad = model.config.get_text_config().pad_token_id
         self.forest = Forest(
             model,
@@ -123,7 +122,7 @@ class _CausalSession:
         if not stored:
             known = share_prefix(self.forest.cache, tree, common, self.prefixes)
             if common[known:]:
-                self.forest.run_prefill(self.backbone, tree, common[known:])
+                self.forest.run_prefill(self.forest.model.base_model, tree, common[known:])
             self.prefixes[tree] = common
             return
         kept = common_length([stored, common])
@@ -151,7 +150,7 @@ class _CausalSession:
         )
         last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=forest.device)
         output = forest.run_branches(
-            self.backbone,
+            self.forest.model.base_model,
             tokens,
             start=0,
             tree=torch.tensor(trees, device=forest.device),
@@ -162,7 +161,7 @@ class _CausalSession:
         return self._head(pooled)[:, self.reward.label].tolist()
 
     def _head(self, pooled: torch.Tensor) -> torch.Tensor:
-        head = self.reward.model.score
+        head = self.forest.model.score
         if isinstance(head, torch.nn.Linear):
             bias = None if head.bias is None else head.bias.float()
             return functional.linear(pooled.float(), head.weight.float(), bias)

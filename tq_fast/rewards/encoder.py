@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..forest.language import device_of
+from ..forest.view import view_of
 from ..prompts import Prompt
 from .base import Opening, RewardSession, drop_from
 from .classifier import ClassifierReward
@@ -29,6 +31,7 @@ class _EncoderSession:
         self.reward = reward
         self.prompts = list(prompts)
         self.num_token_forwards = 0
+        self.model = view_of(reward.model)
         self.pad = reward.model.config.get_text_config().pad_token_id
 
     def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
@@ -54,7 +57,7 @@ class _EncoderSession:
         drop_from(self.prompts, tree)
 
     def _forward(self, rows: list[list[int]]) -> list[float]:
-        device = self.reward.model.device
+        device = device_of(self.reward.model)
         width = max(map(len, rows))
         self.num_token_forwards += len(rows) * width
         pad = 0 if self.pad is None else self.pad
@@ -62,5 +65,5 @@ class _EncoderSession:
         mask = torch.tensor(
             [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
         )
-        logits = self.reward.model(input_ids=tokens, attention_mask=mask).logits
+        logits = self.model(input_ids=tokens, attention_mask=mask).logits
         return logits.float()[:, self.reward.label].tolist()
