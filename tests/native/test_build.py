@@ -40,13 +40,3 @@ def test_the_sources_use_no_macro_that_torch_2_11_lacks():
     later = ("STABLE_TORCH_ERROR_CODE_CHECK",)
     for path in sources.rglob("*.*"):
         assert not [name for name in later if name in path.read_text()], path
-
-
-def test_direct_module_is_inside_the_package_and_its_absence_is_no_error(monkeypatch):
-    module = _native.load_direct()
-    assert Path(module.__file__).parent == Path(_native.__file__).parent
-    monkeypatch.setitem(sys.modules, "tq_fast._direct", None)
-    _native.direct_refusal.cache_clear()
-    assert _native.load_direct() is None
-    assert "this torch lacks the interface" in _native.direct_refusal()
-    _native.direct_refusal.cache_clear()

@@ -82,7 +82,6 @@ def _libraries() -> list[tuple[str, str]]:
     refusals = {
         "CPU library": _native.cpu_refusal(),
         "CUDA library": _native.cuda_refusal(),
-        "direct calls": _native.direct_refusal(),
         "common headers": common,
     }
     return [

@@ -23,8 +23,7 @@ import torch
 from torch import nn
 
 from ..cache.attention import forest_attention
-from ..ops.finish_decoder_layer import finish_decoder_layer_cpu
-from ..ops.project_qkv import project_qkv_cpu
+from ..ops._dispatch import unchecked_kernel
 
 # Digests of the statements of each part. The three forms of attention differ in how they hand on a
 # sliding window, which the forest takes from the mask.
@@ -120,6 +119,8 @@ def _forward_of(
     attention: nn.Module, mlp: nn.Module, first_norm: nn.Module, second_norm: nn.Module
 ) -> Callable[..., torch.Tensor]:
     layer_idx, scaling = attention.layer_idx, attention.scaling
+    project_qkv = unchecked_kernel("project_qkv", "cpu")
+    finish_decoder_layer = unchecked_kernel("finish_decoder_layer", "cpu")
     # Straight from the dicts: `attention.q_proj.weight` is two searches through modules.
     q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, norm_in, norm_out = (
         module._parameters
@@ -140,7 +141,7 @@ def _forward_of(
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
-        q, k, v = project_qkv_cpu(
+        q, k, v = project_qkv(
             hidden_states,
             norm_in["weight"],
             (q_proj["weight"], q_proj["bias"]),
@@ -152,7 +153,7 @@ def _forward_of(
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         k, v = past_key_values.update(k, v, layer_idx)
         attended, _ = forest_attention(attention, q, k, v, attention_mask, scaling, **kwargs)
-        return finish_decoder_layer_cpu(
+        return finish_decoder_layer(
             attended.flatten(2),
             hidden_states,
             (o_proj["weight"], o_proj["bias"]),

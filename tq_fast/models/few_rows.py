@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import _native
-from ..ops.few_rows_linear import NativeLinear, unchecked_few_rows_linear
+from ..ops._dispatch import unchecked_kernel
 from .decoder_layers import fused_forward, is_plain_linear
 
 Forward = Callable[..., torch.Tensor]
@@ -71,7 +71,7 @@ class FewRows:
     """
 
     def __init__(self, model: nn.Module, backend: str | None = None) -> None:
-        self._native = unchecked_few_rows_linear(backend)
+        self._native = unchecked_kernel("few_rows_linear", backend)
         self._linears: list[nn.Linear] = []
         self._fused: list[tuple[nn.Module, Forward, torch.dtype]] = []
         for module in model.modules() if self._native is not None else ():
@@ -118,7 +118,7 @@ class FewRows:
         return chosen
 
 
-def _native_forward(layer: nn.Linear, native: NativeLinear) -> Forward:
+def _native_forward(layer: nn.Linear, native: Forward) -> Forward:
     # Straight from the dict: `layer.weight` costs a search through the module for each call.
     parameters = layer._parameters
 

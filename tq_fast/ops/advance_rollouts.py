@@ -65,10 +65,9 @@ def advance_rollouts_(
     state = (tokens, lengths, finished, logprob_sums, proposal_logprob_sums, eos)
     parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     parameters |= {"vocab_size": vocab_size, "seed": seed}
-    if _OP.at_once(backend, logits, keys, step, *state, **parameters) is NotImplemented:
-        check_sampler(name, logits, keys, step, **parameters)
-        _check_state(name, logits, *state)
-        _OP(backend, logits, keys, step, *state, **parameters)
+    check_sampler(name, logits, keys, step, **parameters)
+    _check_state(name, logits, *state)
+    _OP(backend, logits, keys, step, *state, **parameters)
 
 
 def advance_rollouts_ref(

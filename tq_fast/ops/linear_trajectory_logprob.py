@@ -58,11 +58,8 @@ def linear_trajectory_logprob(
         BackendRefused: the pinned backend does not take these inputs.
     """
     parameters = {"bias": bias, "scale": scale, "softcap": softcap, "vocab_size": vocab_size}
-    result = _OP.at_once(backend, hidden, weight, tokens, lengths, **parameters)
-    if result is NotImplemented:
-        _check(hidden, weight, tokens, lengths, **parameters)
-        result = _OP(backend, hidden, weight, tokens, lengths, **parameters)
-    return result
+    _check(hidden, weight, tokens, lengths, **parameters)
+    return _OP(backend, hidden, weight, tokens, lengths, **parameters)
 
 
 def _check(

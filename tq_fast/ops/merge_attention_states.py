@@ -47,11 +47,8 @@ def merge_attention_states(
         BackendRefused: the pinned backend does not take these inputs.
     """
     (out_a, lse_a), (out_b, lse_b) = _two("a", a), _two("b", b)
-    result = _OP.at_once(backend, out_a, lse_a, out_b, lse_b)
-    if result is NotImplemented:
-        _check(out_a, lse_a, out_b, lse_b)
-        result = _OP(backend, out_a, lse_a, out_b, lse_b)
-    return AttentionState._make(result)
+    _check(out_a, lse_a, out_b, lse_b)
+    return AttentionState._make(_OP(backend, out_a, lse_a, out_b, lse_b))
 
 
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:

@@ -40,6 +40,22 @@ class ReweightedSample(NamedTuple):
     ess: Tensor
 
 
+class _Arguments(NamedTuple):
+    """What `reweight_sample` takes, in the order in which every backend of the op gets it."""
+
+    prior_logprobs: Tensor
+    token_ids: Tensor
+    rewards: Tensor
+    log_weights: Tensor | None
+    lengths: Tensor | None
+    alpha: float
+    estimator: Estimator
+    greedy: bool
+    seed: int | Tensor
+    keys: Tensor | None
+    step: int | Tensor
+
+
 def reweight_sample(
     prior_logprobs: Tensor,
     token_ids: Tensor,
@@ -84,16 +100,10 @@ def reweight_sample(
         InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    inputs = (prior_logprobs, token_ids, rewards, log_weights, lengths)
-    direct = _OP.direct(backend)
-    if direct is not None:
-        result = direct(ReweightedSample, *inputs, alpha, estimator, greedy, seed, keys, step)
-        if result is not NotImplemented:
-            return result
-    parameters = {"alpha": alpha, "estimator": estimator, "greedy": greedy}
-    parameters |= {"seed": seed, "keys": keys, "step": step}
-    _check(*inputs, **parameters)
-    return ReweightedSample._make(_OP(backend, *inputs, **parameters))
+    tensors = (prior_logprobs, token_ids, rewards, log_weights, lengths)
+    arguments = _Arguments(*tensors, alpha, estimator, greedy, seed, keys, step)
+    _check(arguments)
+    return ReweightedSample._make(_OP(backend, *arguments))
 
 
 def reweight_sample_ref(
@@ -171,81 +181,70 @@ def _first_largest(scores: Tensor, token_ids: Tensor) -> Tensor:
     return (is_largest & (token_ids == lowest)).to(torch.int8).argmax(dim=-1)
 
 
-def _check(
-    prior_logprobs: Tensor,
-    token_ids: Tensor,
-    rewards: Tensor,
-    log_weights: Tensor | None,
-    lengths: Tensor | None,
-    *,
-    alpha: float,
-    estimator: str,
-    greedy: bool,
-    seed: int | Tensor,
-    keys: Tensor | None,
-    step: int | Tensor,
-) -> None:
-    op = "reweight_sample"
-    tensors = {"prior_logprobs": prior_logprobs, "token_ids": token_ids, "rewards": rewards}
-    optional = _checks.given(log_weights=log_weights, lengths=lengths, keys=keys)
-    _checks.require_tensors(op, **tensors, **optional)
-    _checks.require_dim(op, "prior_logprobs", prior_logprobs, 2, "[G, k]")
-    _checks.require_float(op, "prior_logprobs", prior_logprobs)
-    trees, k = prior_logprobs.shape
+def _check(arguments: _Arguments) -> None:
+    op, prior = "reweight_sample", arguments.prior_logprobs
+    required = {
+        name: getattr(arguments, name) for name in ("prior_logprobs", "token_ids", "rewards")
+    }
+    optional = _checks.given(
+        log_weights=arguments.log_weights, lengths=arguments.lengths, keys=arguments.keys
+    )
+    _checks.require_tensors(op, **required, **optional)
+    _checks.require_dim(op, "prior_logprobs", prior, 2, "[G, k]")
+    _checks.require_float(op, "prior_logprobs", prior)
+    trees, k = prior.shape
     _checks.require_count(op, "k, the last axis of prior_logprobs,", k, 1, 2**31)
-    _checks.require_shape(op, "token_ids", token_ids, (trees, k), "[G, k]")
-    _checks.require_integer(op, "token_ids", token_ids)
-    _checks.require_dim(op, "rewards", rewards, 3, "[G, k, n]")
-    _checks.require_shape(op, "rewards", rewards, (trees, k, rewards.shape[-1]), "[G, k, n]")
-    _checks.require_float(op, "rewards", rewards)
-    if log_weights is not None:
-        _checks.require_shape(op, "log_weights", log_weights, tuple(rewards.shape), "[G, k, n]")
-        _checks.require_float(op, "log_weights", log_weights)
-    if lengths is not None:
-        _checks.require_shape(op, "lengths", lengths, (trees, k), "[G, k]")
-        _checks.require_integer(op, "lengths", lengths)
-    if keys is not None:
-        _checks.require_shape(op, "keys", keys, (trees,), "[G]")
-        _checks.require_integer(op, "keys", keys)
-    if not _checks.is_number(alpha) or not 0 < alpha < float("inf"):
-        value = _checks.describe(alpha)
+    _checks.require_dim(op, "rewards", arguments.rewards, 3, "[G, k, n]")
+    num_rollouts = arguments.rewards.shape[-1]
+    for name, axes, require_dtype in (
+        ("token_ids", "[G, k]", _checks.require_integer),
+        ("rewards", "[G, k, n]", _checks.require_float),
+        ("log_weights", "[G, k, n]", _checks.require_float),
+        ("lengths", "[G, k]", _checks.require_integer),
+        ("keys", "[G]", _checks.require_integer),
+    ):
+        tensor = getattr(arguments, name)
+        if tensor is not None:
+            shape = (trees, k, num_rollouts)[: len(axes.split())]
+            _checks.require_shape(op, name, tensor, shape, axes)
+            require_dtype(op, name, tensor)
+    if not _checks.is_number(arguments.alpha) or not 0 < arguments.alpha < float("inf"):
+        value = _checks.describe(arguments.alpha)
         raise InvalidArgument(f"{op}: alpha is {value}, expected a number above 0")
-    if not isinstance(estimator, str) or estimator not in _IS_SOFT:
-        raise InvalidArgument(f'{op}: estimator is {estimator!r}, expected "mean" or "soft"')
-    if not isinstance(greedy, int) or greedy not in (0, 1):
-        raise InvalidArgument(f"{op}: greedy is {_checks.describe(greedy)}, expected True or False")
-    _checks.require_int(op, "seed", seed, prior_logprobs=prior_logprobs)
-    _checks.require_int(op, "step", step, prior_logprobs=prior_logprobs)
-    _checks.refuse_grad(op, prior_logprobs=prior_logprobs, rewards=rewards, log_weights=log_weights)
+    if not isinstance(arguments.estimator, str) or arguments.estimator not in _IS_SOFT:
+        raise InvalidArgument(
+            f'{op}: estimator is {arguments.estimator!r}, expected "mean" or "soft"'
+        )
+    if not isinstance(arguments.greedy, int) or arguments.greedy not in (0, 1):
+        value = _checks.describe(arguments.greedy)
+        raise InvalidArgument(f"{op}: greedy is {value}, expected True or False")
+    _checks.require_int(op, "seed", arguments.seed, prior_logprobs=prior)
+    _checks.require_int(op, "step", arguments.step, prior_logprobs=prior)
+    _checks.refuse_grad(
+        op, prior_logprobs=prior, rewards=arguments.rewards, log_weights=arguments.log_weights
+    )
 
 
-def reweight_sample_native(
-    prior_logprobs: Tensor,
-    token_ids: Tensor,
-    rewards: Tensor,
-    log_weights: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    alpha: float,
-    estimator: Estimator = "mean",
-    greedy: bool = False,
-    seed: int | Tensor = 0,
-    keys: Tensor | None = None,
-    step: int | Tensor = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The C++ or CUDA kernel, by the device, with the arguments of the reference."""
+def _reference(*arguments: Any) -> ReweightedSample:
+    """The reference, with its arguments by position as every backend of the op gets them."""
+    return reweight_sample_ref(**_Arguments(*arguments)._asdict())
+
+
+def reweight_sample_native(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The C++ or CUDA kernel, by the device."""
+    given = _Arguments(*arguments)
     return torch.ops.tq_fast.reweight_sample.default(
-        prior_logprobs,
-        token_ids,
-        rewards,
-        log_weights,
-        lengths,
-        alpha,
-        _IS_SOFT[estimator],
-        greedy,
-        *philox.split_int64(seed),
-        keys,
-        *philox.split_int64(step),
+        given.prior_logprobs,
+        given.token_ids,
+        given.rewards,
+        given.log_weights,
+        given.lengths,
+        given.alpha,
+        _IS_SOFT[given.estimator],
+        given.greedy,
+        *philox.split_int64(given.seed),
+        given.keys,
+        *philox.split_int64(given.step),
     )
 
 
@@ -262,35 +261,17 @@ def _fake(prior_logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
 _MOST_CUDA_CANDIDATES = 4096
 
 
-def _refuse_cuda(
-    prior_logprobs: Tensor,
-    token_ids: Tensor,
-    rewards: Tensor,
-    log_weights: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    seed: int | Tensor = 0,
-    keys: Tensor | None = None,
-    step: int | Tensor = 0,
-    **parameters: Any,
-) -> str | None:
-    if prior_logprobs.shape[1] > _MOST_CUDA_CANDIDATES:
-        return f"k is {prior_logprobs.shape[1]}; the kernel takes up to {_MOST_CUDA_CANDIDATES}"
-    return _checks.refuse_other_device(
-        prior_logprobs,
-        token_ids=token_ids,
-        rewards=rewards,
-        log_weights=log_weights,
-        lengths=lengths,
-        seed=seed,
-        keys=keys,
-        step=step,
-    )
+def _refuse_cuda(*arguments: Any) -> str | None:
+    given = _Arguments(*arguments)
+    k = given.prior_logprobs.shape[1]
+    if k > _MOST_CUDA_CANDIDATES:
+        return f"k is {k}; the kernel takes up to {_MOST_CUDA_CANDIDATES}"
+    return _checks.refuse_other_device(given.prior_logprobs, **given._asdict())
 
 
 _OP = Op(
     "reweight_sample",
-    reweight_sample_ref,
+    _reference,
     Backend(
         "cuda",
         native_function("reweight_sample", reweight_sample_native, _fake, "cuda"),

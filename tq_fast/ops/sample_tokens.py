@@ -71,11 +71,8 @@ def sample_tokens(
     """
     parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     parameters |= {"vocab_size": vocab_size, "seed": seed}
-    result = _OP.at_once(backend, logits, keys, step, **parameters)
-    if result is NotImplemented:
-        check_sampler("sample_tokens", logits, keys, step, **parameters)
-        result = _OP(backend, logits, keys, step, **parameters)
-    return SampledTokens._make(result)
+    check_sampler("sample_tokens", logits, keys, step, **parameters)
+    return SampledTokens._make(_OP(backend, logits, keys, step, **parameters))
 
 
 def check_sampler(

@@ -72,13 +72,10 @@ def shared_prefix_attention(
         BackendRefused: the pinned backend does not take these inputs.
     """
     inputs = (q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len)
-    # By position: a dictionary for each call on the way down costs more than the small cases have.
-    result = _OP.at_once(backend, *inputs, scale, softcap, window, tree)
-    if result is NotImplemented:
-        _check(*inputs, scale=scale, softcap=softcap, window=window, tree=tree)
-        if scale is None:
-            scale = q.shape[-1] ** -0.5
-        result = _OP(backend, *inputs, scale=scale, softcap=softcap, window=window, tree=tree)
+    _check(*inputs, scale=scale, softcap=softcap, window=window, tree=tree)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    result = _OP(backend, *inputs, scale=scale, softcap=softcap, window=window, tree=tree)
     return AttentionState._make(result)
 
 

@@ -54,10 +54,8 @@ def topk_logprobs(
         InvalidArgument: wrong axes, dtype, k, temperature or vocab_size, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    result = _OP.at_once(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
-    if result is NotImplemented:
-        _check(logits, k, temperature, vocab_size)
-        result = _OP(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
+    _check(logits, k, temperature, vocab_size)
+    result = _OP(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
     return TopKLogprobs._make(result)
 
 

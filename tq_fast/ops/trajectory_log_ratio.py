@@ -49,11 +49,8 @@ def trajectory_log_ratio(
         InvalidArgument: wrong shapes, dtypes or vocab_size, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    result = _OP.at_once(backend, logits_p, logits_q, tokens, lengths, vocab_size=vocab_size)
-    if result is NotImplemented:
-        _check(logits_p, logits_q, tokens, lengths, vocab_size)
-        result = _OP(backend, logits_p, logits_q, tokens, lengths, vocab_size=vocab_size)
-    return result
+    _check(logits_p, logits_q, tokens, lengths, vocab_size)
+    return _OP(backend, logits_p, logits_q, tokens, lengths, vocab_size=vocab_size)
 
 
 def _check(
