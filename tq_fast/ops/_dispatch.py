@@ -141,7 +141,7 @@ class Op:
         for refuse, implementation in plan:
             if refuse(first, *args, **kwargs) is None:
                 return implementation(first, *args, **kwargs)
-        if device == "cuda":
+        if device == "cuda" and self._backends:
             self._warn_slow(first, *args, **kwargs)
         return self.reference(first, *args, **kwargs)
 

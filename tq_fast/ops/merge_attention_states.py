@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgument
 from . import _checks
-from ._dispatch import Backend, Op, native_function, python_function
+from ._dispatch import Op
 
 
 class AttentionState(NamedTuple):
@@ -95,25 +95,6 @@ def _merge_ref(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> At
     return AttentionState((part_a + part_b).to(out_a.dtype), lse)
 
 
-def _fake(out_a: Tensor, lse_a: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-    # Dense, whatever the strides of the inputs.
-    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
-
-
-def _refuse_cpu(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> str | None:
-    return _checks.refuse_float64(out_a=out_a)
-
-
-_OP = Op(
-    "merge_attention_states",
-    _merge_ref,
-    Backend(
-        "triton",
-        python_function("tq_fast.kernels.merge_attention_states", "merge_attention_states_triton"),
-    ),
-    Backend(
-        "cpu",
-        native_function("merge_attention_states", None, _fake),
-        _refuse_cpu,
-    ),
-)
+# PyTorch serves on every device: no kernel was faster where it mattered, since nothing that decodes
+# merges whole tensors.
+_OP = Op("merge_attention_states", _merge_ref)

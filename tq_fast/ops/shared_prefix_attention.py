@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native import constant_when_compiling
+from .._native import cpu_has
 from ..errors import InvalidArgument
 from . import _checks
 from ._attention_aten import refuse_aten, shared_prefix_attention_aten
@@ -226,30 +226,30 @@ def _refuse_cpu(q: Tensor, *arguments: Any, **parameters: Any) -> str | None:
     return _checks.refuse_float64(q=q)
 
 
-# Scores of one key-value head and tree above which ATen's 16-bit matrix products in AMX tiles beat
-# the fp32 ones of the C++ kernel; below, its calls cost more than they save. Measured before the
-# kernel multiplied pairs of bf16: no processor with AMX was at hand since. Without AMX the kernel
-# is faster throughout (2x to 4.5x on Zen 5; fp32 held down to AVX2, as ATen is then, 1.2x to 3x).
-_FEW_SCORES = 8192
+# bf16 scores of one key-value head and tree above which ATen's matrix products in AMX tiles beat
+# the C++ kernel; below, its calls cost more than they save. Measured with two threads on a Xeon
+# (bench/test_shared_prefix_attention.py): 1.0x to 1.4x as fast as the kernel at 2^16 scores, 1.3x
+# to 4x from 2^17 on. In fp16 and fp32, and without AMX, the kernel is faster throughout.
+_MOST_BF16_SCORES = 2**16
 
 
-@constant_when_compiling
 @functools.cache
 def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    return cpu_has("amx")
 
 
 def _refuse_cpu_for_many(
     q: Tensor, prefix_k: Tensor, *arguments: Any, **parameters: Any
 ) -> str | None:
-    if q.dtype is torch.float32:
-        return None
+    # ATen refuses while a graph is traced, and a comparison of sizes would tie the graph to them.
+    if q.dtype is not torch.bfloat16 or torch.compiler.is_compiling() or not _has_amx():
+        return _refuse_cpu(q)
     rows, num_heads, num_queries, _ = q.shape
     trees, num_kv_heads, num_prefix, _ = prefix_k.shape
     scores = rows * num_heads * num_queries * num_prefix // max(trees * num_kv_heads, 1)
-    if scores > _FEW_SCORES and _has_amx():
-        return f"{scores} 16-bit scores a head are left to ATen's 16-bit products"
-    return _refuse_cpu(q)
+    if scores > _MOST_BF16_SCORES:
+        return f"{scores} bf16 scores a head are left to ATen's products in AMX tiles"
+    return None
 
 
 def _refuse_triton(
