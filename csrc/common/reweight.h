@@ -60,29 +60,32 @@ TQ_HOST_DEVICE double largest_of(const Real* numbers, int64_t n, Reader reader =
   return max_over(reader, largest);
 }
 
-// The weights of n roll-outs of one candidate, up to a factor: 1 for all where log_weights is null.
+// The weights of n roll-outs of one candidate, up to a factor: exp(log_weight - the largest of them).
 template <typename Real>
-struct RolloutWeights {
+struct LogWeights {
   const Real* log_weights;
-  double peak;
+  double largest;
 };
 
 template <typename Real>
-TQ_HOST_DEVICE double weight_at(const RolloutWeights<Real>& weights, int64_t i) {
-  if (weights.log_weights == nullptr) return 1.0;
-  return ::exp(static_cast<double>(weights.log_weights[i]) - weights.peak);
+TQ_HOST_DEVICE double weight_at(const LogWeights<Real>& weights, int64_t i) {
+  return ::exp(static_cast<double>(weights.log_weights[i]) - weights.largest);
+}
+
+// Weights that were made before; null: all equal.
+struct RolloutWeights {
+  const double* weights;
+};
+
+TQ_HOST_DEVICE double weight_at(const RolloutWeights& weights, int64_t i) {
+  return weights.weights == nullptr ? 1.0 : weights.weights[i];
 }
 
 // The value of one candidate from its n roll-outs, whose weights are normalised within it; NaN where
-// no roll-out has any weight, since 0/0 is.
-// `log_weights` may be null: all equal. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
-// cpu/reweight_rows.cpp does the same for several candidates at a time.
-template <typename Real, typename Reader = OneReader>
-TQ_HOST_DEVICE CandidateValue value_candidate(
-    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {
-  RolloutWeights<Real> weights{log_weights, 0.0};
-  if (log_weights != nullptr) weights.peak = largest_of(log_weights, n, reader);
-
+// no roll-out has any weight, since 0/0 is. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
+template <typename Real, typename Weights, typename Reader = OneReader>
+TQ_HOST_DEVICE CandidateValue value_weighted(
+    const Real* rewards, const Weights& weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {
   double mass = 0.0;
   double mass_of_squares = 0.0;
   double top = -INFINITY;
@@ -121,6 +124,15 @@ TQ_HOST_DEVICE CandidateValue value_candidate(
   const double standard_error =
       n > 1 ? ::sqrt(count / (count - 1.0) * spread) / mass : static_cast<double>(NAN);
   return {q, standard_error, mass * mass / mass_of_squares};
+}
+
+// The same from log-weights, which may be null: then all roll-outs weigh the same.
+template <typename Real, typename Reader = OneReader>
+TQ_HOST_DEVICE CandidateValue value_candidate(
+    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {
+  if (log_weights == nullptr) return value_weighted(rewards, RolloutWeights{nullptr}, n, alpha, is_soft, reader);
+  const LogWeights<Real> weights{log_weights, largest_of(log_weights, n, reader)};
+  return value_weighted(rewards, weights, n, alpha, is_soft, reader);
 }
 
 // log prior + Q / alpha; a candidate whose score is not a number counts as impossible.

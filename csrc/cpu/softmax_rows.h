@@ -3,7 +3,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/row_types.h"
-#include "cpu/weight_rows.h"
+#include "cpu/double_exp_rows.h"
 
 namespace tq {
 

@@ -41,7 +41,7 @@ class ReweightedSample(NamedTuple):
 
 
 class _Arguments(NamedTuple):
-    """What `reweight_sample` takes, in the order in which every backend of the op gets it."""
+    """What `reweight_sample` takes; its checks, backends and refusals get it as one."""
 
     prior_logprobs: Tensor
     token_ids: Tensor
@@ -54,6 +54,11 @@ class _Arguments(NamedTuple):
     seed: int | Tensor
     keys: Tensor | None
     step: int | Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """What the backend is chosen by."""
+        return self.prior_logprobs.device
 
 
 def reweight_sample(
@@ -103,7 +108,7 @@ def reweight_sample(
     tensors = (prior_logprobs, token_ids, rewards, log_weights, lengths)
     arguments = _Arguments(*tensors, alpha, estimator, greedy, seed, keys, step)
     _check(arguments)
-    return ReweightedSample._make(_OP(backend, *arguments))
+    return ReweightedSample._make(_OP(backend, arguments))
 
 
 def reweight_sample_ref(
@@ -182,32 +187,29 @@ def _first_largest(scores: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def _check(arguments: _Arguments) -> None:
-    op, prior = "reweight_sample", arguments.prior_logprobs
-    required = {
-        name: getattr(arguments, name) for name in ("prior_logprobs", "token_ids", "rewards")
-    }
-    optional = _checks.given(
-        log_weights=arguments.log_weights, lengths=arguments.lengths, keys=arguments.keys
-    )
-    _checks.require_tensors(op, **required, **optional)
+    op = "reweight_sample"
+    prior, ids, rewards, log_weights, lengths, *_, keys, _ = arguments
+    optional = _checks.given(log_weights=log_weights, lengths=lengths, keys=keys)
+    _checks.require_tensors(op, prior_logprobs=prior, token_ids=ids, rewards=rewards, **optional)
     _checks.require_dim(op, "prior_logprobs", prior, 2, "[G, k]")
     _checks.require_float(op, "prior_logprobs", prior)
     trees, k = prior.shape
     _checks.require_count(op, "k, the last axis of prior_logprobs,", k, 1, 2**31)
-    _checks.require_dim(op, "rewards", arguments.rewards, 3, "[G, k, n]")
-    num_rollouts = arguments.rewards.shape[-1]
-    for name, axes, require_dtype in (
-        ("token_ids", "[G, k]", _checks.require_integer),
-        ("rewards", "[G, k, n]", _checks.require_float),
-        ("log_weights", "[G, k, n]", _checks.require_float),
-        ("lengths", "[G, k]", _checks.require_integer),
-        ("keys", "[G]", _checks.require_integer),
-    ):
-        tensor = getattr(arguments, name)
-        if tensor is not None:
-            shape = (trees, k, num_rollouts)[: len(axes.split())]
-            _checks.require_shape(op, name, tensor, shape, axes)
-            require_dtype(op, name, tensor)
+    _checks.require_shape(op, "token_ids", ids, (trees, k), "[G, k]")
+    _checks.require_integer(op, "token_ids", ids)
+    _checks.require_dim(op, "rewards", rewards, 3, "[G, k, n]")
+    shape = (trees, k, rewards.shape[2])
+    _checks.require_shape(op, "rewards", rewards, shape, "[G, k, n]")
+    _checks.require_float(op, "rewards", rewards)
+    if log_weights is not None:
+        _checks.require_shape(op, "log_weights", log_weights, shape, "[G, k, n]")
+        _checks.require_float(op, "log_weights", log_weights)
+    if lengths is not None:
+        _checks.require_shape(op, "lengths", lengths, (trees, k), "[G, k]")
+        _checks.require_integer(op, "lengths", lengths)
+    if keys is not None:
+        _checks.require_shape(op, "keys", keys, (trees,), "[G]")
+        _checks.require_integer(op, "keys", keys)
     if not _checks.is_number(arguments.alpha) or not 0 < arguments.alpha < float("inf"):
         value = _checks.describe(arguments.alpha)
         raise InvalidArgument(f"{op}: alpha is {value}, expected a number above 0")
@@ -220,31 +222,26 @@ def _check(arguments: _Arguments) -> None:
         raise InvalidArgument(f"{op}: greedy is {value}, expected True or False")
     _checks.require_int(op, "seed", arguments.seed, prior_logprobs=prior)
     _checks.require_int(op, "step", arguments.step, prior_logprobs=prior)
-    _checks.refuse_grad(
-        op, prior_logprobs=prior, rewards=arguments.rewards, log_weights=arguments.log_weights
-    )
+    _checks.refuse_grad(op, prior_logprobs=prior, rewards=rewards, log_weights=log_weights)
 
 
-def _reference(*arguments: Any) -> ReweightedSample:
-    """The reference, with its arguments by position as every backend of the op gets them."""
-    return reweight_sample_ref(**_Arguments(*arguments)._asdict())
+def _reference(arguments: _Arguments) -> ReweightedSample:
+    return reweight_sample_ref(**arguments._asdict())
 
 
-def reweight_sample_native(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def reweight_sample_native(
+    arguments: _Arguments,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The C++ or CUDA kernel, by the device."""
-    given = _Arguments(*arguments)
+    *tensors, alpha, estimator, greedy, seed, keys, step = arguments
     return torch.ops.tq_fast.reweight_sample.default(
-        given.prior_logprobs,
-        given.token_ids,
-        given.rewards,
-        given.log_weights,
-        given.lengths,
-        given.alpha,
-        _IS_SOFT[given.estimator],
-        given.greedy,
-        *philox.split_int64(given.seed),
-        given.keys,
-        *philox.split_int64(given.step),
+        *tensors,
+        alpha,
+        _IS_SOFT[estimator],
+        greedy,
+        *philox.split_int64(seed),
+        keys,
+        *philox.split_int64(step),
     )
 
 
@@ -261,12 +258,11 @@ def _fake(prior_logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
 _MOST_CUDA_CANDIDATES = 4096
 
 
-def _refuse_cuda(*arguments: Any) -> str | None:
-    given = _Arguments(*arguments)
-    k = given.prior_logprobs.shape[1]
+def _refuse_cuda(arguments: _Arguments) -> str | None:
+    k = arguments.prior_logprobs.shape[1]
     if k > _MOST_CUDA_CANDIDATES:
         return f"k is {k}; the kernel takes up to {_MOST_CUDA_CANDIDATES}"
-    return _checks.refuse_other_device(given.prior_logprobs, **given._asdict())
+    return _checks.refuse_other_device(arguments.prior_logprobs, **arguments._asdict())
 
 
 _OP = Op(

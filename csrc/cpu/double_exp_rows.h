@@ -1,5 +1,8 @@
-// Exponentials in double, to merge the blocks of a row. One copy for each ISA.
+// Exponentials of doubles: for merging the blocks of a row, and for the weights of roll-outs. One copy for
+// each ISA.
 #pragma once
+
+#include <cstdint>
 
 #include "cpu/isa.h"
 
