@@ -39,16 +39,16 @@ def is_tensor(value: object) -> bool:
 
 def require_tensors(op: str, **tensors: object) -> None:
     """Raise InvalidArgument unless all are strided tensors on the device of the first."""
-    first_name, first = "", None
+    first_name, device = "", None
     for name, value in tensors.items():
         if not is_tensor(value):
             kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else describe(value)
             raise InvalidArgument(f"{op}: {name} is {kind}, expected a strided tensor")
-        if first is None:
-            first_name, first = name, value
-        elif value.device != first.device:
+        if device is None:
+            first_name, device = name, value.device
+        elif value.device != device:
             raise InvalidArgument(
-                f"{op}: {name} is on {value.device}, expected {first.device}, where {first_name} is"
+                f"{op}: {name} is on {value.device}, expected {device}, where {first_name} is"
             )
 
 

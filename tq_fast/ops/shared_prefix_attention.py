@@ -188,34 +188,34 @@ def _check(
         raise InvalidArgument(
             f"{_NAME}: q has {num_heads} heads, expected a multiple of prefix_k's {num_kv_heads}"
         )
-    for name, lengths, axes, size, most in (
-        ("prefix_len", prefix_len, "[G]", trees, num_prefix),
-        ("branch_len", branch_len, "[N]", rows, branch_k.shape[2]),
-        ("tree", tree, "[N]", rows, trees - 1),
-    ):
-        if lengths is not None:
-            _checks.require_shape(_NAME, name, lengths, (size,), axes)
-            _checks.require_integer(_NAME, name, lengths)
-            _checks.require_within(_NAME, name, lengths, 0, most)
-    if tree is None and (rows % trees if trees else rows):
+    _check_lengths("prefix_len", prefix_len, "[G]", trees, num_prefix)
+    _check_lengths("branch_len", branch_len, "[N]", rows, branch_k.shape[2])
+    if tree is not None:
+        _check_lengths("tree", tree, "[N]", rows, trees - 1)
+    elif rows % trees if trees else rows:
         raise InvalidArgument(
             f"{_NAME}: q has {rows} rows, expected a multiple of the {trees} trees of prefix_k "
             "unless tree= says which row is whose"
         )
-    dtype = q.dtype
+    _checks.require_float(_NAME, "q", q)
     for name, tensor in (
-        ("q", q),
         ("prefix_k", prefix_k),
         ("prefix_v", prefix_v),
         ("branch_k", branch_k),
         ("branch_v", branch_v),
     ):
-        if tensor.dtype != dtype:
-            _checks.require_dtype(_NAME, name, tensor, dtype)
-        if tensor.requires_grad:
-            _checks.refuse_grad(_NAME, **{name: tensor})
-    if dtype not in _checks.FLOATS:
-        _checks.require_float(_NAME, "q", q)
+        if tensor.dtype != q.dtype:
+            _checks.require_dtype(_NAME, name, tensor, q.dtype)
+    _checks.refuse_grad(
+        _NAME, q=q, prefix_k=prefix_k, prefix_v=prefix_v, branch_k=branch_k, branch_v=branch_v
+    )
+
+
+def _check_lengths(name: str, lengths: Tensor, axes: str, size: int, most: int) -> None:
+    if lengths.shape != (size,):
+        _checks.require_shape(_NAME, name, lengths, (size,), axes)
+    _checks.require_integer(_NAME, name, lengths)
+    _checks.require_within(_NAME, name, lengths, 0, most)
 
 
 def _fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
