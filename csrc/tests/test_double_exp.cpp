@@ -1,5 +1,5 @@
 // The exponentials of one instruction set (TQ_ISA) against the C library.
-#include "cpu/double_exp_rows.h"
+#include "cpu/simd/double_exp_rows.h"
 
 #include <cmath>
 #include <cstdint>
