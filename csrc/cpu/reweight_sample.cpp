@@ -8,9 +8,9 @@
 
 #include "common/online_softmax.h"
 #include "common/reweight.h"
+#include "cpu/simd/double_exp_rows.h"
 #include "cpu/tensors/contract.h"
 #include "cpu/tensors/tensor_access.h"
-#include "cpu/simd/double_exp_rows.h"
 
 namespace tq {
 

@@ -1,8 +1,9 @@
 // Blocks of keys for a tile of queries: scores, online softmax, weighted values. One copy for each ISA.
 #pragma once
 
+#include "common/platform.h"
+#include "cpu/simd/element_type.h"
 #include "cpu/simd/isa.h"
-#include "cpu/sampling/logits_row.h"
 
 namespace tq {
 

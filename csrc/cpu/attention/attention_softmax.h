@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cpu/attention/attention_rows.h"
-#include "cpu/simd/floats.h"
 #include "cpu/simd/exp_and_tanh.h"
+#include "cpu/simd/floats.h"
 #include "cpu/simd/transpose.h"
 
 namespace tq {

@@ -1,7 +1,7 @@
 #include "cpu/linear/decoder_layer_rows.h"
 
-#include "cpu/simd/floats.h"
 #include "cpu/simd/exp_and_tanh.h"
+#include "cpu/simd/floats.h"
 
 namespace tq {
 namespace TQ_ISA {

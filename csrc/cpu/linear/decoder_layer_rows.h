@@ -3,8 +3,8 @@
 // Every intermediate is rounded to the row's type where transformers' modules round it.
 #pragma once
 
+#include "cpu/simd/element_type.h"
 #include "cpu/simd/isa.h"
-#include "cpu/sampling/logits_row.h"
 
 namespace tq {
 

@@ -1,6 +1,6 @@
 // finish_decoder_layer on CPU: all that follows attention in a layer.
-#include "cpu/linear/linear_layers.h"
 #include "cpu/linear/decoder_layer_rows.h"
+#include "cpu/linear/linear_layers.h"
 
 namespace tq {
 

@@ -2,8 +2,8 @@
 // is to do, and many. One copy for each ISA.
 #pragma once
 
+#include "cpu/simd/element_type.h"
 #include "cpu/simd/isa.h"
-#include "cpu/sampling/logits_row.h"
 
 namespace tq {
 

@@ -1,6 +1,6 @@
 // project_qkv on CPU: the norm, three products over one packed x, and the rotation in place.
-#include "cpu/linear/linear_layers.h"
 #include "cpu/linear/decoder_layer_rows.h"
+#include "cpu/linear/linear_layers.h"
 
 namespace tq {
 

@@ -6,8 +6,9 @@
 #include <optional>
 
 #include "common/philox.h"
-#include "cpu/tensors/contract.h"
+#include "cpu/sampling/logits_tensor.h"
 #include "cpu/sampling/row_sampler.h"
+#include "cpu/tensors/contract.h"
 #include "cpu/tensors/tensor_access.h"
 
 namespace tq {

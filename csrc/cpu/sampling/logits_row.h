@@ -1,13 +1,13 @@
-// Plain data that the torch side (base flags) and the vector side (one copy for each ISA) exchange.
+// A row of logits and the blocks that it is reduced in: plain data that the torch side (base flags) and the
+// vector side (one copy for each ISA) exchange.
 #pragma once
 
 #include <cstdint>
 
 #include "common/online_softmax.h"
+#include "cpu/simd/element_type.h"
 
 namespace tq {
-
-enum class ElementType : int { kFloat32, kBFloat16, kFloat16 };
 
 // One row of logits with unit stride; NaN counts as -inf.
 struct LogitsRow {

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/sampling/token_mass_rows.h"
 #include "cpu/sampling/logits_row.h"
+#include "cpu/sampling/token_mass_rows.h"
 #include "cpu/sampling/topk.h"
 
 namespace tq {

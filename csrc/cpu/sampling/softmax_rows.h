@@ -1,9 +1,9 @@
 // Softmax statistics of one row of logits, block by block. Compiled once for each ISA.
 #pragma once
 
-#include "cpu/simd/isa.h"
 #include "cpu/sampling/logits_row.h"
 #include "cpu/simd/double_exp_rows.h"
+#include "cpu/simd/isa.h"
 
 namespace tq {
 

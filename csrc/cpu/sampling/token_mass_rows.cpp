@@ -1,7 +1,7 @@
 #include "cpu/sampling/token_mass_rows.h"
 
-#include "cpu/simd/add_exp.h"
 #include "cpu/sampling/load_logits.h"
+#include "cpu/simd/add_exp.h"
 
 namespace tq {
 namespace TQ_ISA {

@@ -2,8 +2,8 @@
 // each ISA.
 #pragma once
 
-#include "cpu/simd/isa.h"
 #include "cpu/sampling/logits_row.h"
+#include "cpu/simd/isa.h"
 
 namespace tq {
 

@@ -7,10 +7,11 @@
 #include <vector>
 
 #include "common/ordered_key.h"
-#include "cpu/tensors/contract.h"
+#include "cpu/sampling/logits_tensor.h"
 #include "cpu/sampling/softmax_rows.h"
-#include "cpu/tensors/tensor_access.h"
 #include "cpu/sampling/topk.h"
+#include "cpu/tensors/contract.h"
+#include "cpu/tensors/tensor_access.h"
 
 namespace tq {
 

@@ -1,8 +1,8 @@
 // The vector part of finding the k largest of a row (topk.h). Compiled once for each ISA.
 #pragma once
 
-#include "cpu/simd/isa.h"
 #include "cpu/sampling/logits_row.h"
+#include "cpu/simd/isa.h"
 
 namespace tq {
 

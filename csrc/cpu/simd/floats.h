@@ -10,8 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/simd/element_type.h"
 #include "cpu/simd/lanes.h"
-#include "cpu/sampling/logits_row.h"
 
 namespace tq {
 namespace TQ_ISA {

@@ -1,26 +1,17 @@
-// From stored numbers to logits: widening, and bias, scale and soft-cap in place. One copy for each ISA.
+// Stored numbers as floats. One copy for each ISA.
 #pragma once
 
+#include <cstdint>
+
+#include "cpu/simd/element_type.h"
 #include "cpu/simd/isa.h"
-#include "cpu/sampling/logits_row.h"
 
 namespace tq {
 
-// logits = softcap * tanh(scale * (x + bias) / softcap); softcap 0 means no cap.
-struct LogitTransform {
-  float scale;
-  float softcap;
-  bool has_bias;
-
-  bool is_identity() const { return scale == 1.0f && softcap == 0.0f && !has_bias; }
-};
-
-#define TQ_DECLARE(isa)                                                                             \
-  namespace isa {                                                                                   \
-  /* to[i] = from[i] as a float, NaN kept. */                                                       \
-  void widen(const void* from, ElementType type, int64_t count, float* to);                         \
-  /* bias: `count` floats, read only where the transform has one. */                                \
-  void transform_logits(const LogitTransform& transform, const float* bias, int64_t count, float* x); \
+#define TQ_DECLARE(isa)                                                       \
+  namespace isa {                                                             \
+  /* to[i] = from[i] as a float, NaN kept. */                                 \
+  void widen(const void* from, ElementType type, int64_t count, float* to);   \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

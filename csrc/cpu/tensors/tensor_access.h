@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "cpu/sampling/logits_row.h"
+#include "cpu/simd/element_type.h"
 #include "stable_tensor.h"
 
 namespace tq {
@@ -26,12 +26,6 @@ inline ElementType element_type_of(const Tensor& tensor, const char* op, const c
 // A dense CPU tensor, uninitialised.
 inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) {
   return new_tensor_on(aoti_torch_device_type_cpu(), 0, sizes, type);
-}
-
-inline LogitsRow logits_row(const Tensor& logits, ElementType type, int64_t row, int64_t size) {
-  const auto* base = static_cast<const char*>(logits.const_data_ptr());
-  const int64_t offset = row * logits.stride(0) * static_cast<int64_t>(logits.element_size());
-  return {base + offset, type, size};
 }
 
 // An int that may also come as a one-element tensor.

@@ -7,8 +7,9 @@
 #include <vector>
 
 #include "cpu/linear/linear_layers.h"
-#include "cpu/simd/widen_rows.h"
 #include "cpu/sampling/softmax_rows.h"
+#include "cpu/simd/widen_rows.h"
+#include "cpu/trajectory/logit_transform_rows.h"
 #include "cpu/trajectory/trajectories.h"
 
 namespace tq {
