@@ -10,8 +10,8 @@
 
 namespace tq {
 
-// What reweight_sample works on: dense arrays of the contract (tq_fast/ops/reweight_sample.py); what is
-// optional there may be null. Integer: how seed and step are read.
+// The operands of reweight_sample: dense arrays of the contract (tq_fast/ops/reweight_sample.py); optional
+// ones may be null. `Integer` is how seed and step are read.
 template <typename Real, typename Integer = int64_t>
 struct ReweightJob {
   const Real* prior_logprobs;
@@ -41,8 +41,8 @@ struct CandidateValue {
   double ess;             // 1 / sum of squared weights
 };
 
-// Who reads the roll-outs of a candidate: here one thread, all of them. Others (cuda/) are some lanes
-// of a warp: lane `rank` of `size` takes roll-outs rank, rank + size, ...
+// The readers of a candidate's roll-outs: reader `rank` of `size` takes roll-outs rank, rank + size, ... On
+// the host one thread reads all; on CUDA some lanes of a warp share them.
 struct OneReader {
   static constexpr int64_t rank = 0;
   static constexpr int64_t size = 1;
@@ -72,7 +72,7 @@ TQ_HOST_DEVICE double weight_at(const LogWeights<Real>& weights, int64_t i) {
   return ::exp(static_cast<double>(weights.log_weights[i]) - weights.largest);
 }
 
-// Weights that were made before; null: all equal.
+// Weights that were computed before; null: all roll-outs weigh the same.
 struct RolloutWeights {
   const double* weights;
 };
@@ -100,7 +100,7 @@ TQ_HOST_DEVICE CandidateValue value_weighted(
   mass_of_squares = sum_over(reader, mass_of_squares);
   top = max_over(reader, top);
 
-  // A roll-out of weight 0 takes no part, whatever its reward: here and below.
+  // A roll-out of weight 0 takes no part whatever its reward, here and in the spread below.
   double total = 0.0;
   for (int64_t i = reader.rank; i < n; i += reader.size) {
     const double w = weight_at(weights, i);
@@ -126,7 +126,7 @@ TQ_HOST_DEVICE CandidateValue value_weighted(
   return {q, standard_error, mass * mass / mass_of_squares};
 }
 
-// The same from log-weights, which may be null: then all roll-outs weigh the same.
+// The value of one candidate from log-weights, which may be null: then all roll-outs weigh the same.
 template <typename Real, typename Reader = OneReader>
 TQ_HOST_DEVICE CandidateValue value_candidate(
     const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {

@@ -16,7 +16,7 @@ namespace tq {
 
 namespace {
 
-// Roll-outs below which one thread is done before another is awake.
+// With fewer roll-outs than this, one thread is done before another is awake.
 constexpr int64_t kRolloutsPerThread = 1024;
 
 template <typename Real>
@@ -24,8 +24,8 @@ int64_t valid_rollouts(const ReweightJob<Real>& job, int64_t at) {
   return job.lengths == nullptr ? job.n : job.lengths[at] < job.n ? job.lengths[at] : job.n;
 }
 
-// The weights [k, n] of the roll-outs of prompt g, up to a factor for each candidate. They are made together
-// because an exponential costs a sixth in a vector, and exponentials are most of this op.
+// Makes the weights [k, n] of the roll-outs of prompt g, up to a factor for each candidate. They are made
+// together because exponentials are most of this op, and far cheaper in vectors.
 template <typename Real>
 void make_weights(const ReweightJob<Real>& job, int64_t g, double* weights) {
   for (int64_t z = 0; z < job.k; ++z) {
@@ -36,7 +36,7 @@ void make_weights(const ReweightJob<Real>& job, int64_t g, double* weights) {
   TQ_SELECT_ISA(exp_in_place)(weights, job.k * job.n);
 }
 
-// Prompt g; `scores` is room for k numbers, `weights` for k * n.
+// Scores the candidates of prompt g and chooses one. `scores` is room for k numbers, `weights` for k * n.
 template <typename Real>
 void reweight_prompt(const ReweightJob<Real>& job, int64_t g, double* scores, double* weights) {
   const bool is_weighted = job.log_weights != nullptr;
@@ -54,7 +54,7 @@ void reweight_prompt(const ReweightJob<Real>& job, int64_t g, double* scores, do
     if (scores[z] > law.peak) law.peak = scores[z];
   }
   for (int64_t z = 0; z < job.k; ++z) law.sum += scores[z] == -INFINITY ? 0.0 : std::exp(scores[z] - law.peak);
-  // The sum is not a number where the peak is infinite: then the peak is the lse.
+  // Where the peak is infinite, the sum is not a number, and the peak is the lse.
   const double lse = law.peak == INFINITY ? law.peak : lse_of_softmax_state(law);
   const int64_t key = job.keys == nullptr ? g : job.keys[g];
   int64_t best = 0;

@@ -40,7 +40,7 @@ template <typename Type, bool kMayCut, typename Sink>
 __global__ void __launch_bounds__(kThreads) draw_rows_kernel(const DrawJob<Type, Sink> job) {
   const DrawRows& rows = job.rows;
   const int64_t row = simt::group_idx();
-  // All blocks of a group read the row's state here; its leader writes only after the last barrier.
+  // All blocks of a group read the row's state here, before the leader writes it after the last barrier.
   if (!job.sink.wants(row)) return;
   const double uniform =
       philox_uniform(read(rows.seed), kPurposeRollout, rows.keys[row], read(rows.step), 0);
@@ -93,7 +93,7 @@ void draw_rows(const DrawArguments& arguments, const Sink& sink) {
   for_element_type(arguments.logits, arguments.op, [&](auto type) {
     using Type = decltype(type);
     const DrawRows& rows = arguments.rows;
-    // The values of tensors are not looked at here: that would wait for the device.
+    // Nothing here depends on the values of tensors: reading them would wait for the device.
     const bool may_cut = rows.top_ks != nullptr || rows.top_ps != nullptr || rows.parameters.top_p < 1.0 ||
                          rows.parameters.top_k > 0;
     launch_rows(

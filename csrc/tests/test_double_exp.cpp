@@ -31,7 +31,8 @@ void exponentials_are_right_down_to_the_smallest_number() {
   for (int i = 0; i < kCount; ++i) CHECK(is_within(got[i], std::exp(x[i]), 2));
 }
 
-// Whatever lies beside a number, and whether it fills a vector: its exponential is the same.
+// The exponential of a number does not depend on its neighbours, nor on whether it fills a vector with
+// them.
 void a_number_depends_on_no_other() {
   for (const double x : {0.0, -0.5, -700.25, -745.0, -kInfinity, kNaN}) {
     double alone = x;
@@ -51,7 +52,7 @@ void a_number_depends_on_no_other() {
   }
 }
 
-// False where this processor lacks the instructions that the file was compiled for.
+// Whether this processor has the instructions that the file was compiled for.
 bool can_run() {
 #if defined(__AVX512F__)
   return __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -34,7 +34,7 @@ class OpUnderTest:
         return self._run(self.backend, args, kwargs)
 
     def or_auto(self, *args: Any, **kwargs: Any) -> Any:
-        """As a call, but where the backend refuses: what a caller who pins nothing gets."""
+        """The op on the pinned backend; where that refuses, as for a caller who pins nothing."""
         try:
             return self._run(self.backend, args, kwargs)
         except BackendRefused as refusal:

@@ -15,7 +15,7 @@ from tq_fast.ops._dispatch import Backend, Op, python_function, unchecked_kernel
 
 REAL_OPS = dict(_dispatch._OPS)
 CPU = torch.zeros(2)
-# No tensor of this machine need be on a GPU for the choice to be tested.
+# Stands for a tensor on a GPU, so that the choice can be tested without one.
 CUDA = SimpleNamespace(device=torch.device("cuda", 0))
 
 
@@ -127,7 +127,7 @@ def test_an_unknown_word_in_the_environment_is_an_error_that_lists_the_known(env
     environment.setenv(variable, " AUTO ")
     assert read() == "auto"
     environment.setenv(variable, "cuda")
-    # Remembered until asked to read again.
+    # The first value is kept until `reload`.
     assert read() == "auto"
     env.reload()
     assert read() == "cuda"

@@ -47,7 +47,7 @@ def refuse_aten(
     window: int | None,
     tree: Tensor | None,
 ) -> str | None:
-    """None when ATen's kernel serves, else why it does not."""
+    """None when ATen's kernel serves, else a sentence that says why it does not."""
     if softcap is not None:
         return "ATen's CPU flash attention has no soft-cap on the scores"
     if torch.compiler.is_compiling():

@@ -74,9 +74,9 @@ def native_function(
 ) -> Callable[[], Implementation]:
     """A resolver of the C++ op `torch.ops.tq_fast.<name>`, once the library that has it is loaded.
 
-    `adapter` takes the arguments of the reference and calls the op; None: the op takes them itself,
-    its schema names them alike. `fake` takes those of the schema and makes outputs without data,
-    for torch.compile.
+    `adapter` takes the arguments of the reference and calls the op; it is None where the schema has
+    the same arguments. `fake` takes the arguments of the schema and makes outputs without data, for
+    torch.compile.
     """
 
     def resolve() -> Implementation:
@@ -97,7 +97,7 @@ _has_fake: set[str] = set()
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake`, which would answer for data that is nowhere if one tensor in many were "meta"."""
+    """Make `fake` refuse tensors of several devices: one on "meta" would let it answer for all."""
 
     @functools.wraps(fake)
     def checked(*arguments: Any) -> Any:
@@ -112,8 +112,9 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 class Op:
     """The backends of one op, and the choice among them.
 
-    Calling it runs the op: `op(backend, first_tensor, *args, **kwargs)`, the device of the first
-    tensor deciding which backends are asked. `backend` None means TQ_FAST_BACKEND.
+    Calling it runs the op: `op(backend, first, *args, **kwargs)`. `first.device` decides which
+    backends are asked; `first` is the op's first tensor, or all its arguments in one tuple that has
+    a device. `backend` None means TQ_FAST_BACKEND.
     """
 
     __slots__ = ("_backends", "_plans", "_resolved", "name", "reference")
@@ -222,7 +223,7 @@ class Op:
         raise BackendRefused(f"{self.name}: backend {name!r} refused: {sentence}")
 
     def _warn_slow(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Warn, once for each op (the warning filter remembers), and say why."""
+        """Warn, once for each op, that CUDA tensors go to its reference, and say why."""
         reasons = []
         for idx, entry in enumerate(self._backends):
             if entry.name in ("cuda", "triton"):

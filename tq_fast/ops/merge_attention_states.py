@@ -20,7 +20,7 @@ from ._dispatch import Op
 
 
 class AttentionState(NamedTuple):
-    """`out` `[..., d]` and `lse` fp32 `[...]`, the log-sum-exp of the scores, natural log."""
+    """`out` `[..., d]` and `lse` fp32 `[...]`, the log-sum-exp of the scores."""
 
     out: Tensor
     lse: Tensor
@@ -34,13 +34,13 @@ def merge_attention_states(
     The merge step of split attention (Dao et al., FlashDecoding; arXiv 2205.14135 section 3).
 
     Args:
-        a: `(out [..., d], lse fp32 [...])`, natural log.
+        a: `(out [..., d], lse fp32 [...])`.
         b: the same shapes and dtypes over other keys.
         backend: pins one of cuda, triton, cpu, ref; None lets TQ_FAST_BACKEND decide.
 
     Returns:
-        AttentionState, `out` in the dtype of `a`'s. The output of an empty state is not looked
-        at, so it may hold NaN.
+        AttentionState, `out` in the dtype of `a`'s. The output of an empty state is not read,
+        so it may hold NaN.
 
     Raises:
         InvalidArgument: shapes or dtypes that do not fit, or an input with grad.
@@ -82,7 +82,7 @@ def merge_attention_states_ref(
 
 
 def _merge_ref(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> AttentionState:
-    """The two states flat, as every backend takes them."""
+    """The reference, with the four tensors by position, as an `Op` hands them on."""
     lse_a = torch.where(lse_a.isfinite(), lse_a, -torch.inf)
     lse_b = torch.where(lse_b.isfinite(), lse_b, -torch.inf)
     lse = torch.logaddexp(lse_a, lse_b)

@@ -1,6 +1,6 @@
 """Score the candidates of each prompt from their roll-outs, and choose the next token.
 
-For each prompt g and candidate z, over its valid roll-outs i (method.md section 2, steps 5 to 7):
+For each prompt g and candidate z, over its valid roll-outs i (steps 5 to 7 of Algorithm 1):
 
     w = softmax_i(log_weights)                           within each candidate
     Q = sum_i w_i r_i                                    estimator "mean"
@@ -30,7 +30,7 @@ _IS_SOFT = {"mean": False, "soft": True}
 class ReweightedSample(NamedTuple):
     """`choice` int64 `[G]`, an index into the k candidates; the others fp32 `[G, k]`.
 
-    final_logprobs in natural log; q and q_stderr in units of the reward; ess in roll-outs.
+    q and q_stderr are in units of the reward; ess in roll-outs.
     """
 
     choice: Tensor
@@ -41,7 +41,7 @@ class ReweightedSample(NamedTuple):
 
 
 class _Arguments(NamedTuple):
-    """What `reweight_sample` takes; its checks, backends and refusals get it as one."""
+    """The arguments of `reweight_sample`; its checks, backends and refusals get them as one."""
 
     prior_logprobs: Tensor
     token_ids: Tensor
@@ -57,7 +57,7 @@ class _Arguments(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """What the backend is chosen by."""
+        """The device that the backend is chosen by."""
         return self.prior_logprobs.device
 
 
@@ -81,11 +81,11 @@ def reweight_sample(
     Steps 5 to 7 of Transfer Q* (arXiv 2405.20495, Algorithm 1 and eq. 5 or 12, by the prior).
 
     Args:
-        prior_logprobs: `[G, k]`, floating point, natural log; -inf for a missing candidate.
+        prior_logprobs: `[G, k]`, floating point; -inf for a missing candidate.
         token_ids: int64 or int32 `[G, k]`; key the Gumbel noise and break ties.
         rewards: `[G, k, n]`, floating point.
-        log_weights: `[G, k, n]`, natural log, up to a constant a candidate; None weighs evenly.
-        lengths: int64 or int32 `[G, k]`, how many of the n are valid, 0 to n (what is beyond
+        log_weights: `[G, k, n]`, up to a constant a candidate; None weighs evenly.
+        lengths: int64 or int32 `[G, k]`, how many of the n are valid, 0 to n (a number beyond
             counts as the nearer end); None: all n.
         alpha: decoding temperature, above 0, in units of the reward.
         estimator: "mean" or "soft".

@@ -5,7 +5,7 @@ Row i belongs to tree g; its T queries are the last T of its branch_len[i] branc
     keys(i, t) = prefix[g, :prefix_len[g]]  then  branch[i, : branch_len[i] - T + t + 1]
     score = scale * q . k                   softcap: softcap * tanh(score / softcap)
     window w: only keys whose position is above (position of the query) - w
-    out = softmax(scores) @ values,  lse = logsumexp(scores)      natural log
+    out = softmax(scores) @ values,  lse = logsumexp(scores)
 
 Bytes: every prefix key and value once a tree, not once a row: `2 * G * H_kv * P * d * itemsize`,
 and each row's branch.
@@ -44,10 +44,10 @@ def shared_prefix_attention(
 ) -> AttentionState:
     """`F.scaled_dot_product_attention` over every row's prefix and branch, the prefix read once.
 
-    Queries causal among themselves. Grouped queries: head h reads key-value head
-    `h // (H_q // H_kv)`. No prefix is too short to be shared: on a CPU, attending plainly to a
-    copy of it for every row is slower at 1 and at 16 tokens, too
-    (`bench/test_shared_prefix_attention.py`).
+    Queries are causal among themselves. Grouped queries: head h reads key-value head
+    `h // (H_q // H_kv)`. A prefix of any length is shared: on a CPU, attending plainly to a copy of
+    it for every row is no faster at 1 and at 16 tokens either, except for a single row, where the
+    checks of the arguments outlast the attention (`bench/test_shared_prefix_attention.py`).
 
     Args:
         q: `[N, H_q, T, d]`, floating point; the last T branch tokens of each row.
@@ -114,7 +114,7 @@ def shared_prefix_attention_ref(
     scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
     lse = scores.logsumexp(dim=-1)
     shares = (scores - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)).exp()
-    # What lies beyond a length may be NaN, and 0 times NaN is NaN.
+    # Values beyond a length may be NaN, and 0 times NaN is NaN: take 0 for them.
     seen = visible.any(dim=1)[:, None, :, None]
     out = shares @ torch.where(seen, values, 0.0)
     return AttentionState(out.to(q.dtype), lse)
@@ -272,8 +272,8 @@ def _refuse_triton(
     return None
 
 
-# fp32 inside, except with avx512_bf16: there bf16 heads of a multiple of 32 are multiplied as they
-# are, and the weights of the values rounded to bf16; every sum stays in fp32.
+# The kernel computes in fp32. With avx512_bf16 it multiplies bf16 heads of a multiple of 32 as they
+# are, and rounds the weights of the values to bf16; every sum stays in fp32.
 _native = native_function(_NAME, None, _fake)
 
 _OP = Op(

@@ -1,4 +1,4 @@
-// What the torch side of attention hands to its threads: pieces of the work, and who does them.
+// Attention on the torch side: pieces of the work, and the worker that runs them on its thread.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,10 @@
 
 namespace tq {
 
-// Below this many queries of a row its branch is taken with a key in each lane.
+// With fewer queries a row than this, a branch is attended to by dot products, one a key.
 constexpr int64_t kFewQueries = 8;
-// And its prefix, too, up to this many keys: turning them costs more than it saves.
+// With so few queries, a prefix of up to this many keys is attended to in the same way: transposing its
+// keys would cost more than it saves.
 constexpr int64_t kShortPrefix = 16;
 
 // Rows of numbers with unit stride: [i, j, k] is where row k of head j of row or tree i begins.
@@ -54,8 +55,8 @@ struct Problem {
   bool is_short(int64_t tree) const { return prefix_len[tree] <= kShortPrefix && queries_per_row() < kFewQueries; }
 };
 
-// Some queries of one tree: those from `first` to `end` of [H_kv, num_rows, T, group], its rows being those
-// from tree_row on. Of one key-value head, unless they are few a row and their prefix is short.
+// Some queries of one tree: the queries from `first` to `end` of [H_kv, num_rows, T, group], in the rows
+// from tree_row on. They share one key-value head, unless each row has few queries and the prefix is short.
 struct Piece {
   int64_t tree;
   int64_t tree_row;
@@ -160,7 +161,7 @@ class PieceWorker {
     }
   }
 
-  // Of the first query.
+  // The key-value head of the first query.
   int64_t head_of(const Piece& piece) const {
     return piece.first / (piece.num_rows * problem_.queries_per_row());
   }
@@ -202,7 +203,7 @@ class PieceWorker {
           {problem_.branch_k.at(row, head, 0), problem_.branch_v.at(row, head, 0),
            problem_.branch_k.stride(), problem_.branch_v.stride(), problem_.type, problem_.branch_len[row], then});
     });
-    // The queries of a row follow each other, and share its branch.
+    // Queries of one row are neighbours and share its branch.
     for (size_t m = branches_.size() - 1; m > 0; --m) {
       const bool is_same = branches_[m - 1].keys == branches_[m].keys;
       branches_[m - 1].then = is_same ? branches_[m].then : &branches_[m];
@@ -223,8 +224,8 @@ class PieceWorker {
     }
   }
 
-  // Blocks begin at multiples of their size. A query that sees nothing of a block may be left out of it;
-  // those whose keys have ended are, where they come first.
+  // Blocks begin at multiples of their size. The leading queries whose keys have ended are left out of the
+  // blocks that follow.
   void attend(const QueryTile& tile, const KeySegment& segment) const {
     const auto attend_block = TQ_SELECT_ISA(attend_block);
     const int64_t least = *std::min_element(tile.first_seen, tile.first_seen + tile.count);

@@ -48,7 +48,8 @@ void transpose_keys(const float* keys, int64_t stride, int64_t count, int64_t he
   }
 }
 
-// Rows that come after those at work, and are asked for in the course of them: as many, of as many columns.
+// The rows that are read next, as many and as long as those at work; they are prefetched in the course of
+// the work.
 struct RowsToCome {
   const char* first;
   int64_t stride;  // in bytes
@@ -60,10 +61,10 @@ struct RowsToCome {
   }
 };
 
-// So few dot products are added up one by one, in the order of the others.
+// Up to this many dot products are added up one by one, in the order in which add_across adds sixteen.
 constexpr int64_t kFewKeys = 4;
 
-// scores [padded(count)] of one query: a dot product for each key.
+// Writes scores [padded(count)] of one query: a dot product for each key.
 void score_few(
     const float* q, int64_t width, const float* keys, int64_t key_stride, int64_t count, const RowsToCome& to_come,
     float* scores) {
@@ -90,8 +91,8 @@ void score_few(
   store(scores + j, add_across(sums));
 }
 
-// out [16 * kVectors] = out * shrink + weights [count] @ values; even and odd keys apart, so that no
-// sum waits for the one before it.
+// out [16 * kVectors] = out * shrink + weights [count] @ values. Even and odd keys have sums of their own,
+// so that no addition waits for the one before it.
 template <int kVectors>
 TQ_INLINE void add_values_of_few(
     const float* weights, float shrink, const float* values, int64_t value_stride, int64_t count,
@@ -126,13 +127,14 @@ void add_row_of_values(
   }
 }
 
-// How many keys a segment has from `begin` on, up to a block.
+// The number of keys that a segment has from `begin` on, at most a block.
 TQ_INLINE int64_t keys_from(const KeySegment& segment, int64_t begin) {
   const int64_t left = segment.end - begin;
   return left < 0 ? 0 : left < kKeysPerBlock ? left : kKeysPerBlock;
 }
 
-// A block for attend_operands, beside its transposed keys in the scratch; strides and depths in words.
+// The operands of a block for attend_operands; its transposed keys are in the scratch. Strides and depths
+// in words.
 struct Operands {
   const float* q;
   int64_t q_stride;
@@ -231,7 +233,7 @@ void attend_block_of_few(
   const int64_t element = segments[0].type == ElementType::kFloat32 ? 4 : 2;
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
-    // The queries of a row follow each other, so what was widened for one serves the next.
+    // Queries of one row are neighbours, so widened keys of one serve the next.
     const auto is_next = [&](int64_t row) { return row == 0 || segments[m + row].keys != segments[m + row - 1].keys; };
     const auto keys_of = [&](const KeySegment& segment) {
       return RowsToCome{segment.keys + begin * segment.key_stride * element, segment.key_stride * element, element};

@@ -38,7 +38,8 @@ struct KeySegment {
   const KeySegment* then;  // what is likely to be read after it, or null
 };
 
-// A score in units of log 2: q . k * scale, and of that cap * tanh where there is a cap.
+// How a product becomes a score in units of log 2: q . k * scale, then cap * tanh(score / cap) where there
+// is a cap.
 struct ScoreTransform {
   float scale;
   float cap;  // 0: none
@@ -63,7 +64,7 @@ struct AttentionScratch {
      differently. */                                                                                   \
   void attend_block_of_few(const QueryTile& tile, const KeySegment* segments, int64_t begin,          \
                            const ScoreTransform& transform, const AttentionScratch& scratch);         \
-  /* out[m] = the mean of the values in `type`; lse[m] = natural log of the mass. */                  \
+  /* out[m] = the mean of the values in `type`; lse[m] = log of the mass. */                          \
   void finish_query(const QueryTile& tile, int64_t m, ElementType type, void* out, float* lse);       \
   /* One query of `size` numbers as floats, padded with zeros. */                                     \
   void widen_padded(const void* from, ElementType type, int64_t size, float* to);                     \

@@ -24,7 +24,8 @@ static void cap_scores(const ScoreTransform& transform, int64_t rows, float* sco
   }
 }
 
-// Multiplies the scores of query m by `scale`, -inf where it does not see the key; the largest in each lane.
+// Multiplies the scores of query m by `scale` and sets those of keys that it does not see to -inf; returns
+// the largest in each lane.
 template <int kVectors>
 TQ_INLINE F32x16 mask_scores(const QueryTile& tile, int64_t m, int64_t begin, float scale, float* scores) {
   constexpr int64_t kCount = kVectors * kLanes;
@@ -50,13 +51,13 @@ TQ_INLINE F32x16 mask_scores(const QueryTile& tile, int64_t m, int64_t begin, fl
   return best;
 }
 
-// Scores [rows, 64] of the queries from m on, of the keys from `begin` on, become weights relative to
-// the new peaks; shrinks [16] is what the outputs so far are to be multiplied by.
+// Turns the scores [rows, 64] of the queries from m on, for the keys from `begin` on, into weights relative
+// to the new peaks. shrinks [16] is what the outputs so far must be multiplied by.
 template <int kVectors>
 static void soften(
     const QueryTile& tile, int64_t m, int64_t rows, int64_t begin, const ScoreTransform& transform, float* scores,
     float* shrinks) {
-  // In units of log 2, which makes the weights powers of 2.
+  // Scores are in units of log 2, which makes the weights powers of 2.
   if (transform.cap != 0.0f) cap_scores<kVectors>(transform, rows, scores);
   const float scale = transform.cap != 0.0f ? 1.0f : transform.scale;
   F32x16 best[kLanes];
@@ -64,11 +65,12 @@ static void soften(
     best[row] = mask_scores<kVectors>(tile, m + row, begin, scale, scores + row * kKeysPerBlock);
   }
   for (int64_t row = rows; row < kLanes; ++row) best[row] = broadcast(kMinusInfinity);
-  // The lanes beyond `rows` are of other queries, and stay as they are.
+  // The lanes beyond `rows` belong to other queries and stay as they are.
   const F32x16 before = load(tile.peaks + m);
   const F32x16 peaks = max_or_second(max_across(best), before);
   store(tile.peaks + m, peaks);
-  // Nothing seen so far: any finite peak will do, and every weight is 0 (or NaN, for a NaN score).
+  // A query that has seen nothing takes any finite peak, and each of its weights is 0 (or NaN, for a NaN
+  // score).
   const F32x16 finite = select(peaks == broadcast(kMinusInfinity), F32x16{}, peaks);
   store(shrinks, exp2_nonpositive(before - finite));
   float new_peaks[kLanes];

@@ -21,7 +21,8 @@ constexpr int kTileRows = 2;
 constexpr int kTileVectors = 1;
 #endif
 
-// How two words of 32 bits, one from each operand, are multiplied, and how a block of weights becomes words.
+// Multiplication of two words of 32 bits, one from each operand, and the packing of a block of weights into
+// words.
 struct FloatWords {
   TQ_INLINE F32x16 add_product(F32x16 sum, F32x16 a, F32x16 b) { return sum + a * b; }
   TQ_INLINE void pack_weights(float*) {}
@@ -31,11 +32,12 @@ struct FloatWords {
 // Each word holds two bf16 numbers, and both products are added; numbers below 2^-126 count as 0.
 struct PairWords {
   TQ_INLINE F32x16 add_product(F32x16 sum, F32x16 a, F32x16 b) {
-    // Not the intrinsic: it needs flags under which the compiler may use the instruction elsewhere.
+    // Written in assembly because the intrinsic needs flags under which the compiler may use the
+    // instruction elsewhere.
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
-  // Rounded to nearest even, in the first half of their room.
+  // Rounds to nearest even, into the first half of the room.
   TQ_INLINE void pack_weights(float* weights) {
     for (int64_t i = 0; i < kKeysPerBlock; i += 2 * kLanes) {
       const F32x16 first = load(weights + i);
@@ -48,11 +50,11 @@ struct PairWords {
 };
 #endif
 
-// Asks for the keys and values of the next block while this one is multiplied, line by line: what is
-// asked for beyond what the processor can wait for at a time is forgotten.
+// Prefetches the keys and values of the next block while this one is multiplied, line by line: the
+// processor forgets prefetches beyond those that it can wait for at a time.
 class Lookahead {
  public:
-  // The positions [begin, end) of a segment, in the course of `products` multiplied vectors.
+  // Spreads the positions [begin, end) of a segment over `products` multiplied vectors.
   Lookahead(const KeySegment& segment, int64_t head_size, int64_t begin, int64_t end, int64_t products)
       : products_(products) {
     const int64_t element = segment.type == ElementType::kFloat32 ? 4 : 2;

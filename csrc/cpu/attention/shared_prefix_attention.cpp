@@ -18,19 +18,20 @@ namespace tq {
 
 namespace {
 
-// A piece has at most about this many queries, which with their output stay in the cache ...
-constexpr int64_t kQueriesPerPiece = 256;
-// ... and, where there are too few pieces for the threads, not much fewer than these: they share the
+// A piece has at most about this many queries, which with their output stay in the cache. Where there are
+// too few pieces for the threads it has fewer, but not much fewer than kQueriesToShare, which share the
 // transposing of the keys.
+constexpr int64_t kQueriesPerPiece = 256;
 constexpr int64_t kQueriesToShare = 48;
-// Those of a short prefix share only the softmax.
+// With a short prefix, queries share only the softmax, so fewer together are enough.
 constexpr int64_t kQueriesTogether = 12;
 constexpr double kLog2E = 1.4426950408889634;
 // Products, or bytes of keys and values, below which one thread is done before another is awake, about 15 us.
 constexpr int64_t kProductsPerThread = int64_t{1} << 20;
 constexpr int64_t kBytesPerThread = int64_t{1} << 17;
 
-// The rows of each tree are neighbours: by `tree`, ascending, or equally many of each.
+// Cuts the forest into pieces. The rows of each tree are neighbours: `tree` ascends, or every tree has
+// equally many.
 std::vector<Piece> cut_into_pieces(
     const Problem& problem, int64_t rows, int64_t trees, const std::optional<Tensor>& tree, int64_t threads) {
   const int64_t share = rows * problem.queries_per_row() * problem.num_kv_heads / (2 * threads);
@@ -57,7 +58,8 @@ std::vector<Piece> cut_into_pieces(
   return pieces;
 }
 
-// q [N, H_q, T, d] beside the prefixes [G, H_kv, P, d] and the branches [N, H_kv, S, d], of one type.
+// Whether q [N, H_q, T, d], the prefixes [G, H_kv, P, d] and the branches [N, H_kv, S, d] fit and are of
+// one type.
 bool are_in_shape(
     const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& branch_k, const Tensor& branch_v) {
   if (q.dim() != 4 || prefix_k.dim() != 4 || branch_k.dim() != 4) return false;
@@ -71,7 +73,8 @@ bool are_in_shape(
          prefix_v.scalar_type() == type && branch_k.scalar_type() == type && branch_v.scalar_type() == type;
 }
 
-// The largest; one beyond its buffer would be read beyond it.
+// Returns the largest length. A length beyond its buffer is an error: memory beyond the buffer would be
+// read.
 int64_t check_lengths(const char* name, const Tensor& lengths, int64_t low, int64_t high) {
   const auto* const data = static_cast<const int64_t*>(lengths.const_data_ptr());
   int64_t most = 0;
@@ -84,7 +87,7 @@ int64_t check_lengths(const char* name, const Tensor& lengths, int64_t low, int6
   return most;
 }
 
-// Pairs of bf16 numbers, sixteen at a time, as they lie in memory.
+// Whether this run multiplies pairs of bf16 numbers, sixteen pairs at a time, as they lie in memory.
 bool can_multiply_pairs(ElementType type, int64_t head_size) {
   static const bool has_bf16_dot = cpu_has(CpuTrait::kBf16Dot);
   return has_bf16_dot && current_isa() == Isa::kAvx512 && type == ElementType::kBFloat16 && head_size % 32 == 0;
@@ -144,10 +147,10 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
   const int64_t threads = std::clamp<int64_t>(
       std::max(products / kProductsPerThread, bytes / kBytesPerThread), 1, torch::stable::get_num_threads());
   const std::vector<Piece> pieces = cut_into_pieces(problem, rows, prefix_k.size(0), tree, threads);
-  // Whoever is free takes the next one: they differ in size.
+  // Pieces differ in size, so each thread that is free takes the next one.
   std::atomic<size_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // Made once a thread: asking for it takes as long as a small piece.
+    // The room is made once a thread: allocating it takes as long as a small piece.
     static thread_local PieceRoom room;
     PieceWorker worker(problem, room);
     for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces.size();) {

@@ -25,7 +25,7 @@ TQ_INLINE void store_at(typename Element::Stored* row, int64_t i, int64_t size, 
   for (int64_t lane = 0; lane < size - i; ++lane) row[i + lane] = padded[lane];
 }
 
-// As a tensor of this type would keep it.
+// Rounds as storing in a tensor of this type does.
 template <typename Element>
 TQ_INLINE F32x16 rounded(F32x16 value) {
   typename Element::Stored stored[kLanes];
@@ -96,7 +96,7 @@ void rotate_typed(
   }
 }
 
-// run(Element) for the type.
+// Calls run(Element) with the element of the type.
 template <typename Run>
 TQ_INLINE void with_element(ElementType type, const Run& run) {
   switch (type) {

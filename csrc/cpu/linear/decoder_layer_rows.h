@@ -1,4 +1,4 @@
-// What a decoder layer does to a row between its matrix products. One copy for each ISA.
+// The work of a decoder layer on a row between its matrix products. One copy for each ISA.
 //
 // Every intermediate is rounded to the row's type where transformers' modules round it.
 #pragma once

@@ -5,7 +5,7 @@ namespace tq {
 
 namespace {
 
-// x as rows that lie a fixed distance apart: itself where they do, else a copy.
+// Returns x if its rows lie a fixed distance apart, else a copy.
 Tensor evenly_spaced(const Tensor& x_in) {
   const Tensor x = with_unit_inner_stride(x_in);
   const bool is_even = x.dim() == 2 || x.size(0) <= 1 || x.size(1) <= 1 || x.stride(0) == x.size(1) * x.stride(1);

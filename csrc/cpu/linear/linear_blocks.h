@@ -1,5 +1,5 @@
-// What both ways to multiply share: columns in blocks, and how sums become outputs. Included only by
-// linear_rows.cpp.
+// Shared by the products of few and of many rows: columns in blocks, and how sums become outputs. Included
+// by linear_many.h and, through it, by linear_rows.cpp.
 #pragma once
 
 #include "cpu/linear/linear_rows.h"
@@ -8,10 +8,11 @@
 namespace tq {
 namespace TQ_ISA {
 
-// Columns of a block at most.
+// The most columns of a block.
 constexpr int64_t kMostColumns = 768;
 
-// The columns in blocks of `size`, whole steps; those that fill no step are a block of their own.
+// The columns in blocks of `size`, which are whole steps; columns that fill no step are a block of their
+// own.
 struct Blocks {
   int64_t size;
   int64_t whole;  // columns in whole steps
@@ -37,8 +38,8 @@ struct PaddedStep {
   }
 };
 
-// The outputs [first, last) of the rows [begin, end) of x: their sums, `sums_stride` apart, and the bias,
-// rounded once.
+// Writes the outputs [first, last) of the rows [begin, end) of x: their sums, `sums_stride` apart, plus the
+// bias, rounded once.
 template <typename Element, typename Out>
 void round_rows(
     const FewRowsProduct& product, int64_t begin, int64_t end, int64_t first, int64_t last, const float* sums,
@@ -64,7 +65,7 @@ void finish_rows(
   round(product, begin, end, first, last, sums, sums_stride);
 }
 
-// A range of `size` cut into `count` parts that differ by one at most.
+// Where part `part` begins when a range of `size` is cut into `count` parts that differ by one at most.
 TQ_INLINE int64_t part_begin(int64_t size, int64_t count, int64_t part) { return size * part / count; }
 
 }  // namespace TQ_ISA

@@ -10,16 +10,16 @@
 
 namespace tq {
 
-// Bytes of weights below which a thread more does not pay.
+// With fewer bytes of weights than this, another thread does not pay.
 constexpr int64_t kLinearBytesPerThread = int64_t{1} << 16;
 
-// Parts of x below which a thread more does not pay for packing it.
+// With fewer parts of x than this, another thread does not pay for packing.
 constexpr int64_t kPackedPartsPerThread = 4;
 
-// A vector that lies across two lines takes two loads.
+// Rows begin at cache lines: loading a vector that lies across two lines takes two loads.
 constexpr int64_t kCacheLine = 64;
 
-// The first line of some room.
+// The first cache line that begins in `room`.
 inline void* line_of(void* room) {
   const auto address = reinterpret_cast<uintptr_t>(room);
   return static_cast<char*>(room) + (kCacheLine - address % kCacheLine) % kCacheLine;
@@ -52,7 +52,8 @@ inline bool has_bf16_dot() {
   return processor_has && current_isa() == Isa::kAvx512;
 }
 
-// A product of so many rows, as this run multiplies them; weight, bias, out and size_out are still to come.
+// Describes a product of so many rows as this run multiplies them; the caller fills in weight, bias, out
+// and size_out.
 inline FewRowsProduct product_of_rows(ElementType type, int64_t rows, int64_t size_in, const void* packed_x) {
   FewRowsProduct product{};
   product.packed_x = packed_x;
@@ -76,7 +77,8 @@ inline void pack_all_rows(const FewRowsProduct& product, const void* x, int64_t 
 inline void run_linear_layers(
     const void* x, int64_t stride, int64_t rows, int64_t size_in, ElementType type,
     std::initializer_list<LinearOutput> outputs) {
-  // Kept from call to call: few and small, and the first touch of new memory is slow.
+  // The room is kept from call to call, because the first touch of new memory is slow; there are few
+  // threads, and it is small.
   thread_local std::vector<char> packed;
   packed.resize(std::max<size_t>(packed.size(), packed_bytes(rows, size_in) + kCacheLine));
   void* const packed_x = line_of(packed.data());

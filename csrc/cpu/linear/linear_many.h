@@ -1,8 +1,9 @@
-// Many rows times a weight matrix: a block of weights is turned once, sixteen outputs beside one another,
-// and multiplied by every row of x, one number of it at a time. Included only by linear_rows.cpp.
+// Many rows times a weight matrix. A block of weights is transposed once, sixteen outputs beside one
+// another, and multiplied by every row of x, one number of the row at a time. Included only by
+// linear_rows.cpp.
 //
-// Every output is added up as the few rows' tile does it, so that both give the same bits: lane by lane,
-// each lane over the block's columns, then the lanes, pair by pair as they are folded there.
+// The sums are formed in the order of the few rows' tile, so that both give the same bits: first each lane
+// over the columns of the block, then the lanes, pair by pair as that tile folds them.
 #pragma once
 
 #include "cpu/linear/linear_blocks.h"
@@ -15,18 +16,18 @@ namespace TQ_ISA {
 
 // A tile of kMostManyTileRows rows and kManyVectors vectors of outputs fills the registers.
 constexpr int kManyVectors = kOutputsTogether / kLanes;
-// Tiles of rows that meet a block of weights before the next is turned.
+// The most tiles of rows that meet a block of weights before the next block is transposed.
 constexpr int64_t kMostTilesTogether = 16;
-// Vectors of words in a block: a word is what one lane multiplies at once, a float or a pair of bf16.
+// Vectors of words in a block. A word is what a lane multiplies at once: a float, or a pair of bf16.
 constexpr int64_t kMostVectors = kMostColumns / kLanes;
-// Lanes follow one another as their sums are added.
+// The order in which the lanes' sums are added.
 constexpr int kLaneOrder[kLanes] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
 constexpr int kFoldLevels = 4;
 
 template <typename Step>
 constexpr int64_t kVectorBytes = Step::kColumns / Step::kParts * static_cast<int64_t>(sizeof(typename Step::Stored));
 
-// Words of kLanes rows, crosswise: to[place * to_stride + i] = vector `index` of row i, its lane
+// Transposes the words of kLanes rows: to[place * to_stride + i] = vector `index` of row i, its lane
 // kLaneOrder[place].
 template <typename Step>
 TQ_INLINE void turn_vectors(const typename Step::Stored* const* rows, int64_t index, float* to, int64_t to_stride) {
@@ -41,7 +42,8 @@ TQ_INLINE void turn_vectors(const typename Step::Stored* const* rows, int64_t in
   for (int i = 0; i < kLanes; ++i) _mm512_store_ps(to + i * to_stride, words[kLaneOrder[i]]);
 }
 
-// The tiles [first, last) of the rows of x, block by block, in each tile by tile: [lane][vector][row].
+// Packs the tiles [first, last) of the rows of x: block by block, and in each tile by tile, as
+// [lane][vector][row].
 template <typename Step>
 void pack_many(
     const FewRowsProduct& product, const void* x, int64_t x_stride, void* to, int64_t first, int64_t last) {
@@ -73,7 +75,7 @@ void pack_many(
   }
 }
 
-// Weights to come: while tiles are multiplied, every pass over a lane prefetches at most one row of them.
+// The weights to prefetch while tiles are multiplied: at most one row of them in every pass over a lane.
 struct WeightsAhead {
   const char* from;  // null: none
   int64_t row_bytes;
@@ -140,7 +142,7 @@ template <typename Step>
 using MultiplyManyTile =
     void (*)(const float*, const float*, int64_t, const WeightsAhead&, int64_t, int64_t, bool, float*);
 
-// Rows are cut into tiles that differ by one at most, so of kLeastManyRows or more none is smaller.
+// Tiles differ by one row at most, so none of kLeastManyRows or more rows is smaller.
 constexpr int kLeastManyTileRows = kMostManyTileRows / 2;
 static_assert(kLeastManyRows > kMostManyTileRows, "tiles of half the rows at least");
 
@@ -153,7 +155,7 @@ MultiplyManyTile<Step> multiply_many_tile_for(int64_t rows) {
   return kFunctions[rows - kLeastManyTileRows];
 }
 
-// One thread's share of a product, kOutputsTogether outputs after the other.
+// One thread's share of a product, in steps of kOutputsTogether outputs.
 template <typename Step>
 class ManyShare {
  public:
@@ -204,8 +206,8 @@ class ManyShare {
     return column / Step::kColumns * Step::kParts * kLanes;
   }
 
-  // A block of columns of the weight rows [first, last): to[lane][vector][row], the
-  // lanes in their order. Returns the vectors.
+  // Transposes a block of columns of the weight rows [first, last) into to[lane][vector][row], the lanes in
+  // their order. Returns the number of vectors.
   int64_t turn_weights(int64_t first, int64_t last, int64_t block, float* to) const {
     const int64_t column = block * blocks_.size;
     const bool is_whole = column < blocks_.whole;
@@ -216,7 +218,7 @@ class ManyShare {
       Stored padded[kLanes][Step::kColumns] = {};
       const Stored* rows[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        // Beyond the last row: that row again, its sums unused.
+        // Rows beyond the last are the last row again; their sums are not used.
         const int64_t row = first + o + i < last ? first + o + i : last - 1;
         rows[i] = weight_ + row * product_.weight_stride + (is_whole ? column : blocks_.whole);
         if (is_whole) continue;
@@ -230,7 +232,8 @@ class ManyShare {
     return vectors;
   }
 
-  // What is turned after this block; the last group of rows alone goes on to other weight rows.
+  // The weights that are transposed after this block; only the last group of rows goes on to other weight
+  // rows.
   WeightsAhead weights_ahead(int64_t first, int64_t block, int64_t group) const {
     int64_t row = first;
     int64_t column = (block + 1) * blocks_.size;

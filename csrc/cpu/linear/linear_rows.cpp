@@ -7,8 +7,8 @@ namespace TQ_ISA {
 
 namespace {
 
-// Rows of x in a tile at most, and weight rows beside so many: together with what one step loads, their
-// sums fill the registers. One row alone is limited by memory, which likes a single stream.
+// The most rows of x in a tile, and the weight rows beside so many: the sums, and what one step loads, fill
+// the registers. A product of one row is limited by memory, which likes a single stream.
 #if defined(__AVX512F__)
 constexpr int kMostTileRows = 12;
 constexpr int tile_weight_rows(int tile_rows) { return tile_rows == 1 ? 1 : tile_rows <= 6 ? 4 : 2; }
@@ -23,10 +23,10 @@ constexpr int64_t kGroupRows = 12;
 constexpr int64_t kPanelBytes = 1 << 18;
 constexpr int64_t kLeastPanelRows = 16;
 constexpr int64_t kMostPanelRows = 64;
-// Between a weight's prefetch and its use, in times four weight rows.
+// The distance between a weight's prefetch and its use, in steps of four weight rows.
 TQ_INLINE int64_t fours_ahead(int64_t rows) { return rows <= kRowsBesideWeights ? 1 : 2; }
 
-// Block by block, in each the rows one after the other.
+// Packs x block by block, and in each block row by row.
 template <typename Step>
 void pack_typed(const FewRowsProduct& product, const void* x, int64_t x_stride, void* to) {
   const Blocks blocks = blocks_of<Step>(product.size_in);
@@ -49,7 +49,8 @@ void pack_typed(const FewRowsProduct& product, const void* x, int64_t x_stride, 
   }
 }
 
-// What add_four multiplies: four weight rows and as many rows of x as its name says, over one block.
+// The operands of add_four: four weight rows and as many rows of x as its template argument says, over one
+// block.
 template <typename Step>
 struct Operands {
   const typename Step::Stored* weights[kWeightRowsPerTile];
@@ -91,7 +92,7 @@ AddFour<Step> add_four_for(int64_t rows) {
   return kFunctions[rows - 1];
 }
 
-// One thread's share of a product, in panels of weight rows; each meets all rows of x, in groups.
+// One thread's share of a product, in panels of weight rows. Each panel meets all rows of x, in groups.
 template <typename Step>
 class Share {
  public:
@@ -127,7 +128,7 @@ class Share {
       for (int64_t row = panel; row < last; row += kWeightRowsPerTile) {
         Operands<Step> operands{};
         for (int64_t r = 0; r < kWeightRowsPerTile; ++r) {
-          // Beyond the last row: that row again, its sums unused.
+          // Rows beyond the last are the last row again; their sums are not used.
           operands.weights[r] = weight_ + (row + r < last ? row + r : last - 1) * product_.weight_stride;
         }
         operands.ahead = ahead_of(panel, row, block, group);
@@ -138,7 +139,7 @@ class Share {
     finish_rows<typename Step::Element>(product_, begin, end, panel, last, sums, kMostPanelRows);
   }
 
-  // Four weight rows, so far from their first column, times the rows [begin, end) of x.
+  // Multiplies four weight rows, given by their first column, by the rows [begin, end) of x.
   void multiply_block(Operands<Step>& operands, int64_t block, int64_t begin, int64_t end, float* sums) {
     int64_t first = block * blocks_.size;
     operands.count = blocks_.whole - first < blocks_.size ? blocks_.whole - first : blocks_.size;
@@ -157,7 +158,7 @@ class Share {
     multiply_rows(operands, first, begin, end, sums);
   }
 
-  // The rows in tiles.
+  // Multiplies the rows [begin, end) of x, tile by tile.
   void multiply_rows(Operands<Step>& operands, int64_t first, int64_t begin, int64_t end, float* sums) {
     const auto* const x = static_cast<const typename Step::Packed*>(product_.packed_x) + first * product_.rows;
     const int64_t num_tiles = (end - begin + kMostTileRows - 1) / kMostTileRows;
@@ -169,9 +170,10 @@ class Share {
     }
   }
 
-  // Elements between these weights and those to prefetch while they are multiplied. One group reads
-  // its weights from memory all the time: a little ahead. Of several groups only the first would, the
-  // memory idle during the others: together they fetch the whole next panel.
+  // The number of elements between these weights and those to prefetch while they are multiplied. With one
+  // group of rows, weights stream from memory all the time, and a little ahead is enough. With several,
+  // only the first group would read from memory, which idles during the others: so all groups together
+  // prefetch the whole next panel.
   int64_t ahead_of(int64_t panel, int64_t row, int64_t block, int64_t group) const {
     const int64_t fours = panel_rows_ / kWeightRowsPerTile;
     const int64_t in_panel = fours * blocks_.count;
@@ -197,7 +199,7 @@ class Share {
   int64_t panel_rows_;
 };
 
-// run(Step) for the way in which this product is multiplied.
+// Calls run(Step) with the step that multiplies this product.
 template <typename Run>
 TQ_INLINE void with_step(const FewRowsProduct& product, const Run& run) {
   switch (product.type) {

@@ -1,5 +1,5 @@
-// Rows times a weight matrix as it lies in memory: few of them, for which reading the weights is all there
-// is to do, and many. One copy for each ISA.
+// Rows times a weight matrix as it lies in memory: few rows, for which nearly all the work is reading the
+// weights, or many. One copy for each ISA.
 #pragma once
 
 #include "cpu/simd/element_type.h"
@@ -27,7 +27,7 @@ struct FewRowsProduct {
   int64_t size_out;
 };
 
-// Rows from which turning the weights pays, and those of a tile at most.
+// From this many rows on transposing the weights pays; and the most rows of a tile.
 constexpr int64_t kLeastManyRows = 15;
 constexpr int kMostManyTileRows = 14;
 
@@ -44,10 +44,10 @@ inline int64_t outputs_per_unit(const FewRowsProduct& product) {
 // Parts of x that threads may pack at once.
 inline int64_t packing_parts(const FewRowsProduct& product) { return product.is_many ? many_tiles(product.rows) : 1; }
 
-// Columns of a step at most: x is packed in whole ones.
+// The most columns of a step; x is packed in whole steps.
 constexpr int64_t kMostStepColumns = 32;
 
-// Bytes that pack_rows writes at most; tiles of many rows take the room of sixteen.
+// The most bytes that pack_rows writes; tiles of many rows take the room of sixteen.
 inline int64_t packed_bytes(int64_t rows, int64_t size_in) {
   const int64_t room = rows < kLeastManyRows ? rows : 16 * many_tiles(rows);
   return room * (size_in + kMostStepColumns) * static_cast<int64_t>(sizeof(float));

@@ -59,7 +59,8 @@ struct BFloat16DotStep {
   TQ_INLINE Vector load_packed(const uint16_t* from) { return *reinterpret_cast<const PieceBitsU*>(from); }
   TQ_INLINE void store_packed(uint16_t* to, Vector part) { *reinterpret_cast<PieceBitsU*>(to) = part; }
   TQ_INLINE Piece add_product(Piece sum, Vector a, Vector b) {
-    // Not the intrinsic: it needs flags under which the compiler may use the instruction elsewhere.
+    // Written in assembly because the intrinsic needs flags under which the compiler may use the
+    // instruction elsewhere.
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
@@ -143,7 +144,8 @@ TQ_INLINE void fold(const Piece* pieces, float* to) {
   for (; i < kCount; i += 4) fold_four<kCount>(pieces + i, to + i);
 }
 
-// A compiler that may repeat a load at each use of it does, and the tile waits for the load ports.
+// Keeps the compiler from repeating the load at each use of `value`, which would make the tile wait for the
+// load ports.
 template <typename Vector>
 TQ_INLINE void load_once(Vector& value) {
 #if defined(__x86_64__)
@@ -153,12 +155,12 @@ TQ_INLINE void load_once(Vector& value) {
 #endif
 }
 
-// So few rows of x leave room in the first-level cache for weights to come; otherwise these are
-// prefetched into the second.
+// With up to this many rows of x, weights to come are prefetched into the first-level cache, which has room
+// for them; with more, into the second.
 constexpr int kRowsBesideWeights = 6;
 
-// sums[m * kWeights + r] = weights[r] times row m of x, over `count` columns, whole steps. What lies
-// `ahead` elements from each weight is prefetched.
+// sums[m * kWeights + r] = weights[r] times row m of x, over `count` columns, whole steps. Prefetches the
+// elements `ahead` of each weight.
 template <typename Step, int kWeights, int kRows>
 TQ_INLINE void multiply_tile(
     const typename Step::Stored* const* weights, int64_t ahead, const typename Step::Packed* x, int64_t x_stride,

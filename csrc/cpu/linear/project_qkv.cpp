@@ -6,7 +6,7 @@ namespace tq {
 
 namespace {
 
-// Rows below which a thread more does not pay for what is done between the products.
+// With fewer rows than this, another thread does not pay for the work between the products.
 constexpr int64_t kRowsPerThread = 32;
 
 }  // namespace

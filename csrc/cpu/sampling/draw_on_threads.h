@@ -57,7 +57,7 @@ struct DrawArguments {
   }
 };
 
-// Calls finish(row, DrawnToken) once for each row that wants(row); rows may finish on any thread.
+// Calls finish(row, DrawnToken) once for each row that wants(row), on any thread.
 template <typename Wants, typename Finish>
 void draw_rows(const DrawArguments& arguments, const Wants& wants, const Finish& finish) {
   const int64_t rows = arguments.logits.size(0);
@@ -78,7 +78,7 @@ void draw_rows(const DrawArguments& arguments, const Wants& wants, const Finish&
     });
     return;
   }
-  // Few rows: their blocks are split over the threads instead.
+  // Split the blocks of a row over the threads, since there are fewer rows than keep them busy.
   constexpr int64_t kMinBlocksPerPiece = 16;
   RowSampler sampler;
   for (int64_t row = 0; row < rows; ++row) {

@@ -7,7 +7,7 @@
 namespace tq {
 namespace TQ_ISA {
 
-// A block is taken in groups: four vectors at a time, whose order inside a group is its own affair.
+// A block is loaded in groups of four vectors; an element type may choose the order inside a group.
 static_assert(kGroup == kParts * kLanes);
 
 template <typename Element>
@@ -19,7 +19,7 @@ TQ_INLINE int place_in_group(Element, int part, int lane) {
   return part * kLanes + lane;
 }
 
-// Two bf16 of a word are one operation each, where widening them in order takes two.
+// The two bf16 numbers of a word take one operation each; widening them in order takes two.
 TQ_INLINE void load_group(BFloat16, const uint16_t* from, F32x16 (&x)[kParts]) {
   for (int part = 0; part < kParts; part += 2) {
     const U32x16 words = load_words(from + part * kLanes);
@@ -29,7 +29,7 @@ TQ_INLINE void load_group(BFloat16, const uint16_t* from, F32x16 (&x)[kParts]) {
 }
 TQ_INLINE int place_in_group(BFloat16, int part, int lane) { return part / 2 * 2 * kLanes + 2 * lane + part % 2; }
 
-// A block of a row; its last group, where it is not whole, is a copy filled up with -inf.
+// A block of a row. If its last group is not whole, the group is a copy that -inf fills up.
 template <typename Element>
 struct Block {
   using Stored = typename Element::Stored;

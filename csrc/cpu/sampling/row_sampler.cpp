@@ -22,12 +22,13 @@ void RowSampler::start(const LogitsRow& row, const SamplerParameters& parameters
   row_ = row;
   parameters_ = parameters;
   const bool is_arg_max = parameters.temperature == 0.0f;
-  // A temperature so low that its inverse overflows: the largest float still makes 0 of all but ties.
+  // The inverse of a very low temperature overflows; the largest float in its place still gives every
+  // element but ties of the largest a mass of 0.
   scale_ = {-kInfinity, is_arg_max ? 1.0f : std::min(1.0f / parameters.temperature, FLT_MAX)};
   const size_t blocks = num_blocks(row.size);
   states_.resize(blocks);
   strand_peaks_.resize(!is_arg_max && cuts_count() ? blocks * kGroup : 0);
-  // What is cut off gets its masses from its values.
+  // Sums at the temperature are for the whole row only: a draw from a cut row weighs its values itself.
   tempered_sums_.resize(is_arg_max || cuts_count() || cuts_mass() || scale_.inverse_temperature == 1.0f ? 0 : blocks);
 }
 
@@ -98,7 +99,7 @@ int64_t RowSampler::draw_top_p(double uniform, double* total) {
   return draw_by_block(kept, uniform, total);
 }
 
-// Inverse CDF over what is kept: to the block, then inside it.
+// Finds the block that the target falls into, then the token inside it, among the values that are kept.
 int64_t RowSampler::draw_by_block(const KeptValues& kept, double uniform, double* total) const {
   *total = 0.0;
   for (const double mass : block_masses_) *total += mass;
@@ -119,7 +120,7 @@ int64_t RowSampler::draw_by_block(const KeptValues& kept, double uniform, double
       target - before_last);
 }
 
-// Inverse CDF over what top-k, and then top-p, leave.
+// Draws by inverse CDF among the tokens that top-k, and then top-p, leave.
 int64_t RowSampler::draw_top_k(double uniform, double* total) {
   const int64_t k = parameters_.top_k;
   const uint64_t* const keys = topk_.find(row_, 1.0f, states_.data(), strand_peaks_.data(), k);
@@ -143,7 +144,7 @@ int64_t RowSampler::draw_top_k(double uniform, double* total) {
   return last_with_mass;
 }
 
-// A token stays while the mass before it falls short; the first stays whatever top_p is.
+// Keeps a token while the mass before it falls short of the share; the first one always.
 void RowSampler::keep_top_p() {
   double total = 0.0;
   for (const Candidate& candidate : candidates_) total += candidate.mass;

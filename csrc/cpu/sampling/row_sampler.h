@@ -23,7 +23,7 @@ struct DrawnToken {
   bool is_valid;           // false for a row without any finite logit, or with +inf
 };
 
-// What the draw needs of the whole row. Blocks may be reduced by several threads, in any order.
+// Gathers what a draw needs of the whole row. Several threads may reduce its blocks, in any order.
 class RowSampler {
  public:
   void start(const LogitsRow& row, const SamplerParameters& parameters);
@@ -51,7 +51,8 @@ class RowSampler {
   std::vector<SoftmaxState<float>> states_;
   std::vector<float> tempered_sums_;
   std::vector<float> strand_peaks_;
-  // Of what is kept in each block.
+  // For each block: the mass that is kept, and how many ties of the least kept value lie in the blocks
+  // before.
   std::vector<double> block_masses_;
   std::vector<int64_t> ties_before_;
   std::vector<Candidate> candidates_;

@@ -23,11 +23,11 @@ struct StrandPeaks {
   }
 };
 
-// How many bytes ahead the memory is asked for what comes, a little for each group: by itself it looks no
-// further than the page.
+// Prefetch distance in bytes. The hardware prefetches within a page only.
 constexpr uintptr_t kAhead = 16384;
 
-// Beyond the end of the logits nothing is read: a prefetch of an address that is not there does nothing.
+// Prefetching beyond the end of the logits is harmless: a prefetch of an address that is not there does
+// nothing.
 template <typename Stored>
 TQ_INLINE void prefetch_group(const Stored* group) {
   const auto ahead = reinterpret_cast<uintptr_t>(group) + kAhead;
@@ -36,7 +36,8 @@ TQ_INLINE void prefetch_group(const Stored* group) {
   }
 }
 
-// The sum of exp((x - reference) * inverse_temperature); without `kTempered`, the peaks beside it.
+// Returns the sum of exp((x - reference) * inverse_temperature). Without `kTempered`, finds the strands'
+// peaks in the same pass.
 template <typename Element, bool kTempered>
 TQ_INLINE float sum_exp(
     const Block<Element>& block, float reference, float inverse_temperature, StrandPeaks* peaks) {
@@ -61,11 +62,12 @@ TQ_INLINE float sum_exp(
   return static_cast<float>(reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
-// How far the peak may lie above what the exponentials were taken against: their relative error grows with it.
+// The peak may lie this far above the reference of the exponentials; their relative error grows with the
+// distance.
 constexpr float kMostAbove = 8.0f;
 
-// The peak of a block and its sum in one pass: the exponentials are taken against the peak of the first
-// group, which is almost always near enough.
+// Finds the peak of a block and its sum in one pass. The reference of the exponentials is the peak of the
+// first group, which is almost always near enough; otherwise a second pass sums again.
 template <typename Element>
 TQ_INLINE SoftmaxState<float> reduce_at_once(const Block<Element>& block, StrandPeaks* peaks) {
   StrandPeaks first;
@@ -99,7 +101,7 @@ void reduce_typed_blocks(const BlockReduction& job, int64_t block_begin, int64_t
   for (int64_t b = block_begin; b < block_end; ++b) reduce_block(job, b, Block<Element>(job.row, b));
 }
 
-// Quotients are made once, and reduced like logits of their own.
+// Divides a block once, and reduces the quotients as fp32 logits.
 template <typename Element>
 void reduce_divided_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end) {
   alignas(64) float values[kBlock];

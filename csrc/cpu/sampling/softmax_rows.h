@@ -7,7 +7,7 @@
 
 namespace tq {
 
-// What one pass over some blocks of a row leaves behind, x being the logits with NaN as -inf.
+// One pass over some blocks of a row, and where its results go. x is a logit, NaN as -inf.
 struct BlockReduction {
   LogitsRow row;
   // Reduce x / divisor; 1 leaves x as it is.
@@ -17,8 +17,8 @@ struct BlockReduction {
   // Unless null, tempered_sums[b]: sum of exp((x - peak) * inverse_temperature).
   float* tempered_sums;
   float inverse_temperature;
-  // Unless null, kGroup numbers from strand_peaks[b * kGroup] on: the peaks of the block's strands, in an
-  // order that top_keys (topk.h) knows.
+  // Unless null, kGroup numbers from strand_peaks[b * kGroup] on: the peaks of the block's strands, in the
+  // order that TopK::find reads.
   float* strand_peaks;
 };
 
@@ -30,7 +30,7 @@ struct BlockReduction {
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE
 
-// All blocks of a row, merged in order, in double.
+// Merges all blocks of a row in order, in double.
 static inline SoftmaxState<double> merge_blocks(const SoftmaxState<float>* states, int64_t count) {
   SoftmaxState<double> total = empty_softmax_state<double>();
   for (int64_t b = 0; b < count; ++b) {

@@ -8,7 +8,7 @@ namespace TQ_ISA {
 
 namespace {
 
-// Exactly 0 for -inf.
+// The mass of -inf is exactly 0.
 TQ_INLINE F32x16 masses_of(F32x16 values, const MassScale& scale) {
   return exp_nonpositive((values - broadcast(scale.peak)) * scale.inverse_temperature);
 }
@@ -23,7 +23,7 @@ TQ_INLINE void masses_of_group(const F32x16 (&x)[kParts], const MassScale& scale
   add_exp(shifted, masses);
 }
 
-// The values that are kept, -inf in place of the others.
+// Replaces the values that are not kept by -inf.
 TQ_INLINE F32x16 kept_values(F32x16 values, float least, int64_t* ties_left) {
   const F32x16 bound = broadcast(least);
   const uint32_t from_bound = mask_not_lt(values, bound);
@@ -49,7 +49,7 @@ int64_t draw_in_typed_block(
   const Block<Element> block(row, b);
   load_block<Element, false>(block, 1.0f, values);
   int64_t ties_left = kept.num_ties;
-  // The vector where the target is exceeded, or the last one with any mass.
+  // Finds the vector at which the running mass exceeds the target, or the last one with any mass.
   alignas(64) float masses[kLanes] = {};
   int64_t first_lane = 0;
   double running = 0.0;
@@ -127,7 +127,8 @@ double masses_from_typed(
   return total;
 }
 
-// The lanes of `x` in the mask, one after the other; writes a whole vector. How many.
+// Writes the lanes of `x` that the mask names one after the other, and returns how many; a whole vector is
+// written.
 TQ_INLINE int64_t compress(F32x16 x, uint32_t mask, float* to) {
 #if defined(__AVX512F__)
   store(to, (F32x16)_mm512_maskz_compress_ps(mask, (__m512)x));

@@ -7,7 +7,7 @@
 
 namespace tq {
 
-// How masses are made of values.
+// The parameters of exp((x - peak) * inverse_temperature).
 struct MassScale {
   float peak;
   float inverse_temperature;
@@ -49,7 +49,7 @@ constexpr int kNumBounds = 5;
   /* The values from `low` on and below `high`, in any order. `kept` has room for the row and a group more; \
      it may be the row itself. */                                                                   \
   ValueRange keep_between(const LogitsRow& row, float low, float high, float* kept);                \
-  /* The mass of one value, as all of these see it. */                                              \
+  /* The mass of one value, as the others compute it. */                                              \
   float mass_of_value(const MassScale& scale, float value);                                         \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)

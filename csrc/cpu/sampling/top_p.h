@@ -1,4 +1,4 @@
-// Which values of a row a top-p cut keeps.
+// Finds the values of a row that a top-p cut keeps.
 #pragma once
 
 #include <vector>
@@ -7,8 +7,9 @@
 
 namespace tq {
 
-// The smallest set, from the largest value down and by id among equals, whose mass is at least top_p of
-// the whole row's; at least one value. scale.peak is the row's largest value, finite. `room` may grow.
+// Returns the smallest set, from the largest value down and by id among equals, whose mass is at least
+// top_p of the mass of the whole row; at least one value. scale.peak is the row's largest value, finite.
+// `room` may grow.
 KeptValues find_top_p(const LogitsRow& row, const MassScale& scale, double top_p, std::vector<float>& room);
 
 }  // namespace tq

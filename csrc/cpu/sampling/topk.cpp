@@ -21,7 +21,8 @@ int64_t fill_to_sixteens(float* values, int64_t count) {
 
 }  // namespace
 
-// A bound that k elements reach, and little more: k peaks do. Peaks of blocks say which strands to look at.
+// Returns a bound that at least k elements reach, and few more: the k-th largest strand peak. The peaks of
+// blocks tell which blocks' strands can matter.
 float TopK::find_least(
     const SoftmaxState<float>* states, const float* strand_peaks, int64_t blocks, int64_t k) {
   const auto bound_of_largest = TQ_SELECT_ISA(bound_of_largest);
@@ -53,7 +54,8 @@ const uint64_t* TopK::find(
     keys_.resize(std::max<size_t>(keys_.size(), count + kBlock));
     const bool was_short = count < k;
     count += gather_from_block(row, divisor, b, strand_peaks + b * kGroup, least, keys_.data() + count);
-    // Now that there are k, what ties with the last of them comes too late.
+    // Ids ascend, so once k elements are found, a later element that ties with the least of them has too
+    // high an id: raise the bound.
     if (was_short && count >= k) least = std::nextafter(least, kInfinity);
   }
   std::partial_sort(keys_.begin(), keys_.begin() + k, keys_.begin() + count, std::greater<uint64_t>());

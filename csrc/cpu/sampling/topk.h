@@ -11,8 +11,9 @@ namespace tq {
 // Keeps its room from row to row.
 class TopK {
  public:
-  // Keys (common/ordered_key.h) of the k largest x / divisor, the largest first, the lower id first among
-  // equals; k is at most the size of the row. states and strand_peaks: of the reduction of x / divisor.
+  // Returns the keys (common/ordered_key.h) of the k largest x / divisor, the largest first, the lower id
+  // first among equals; k is at most the size of the row. `states` and `strand_peaks` come from
+  // reduce_blocks with the same divisor.
   const uint64_t* find(
       const LogitsRow& row, float divisor, const SoftmaxState<float>* states, const float* strand_peaks, int64_t k);
 

@@ -17,9 +17,9 @@ namespace tq {
 
 namespace {
 
-// Rows are split over threads where they are few; a piece has at least this many blocks.
+// Few rows are split over the threads, in pieces of at least this many blocks.
 constexpr int64_t kMinBlocksPerPiece = 8;
-// A row of fewer blocks is done before another thread is awake.
+// A row of fewer blocks is not split: one thread is done before another is awake.
 constexpr int64_t kMinBlocksToCut = 32;
 
 struct Output {
@@ -28,7 +28,7 @@ struct Output {
   float* lse;
 };
 
-// What a row leaves while its blocks are reduced.
+// Room for what reduce_blocks finds of one row.
 struct Reduced {
   std::vector<SoftmaxState<float>> states;
   std::unique_ptr<float[]> strand_peaks;
@@ -46,14 +46,14 @@ void finish_row(
   for (int64_t i = 0; i < k; ++i) {
     const double logprob = value_of_key(keys[i]) - state.peak - log_sum;
     out.ids[row * k + i] = id_of_key(keys[i]);
-    // The sum is rounded, so a token with all the mass may come out above 0; NaN stays.
+    // Rounding of the sum may lift the log-probability of a token with all the mass above 0; NaN stays.
     out.logprobs[row * k + i] =
         is_empty ? -std::numeric_limits<float>::infinity() : static_cast<float>(logprob > 0.0 ? 0.0 : logprob);
   }
   out.lse[row] = static_cast<float>(lse_of_softmax_state(state));
 }
 
-// One row cut into pieces of whole blocks.
+// Reduces one row in pieces of whole blocks, on all threads.
 struct Pieces {
   int64_t per_row;
   int64_t blocks_each;

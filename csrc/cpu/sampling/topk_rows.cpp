@@ -15,7 +15,7 @@ int64_t count_at_least(const float* values, int64_t count, float least) {
   return found;
 }
 
-// Only the vectors in which a strand's peak reaches `least` are looked at.
+// Skips the vectors in which no strand's peak reaches `least`.
 template <typename Element>
 TQ_INLINE int64_t gather(const Block<Element>& block, const float* strand_peaks, float least, uint64_t* keys) {
   const F32x16 bound = broadcast(least);
@@ -37,7 +37,7 @@ TQ_INLINE int64_t gather(const Block<Element>& block, const float* strand_peaks,
   return count;
 }
 
-// Quotients were reduced as the floats that they are.
+// reduce_blocks took quotients as fp32 numbers; read them in the same way.
 template <typename Element>
 int64_t gather_from_typed_block(
     const LogitsRow& row, float divisor, int64_t b, const float* strand_peaks, float least, uint64_t* keys) {

@@ -1,5 +1,5 @@
-// Sums of exponentials, four vectors at a time: their chains of operations overlap, step by step, where
-// one after the other would wait. Included only by *_rows.cpp (see isa.h).
+// Sums of exponentials, four vectors at a time: step by step, so that the chains of operations of the four
+// overlap. Included only by *_rows.cpp (see isa.h).
 #pragma once
 
 #include "cpu/simd/exp_and_tanh.h"
@@ -11,7 +11,7 @@ constexpr int kParts = 4;
 
 #if defined(__AVX512F__)
 
-// The bits of 2^(i / 32), less i at the place where the sum below adds it.
+// The bits of 2^(i / 32), minus i << 18, which add_exp adds together with the exponent.
 alignas(64) constexpr uint32_t kPowers[32] = {
     0x3f800000u, 0x3f7ecd87u, 0x3f7daac3u, 0x3f7c980fu, 0x3f7b95c2u, 0x3f7aa43au, 0x3f79c3d3u, 0x3f78f4f0u,
     0x3f7837f0u, 0x3f778d3au, 0x3f76f532u, 0x3f767043u, 0x3f75fed7u, 0x3f75a15bu, 0x3f75583fu, 0x3f7523f6u,

@@ -7,7 +7,7 @@ namespace TQ_ISA {
 
 namespace {
 
-// As many doubles as a register of the variant has: wider vectors the compiler would take apart.
+// As many doubles as a register of the variant has: the compiler would take wider vectors apart.
 constexpr int kDoubles = kWidth / 2;
 
 typedef double F64s __attribute__((vector_size(8 * kDoubles)));
@@ -36,7 +36,7 @@ TQ_INLINE F64s power_of_two(F64s whole) {
 }
 #endif
 
-// x * 2^whole, whole an integer from -1080 to 0: also where 2^whole itself is not a normal number.
+// x * 2^whole for an integer `whole` from -1080 to 0, where 2^whole may be subnormal.
 TQ_INLINE F64s times_power_of_two(F64s x, F64s whole) {
 #if defined(__AVX512F__)
   return (F64s)_mm512_scalef_pd((__m512d)x, (__m512d)whole);

@@ -18,7 +18,7 @@ namespace TQ_ISA {
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Subtracting 0 leaves every number as it is, so nothing is computed; adding it would change -0.
+// Subtracting 0 from `value` changes no number, so the compiler drops it; adding 0 would change -0.
 TQ_INLINE F32x16 broadcast(float value) { return value - F32x16{}; }
 
 TQ_INLINE F32x16 load(const float* from) {
@@ -95,7 +95,7 @@ TQ_INLINE F32x16 add_where_not_lt(const F32x16& sum, const F32x16& a, const F32x
 #endif
 }
 
-// How the lanes of two vectors become one.
+// Two ways to combine the lanes of two vectors.
 struct AddLanes {
   template <typename Vector>
   TQ_INLINE Vector both(const Vector& a, const Vector& b) {
@@ -109,7 +109,7 @@ struct MaxLanes {
   }
 };
 
-// The upper half of the lanes with the lower, until four are left.
+// Combines the upper half of the lanes with the lower, until four are left.
 template <typename Reduce>
 TQ_INLINE F32x4 fold_lanes(F32x4 value) {
   return value;
@@ -149,7 +149,7 @@ TQ_INLINE F32x16 select(const I32x16& condition, const F32x16& yes, const F32x16
   return (F32x16)(((I32x16)yes & condition) | ((I32x16)no & ~condition));
 }
 
-// Pairwise, so that the order is the same for every variant.
+// Adds pairwise, in an order that is the same for every variant.
 TQ_INLINE double reduce_sum(const F32x16& value) {
 #if defined(__AVX512F__)
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)value));
@@ -208,7 +208,7 @@ TQ_INLINE uint16_t half_from(float value) {
   return static_cast<uint16_t>(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13));
 }
 
-// How one stored element type becomes floats, and floats it, rounded. `Stored` is the type in memory.
+// Conversions of one stored element type to floats and, rounded, back. `Stored` is the type in memory.
 struct Float32 {
   using Stored = float;
   TQ_INLINE float rounded(float value) { return value; }

@@ -26,7 +26,7 @@ Isa detect_isa() {
 std::atomic<Isa> g_limit{Isa::kAvx512};
 
 #if TQ_HAS_X86_VARIANTS
-// Bits of cpuid leaf 7: the compilers that build this do not all know these features by name.
+// Reads cpuid leaf 7 itself, because not all compilers that build this know these features by name.
 bool has_leaf_7_bit(unsigned subleaf, bool in_edx, unsigned bit) {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx) == 0) return false;

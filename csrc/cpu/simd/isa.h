@@ -25,10 +25,11 @@ void limit_isa(Isa limit);
 
 const char* isa_name(Isa isa);
 
-// What the choice between kernels depends on beyond the variants. Always false off x86-64.
+// Traits of the processor, beside the variants, that the choice between kernels depends on. Always false
+// off x86-64.
 enum class CpuTrait : int { kBf16Dot, kAmx, kAmd };
 
-// The processor's own, whatever the limit.
+// Tells of the processor itself, whatever the limit.
 bool cpu_has(CpuTrait trait);
 
 }  // namespace tq

@@ -8,7 +8,7 @@
 
 #define TQ_ALWAYS_INLINE inline __attribute__((always_inline))
 #define TQ_INLINE static TQ_ALWAYS_INLINE
-// After the parameters of a lambda.
+// Stands after the parameters of a lambda.
 #define TQ_INLINED __attribute__((always_inline))
 
 namespace tq {
@@ -89,7 +89,7 @@ TQ_INLINE Twin<A>& operator*=(Twin<A>& a, const B& b) {
   return a = a * b;
 }
 
-// The type of sixteen lanes that pieces make up.
+// The type of sixteen lanes, made of kCount pieces.
 template <typename Vector, int kCount>
 struct Joined {
   using Type = typename Joined<Twin<Vector>, kCount / 2>::Type;

@@ -35,7 +35,7 @@ TQ_INLINE void transpose_in_registers(__m512 (&r)[16]) {
   }
 }
 
-// As transpose_16x16, of any words of 32 bits, on any boundary; `stride` is in bytes.
+// Does as transpose_16x16, for any words of 32 bits on any boundary; `stride` is in bytes.
 TQ_INLINE void transpose_16x16_words(const char* from, int64_t stride, float* to, int64_t to_stride) {
   __m512 r[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * stride);
@@ -47,7 +47,8 @@ TQ_INLINE void transpose_16x16_words(const char* from, int64_t stride, float* to
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // to[i * to_stride + j] = from[j * stride + i] for i and j below 8.
 TQ_INLINE void transpose_8x8(const float* from, int64_t stride, float* to, int64_t to_stride) {
-  // Loaded as halves, of rows j and j + 4, so that no word has to cross from one half to the other.
+  // Loads the halves of rows j and j + 4 into one register, so that no word has to cross from one half to
+  // the other.
   for (int half = 0; half < 8; half += 4) {
     __m256 r[4];
     for (int j = 0; j < 4; ++j) {
@@ -91,7 +92,7 @@ TQ_INLINE void transpose_16x16(const float* from, int64_t stride, float* to, int
 }
 
 #if !defined(__AVX512F__)
-// Lane i: what is left of x[i].
+// Lane i of the result: all lanes of x[i], combined.
 template <typename Reduce>
 TQ_INLINE F32x4 reduce_four(const F32x16* x) {
   F32x4 fours[4];
@@ -116,7 +117,7 @@ TQ_INLINE F32x4 reduce_four(const F32x16* x) {
 template <typename Reduce>
 TQ_INLINE F32x16 reduce_across(const F32x16 (&x)[kLanes]) {
 #if defined(__AVX512F__)
-  // Four rounds, each taking the halves of two vectors into one: of quads, pairs, numbers.
+  // In each of four rounds, two vectors become one: by halves, quads, pairs, numbers.
   const auto both = [](__m512 a, __m512 b) TQ_INLINED { return (__m512)Reduce::both((F32x16)a, (F32x16)b); };
   __m512 r[kLanes];
   for (int i = 0; i < kLanes; ++i) r[i] = (__m512)x[i];
@@ -126,7 +127,7 @@ TQ_INLINE F32x16 reduce_across(const F32x16 (&x)[kLanes]) {
   for (int i = 0; i < 4; ++i) {
     r[i] = both(_mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd));
   }
-  // r[i], 128 bits at a time: what is left of vectors i, i + 8, i + 4, i + 12.
+  // Each 128 bits of r[i] hold what is left of vectors i, i + 8, i + 4, i + 12.
   const __m512 a = both(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
   const __m512 b = both(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
   const __m512 mixed = both(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
@@ -138,7 +139,7 @@ TQ_INLINE F32x16 reduce_across(const F32x16 (&x)[kLanes]) {
 #endif
 }
 
-// Lane i: the sum, the largest of the lanes of x[i]; no NaN among those compared.
+// Lane i of the result: the sum, or the largest, of the lanes of x[i]. No NaN may be among those compared.
 TQ_INLINE F32x16 add_across(const F32x16 (&x)[kLanes]) { return reduce_across<AddLanes>(x); }
 TQ_INLINE F32x16 max_across(const F32x16 (&x)[kLanes]) { return reduce_across<MaxLanes>(x); }
 

@@ -1,5 +1,6 @@
-// What a CPU op must be given, compared once, here. tq_fast/ops says in words what is wrong; an op
-// that is called at once, before those words are looked for, refuses the same arguments.
+// Conditions on the arguments of the CPU ops. Each op compares them once, before it reads or writes
+// anything, because torch.ops is open to everybody; tq_fast/ops checks the same and says in words what is
+// wrong.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -41,20 +42,21 @@ inline bool is_floats(const Tensor& tensor, std::initializer_list<int64_t> sizes
   return has_shape(tensor, sizes) && is_floating(tensor);
 }
 
-// A parameter that is one number or one a row: the tensor of this shape, or else what `number` says.
+// Whether a parameter of each row is right: its tensor has one number a row; without a tensor, `number`
+// says.
 inline bool is_per_row(const std::optional<Tensor>& tensor, int64_t rows, bool number) {
   return tensor.has_value() ? has_shape(*tensor, {rows}) && (is_floating(*tensor) || is_integer(*tensor)) : number;
 }
 
-// A finite number of fp32, in which the kernels compute.
+// Whether `value` is finite in fp32, in which the kernels compute.
 inline bool is_float_number(double value) { return std::abs(value) <= std::numeric_limits<float>::max(); }
 
-// None, or a bound above 0: one that is 0 in fp32 would count as none.
+// Whether `value` is None, or above 0 in fp32: the kernels read a softcap of 0 as none.
 inline bool is_softcap(const std::optional<double>& value) {
   return !value.has_value() || (is_float_number(*value) && *value >= std::numeric_limits<float>::min());
 }
 
-// Written to in place: no two elements share their memory.
+// Whether no two elements share their memory, as must be where an op writes in place.
 inline bool is_apart(const Tensor& tensor) {
   for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
     if (tensor.stride(axis) == 0 && tensor.size(axis) > 1) return false;
@@ -62,7 +64,7 @@ inline bool is_apart(const Tensor& tensor) {
   return true;
 }
 
-// An int that may come as a one-element tensor.
+// Whether `tensor`, which may stand for an int, has one element.
 inline bool is_int(const std::optional<Tensor>& tensor) {
   return !tensor.has_value() || (tensor->numel() == 1 && is_integer(*tensor));
 }

@@ -1,4 +1,4 @@
-// How the torch side of a CPU op looks at its arguments. Stable ABI only.
+// Reading arguments and making outputs on the torch side of the CPU ops. Stable ABI only.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -28,7 +28,7 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) 
   return new_tensor_on(aoti_torch_device_type_cpu(), 0, sizes, type);
 }
 
-// An int that may also come as a one-element tensor.
+// Reads an int that may also come as a one-element tensor.
 inline int64_t read_int(int64_t number, const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return number;
   STD_TORCH_CHECK(tensor->numel() == 1, "an int that comes as a tensor has ", tensor->numel(), " elements, expected 1");

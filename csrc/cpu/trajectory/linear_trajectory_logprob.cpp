@@ -16,7 +16,7 @@ namespace tq {
 
 namespace {
 
-// The tokens that count, and what gives their logits.
+// The tokens within the lengths, and the operands of their logits.
 struct Problem {
   Tensor hidden;  // [N, T, D]
   Tensor weight;  // [V, D]
@@ -32,11 +32,11 @@ struct Problem {
   bool knows(int64_t i) const { return tokens[i] >= 0 && tokens[i] < vocab_size; }
 };
 
-// One product of the BLAS makes at most this many rows of logits, over this many bytes of fp32 weight.
+// A product of the BLAS makes at most this many rows of logits, over this many bytes of fp32 weight.
 constexpr int64_t kRowsPerProduct = 1024;
 constexpr int64_t kWeightBytesPerProduct = int64_t{16} << 20;
-// One of ours, by one thread: as many rows as share a block of turned weights, and logits that its
-// second-level cache holds.
+// A product of our kernel, by one thread, has as many rows as share a block of transposed weights, and as
+// many logits as its second-level cache holds.
 constexpr int64_t kRowsTogether = 16 * kMostManyTileRows;
 constexpr int64_t kOutputsPerBlock = 512;
 
@@ -80,7 +80,8 @@ struct TokenState {
 constexpr TokenState kNothingSeen = {
     {-std::numeric_limits<double>::infinity(), 0.0}, -std::numeric_limits<double>::infinity()};
 
-// Token i's logits of the ids [first, first + size): their num_blocks(size) parts, and that of the token.
+// Reduces token i's logits of the ids [first, first + size) to num_blocks(size) parts, and keeps the logit
+// of the token itself.
 void reduce_logits(
     const Problem& problem, int64_t i, int64_t first, int64_t size, float* logits, SoftmaxState<float>* parts,
     double* chosen) {
@@ -93,7 +94,7 @@ void reduce_logits(
   if (local >= 0 && local < size && !std::isnan(logits[local])) *chosen = logits[local];
 }
 
-// The states of the tokens [begin, begin + count), by the BLAS.
+// Finds the states of the tokens [begin, begin + count) by products of the BLAS.
 void find_states_by_library(const Problem& problem, int64_t begin, int64_t count, TokenState* states) {
   const int64_t size = problem.size();
   const int64_t fitting = kWeightBytesPerProduct / (4 * std::max<int64_t>(size, 1)) / 16 * 16;
@@ -130,7 +131,7 @@ void find_states_by_library(const Problem& problem, int64_t begin, int64_t count
   }
 }
 
-// The states of the tokens [begin, begin + count), by our product: each thread multiplies and reduces
+// Finds the states of the tokens [begin, begin + count) by our product: each thread multiplies and reduces
 // blocks of its own, which are merged in order.
 void find_states_by_kernel(const Problem& problem, int64_t begin, int64_t count, TokenState* states) {
   const int64_t size = problem.size();
@@ -171,8 +172,8 @@ void find_states_by_kernel(const Problem& problem, int64_t begin, int64_t count,
   for (int64_t i = 0; i < count; ++i) states[i].softmax = merge_blocks(&parts[i * blocks], blocks);
 }
 
-// Whether our product beats the BLAS's: pairs of bf16 need not be widened, and MKL makes half of what
-// AMD's processors can do.
+// Whether our product beats the BLAS's: it does for bf16 pairs, which it need not widen, and on AMD, where
+// MKL makes half of what the processor can do.
 bool is_kernel_faster(ElementType type) {
   static const bool is_amd = cpu_has(CpuTrait::kAmd);
   return type == ElementType::kBFloat16 ? has_bf16_dot() : is_amd && current_isa() == Isa::kAvx512;

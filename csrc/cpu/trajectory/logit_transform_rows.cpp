@@ -10,7 +10,7 @@ void transform_logits(const LogitTransform& transform, const float* bias, int64_
   alignas(64) float in[kLanes] = {};
   alignas(64) float in_bias[kLanes] = {};
   for (int64_t i = 0; i < count; i += kLanes) {
-    // The last few go through a whole vector of their own.
+    // Fewer numbers than a vector go through a vector of their own.
     const int64_t left = count - i;
     float* at = x + i;
     const float* bias_at = transform.has_bias ? bias + i : in_bias;

@@ -1,4 +1,4 @@
-// What the two trajectory ops share: which positions count, and one token's log-probability.
+// Shared by the two trajectory ops: the positions that count, and the log-probability of one token.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,7 @@ struct Trajectories {
         rows(tokens_in.size(0)),
         length(tokens_in.size(1)) {}
 
-  // What both ops require of tokens and lengths beside states or logits [N, T, ...].
+  // Whether tokens and lengths fit the states or logits `of` [N, T, ...].
   static bool are(const Tensor& tokens, const Tensor& lengths, const Tensor& of) {
     return of.dim() == 3 && is_integers(tokens, {of.size(0), of.size(1)}) && is_integers(lengths, {of.size(0)});
   }
@@ -48,7 +48,7 @@ struct Trajectories {
   }
 };
 
-// log_softmax at a token whose logit is `value`: NaN where the row has no distribution.
+// The log-softmax of a token whose logit is `value`; NaN where the row has no distribution.
 static inline double token_logprob(double value, SoftmaxState<double> state) {
   if (!(state.sum > 0.0) || std::isinf(state.peak)) return std::numeric_limits<double>::quiet_NaN();
   return value - state.peak - std::log(state.sum);

@@ -25,7 +25,7 @@ double logprob_of_token(const LogitsRow& row, int64_t token, std::vector<Softmax
   TQ_SELECT_ISA(reduce_blocks)({row, 1.0f, states.data(), nullptr, 1.0f, nullptr}, 0, blocks);
   const SoftmaxState<double> state = merge_blocks(states.data(), blocks);
   const double value = TQ_SELECT_ISA(value_at)(row, token);
-  // A row without any valid logit gives its tokens no mass; NaN is for the +inf ones.
+  // A row without any valid logit gives its tokens no mass: -inf. NaN is for rows with +inf.
   if (state.sum == 0.0 || std::isnan(value)) return -std::numeric_limits<double>::infinity();
   return token_logprob(value, state);
 }
