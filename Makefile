@@ -10,7 +10,7 @@ TRITON := triton==3.9.0; platform_system == 'Linux'
 INSTALLED := $(VENV)/.installed
 INSTALLED_TRAIN := $(VENV)/.installed-train
 INSTALLED_REAL := $(VENV)/.installed-real
-NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 CMAKE := $(VENV)/bin/cmake
 CTEST := $(VENV)/bin/ctest
 NATIVE_BUILD := build/native

@@ -277,30 +277,6 @@ def bench_attention(rows: int, heads: int, kv_heads: int, size: int, prefix: int
     )
 
 
-def bench_merge(rows: int, heads: int, size: int) -> Bench:
-    def make() -> Inputs:
-        outs = torch.randn(2, rows, heads, size, device="cuda").bfloat16().unbind()
-        return (*outs, *torch.randn(2, rows, heads, device="cuda").unbind())
-
-    def eager(out_a: Tensor, out_b: Tensor, lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, ...]:
-        lse = torch.logaddexp(lse_a, lse_b)
-        shares = [(part - lse).exp().unsqueeze(-1) for part in (lse_a, lse_b)]
-        return (out_a * shares[0] + out_b * shares[1]).bfloat16(), lse
-
-    def run(backend: str | None) -> Callable[..., Any]:
-        return lambda out_a, out_b, lse_a, lse_b: ops.merge_attention_states(
-            (out_a, lse_a), (out_b, lse_b), backend=backend
-        )
-
-    def gate(got: Any, expected: Any) -> None:
-        torch.testing.assert_close(got.out, expected.out, rtol=0, atol=2e-2)
-        torch.testing.assert_close(got.lse, expected.lse, rtol=0, atol=2e-5)
-
-    shape = f"{rows} x {heads} x {size} bfloat16"
-    nbytes = 3 * rows * heads * (2 * size + 4)
-    return Bench("merge_attention_states", shape, make, run(None), eager, run("ref"), nbytes, gate)
-
-
 def benches() -> list[Bench]:
     found = [
         bench_topk(rows, dtype)
@@ -316,7 +292,6 @@ def benches() -> list[Bench]:
     found += [bench_advance(rows) for rows in (10, 160)]
     found += [bench_log_ratio(40, 20, 32000), bench_log_ratio(8, 16, VOCAB)]
     found += [bench_linear_logprob(40, 20, 1024), bench_linear_logprob(160, 20, 2048)]
-    found += [bench_merge(10, 12, 64), bench_merge(2000, 32, 128)]
     # The last one says what a prefix that is hardly there costs.
     found += [bench_attention(rows, 16, 4, 64, 1024) for rows in (10, 40, 160)]
     return [*found, bench_attention(160, 32, 8, 128, 4096), bench_attention(40, 16, 4, 64, 16)]

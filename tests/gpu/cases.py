@@ -94,11 +94,6 @@ def shared_prefix_attention(backend: str | None, new: int) -> Case:
     )
 
 
-def merge_attention_states(backend: str | None) -> Case:
-    a, b = ((random(40, 80, seed=seed), random(40, seed=seed + 1)) for seed in (4, 6))
-    return lambda seed, step: tuple(ops.merge_attention_states(a, b, backend=backend))
-
-
 CUDA_CASES: dict[str, Callable[[str | None], Case]] = {
     "topk_logprobs": topk_logprobs,
     "sample_tokens": sample_tokens,
@@ -110,7 +105,6 @@ TRITON_CASES: dict[str, Callable[[str | None], Case]] = {
     "topk_logprobs, Triton": topk_logprobs,
     "trajectory_log_ratio": trajectory_log_ratio,
     "linear_trajectory_logprob": linear_trajectory_logprob,
-    "merge_attention_states": merge_attention_states,
     "shared_prefix_attention": lambda backend: shared_prefix_attention(backend, 1),
     "shared_prefix_attention, many queries": lambda backend: shared_prefix_attention(backend, 20),
 }

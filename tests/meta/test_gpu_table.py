@@ -23,7 +23,6 @@ SMALL = {
     "bench_log_ratio": (3, 4, 500),
     "bench_linear_logprob": (3, 4, 32),
     "bench_attention": (6, 4, 2, 16, 70),
-    "bench_merge": (6, 4, 16),
 }
 
 

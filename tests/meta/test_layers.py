@@ -135,7 +135,7 @@ def test_every_op_has_one_file_and_one_reference(op: str) -> None:
 def test_kernels_are_named_after_their_op() -> None:
     stems = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__"}
     for folder in ("cpu", "cuda"):
-        for path in (REPOSITORY / "csrc" / folder).glob("*.c*"):
+        for path in (REPOSITORY / "csrc" / folder).rglob("*.c*"):
             if "_LIBRARY_IMPL" in path.read_text():
                 stems.add(path.stem)
     stems = {stem for stem in stems if not stem.startswith(("_", "isa"))}

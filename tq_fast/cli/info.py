@@ -74,7 +74,6 @@ def _libraries() -> list[tuple[str, str]]:
     refusals = {
         "CPU library": _native.cpu_refusal(),
         "CUDA library": _native.cuda_refusal(),
-        "direct calls": _native.direct_refusal(),
         "common headers": common,
     }
     return [
@@ -109,6 +108,10 @@ def _show_ops(console: Console, device: str) -> dict[str, str]:
     return used
 
 
+def _has_kernel(op: str, backends: dict[str, str | None]) -> bool:
+    return any(backends[name] != f"{op} has no {name} kernel" for name in _KERNELS)
+
+
 def _costs(device: str, used: dict[str, str]) -> list[str]:
     """A sentence for each thing that would make this machine faster."""
     costs = []
@@ -129,7 +132,8 @@ def _costs(device: str, used: dict[str, str]) -> list[str]:
             "PyTorch references, with more launches and more memory traffic. Installing again "
             "where nvcc is found, or with TQ_FAST_BUILD=cuda, builds it."
         )
-    slow = [op for op, name in used.items() if name == "ref"]
+    backends = describe_backends()
+    slow = [op for op, name in used.items() if name == "ref" and _has_kernel(op, backends[op])]
     if slow:
         costs.append(
             f"On their PyTorch references, with the same results: {', '.join(slow)}. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -51,7 +50,7 @@ class Forest:
             branch_capacity=branch_capacity,
         )
         self.num_token_forwards = 0
-        self.cpu_layers = CpuLayers(self.model, backend) if cpu_layers else None
+        self.cpu_layers = CpuLayers(self.model, model, backend) if cpu_layers else None
         self._cache_argument = cache_argument(model)
 
     @property
@@ -104,10 +103,9 @@ class Forest:
         options: dict[str, object],
     ) -> object:
         self.num_token_forwards += tokens.numel()
-        with (
-            running(self.cache, forward_pass, self.backend),
-            self.cpu_layers.during(tokens.numel()) if self.cpu_layers else contextlib.nullcontext(),
-        ):
+        if self.cpu_layers is not None:
+            self.cpu_layers.install(tokens.numel())
+        with running(self.cache, forward_pass, self.backend):
             return module(
                 input_ids=tokens,
                 position_ids=positions,

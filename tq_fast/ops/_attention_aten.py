@@ -47,7 +47,7 @@ def refuse_aten(
     window: int | None,
     tree: Tensor | None,
 ) -> str | None:
-    """None when ATen's kernel serves, else why it does not."""
+    """None when ATen's kernel serves, else a sentence that says why it does not."""
     if softcap is not None:
         return "ATen's CPU flash attention has no soft-cap on the scores"
     if torch.compiler.is_compiling():
@@ -94,13 +94,7 @@ def shared_prefix_attention_aten(
         )
     if not states:
         return q.new_zeros((*shape, head_size)), q.new_full(shape, -torch.inf, dtype=torch.float32)
-    if len(states) == 1:
-        out, lse = states[0]
-    elif shortest < num_queries:
-        # Only here can a query see no key in either part.
-        out, lse = merge_attention_states_ref(*states)
-    else:
-        out, lse = _merge(*states)
+    out, lse = states[0] if len(states) == 1 else merge_attention_states_ref(*states)
     return out.reshape(q.shape), lse.reshape(shape)
 
 
@@ -266,11 +260,3 @@ def _masked_flash(q: Tensor, keys: Tensor, values: Tensor, scale: float, visible
         q, keys, values, 0.0, False, attn_mask=bias, scale=scale
     )
     return out, lse.masked_fill(~visible.any(dim=-1), -torch.inf)
-
-
-def _merge(a: _State, b: _State) -> _State:
-    """As merge_attention_states, in half the calls; the two must not both be empty."""
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    share_b = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)
-    out = torch.lerp(out_a.to(torch.float32), out_b.to(torch.float32), share_b)
-    return out.to(out_a.dtype), torch.logaddexp(lse_a, lse_b)
