@@ -1,8 +1,8 @@
 """shared_prefix_attention beside SDPA over expanded keys and values, and beside two ATen calls.
 
-SDPA gets its keys and values already expanded to every row, which a decoding loop would pay for in
-memory; it reads them again for every row, which is what it costs in time. "After its copy" it makes
-them from what ours is given.
+SDPA gets its keys and values already expanded to every row. A decoding loop would pay for that in
+memory, and SDPA pays in time, because it reads the prefix again for every row. "sdpa after its
+copy" expands them itself while the clock runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.side_by_side import time_provider, turns
 from tq_fast.ops import shared_prefix_attention
 from tq_fast.ops._attention_aten import shared_prefix_attention_aten
 
-# rows, query heads, key-value heads, head size, branch, prefix
+# Each shape: rows, query heads, key-value heads, head size, branch, prefix.
 SHAPES = [
     (40, 16, 4, 64, 32, 1024),
     (10, 12, 12, 64, 20, 128),
@@ -38,7 +38,7 @@ PROVIDERS = ["sdpa", "sdpa, heads expanded", "sdpa after its copy", "two aten ca
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    """The arguments of the op."""
+    """Return random arguments of the op."""
     rows, heads, kv_heads, size, branch, prefix = shape
     generator = torch.Generator().manual_seed(seed)
     sizes = [(rows, heads, 1, size)]
@@ -49,7 +49,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor,
 
 
 def copy_to_rows(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Query, keys and values of plain attention: every row has the prefix for itself."""
+    """Return query, keys and values of plain attention, a copy of the prefix in every row."""
     q, prefix_k, prefix_v, _, branch_k, branch_v, _ = arguments
     keys, values = (
         torch.cat((shared.expand(len(q), -1, -1, -1), own), dim=2)
@@ -77,7 +77,7 @@ def test_shared_prefix_attention(benchmark, figure, shape, dtype, provider) -> N
     rows, heads, _, size, branch, prefix = shape
     sdpa = partial(functional.scaled_dot_product_attention, enable_gqa=True)
     aten = {"scale": size**-0.5, "softcap": None, "window": None, "tree": None}
-    # What is called, and what it is given of the op's arguments before the clock runs.
+    # For each provider: its function, and how the op's arguments are prepared before the clock.
     functions = {
         "sdpa": (sdpa, copy_to_rows),
         "sdpa, heads expanded": (sdpa, lambda given: expand_heads(*copy_to_rows(given))),
