@@ -1,4 +1,4 @@
-"""The house of the package: who may import whom, and one stem for each op."""
+"""The layers of the package: which module may import which, and one stem for each op."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import tq_fast
 ROOT = Path(tq_fast.__file__).parent
 REPOSITORY = ROOT.parent
 
-# The floors of the house from the ground up: a module imports from floors below its own, or from its
-# own folder. docs/develop/architecture.md says what lives where.
+# The floors of the package from the ground up: a module imports from floors below its own, or from
+# its own folder. docs/develop/architecture.md says what lives where.
 FLOORS = (
     {"_version", "errors"},
     {"config", "env", "kernels", "prompts"},
@@ -52,12 +52,12 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 
 def _unit(path: Path) -> str:
-    """The file or folder directly below the package to which `path` belongs."""
+    """Return the file or folder directly below the package to which `path` belongs."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def _imported_units(path: Path) -> set[str]:
-    """Units of the package that `path` imports, type-only imports included."""
+    """Return the units of the package that `path` imports, type-only imports included."""
     package = ("tq_fast", *path.relative_to(ROOT).parent.parts)
     units: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -77,7 +77,7 @@ def _imported_units(path: Path) -> set[str]:
 
 
 def _wrong_arrows(path: Path, imported: set[str]) -> list[str]:
-    """A sentence for every import of `path` that does not go down."""
+    """Return a sentence for every import of `path` that does not go down."""
     unit, name = _unit(path), path.relative_to(ROOT)
     return [
         f"{name} imports tq_fast.{other}: an arrow up, from floor {RANKS[unit]} ({unit}) to floor "
@@ -96,7 +96,9 @@ def test_a_module_imports_only_from_floors_below(path: Path) -> None:
 
 def test_a_wrong_arrow_is_named() -> None:
     (sentence,) = _wrong_arrows(ROOT / "transfer" / "step.py", {"ops", "session", "transfer"})
-    assert sentence.startswith("transfer/step.py imports tq_fast.session: an arrow up, from floor 8")
+    assert sentence.startswith(
+        "transfer/step.py imports tq_fast.session: an arrow up, from floor 8"
+    )
 
 
 def test_every_room_of_the_house_stands_in_its_picture() -> None:
