@@ -21,7 +21,7 @@ from tq_fast.ops import shared_prefix_attention
 from tq_fast.ops._attention_aten import shared_prefix_attention_aten
 from tq_fast.ops._dispatch import unchecked_kernel
 
-# rows, query heads, key-value heads, head size, branch, prefix
+# Each shape: rows, query heads, key-value heads, head size, branch, prefix.
 SHAPES = [
     (40, 16, 4, 64, 32, 1024),
     (10, 12, 12, 64, 20, 128),
@@ -48,7 +48,7 @@ PROVIDERS = [
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    """The arguments of the op."""
+    """Return random arguments of the op."""
     rows, heads, kv_heads, size, branch, prefix = shape
     generator = torch.Generator().manual_seed(seed)
     sizes = [(rows, heads, 1, size)]
@@ -59,7 +59,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor,
 
 
 def copy_to_rows(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Query, keys and values of plain attention: every row has the prefix for itself."""
+    """Return query, keys and values of plain attention, a copy of the prefix in every row."""
     q, prefix_k, prefix_v, _, branch_k, branch_v, _ = arguments
     keys, values = (
         torch.cat((shared.expand(len(q), -1, -1, -1), own), dim=2)
@@ -88,7 +88,7 @@ def test_shared_prefix_attention(benchmark, figure, shape, dtype, provider) -> N
     sdpa = partial(functional.scaled_dot_product_attention, enable_gqa=True)
     aten = {"scale": size**-0.5, "softcap": None, "window": None, "tree": None}
     kernel = unchecked_kernel("shared_prefix_attention")
-    # What is called, and what it is given of the op's arguments before the clock runs.
+    # For each provider: its function, and how the op's arguments are prepared before the clock.
     functions = {
         "sdpa": (sdpa, copy_to_rows),
         "sdpa, heads expanded": (sdpa, lambda given: expand_heads(*copy_to_rows(given))),

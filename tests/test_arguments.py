@@ -149,6 +149,6 @@ def test_a_prompt_too_long_for_the_reward_is_refused_before_any_forward_pass(
     ):
         CALLS[call](prompts, **models, **options)
     assert models.num_passes == 0
-    # One token less is as long as the reward allows.
+    # A prompt of one token less is as long as the reward allows.
     options["k" if call != "best_of_n" else "n"] = 2
     assert len(CALLS[call]([prompts[0], prompts[1][1:]], **models, **options).sequences) == 2

@@ -163,7 +163,7 @@ def test_a_result_holds_one_entry_a_prompt(baseline, sft) -> None:
         assert certificate.prior == "sft"
         total = sum(step.kl_to_sft for step in trace)
         assert certificate.kl_to_sft == pytest.approx(total)
-        # The theorem's bound on the sum of what was measured, T r_max / alpha - log mass.
+        # The theorem bounds the sum of the divergences by T r_max / alpha - log mass.
         assert certificate.kl_bound == pytest.approx(6 * 5 - certificate.log_prior_mass)
         assert certificate.kl_to_sft <= certificate.kl_bound
     stats = result.stats
@@ -171,7 +171,7 @@ def test_a_result_holds_one_entry_a_prompt(baseline, sft) -> None:
     assert stats.rollouts_run == 18 * 4 * 2
     assert stats.rollouts_skipped == 0
     assert stats.rollout_steps == 6 * 3
-    # The two roll-outs of a candidate share its own token, and what they draw alike.
+    # The two roll-outs of a candidate share its own token and the tokens that they draw alike.
     assert 9 + 3 * 6 * 4 * 5 >= stats.token_forwards["baseline"] > 9 + 3 * 6 * 4 * 4
     assert stats.token_forwards["sft"] == 9 + 3 * 5
     assert set(stats.seconds) == {

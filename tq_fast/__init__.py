@@ -42,7 +42,8 @@ __all__ = [
     "presets",
 ]
 
-# Imported at first use: the ops need torch and not transformers, the command line at first neither.
+# These names are imported at first use, because the ops need torch without transformers and the
+# command line starts without either.
 _HOMES = {
     "Certificate": "results",
     "DecodeResult": "results",

@@ -1,4 +1,4 @@
-"""What every decoder does around its loop: models by role, prompts, batches, progress, results."""
+"""The work that all methods share: models by role, prompts, batches, progress and results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROLES: tuple[Role, ...] = ("baseline", "sft")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadingOptions:
-    """How models that are named are loaded, and how rewards are read.
+    """Options for loading the models that are given by name, and for reading rewards.
 
     The attributes are the keyword arguments of `TransferDecoder`, whose docstring explains them.
 
@@ -75,7 +75,7 @@ class LoadingOptions:
 
 
 class RunOptions(TypedDict, total=False):
-    """How a call runs; results do not depend on it."""
+    """Options of how a call runs; results do not depend on them."""
 
     batch_size: int
     memory_budget: int | None
@@ -83,7 +83,7 @@ class RunOptions(TypedDict, total=False):
 
 
 class MethodOptions(DecodeOptions, RunOptions, total=False):
-    """What every preset takes beside prompts and models: all settings, as keyword arguments."""
+    """The keyword arguments of every preset, beside prompts and models."""
 
     config: DecodeConfig | None
     baseline_reward: ModelLike | RewardFunction | None
@@ -98,7 +98,7 @@ class MethodOptions(DecodeOptions, RunOptions, total=False):
 
 
 def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
-    """Return `reward_bounds` as floats."""
+    """Return `reward_bounds` as floats; refuse what is no finite interval."""
     if bounds is None:
         return None
     is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
@@ -111,7 +111,7 @@ def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
 
 
 def place_models(device: torch.device | str | None) -> torch.device:
-    """Return where models that are named are put: `device`, else a GPU if there is one.
+    """Return the device for models given by name: `device`, else a GPU if there is one.
 
     Raises:
         InvalidArgument: there is no such device.
@@ -126,11 +126,11 @@ def place_models(device: torch.device | str | None) -> torch.device:
 
 
 class Report:
-    """Hears from a method how far it is, and keeps what is finished.
+    """The progress of a run as its method reports it, and the results that are finished.
 
     Args:
-        bar: shows the tokens.
-        finished: the results so far, by prompt position; added to here.
+        bar: the progress bar, which counts tokens.
+        finished: the results so far, by prompt position; new ones are added here.
         on_token: called after every new token of a prompt, with the prompt's position.
         on_finished: called as soon as a response is complete, with the prompt's position.
     """
@@ -173,24 +173,24 @@ class Method(Protocol):
     tokens_per_prompt: int
 
     def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
-        """Bytes of a prompt and of a row, for the longest of `prompts`."""
+        """Return the bytes of a prompt and of a row, for the longest of `prompts`."""
         ...
 
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
     ) -> None:
-        """Decode the first of `responses`, as many as `shape` says, or more of them in turn."""
+        """Decode the first of `responses`, as many as `shape` allows, or more in turn."""
         ...
 
 
 class Session:
-    """Models that are loaded once, each under the role that it has.
+    """Models that are loaded once, by role.
 
     Args:
         languages: language models by role; one that is None takes no part. The first one's
             tokenizer reads the prompts.
-        rewards: rewards by role ("reward", "baseline_reward"), likewise.
-        loading: how they are loaded.
+        rewards: rewards by role ("reward", "baseline_reward"); one that is None takes no part.
+        loading: options for loading both.
 
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
@@ -235,11 +235,11 @@ class Session:
         }
 
     def prompt_reader(self) -> PromptReader:
-        """Return what reads prompts one at a time, with the random streams of a single call."""
+        """Return a reader of one prompt at a time, with the random streams of a single call."""
         return PromptReader(self.tokenizer, vocab_size=self.vocab_size)
 
     def read(self, prompts: Any) -> list[Prompt]:
-        """Read `prompts` in any of their forms; `tq_fast.prompts.read_prompts` says which."""
+        """Read `prompts` in any of the forms that `tq_fast.prompts.read_prompts` lists."""
         return read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
 
     def check_fits(self, idx: int, prompt: Prompt, num_new: int, settings: str) -> None:
@@ -289,7 +289,7 @@ class Session:
     ) -> DecodeResult:
         """Decode `prompts` by `method`, in smaller batches where the memory does not suffice.
 
-        Whatever ends the run has the complete responses as `finished`.
+        An exception that ends the run carries the complete responses as its `finished`.
         """
         check_sizes(batch_size, memory_budget)
         responses = [Response(idx, prompt) for idx, prompt in enumerate(prompts)]
@@ -315,7 +315,7 @@ class Session:
 
 
 class TokenBar:
-    """Context manager: a bar over `num_tokens` tokens, or nothing where it is not visible."""
+    """A context manager with a progress bar over `num_tokens` tokens, shown where `visible`."""
 
     def __init__(self, num_tokens: int, *, visible: bool) -> None:
         self._bar = Progress(
@@ -343,9 +343,9 @@ class TokenBar:
 
     @property
     def num_done(self) -> int:
-        """Tokens counted so far."""
+        """The number of tokens counted so far."""
         return int(self._bar.tasks[0].completed)
 
     def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` more."""
+        """Count `num_tokens` more tokens."""
         self._bar.update(self._task, advance=num_tokens)

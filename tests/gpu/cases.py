@@ -1,7 +1,7 @@
 """One call of each op that has a CUDA or Triton kernel, on CUDA tensors, by name.
 
 A case is a function of a seed and of a step, both one-element int64 tensors on the device; it makes
-its inputs once, and answers the tensors that it has written.
+its inputs once, and returns the tensors that it has written.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ TRITON_CASES: dict[str, Callable[[str | None], Case]] = {
 
 
 def kernel(name: str) -> Case:
-    """The case on the backend that has its kernel."""
+    """Return the case on the backend that has its kernel."""
     if name in TRITON_CASES:
         return TRITON_CASES[name]("triton")
     return CUDA_CASES[name]("cuda")
@@ -121,7 +121,8 @@ def reference(name: str) -> Case:
     return (CUDA_CASES | TRITON_CASES)[name]("ref")
 
 
-# Whose result follows seed and step: the place of a chosen token among the tensors it answers.
+# The results of these cases follow seed and step; the number is the index of the chosen tokens
+# among the tensors that a case returns.
 RANDOM_CASES = {
     "sample_tokens": 0,
     "sample_tokens, truncated": 0,

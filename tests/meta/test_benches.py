@@ -1,4 +1,4 @@
-"""The benches that are programs of their own still fit the library: on models of no size."""
+"""The benches that are programs of their own fit the library, as tiny models show."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ class PresetCall:
     Args:
         method: the preset's name, for messages.
         fixed: config fields that the method fixes.
-        models: models that the method uses where they are given, by argument.
-        options: what the caller gave beside prompts and models.
+        models: models that the method uses where they are given, by argument name.
+        options: the caller's other keyword arguments.
 
     Raises:
-        InvalidArgument: an option is unknown, wrong, or another than the method fixes.
+        InvalidArgument: an option is unknown or wrong, or differs from what the method fixes.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class PresetCall:
         return sample(session, prompts, weights, num=num, config=self.config, **self.running)
 
     def steer(self, prompts: PromptLike | Any) -> DecodeResult:
-        """Decode by Transfer Q*, the baseline rolling out; without a baseline the SFT model."""
+        """Decode by Transfer Q* with roll-outs of the baseline or, without one, the SFT model."""
         session = self._open()
         roller: Role = "baseline" if "baseline" in session.languages else "sft"
         return steer(session, prompts, self.config, roller=roller, **self.running)

@@ -40,7 +40,7 @@ def sample(
         prompts: as for `tq_fast.decode`.
         weights: c_m by role, summing to 1; the divergence to a model of weight 0 is measured all
             the same.
-        num: responses for a prompt; of several the reward chooses the first highest.
+        num: responses drawn for a prompt; the reward chooses the first of the highest score.
         config: strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
             eos_token_id, seed and backend are read.
         **running: the keyword arguments of `Session.run`.
@@ -71,7 +71,7 @@ class _PlainMethod:
         self.tokens_per_prompt = num * config.max_new_tokens
 
     def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
-        """Bytes of a prompt and of a response, for the longest of `prompts`."""
+        """Return the bytes of a prompt and of a response, for the longest of `prompts`."""
         models = self.session.languages.values()
         prefix = max(len(prompt.token_ids) for prompt in prompts)
         per_token = sum(check_runs(model) for model in models)
@@ -87,7 +87,7 @@ class _PlainMethod:
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
     ) -> None:
-        """Decode the first prompts over one forest a model, their responses wave by wave."""
+        """Decode the first prompts over one forest for each model, in waves of responses."""
         group = responses[: shape.num_prompts]
         num = self.rows_per_prompt
         per_wave = max(1, min(num, shape.max_rows // len(group)))
@@ -108,7 +108,7 @@ class _PlainMethod:
     def _draw(
         self, group: Sequence[Response], per_wave: int, stats: DecodeStats, report: Report
     ) -> list[Drawn]:
-        """Every response of every prompt, by prompt and then by number."""
+        """Return every response of every prompt, ordered by prompt and then by number."""
         num, longest_wave = self.rows_per_prompt, len(group) * per_wave
         forests = self._open([response.prompt for response in group], longest_wave)
         texts = [response.prompt.token_ids for response in group]
@@ -164,7 +164,7 @@ class _PlainMethod:
         per_wave: int,
         stats: DecodeStats,
     ) -> list[float]:
-        """The reward of every response; empty without a reward."""
+        """Return the score of every response; empty without a reward."""
         scores: list[float] = []
         for reward in self._rewards():
             per_call = len(group) * per_wave
@@ -187,11 +187,11 @@ class _PlainMethod:
         return scores
 
     def _rewards(self) -> list[Any]:
-        """The reward that chooses, where there is one."""
+        """Return the reward that chooses, in a list that is empty without one."""
         return [reward for role, reward in self.session.rewards.items() if role == "reward"]
 
     def _finish(self, drawn: Sequence[Drawn], scores: Sequence[float]) -> PromptResult:
-        """The result of a prompt: its first response of the highest score."""
+        """Return the result of a prompt: its first response of the highest score."""
         winner = drawn[scores.index(max(scores))] if scores else drawn[0]
         return PromptResult(
             self.session.text_of(winner.token_ids),

@@ -1,4 +1,4 @@
-"""When noise, rather than the reward, decides the next token: what is told to the user."""
+"""Warnings to the user that noise, rather than the reward, decides the next token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .certificate import known_ess
 
 
 def warn_of_noise(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig) -> None:
-    """Warn when the Monte-Carlo error of Q exceeds alpha: the law is then dominated by noise."""
+    """Warn when the Monte-Carlo error of Q exceeds alpha: noise then dominates the choice."""
     steps = [step for trace in traces for step in trace]
     noisy = sum(bool((step.q_stderr > config.alpha).any()) for step in steps)
     if noisy:
@@ -45,9 +45,9 @@ def warn_of_collapse(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig
 
 
 def has_collapsed(ess: Sequence[float], num_rollouts: int) -> bool:
-    """Whether most candidates have fewer than two effective roll-outs.
+    """Return whether most candidates have fewer than two effective roll-outs.
 
-    With few roll-outs the limit is a quarter of the way from 1 to n: n weights that are nearly
-    equal may fall short of 2 as well.
+    With few roll-outs the limit is a quarter of the way from 1 to n, because the effective sample
+    size of a few weights may fall short of 2 even where they are nearly equal.
     """
     return statistics.median(ess) < min(2.0, 1 + (num_rollouts - 1) / 4)
