@@ -73,7 +73,7 @@ class CpuLayers:
         backend: as of an op: one other than cpu leaves every layer alone.
     """
 
-    def __init__(self, view: PreTrainedModel, source: PreTrainedModel, backend: str | None) -> None:
+    def __init__(self, view: nn.Module, source: nn.Module, backend: str | None = None) -> None:
         self._native: NativeLinear | None = unchecked_kernel("few_rows_linear", backend)
         self._linears: list[nn.Linear] = []
         self._fused: FusedLayers | None = None

@@ -20,7 +20,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import warn_caller
 from ..ops._dispatch import unchecked_kernel
@@ -58,10 +57,12 @@ class FusedLayers:
         return f"{text} ({'; '.join(others)})" if others else text
 
 
-def fuse_layers(view: PreTrainedModel, source: PreTrainedModel, backend: str | None) -> FusedLayers:
+def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> FusedLayers:
     """Find the decoder layers of `source` that may run fused in its `view`."""
-    found = FusedLayers([], source.config.get_text_config().num_hidden_layers, Counter())
-    rotary = getattr(view.base_model, "rotary_emb", None)
+    config = getattr(source, "config", None)
+    num_layers = config.get_text_config().num_hidden_layers if config is not None else 0
+    found = FusedLayers([], num_layers, Counter())
+    rotary = getattr(getattr(view, "base_model", None), "rotary_emb", None)
     for layer, original in zip(view.modules(), source.modules(), strict=True):
         if not isinstance(getattr(layer, "self_attn", None), nn.Module):
             continue
@@ -72,8 +73,8 @@ def fuse_layers(view: PreTrainedModel, source: PreTrainedModel, backend: str | N
                 agrees = rotary is not None and _agrees(layer, forward, rotary, backend)
                 _verdicts[original] = None if agrees else _DISAGREES
                 if not agrees and _DISAGREES not in found.reasons:
-                    name = source.config.model_type
-                    warn_caller(f"layers of model type {name!r} {_DISAGREES}: they run as they are")
+                    kind = type(layer).__name__
+                    warn_caller(f"layers of kind {kind} {_DISAGREES}: they run as they are")
             reason = _verdicts[original]
         if reason is None:
             found.forwards.append((layer, forward, layer.self_attn.q_proj.weight.dtype))
@@ -179,10 +180,16 @@ def _close(ours: object, truth: object) -> bool:
     if ours.shape != truth.shape or ours.dtype != truth.dtype:
         return False
     eps = torch.finfo(truth.dtype).eps
+    # In units of eps, the greatest and the mean error. Sums of fp32 in another order were seen to
+    # differ by 92 and 42, results of 16 bits, which are rounded where the modules round, by 0.6
+    # and 0.3.
+    at_most, on_average = (512, 128) if truth.dtype is torch.float32 else (8, 1)
     for mine, theirs in zip(ours.double(), truth.double(), strict=True):
         error = (mine - theirs).abs()
         most, mean = theirs.abs().max(), theirs.abs().mean()
-        if not bool(error.max() <= 64 * eps * most) or not bool(error.mean() <= 4 * eps * mean):
+        if not bool(error.max() <= at_most * eps * most):
+            return False
+        if not bool(error.mean() <= on_average * eps * mean):
             return False
     return True
 
