@@ -12,8 +12,15 @@ from rich.console import Console
 from tests.cli.trio import Trio
 from tq_fast import DecodeConfig, TransferDecoder
 from tq_fast.cli import demo
-from tq_fast.cli.demo import DemoOptions, choose_prompts, run_demo
-from tq_fast.cli.demo_view import DemoResult, MethodResult, describe_outcome, pick_steps
+from tq_fast.cli.demo import (
+    DemoOptions,
+    DemoResult,
+    MethodResult,
+    choose_prompts,
+    describe_outcome,
+    pick_steps,
+    run_demo,
+)
 from tq_fast.errors import InvalidArgument, TqFastError
 from tq_fast.models.tiny import TinyWorld, gold_reward
 from tq_fast.results import StepTrace
