@@ -20,9 +20,8 @@ from ..jobs.resume import Earlier, check_models, check_stated, describe_repairs,
 from ..jobs.settings import ModelChoice, make_settings, model_settings, stated_settings
 from ..prompts import Prompt
 from ..results import PromptResult
-from .job_progress import JobProgress
 from .noise import count_noisy_steps, describe_noise
-from .progress import format_seconds
+from .progress import JobProgress, format_seconds
 from .terminal import loading_models, one_line, say
 
 INTERRUPTED = 130
@@ -135,12 +134,13 @@ class DecodeJob:
         self.failed = set(earlier.failed)
         self.num_steps = 0
         self.num_noisy_steps = 0
-        self.num_pending = len(entries) - len(self.done)
+        pending = [index for index in range(len(entries)) if index not in self.done]
+        self.num_pending = len(pending)
         self.progress = JobProgress(
             console,
-            num_pending=self.num_pending,
+            "prompts",
+            dict.fromkeys(pending, config.max_new_tokens),
             num_before=len(self.done),
-            max_new_tokens=config.max_new_tokens,
         )
 
     def run(self) -> int:

@@ -30,8 +30,8 @@ from ..models.tiny import TinyWorld, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from ..results import Certificate, DecodeStats, StepTrace
 from ..rewards.base import Opening
-from .job_progress import JobProgress
 from .noise import count_noisy_steps, describe_noise
+from .progress import JobProgress
 from .terminal import MAX_WIDTH, explain, loading_models, say
 
 _INTRODUCTION = (
@@ -169,9 +169,8 @@ def compare(
     say(console, f"sampled the SFT and baseline responses in {took:.1f} s")
     say(console, "decoding with Transfer Q*")
     start = time.perf_counter()
-    progress = JobProgress(
-        console, num_pending=len(prompts), num_before=0, max_new_tokens=config.max_new_tokens
-    )
+    work = dict.fromkeys(range(len(prompts)), config.max_new_tokens)
+    progress = JobProgress(console, "prompts", work)
     with progress, warnings.catch_warnings():
         # The view says it, in its own place.
         warnings.filterwarnings("ignore", "the standard error of Q")
@@ -179,7 +178,7 @@ def compare(
             prompts,
             config=config,
             on_token=progress.token,
-            on_finished=lambda idx, _: progress.end(idx, is_failed=False),
+            on_finished=lambda idx, _: progress.end(idx),
         )
     seconds = time.perf_counter() - start
     drawn["Transfer Q*"] = decoded

@@ -21,12 +21,11 @@ from ..evaluation.config import EvalConfig
 from ..evaluation.config_file import find_config, load_config
 from ..evaluation.prompts import check_readable
 from ..evaluation.results import write_run, write_summary, write_text
-from ..evaluation.work import EvalWorker, Record, Task, run_here, run_in_processes
+from ..evaluation.work import EvalWorker, Record, Task, run_here, run_in_processes, work_of
 from ..jobs.prompt_file import PromptEntry, read_prompt_file
 from ..jobs.resume import describe_repairs
 from .eval_jobs import EvalJob, check_job, check_no_others, open_jobs, tasks_of
-from .eval_progress import EvalProgress, work_of
-from .progress import format_seconds
+from .progress import JobProgress, format_seconds
 from .terminal import loading_models, one_line, say
 
 INTERRUPTED = 130
@@ -105,18 +104,19 @@ def _run_jobs(
     config: EvalConfig, jobs: list[EvalJob], worker: EvalWorker, output: Path, console: Console
 ) -> int:
     tasks = [task for job in jobs for task in tasks_of(config, job)]
-    pending: dict[tuple[int, int], int] = {}
-    for task in tasks:
-        key = (task.setup, task.method)
-        pending[key] = pending.get(key, 0) + len(task.prompts)
     num_before = sum(len(job.earlier.kept) for job in jobs)
     if num_before and tasks:
         total = sum(len(job.entries) for job in jobs)
         say(console, f"resuming: {num_before} of {total} responses are done")
     by_key = {job.key: job for job in jobs}
     failed = sum(len(job.earlier.failed) for job in jobs)
-    work = {job.key: work_of(job.method) for job in jobs}
-    progress = EvalProgress(console, pending, work, num_before)
+    work = {
+        (*job.key, index): work_of(job.method)
+        for job in jobs
+        for index in range(len(job.entries))
+        if index not in job.earlier.kept
+    }
+    progress = JobProgress(console, "responses", work, num_before=num_before)
 
     def write(task: Task, record: Record) -> None:
         nonlocal failed
@@ -129,7 +129,7 @@ def _run_jobs(
                 say(console, described["traceback"].rstrip())
             where = f"{job.label}, prompt {record['prompt_idx']}, seed {record['seed']}"
             say(console, f"{where} failed: {one_line(described['message'])}")
-        progress.count(job.key, job.label, is_failed="error" in record)
+        progress.end((*job.key, record["index"]), is_failed="error" in record, label=job.label)
 
     try:
         with progress:
@@ -141,8 +141,7 @@ def _run_jobs(
         say(console, f"stopped; the same command goes on from what is in {output}")
         return INTERRUPTED
     if tasks:
-        num_run = sum(pending.values())
-        write_run(output, config.workers, responses=num_run, seconds=progress.seconds)
+        write_run(output, config.workers, responses=len(work), seconds=progress.seconds)
     write_summary(output, config)
     took = f"; this run took {format_seconds(progress.seconds)}" if tasks else ""
     say(console, f"{sum(len(job.entries) for job in jobs) - failed} responses{took}")

@@ -28,6 +28,8 @@ from .models import LoadedModels, ModelPool
 
 # Seconds that an idle process has to end.
 _GOODBYE = 10.0
+# Work of a response beside that of its candidates: prompts, scoring, bookkeeping.
+_FIXED_WORK = 20.0
 
 Record: TypeAlias = dict[str, Any]
 OnRecord: TypeAlias = Callable[["Task", Record], None]
@@ -176,6 +178,21 @@ class EvalWorker:
     def _error(self, task: Task, idx: int, error: Exception) -> Record:
         record = error_record(self._entry(task, idx), error)
         return {**record, "prompt_idx": idx, "seed": task.seed}
+
+
+def work_of(method: MethodSpec) -> float:
+    """About how much work a response of `method` is, in roll-out tokens a response token."""
+    config = method.config(0)
+    if method.method in ("sft", "baseline", "dera"):
+        return _FIXED_WORK
+    if method.method == "best_of_n":
+        return _FIXED_WORK + float(method.own.get("n", 16))
+    horizon = 0 if method.method == "args" else config.horizon
+    # Without a horizon roll-outs end when the response does, on average half-way.
+    length = config.max_new_tokens / 2 if horizon is None else horizon
+    rows = config.k * config.rollouts_per_candidate
+    factor = 1.4 if method.method == "transfer_q_indirect" else 1.0
+    return _FIXED_WORK + factor * rows * (1.0 + length)
 
 
 def run_here(worker: EvalWorker, tasks: Sequence[Task], on_record: OnRecord) -> None:
