@@ -20,7 +20,7 @@ from ..jobs.resume import Earlier, check_models, check_stated, describe_repairs,
 from ..jobs.settings import ModelChoice, make_settings, model_settings, stated_settings
 from ..prompts import Prompt
 from ..results import PromptResult
-from .noise import count_noisy_steps, describe_noise
+from ..transfer.warnings import count_noisy_steps, describe_noise
 from .progress import JobProgress, format_seconds
 from .terminal import loading_models, one_line, say
 
@@ -263,4 +263,4 @@ class DecodeJob:
             say(self.console, f"{len(self.failed)} failed (index {named}); {again}")
         if self.num_noisy_steps:
             noise = describe_noise(self.num_noisy_steps, self.num_steps, self.config.alpha)
-            say(self.console, noise)
+            say(self.console, f"warning: {noise}")

@@ -30,7 +30,7 @@ from ..models.tiny import TinyWorld, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from ..results import Certificate, DecodeStats, StepTrace
 from ..rewards.base import Opening
-from .noise import count_noisy_steps, describe_noise
+from ..transfer.warnings import count_noisy_steps, describe_noise
 from .progress import JobProgress
 from .terminal import MAX_WIDTH, explain, loading_models, say
 
@@ -376,4 +376,4 @@ def show_cost(result: DemoResult, config: DecodeConfig, console: Console) -> Non
     )
     noisy = sum(count_noisy_steps(trace, config.alpha) for trace in result.traces)
     if noisy:
-        explain(console, describe_noise(noisy, stats.num_steps, config.alpha))
+        explain(console, f"warning: {describe_noise(noisy, stats.num_steps, config.alpha)}")
