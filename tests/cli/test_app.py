@@ -25,7 +25,7 @@ from tq_fast.cli import demo as demo_command
 from tq_fast.cli.demo import DemoOptions
 from tq_fast.config import DecodeConfig
 from tq_fast.jobs.record_file import OutputRefused, RecordFile
-from tq_fast.jobs.settings import ModelChoice
+from tq_fast.jobs.resume import ModelChoice
 
 FIELDS = {field.name: field for field in dataclasses.fields(DecodeConfig)}
 NEEDED = ["decode", "--baseline", "b", "--reward", "r", "--prompts", "p", "--output", "o"]

@@ -13,7 +13,7 @@ from tests.cli.decode_job import Job
 from tests.cli.trio import MAX_POSITIONS
 from tq_fast.errors import RewardError
 from tq_fast.jobs.record_file import OutputRefused, RecordFile
-from tq_fast.jobs.settings import ModelChoice
+from tq_fast.jobs.resume import ModelChoice
 from tq_fast.prompts import Prompt
 from tq_fast.rewards.base import Opening, RewardSession, drop_from
 

@@ -156,7 +156,7 @@ def decode(
     output belongs to another job; 130, interrupted.
     """
     # torch and transformers take seconds to import, which help and usage errors need not wait for.
-    from ..jobs.settings import ModelChoice
+    from ..jobs.resume import ModelChoice
     from .decode import JobOptions, run_decode
 
     models = ModelChoice(

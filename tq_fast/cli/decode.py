@@ -16,8 +16,17 @@ from ..decoder import TransferDecoder
 from ..jobs.prompt_file import PromptEntry, digest_prompts, read_prompt_file
 from ..jobs.record_file import OutputRefused, RecordFile
 from ..jobs.records import ends_the_job, error_record, response_record
-from ..jobs.resume import Earlier, check_models, check_stated, describe_repairs, read_earlier
-from ..jobs.settings import ModelChoice, make_settings, model_settings, stated_settings
+from ..jobs.resume import (
+    Earlier,
+    ModelChoice,
+    check_models,
+    check_stated,
+    describe_repairs,
+    make_settings,
+    model_settings,
+    read_earlier,
+    stated_settings,
+)
 from ..prompts import Prompt
 from ..results import PromptResult
 from ..transfer.warnings import count_noisy_steps, describe_noise

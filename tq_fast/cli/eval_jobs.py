@@ -15,8 +15,14 @@ from ..evaluation.results import records_path
 from ..evaluation.work import EvalWorker, Task
 from ..jobs.prompt_file import PromptEntry, digest_prompts
 from ..jobs.record_file import OutputRefused, RecordFile
-from ..jobs.resume import Earlier, check_models, check_stated, read_earlier
-from ..jobs.settings import fingerprint_model, make_settings
+from ..jobs.resume import (
+    Earlier,
+    check_models,
+    check_stated,
+    fingerprint_models,
+    make_settings,
+    read_earlier,
+)
 
 
 @dataclasses.dataclass
@@ -124,19 +130,10 @@ def check_job(job: EvalJob, worker: EvalWorker) -> None:
 
 
 def _model_settings(job: EvalJob, loaded: LoadedModels) -> dict[str, Any]:
-    """Name and fingerprint of each model by role; a function has its name alone."""
-    settings = {}
-    for role, model in loaded.languages.items():
-        settings[role] = {"fingerprint": fingerprint_model(model, loaded.tokenizer)}
-    for role, reward in loaded.rewards.items():
-        if hasattr(reward, "model"):
-            fingerprint = fingerprint_model(reward.model, reward.tokenizer)
-        else:
-            fingerprint = reward.function.__qualname__
-        settings[role] = {"fingerprint": fingerprint}
-    return {
-        role: {"name": str(job.method.models[role]), **found} for role, found in settings.items()
-    }
+    """Name and fingerprint of each model that the method runs with, by role."""
+    models = {**loaded.languages, **loaded.rewards}
+    names = {role: str(job.method.models[role]) for role in models}
+    return fingerprint_models(models, names, loaded.tokenizer)
 
 
 def tasks_of(config: EvalConfig, job: EvalJob) -> list[Task]:
