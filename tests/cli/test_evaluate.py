@@ -22,7 +22,7 @@ from tq_fast.cli.report import run_report
 from tq_fast.errors import InvalidArgument
 from tq_fast.evaluation import work as eval_work
 from tq_fast.evaluation.config_file import find_config, load_config
-from tq_fast.evaluation.metrics import diversity
+from tq_fast.evaluation.measures import diversity
 from tq_fast.evaluation.work import EvalWorker
 from tq_fast.jobs.record_file import OutputRefused
 from tq_fast.models.tiny import gold_reward, load_tiny_world

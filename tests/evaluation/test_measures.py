@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tq_fast.evaluation.metrics import compare_scores, cosine, diversity, rep_n
+from tq_fast.evaluation.measures import compare_scores, cosine, diversity, rep_n
 
 
 def test_rep_n_counts_unique_n_grams_over_n_grams_plus_one() -> None:
