@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tq_fast.cli.evaluate import EvalOptions, read_prompts_of, run_eval
+from tq_fast.cli.evaluate import EvalOptions, run_eval
 from tq_fast.cli.report import run_report
 from tq_fast.errors import InvalidArgument
 from tq_fast.evaluation import work as eval_work
@@ -336,7 +336,7 @@ def test_the_report_is_one_file_with_every_picture_in_it(whole: Results) -> None
 @pytest.mark.parametrize("name", ["tiny", "tiny-ablations"])
 def test_the_shipped_configurations_pass_every_check_before_decoding(name: str) -> None:
     config = load_config(find_config(name))
-    worker = EvalWorker(config, read_prompts_of(config))
+    worker = EvalWorker(config, config.prompts.read())
     assert len(worker.entries) == 64
     for setup in config.setups:
         worker.models_of(setup)

@@ -7,14 +7,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..jobs.prompt_file import PromptEntry, digest_prompts, read_prompt_file
-from ..jobs.record_file import OutputRefused, RecordFile
+from ..jobs.record_file import OutputRefused, Record, RecordFile
 from ..jobs.records import ends_the_job, error_record, response_record
 from ..jobs.resume import (
     Earlier,
@@ -248,7 +247,7 @@ class DecodeJob:
             say(self.console, described["traceback"].rstrip())
         say(self.console, f"prompt {index} failed: {one_line(described['message'])}")
 
-    def _write(self, index: int, record: dict[str, Any]) -> None:
+    def _write(self, index: int, record: Record) -> None:
         self.file.append({**record, "settings": self.fingerprint})
         self.done.add(index)
         is_failed = "error" in record

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from ..errors import InvalidArgument
+from ..jobs.prompt_file import PromptEntry, read_prompt_file
 from ..models.tiny import load_tiny_world
 
 PromptKind: TypeAlias = Literal["tiny", "file", "dataset"]
@@ -37,14 +39,22 @@ class PromptSource:
     column: str = "prompt"
     remove: tuple[str, ...] = ()
 
-    def read_texts(self) -> list[str]:
-        """Prompts of the embedded world or of a data set, as text; the latter may download it.
+    def read(self) -> list[PromptEntry]:
+        """Return the prompts, numbered from 0; a data set may be downloaded.
 
         Raises:
-            InvalidArgument: there is no such data set, split or column.
+            InvalidArgument: they cannot be read, or there are none; there is no such data set,
+                split or column.
         """
-        if self.kind == "tiny":
-            return list(load_tiny_world().prompts[: self.limit])
+        if self.kind == "file":
+            return read_prompt_file(self.name)[: self.limit]
+        is_tiny = self.kind == "tiny"
+        texts = load_tiny_world().prompts[: self.limit] if is_tiny else self._read_data_set()
+        if not texts:
+            raise InvalidArgument(f"prompts: {self.name!r} holds none")
+        return [PromptEntry(index, None, text) for index, text in enumerate(texts)]
+
+    def _read_data_set(self) -> Sequence[str]:
         datasets = importlib.import_module("datasets")
         try:
             rows = datasets.load_dataset(self.name, self.subset, split=self.split)

@@ -1,9 +1,14 @@
-"""The work of `tq-fast eval`: groups of prompts become records, here or in other processes."""
+"""The work of an evaluation.
+
+Each method of each set-up has a job: a file of records, and the prompts that it lacks. Its tasks
+are groups of those prompts; a worker decodes and measures them, here or in other processes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import signal
 import time
@@ -11,6 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -18,20 +24,29 @@ from transformers.utils import logging
 
 from .. import presets
 from ..errors import InvalidArgument, TqFastError
-from ..jobs.prompt_file import PromptEntry
+from ..jobs.prompt_file import PromptEntry, digest_prompts
+from ..jobs.record_file import OutputRefused, Record, RecordFile
 from ..jobs.records import ends_the_job, error_record, finite, response_record
+from ..jobs.resume import (
+    Earlier,
+    check_models,
+    check_stated,
+    fingerprint_models,
+    make_settings,
+    read_earlier,
+)
 from ..prompts import Prompt, PromptReader
 from ..results import DecodeResult, PromptResult
 from .config import EvalConfig, MethodSpec, SetupSpec
 from .measures import measure_responses
 from .models import LoadedModels, ModelPool
+from .results import records_path
 
 # Seconds that an idle process has to end.
 _GOODBYE = 10.0
 # Work of a response beside that of its candidates: prompts, scoring, bookkeeping.
 _FIXED_WORK = 20.0
 
-Record: TypeAlias = dict[str, Any]
 OnRecord: TypeAlias = Callable[["Task", Record], None]
 
 
@@ -178,6 +193,125 @@ class EvalWorker:
     def _error(self, task: Task, idx: int, error: Exception) -> Record:
         record = error_record(self._entry(task, idx), error)
         return {**record, "prompt_idx": idx, "seed": task.seed}
+
+
+@dataclasses.dataclass
+class EvalJob:
+    """One method of one set-up: its file, and what is there already."""
+
+    key: tuple[int, int]
+    setup: SetupSpec
+    method: MethodSpec
+    file: RecordFile
+    entries: list[PromptEntry]
+    earlier: Earlier
+    stated: dict[str, Any]
+    fingerprint: str = ""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.setup.name}/{self.method.name}"
+
+    def check(self, worker: EvalWorker) -> None:
+        """Load what the method needs, try it on no prompt, and settle what the file holds."""
+        worker.models_of(self.setup)
+        worker.check(self.method)
+        loaded = worker.models_of(self.method)
+        models = {**loaded.languages, **loaded.rewards}
+        names = {role: str(self.method.models[role]) for role in models}
+        fingerprints = fingerprint_models(models, names, loaded.tokenizer)
+        settings = make_settings(self.stated, fingerprints)
+        check_models(self.file, self.earlier, settings)
+        self.fingerprint = settings["fingerprint"]
+        self.file.keep(sorted(self.earlier.kept.values(), key=lambda line: line.start))
+        self.file.write_settings(settings)
+
+    def tasks(self, config: EvalConfig) -> list[Task]:
+        """Groups of prompts that have no record yet; the prompts of a group share their seed."""
+        count = len(self.entries) // len(config.seeds)
+        tasks = []
+        for seed_idx, seed in enumerate(config.seeds):
+            left = [i for i in range(count) if seed_idx * count + i not in self.earlier.kept]
+            for start in range(0, len(left), config.batch_size):
+                group = tuple(left[start : start + config.batch_size])
+                tasks.append(Task(*self.key, seed, seed_idx, group))
+        return tasks
+
+
+def check_no_others(config: EvalConfig, output: Path, *, overwrite: bool) -> None:
+    """Refuse a folder with records of methods that are not in the configuration.
+
+    They would be another evaluation's; starting again removes them.
+    """
+    own = {records_path(output, setup, m) for setup in config.setups for m in setup.methods}
+    others = sorted(set(output.glob("records/*/*.jsonl")) - own)
+    if others and not overwrite:
+        named = ", ".join(f"{path.parent.name}/{path.stem}" for path in others[:5])
+        named += ", ..." if len(others) > 5 else ""
+        raise OutputRefused(
+            f"output {str(output)!r} holds records of methods that this configuration has not: "
+            f"{named}. Choose another output, or --overwrite to start again"
+        )
+    for path in others:
+        path.unlink()
+        path.with_name(path.name + ".settings.json").unlink(missing_ok=True)
+
+
+def open_jobs(
+    config: EvalConfig,
+    prompts: Sequence[PromptEntry],
+    output: Path,
+    stack: contextlib.ExitStack,
+    *,
+    overwrite: bool,
+    retry_errors: bool,
+) -> list[EvalJob]:
+    """Open every file of records and check, before any model is loaded, that it may go on."""
+    digest = digest_prompts(list(prompts))
+    jobs = []
+    for i, setup in enumerate(config.setups):
+        for j, method in enumerate(setup.methods):
+            path = records_path(output, setup, method)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputRefused(
+                    f"output {str(output)!r} cannot be written: {error.strerror}"
+                ) from error
+            file = stack.enter_context(RecordFile(path))
+            entries = [
+                dataclasses.replace(prompt, index=seed_idx * len(prompts) + prompt.index)
+                for seed_idx in range(len(config.seeds))
+                for prompt in prompts
+            ]
+            earlier = Earlier()
+            stated = _stated(config, setup, method, digest, len(prompts))
+            if not overwrite:
+                earlier = read_earlier(file, entries, retry_errors=retry_errors)
+                check_stated(file, earlier, stated)
+            jobs.append(EvalJob((i, j), setup, method, file, entries, earlier, stated))
+    return jobs
+
+
+def _stated(
+    config: EvalConfig, setup: SetupSpec, method: MethodSpec, digest: str, count: int
+) -> dict[str, Any]:
+    """Everything that the configuration says about the records of a method."""
+    scored_by = {role: setup.models.get(role) for role in ("reward", "gold", "judge", "embedder")}
+    stated = {
+        "method": method.method,
+        **dict(method.own),
+        **{k: v for k, v in dataclasses.asdict(method.config(0)).items() if k != "seed"},
+        "seeds": list(config.seeds),
+        **{f"scored by {role}": source and str(source) for role, source in scored_by.items()},
+        "chat": config.prompts.chat,
+        "traces": config.traces,
+        "number of prompts": count,
+        "prompts": digest,
+    }
+    # As they look when they are read back.
+    return json.loads(json.dumps(stated))
 
 
 def work_of(method: MethodSpec) -> float:

@@ -17,9 +17,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import TqFastError
+
+# One JSON object: the response to a prompt, or the error that it met (records.py makes them).
+Record: TypeAlias = dict[str, Any]
 
 
 class OutputRefused(TqFastError):
@@ -42,7 +45,7 @@ class Line:
     start: int
     end: int
     is_whole: bool
-    record: dict[str, Any] | None
+    record: Record | None
 
 
 class RecordFile:
@@ -133,7 +136,7 @@ class RecordFile:
             if lines and not lines[-1].is_whole:
                 self._write(b"\n")
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Write one record; it is on the disk when this returns."""
         data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         with self._writing():
@@ -175,7 +178,7 @@ class RecordFile:
             ) from error
 
 
-def _read_record(data: bytes) -> dict[str, Any] | None:
+def _read_record(data: bytes) -> Record | None:
     """The record in a line: an object with an index, and a response or an error."""
     try:
         record = json.loads(data)

@@ -12,10 +12,10 @@ import torch
 from ..errors import BackendRefused, DecodingError, TqFastError, UnsupportedModel
 from ..results import PromptResult, StepTrace
 from .prompt_file import PromptEntry
-from .record_file import OutputRefused
+from .record_file import OutputRefused, Record
 
 
-def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -> dict[str, Any]:
+def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -> Record:
     """The record of a prompt that was decoded; with `traces`, of every step too.
 
     Numbers are null where they are not finite or cannot be estimated (an error at n = 1).
@@ -32,7 +32,7 @@ def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -
     return record
 
 
-def error_record(entry: PromptEntry, error: Exception) -> dict[str, Any]:
+def error_record(entry: PromptEntry, error: Exception) -> Record:
     """The record of a prompt that failed; one that nobody foresaw keeps its traceback."""
     described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
     if isinstance(error, DecodingError):

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..summary import Records
+from ..results import Records
 from . import methods as figures
 from . import page
 from . import sweeps as sweep_figures

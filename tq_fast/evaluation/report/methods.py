@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..summary import Records, cells_of, format_number
+from ..results import Records, cells_of, format_number
 from .page import probability
 
 _COLOURS = {

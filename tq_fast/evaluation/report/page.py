@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..summary import format_interval, shown_columns
+from ..results import format_interval, shown_columns
 
 _STYLE = """
 :root { color-scheme: light; }

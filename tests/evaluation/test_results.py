@@ -9,7 +9,7 @@ import pytest
 
 from tq_fast.evaluation.config import EvalConfig
 from tq_fast.evaluation.config_file import load_config
-from tq_fast.evaluation.summary import format_interval, summarise, write_table
+from tq_fast.evaluation.results import format_interval, summarise, write_table
 
 CONFIG = """
 title = "By hand"
