@@ -25,11 +25,11 @@ from .. import presets
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..errors import InvalidArgument, TqFastError
+from ..evaluation.models import score_responses
 from ..models.loading import end_token_ids
 from ..models.tiny import TinyWorld, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from ..results import Certificate, DecodeStats, StepTrace
-from ..rewards.base import Opening
 from ..transfer.warnings import count_noisy_steps, describe_noise
 from .progress import JobProgress
 from .terminal import MAX_WIDTH, explain, loading_models, say
@@ -151,14 +151,16 @@ def choose_prompts(world: TinyWorld, number: int) -> list[str]:
 def compare(
     decoder: TransferDecoder, texts: Sequence[str], config: DecodeConfig, console: Console
 ) -> DemoResult:
-    """Decode `texts` by all three methods with one seed and score what comes out."""
+    """Decode `texts` by all three methods with one seed, and score the responses."""
+    tokenizer = decoder.tokenizer
+    assert tokenizer is not None, "the embedded models come with a tokenizer"
     reader = decoder.prompt_reader()
     prompts = [reader.read(idx, text) for idx, text in enumerate(texts)]
     start = time.perf_counter()
     options = {
-        "tokenizer": decoder.tokenizer,
+        "tokenizer": tokenizer,
         "max_new_tokens": config.max_new_tokens,
-        "eos_token_id": end_token_ids(decoder.baseline, decoder.tokenizer),
+        "eos_token_id": end_token_ids(decoder.baseline, tokenizer),
         "seed": config.seed,
     }
     drawn = {
@@ -185,31 +187,28 @@ def compare(
     return DemoResult(
         prompts=list(texts),
         methods=[
-            score(decoder, name, prompts, [ids.tolist() for ids in result.sequences])
+            score(decoder, tokenizer, name, prompts, [ids.tolist() for ids in result.sequences])
             for name, result in drawn.items()
         ],
         traces=decoded.traces,
         certificates=decoded.certificates,
         stats=decoded.stats,
         seconds=seconds,
-        tokenizer=decoder.tokenizer,
+        tokenizer=tokenizer,
     )
 
 
 def score(
     decoder: TransferDecoder,
+    tokenizer: PreTrainedTokenizerBase,
     name: str,
     prompts: Sequence[Prompt],
     responses: Sequence[Sequence[int]],
 ) -> MethodResult:
     """Score responses by the reward model and by the exact reward of the embedded world."""
-    session = decoder.reward.open(
-        Opening(prompts, len(prompts), max_new=max(map(len, responses)), backend=None)
-    )
-    with torch.no_grad():
-        rewards = session.score(range(len(prompts)), responses)
-    texts = [decoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    golds = gold_reward([prompt.given for prompt in prompts], texts)
+    rewards = score_responses(decoder.reward, prompts, responses)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    golds = gold_reward([str(prompt.given) for prompt in prompts], texts)
     return MethodResult(name, texts, rewards, golds)
 
 
@@ -363,7 +362,8 @@ def show_cost(result: DemoResult, config: DecodeConfig, console: Console) -> Non
     stats = result.stats
     rate = stats.num_steps / result.seconds
     per_token = stats.rollouts_run / max(1, stats.num_steps)
-    kl = statistics.mean(certificate.kl_to_sft for certificate in result.certificates)
+    kls = [found.kl_to_sft for found in result.certificates if found.kl_to_sft is not None]
+    kl = statistics.mean(kls)
     explain(
         console,
         f"\n{stats.num_steps} tokens in {result.seconds:.1f} s ({rate:.1f} a second), "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -48,17 +47,17 @@ def takes_decode_options(command: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(command, eval_str=True)
     others = [parameter for name, parameter in signature.parameters.items() if name != "config"]
 
-    @functools.wraps(command)
     def wrapper(**given: Any) -> Any:
         values = {option.name: given.pop(option.name) for option in options}
         if values["eos_token_id"] is not None:
             values["eos_token_id"] = _end_tokens(values["eos_token_id"])
         return command(config=DecodeConfig(**values), **given)
 
-    wrapper.__signature__ = signature.replace(parameters=[*others, *options])
-    # typer reads both; what is wrapped must not show through.
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    # typer takes parameters from the signature, and types from the annotations where there are any.
     wrapper.__annotations__ = {}
-    del wrapper.__wrapped__
+    described: Any = wrapper
+    described.__signature__ = signature.replace(parameters=[*others, *options])
     return wrapper
 
 

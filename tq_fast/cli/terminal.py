@@ -34,7 +34,7 @@ def loading_models(console: Console) -> Iterator[None]:
     Bars of downloads stay, since those can take long.
     """
     # Imported here: it takes seconds, and this module serves error messages too.
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
     say(console, "loading the models")

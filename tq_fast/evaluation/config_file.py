@@ -183,7 +183,7 @@ def _methods(
 ) -> list[MethodSpec]:
     """One method, or one for each value of its sweep."""
     preset = table.get("method")
-    if preset not in presets.METHODS:
+    if not isinstance(preset, str) or preset not in presets.METHODS:
         hint = nearest(str(preset), presets.METHODS)
         raise InvalidArgument(f"{where}: method is {preset!r}; {hint}")
     name = _checked_name(table.get("name", preset), where)
@@ -257,7 +257,9 @@ def _models(table: Any, where: str, folder: Path) -> dict[str, ModelSource | str
 def _source(value: Any, where: str, folder: Path) -> ModelSource:
     table = {"name": value} if isinstance(value, str) else _as_table(value, where)
     check_keys(table, ("name", "keep", "sparsify_seed"), where)
-    name, keep, seed = table.get("name"), table.get("keep", 1.0), table.get("sparsify_seed", 0)
+    name: Any = table.get("name")
+    keep: Any = table.get("keep", 1.0)
+    seed: Any = table.get("sparsify_seed", 0)
     if not isinstance(name, str) or not name:
         raise InvalidArgument(f"{where}: name must be a hub id or a folder, got {name!r}")
     if type(keep) not in (int, float) or not 0.0 < keep <= 1.0:

@@ -73,8 +73,10 @@ def _prompt_text(prompt: Prompt) -> str:
     given = prompt.given
     if isinstance(given, str):
         return given
-    # Messages: what was said, without the template. Token ids come here without a tokenizer only.
-    return " ".join(str(message["content"]) for message in given)
+    # Of chat messages the contents are joined, without the template. Token ids have no text: they
+    # are what was given only where there is no tokenizer, and then no response has a text either.
+    contents = [message["content"] for message in given if not isinstance(message, int)]
+    return " ".join(map(str, contents))
 
 
 def _trace_means(trace: Sequence[StepTrace]) -> dict[str, float | None]:

@@ -18,6 +18,7 @@ from ..models.loading import load_language_model, load_reward, load_tokenizer
 from ..models.tiny import baseline_gold_reward, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from ..rewards.base import Opening, Reward, Texts
+from ..rewards.classifier import ClassifierReward
 from ..rewards.function import FunctionReward
 from .config import Models, ModelSource
 from .shift import sparsify_reward
@@ -56,22 +57,27 @@ class LoadedModels:
             reward = self.rewards.get(role)
             if isinstance(reward, FunctionReward):
                 arguments[role] = reward.function
-            elif reward is not None:
+            elif isinstance(reward, ClassifierReward):
                 arguments |= {role: reward.model, f"{role}_tokenizer": reward.tokenizer}
                 if role == "reward" and reward.model.config.num_labels > 1:
                     arguments["reward_index"] = reward.label
         return arguments
 
-    @torch.no_grad()
     def score(
         self, role: str, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]
     ) -> list[float]:
         """Scores of whole responses (new token ids) under a reward."""
-        longest = max(map(len, responses))
-        session = self.rewards[role].open(
-            Opening(prompts, len(prompts), max_new=longest, backend=None)
-        )
-        return [float(score) for score in session.score(range(len(prompts)), responses)]
+        return score_responses(self.rewards[role], prompts, responses)
+
+
+@torch.no_grad()
+def score_responses(
+    reward: Reward, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]
+) -> list[float]:
+    """Scores of whole responses (new token ids), one to each prompt."""
+    longest = max(map(len, responses))
+    session = reward.open(Opening(prompts, len(prompts), max_new=longest, backend=None))
+    return [float(score) for score in session.score(range(len(prompts)), responses)]
 
 
 class ModelPool:
@@ -90,7 +96,8 @@ class ModelPool:
         device = models.get("device")
         place = place_models(str(device) if device else None)
         dtype = read_dtype(str(models.get("dtype", "auto")))
-        names = {role: str(models[role].name) for role in ("baseline", "sft") if role in models}
+        sources = {role: models.get(role) for role in ("baseline", "sft")}
+        names = {r: s.name for r, s in sources.items() if isinstance(s, ModelSource)}
         languages = {}
         for role, name in names.items():
             languages[role] = self._keep(
@@ -151,6 +158,7 @@ def _reward(source: ModelSource, role: str, loading: dict[str, Any]) -> Reward:
     reward = load_reward(_path(source.name, role), role, **loading)
     if source.keep == 1.0:
         return reward
+    assert isinstance(reward, ClassifierReward), "what is loaded by name is a classifier"
     sparse = sparsify_reward(reward.model, keep=source.keep, seed=source.sparsify_seed)
     return load_reward(sparse, role, **{**loading, "tokenizer": reward.tokenizer})
 

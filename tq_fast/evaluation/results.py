@@ -70,10 +70,10 @@ def read_records(output: Path, config: EvalConfig) -> dict[tuple[str, str], list
             by_index: dict[int, Record] = {}
             for line in file.lines():
                 record = line.record
-                is_better = record is not None and (
-                    "error" not in record or record["index"] not in by_index
-                )
-                if is_better:
+                if record is None:
+                    continue
+                # A response wins over the error that the prompt met before.
+                if "error" not in record or record["index"] not in by_index:
                     by_index[record["index"]] = record
             records[(setup.name, method.name)] = [by_index[index] for index in sorted(by_index)]
     return records
@@ -118,13 +118,13 @@ def _summarise_setup(
         own = by_method[method.name]
         metrics = {name: bootstrap.mean(cells_of(own, name)) for name in MEASURES}
         if plain is not None:
-            reward, other = cells_of(own, "reward"), cells_of(by_method[plain], "reward")
-            metrics["gain"] = bootstrap.difference(reward, other)
-            metrics["normalised"] = bootstrap.ratio(reward, other)
+            ours, theirs = (cells_of(r, "reward") for r in (own, by_method[plain]))
+            metrics["gain"] = bootstrap.difference(ours, theirs)
+            metrics["normalised"] = bootstrap.ratio(ours, theirs)
         for other in setup.compare_with:
             if other != method.name:
-                reward, theirs = (cells_of(r, "reward") for r in (own, by_method[other]))
-                metrics[f"gain:{other}"] = bootstrap.difference(reward, theirs)
+                ours, theirs = (cells_of(r, "reward") for r in (own, by_method[other]))
+                metrics[f"gain:{other}"] = bootstrap.difference(ours, theirs)
                 outcomes = _outcomes(own, by_method[other], judge)
                 metrics[f"win_tie:{other}"] = bootstrap.mean(outcomes)
         metrics["token_forwards"] = bootstrap.mean(_all_forwards(own))

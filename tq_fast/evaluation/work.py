@@ -96,32 +96,37 @@ class EvalWorker:
         setup = self.config.setups[task.setup]
         method = setup.methods[task.method]
         prompts = self._prompts(method)
+        group: dict[int, Prompt] = {}
         for idx in task.prompts:
-            if isinstance(prompts[idx], Exception):
-                yield self._error(task, idx, prompts[idx])
-        group = [idx for idx in task.prompts if isinstance(prompts[idx], Prompt)]
+            prompt = prompts[idx]
+            if isinstance(prompt, Exception):
+                yield self._error(task, idx, prompt)
+            else:
+                group[idx] = prompt
         if group:
-            yield from self._run_group(task, group, prompts)
+            yield from self._run_group(task, group)
 
-    def _run_group(self, task: Task, group: list[int], prompts: list[Any]) -> Iterator[Record]:
+    def _run_group(self, task: Task, group: dict[int, Prompt]) -> Iterator[Record]:
         """Decode `group` together; if that fails, its halves, down to the prompt that fails."""
         records = None
         try:
-            records = self._decode(task, group, [prompts[idx] for idx in group])
+            records = self._decode(task, group)
         except Exception as error:
             if ends_the_job(error):
                 raise
             if len(group) == 1:
-                records = [self._error(task, group[0], error)]
+                records = [self._error(task, next(iter(group)), error)]
         if records is not None:
             yield from records
             return
-        # Only here, where the error is gone and with it the memory that its traceback held.
+        # The halves run after the except block: the error, whose traceback holds memory, is gone.
         middle = (len(group) + 1) // 2
-        for half in (group[:middle], group[middle:]):
-            yield from self._run_group(task, half, prompts)
+        items = list(group.items())
+        for half in (items[:middle], items[middle:]):
+            yield from self._run_group(task, dict(half))
 
-    def _decode(self, task: Task, group: list[int], prompts: list[Prompt]) -> list[Record]:
+    def _decode(self, task: Task, group: dict[int, Prompt]) -> list[Record]:
+        prompts = list(group.values())
         setup = self.config.setups[task.setup]
         start, cpu_start = time.perf_counter(), time.process_time()
         result = self._call(setup.methods[task.method], prompts, task.seed)
@@ -361,7 +366,8 @@ def run_in_processes(
             busy[ours] = waiting.popleft()
             ours.send(busy[ours])
         while busy:
-            for connection in wait(list(busy)):
+            ready = set(wait(list(busy)))
+            for connection in [ours for ours in busy if ours in ready]:
                 _hear(connection, busy, waiting, on_record)
     finally:
         # A process ends by itself when its connection is closed; one at work is ended.

@@ -107,9 +107,17 @@ def reward_shift(setup: Setup, records: Mapping[str, Records]) -> Figure:
         edges = np.linspace(everything.min(), everything.max(), 25)
         for method, pair in sampled.items():
             label = {"sft": "SFT", "baseline": "baseline"}[method]
-            style = {"color": colour_of(method), "linewidth": 1.8}
-            axis.hist(pair[idx], edges, density=True, histtype="step", label=label, **style)
-            axis.axvline(pair[idx].mean(), linestyle="--", color=style["color"], linewidth=1.2)
+            colour = colour_of(method)
+            axis.hist(
+                pair[idx],
+                edges.tolist(),
+                density=True,
+                histtype="step",
+                label=label,
+                color=colour,
+                linewidth=1.8,
+            )
+            axis.axvline(pair[idx].mean(), linestyle="--", color=colour, linewidth=1.2)
         axis.set_xlabel(text)
         axis.set_ylabel("density")
         axis.set_title("dashed: means", fontsize=10)

@@ -126,18 +126,31 @@ def _draw_lines(axis: Axes, lines: Sequence[Line], values: Sequence[float], name
         if not known:
             continue
         at = [x for x, _ in known]
-        style = {"color": colour_of(method), "marker": marker_of(place), "markersize": 5}
-        axis.plot(at, [found["value"] for _, found in known], label=label, linewidth=1.8, **style)
-        ends = [[found[end] for _, found in known] for end in ("low", "high")]
-        axis.fill_between(at, *ends, color=style["color"], alpha=0.15, linewidth=0)
+        colour = colour_of(method)
+        axis.plot(
+            at,
+            [found["value"] for _, found in known],
+            label=label,
+            color=colour,
+            linewidth=1.8,
+            marker=marker_of(place),
+            markersize=5,
+        )
+        low, high = ([found[end] for _, found in known] for end in ("low", "high"))
+        axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _reference(axis: Axes, setup: Setup, method: str, name: str, linestyle: str) -> None:
     for row in setup["methods"]:
         if row["method"] == method and row["swept"] is None and name in row["metrics"]:
             value = row["metrics"][name]["value"]
-            style = {"color": colour_of(method), "linestyle": linestyle, "linewidth": 1.3}
-            axis.axhline(value, label=row["label"], **style)
+            axis.axhline(
+                value,
+                label=row["label"],
+                color=colour_of(method),
+                linestyle=linestyle,
+                linewidth=1.3,
+            )
 
 
 def _draw_path(
