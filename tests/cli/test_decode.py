@@ -106,7 +106,7 @@ def test_other_settings_are_refused_and_named(
     with pytest.raises(OutputRefused, match=message):
         job.run(**change)
     assert job.output.read_bytes() == before
-    # What was refused did not become the settings of the output.
+    # The settings of the output are still those that its records were made with.
     assert job.run() == 0
     assert job.run(**change, overwrite=True) == 0
     assert job.output.read_bytes() != before

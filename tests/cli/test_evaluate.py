@@ -103,7 +103,7 @@ class Results:
         return found
 
     def responses(self) -> dict[str, dict[int, Any]]:
-        """Everything but how long it took, by method and index."""
+        """Return the records by method and index, without what depends on the machine."""
         kept = {}
         for name, records in self.records().items():
             by_index = {record["index"]: record for record in records}
@@ -186,7 +186,7 @@ def test_killed_in_two_processes_it_goes_on_in_one_to_the_same_end(
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        # The workers find that nobody listens, and end.
+        # The workers find their connections closed, and end.
         while _is_alive(process.pid):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -299,7 +299,7 @@ def test_an_output_that_is_a_file_is_refused(broken: Results) -> None:
 
 
 class _Links(HTMLParser):
-    """What a page refers to."""
+    """Collects the addresses that a page refers to."""
 
     def __init__(self) -> None:
         super().__init__()

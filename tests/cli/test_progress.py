@@ -1,4 +1,4 @@
-"""Counting tokens, prompts and time."""
+"""Progress: tokens, items and time, and when a line is printed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(clock: Clock) -> None:
             clock.now += 2.0
             progress.token(0)
         progress.end(0)
-    # 5 and then 10 tokens of 40 after 10 and 20 seconds.
+    # After 10 s 5 of 40 tokens are done, after 20 s 10.
     assert lines_of(console) == [
         "1/5 prompts, 0.5 tokens/s, 1:10 left",
         "1/5 prompts, 0.5 tokens/s, 1:00 left",
@@ -89,7 +89,7 @@ def test_items_of_unequal_work_say_what_is_left_by_work_and_to_what_they_belong(
         progress.end(("cheap", 0), label="s/cheap")
         clock.now += 20.0
         progress.end(("dear", 0), label="s/dear", is_failed=True)
-    # One of ten parts of the work in 20 s; then five in 40 s.
+    # After 20 s one of ten parts of the work is done, after 40 s five.
     assert lines_of(console) == [
         "4/7 responses, s/cheap, 3:00 left",
         "5/7 responses, s/dear, 40 s left, 1 failed",

@@ -159,7 +159,7 @@ def test_a_data_set_without_its_library_is_refused(
 
 
 class _DataSet:
-    """What the library `datasets` returns, as far as it is used."""
+    """Stands for a data set of the library `datasets`, as far as it is used."""
 
     column_names = ("prompt", "chosen")
 

@@ -1,4 +1,4 @@
-"""Sentence embeddings: the mean over tokens, whatever else is in the batch."""
+"""Models of an evaluation: sentence embeddings do not depend on what else is in the batch."""
 
 from __future__ import annotations
 

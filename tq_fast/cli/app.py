@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
-    # Errors of the package become one line (see main); others keep their own traceback.
+    # main() makes one line of an error of the package; any other error keeps its own traceback.
     pretty_exceptions_enable=False,
 )
 
@@ -54,7 +54,7 @@ def tq_fast(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Parse what stands before the command."""
+    """Parse the options that stand before the command."""
 
 
 def _model(help: str, metavar: str = "MODEL") -> Any:

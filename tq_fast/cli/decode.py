@@ -30,9 +30,7 @@ from ..prompts import Prompt
 from ..results import PromptResult
 from ..transfer.warnings import count_noisy_steps, describe_noise
 from .progress import JobProgress, format_seconds
-from .terminal import loading_models, one_line, say
-
-INTERRUPTED = 130
+from .terminal import INTERRUPTED, loading_models, one_line, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ def run_decode(
             check_stated(file, earlier, stated)
         with loading_models(console):
             decoder = models.load()
-        # No prompt yet: this only checks the settings against the models.
+        # A call without prompts checks the settings against the models before the output changes.
         decoder.decode(
             [],
             config=config,
@@ -160,7 +158,7 @@ class DecodeJob:
             )
         try:
             with self.progress, warnings.catch_warnings():
-                # Said once at the end, over all prompts, instead of for every group.
+                # The decoder warns for every group; the summary warns once, over all prompts.
                 warnings.filterwarnings("ignore", "the standard error of Q")
                 warnings.showwarning = lambda message, *_, **__: say(self.console, str(message))
                 self._decode_all()
@@ -175,7 +173,8 @@ class DecodeJob:
         return 1 if self.failed else 0
 
     def _decode_all(self) -> None:
-        # All prompts are read, so that equal ones get the random streams of an uninterrupted run.
+        # The reader counts equal prompts, so it reads those that are done too: every prompt then
+        # has the random stream of an uninterrupted run.
         reader = self.decoder.prompt_reader()
         waiting: list[tuple[int, Prompt]] = []
         for index, entry in enumerate(self.entries):
@@ -200,8 +199,9 @@ class DecodeJob:
             left = [(index, prompt) for index, prompt in waiting if index not in self.done]
             if ends_the_job(error) or not left:
                 raise
-        # Places in the forest are given out in order: what was under way are the first that are
-        # left. Only here, where the error is gone and with it the memory that its traceback held.
+        # The forest takes prompts in order, so that those under way are the first that are left.
+        # They run again after the except block, where the error and the memory that its traceback
+        # held are gone.
         self._decode_group(left[: self.batch_size])
         return left[self.batch_size :]
 

@@ -46,7 +46,7 @@ _BAR_WIDTH = 20
 
 @dataclasses.dataclass(frozen=True)
 class DemoOptions:
-    """What a demo may change.
+    """Settings of a demo.
 
     Attributes:
         seed: of every random draw.
@@ -63,7 +63,7 @@ class DemoOptions:
     num_rollouts: int = 8
 
     def config(self) -> DecodeConfig:
-        """The settings of Transfer Q*; the rest is fixed for the embedded models."""
+        """Return the settings of Transfer Q*; the rest is fixed for the embedded models."""
         return DecodeConfig(
             k=self.k,
             alpha=self.alpha,
@@ -86,7 +86,7 @@ class MethodResult:
 
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
-    """What a demo shows.
+    """Everything that a demo shows.
 
     Attributes:
         prompts: texts.
@@ -131,7 +131,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, much slower where cores are shared."""
+    """Keep to one thread: models this small are slower on several, most of all on shared cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -141,7 +141,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def choose_prompts(world: TinyWorld, number: int) -> list[str]:
-    """The first `number` of the demo's prompts and, after those, of the held-out ones."""
+    """Return the first `number` of the demo's prompts and, after those, of the held-out ones."""
     known = list(dict.fromkeys([*world.demo_prompts, *world.prompts]))
     if not 1 <= number <= len(known):
         raise InvalidArgument(f"prompts must be between 1 and {len(known)}, got {number}")
@@ -174,7 +174,7 @@ def compare(
     work = dict.fromkeys(range(len(prompts)), config.max_new_tokens)
     progress = JobProgress(console, "prompts", work)
     with progress, warnings.catch_warnings():
-        # The view says it, in its own place.
+        # The same sentence is printed at the end, under the costs.
         warnings.filterwarnings("ignore", "the standard error of Q")
         decoded = decoder.decode(
             prompts,
@@ -316,13 +316,13 @@ def show_trace(
 
 
 def pick_steps(trace: Sequence[StepTrace]) -> list[int]:
-    """The steps whose final law is farthest from the prior's on the same candidates, in order."""
+    """Return the steps whose final law is farthest from the prior's on the candidates, in order."""
     order = sorted(range(len(trace)), key=lambda step: -_shift(trace[step]))
     return sorted(order[:_NUM_STEPS])
 
 
 def _shift(step: StepTrace) -> float:
-    """KL of the final law from the prior, both on the candidates alone."""
+    """Return the KL of the final law from the prior, both on the candidates alone."""
     prior = step.prior_logprobs.log_softmax(-1)
     final = step.final_logprobs
     return float((final.exp() * (final - prior)).nansum())

@@ -26,9 +26,7 @@ from ..evaluation.work import (
 from ..jobs.record_file import Record
 from ..jobs.resume import describe_repairs
 from .progress import JobProgress, format_seconds
-from .terminal import loading_models, one_line, say
-
-INTERRUPTED = 130
+from .terminal import INTERRUPTED, loading_models, one_line, say
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, plain lines now and then elsewhere."""
+"""Progress of a job: a bar on a terminal, plain lines now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Key = TypeVar("_Key")
 
 
 class JobProgress(Generic[_Key]):
-    """Context manager that counts items (prompts, responses), and tokens where they are told.
+    """Context manager that counts items (prompts or responses), and tokens where `token` is called.
 
     The time left follows from the work done per second so far. An item that ends early counts as
     all of its work.
@@ -128,7 +128,7 @@ class JobProgress(Generic[_Key]):
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as `12 s`, `3:05` or `1:02:03`."""
+    """Write seconds as `12 s`, `3:05` or `1:02:03`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,12 +1,12 @@
-"""Reads the configuration of an evaluation: TOML, checked as a whole before any model is touched.
+"""Configuration files of an evaluation: TOML, checked as a whole before any model is touched.
 
     title, description, seeds, workers, batch_size, traces, resamples
     [prompts]  [models]  [decode]
     [[setup]]  name, title, compare_with, [setup.models], [setup.decode]
     [[setup.method]]  method, name, label, models, sweep, and the method's own settings
 
-What stands in [models] and [decode] holds for every set-up, what stands in a set-up for each of its
-methods; the innermost wins. `sweep = { alpha = [0.5, 1.0] }` stands for one method a value.
+The tables [models] and [decode] hold for every set-up, those of a set-up for each of its methods;
+the innermost wins. `sweep = { alpha = [0.5, 1.0] }` stands for one method a value.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]*")
 # Arguments that every preset has; the others are its own settings.
 _COMMON = ("prompts", "baseline", "reward", "sft", "options")
 _DECODE = tuple(field.name for field in dataclasses.fields(DecodeConfig) if field.name != "seed")
-# What a preset cannot do without, beside what its settings ask for.
+# Models that a preset cannot do without; `_with_settings` adds those that its settings ask for.
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "sft": ("sft",),
     "baseline": ("baseline",),
@@ -60,7 +60,7 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
 
 
 def find_config(name: str) -> Path:
-    """The file `name`, or the shipped recipe of that name.
+    """Return the file `name`, or the shipped recipe of that name.
 
     Raises:
         InvalidArgument: there is neither; the message names the nearest recipe.
@@ -74,7 +74,7 @@ def find_config(name: str) -> Path:
 
 
 def recipe_files() -> list[Path]:
-    """The recipes that come with the package."""
+    """Return the recipes that come with the package."""
     return sorted(Path(str(resources.files(__package__) / "recipes")).glob("*.toml"))
 
 
@@ -124,7 +124,7 @@ def load_config(path: Path) -> EvalConfig:
 
 
 def _prompt_source(table: Any, where: str, folder: Path) -> PromptSource:
-    """Check the table `[prompts]`; nothing is read but whether a file or library is there."""
+    """Check the table `[prompts]`; no prompt is read."""
     check_keys(_as_table(table, where), _PROMPTS, where)
     kinds = [kind for kind in _PROMPT_KINDS if kind in table]
     if len(kinds) != 1:
@@ -181,7 +181,7 @@ def _setup(
 def _methods(
     table: dict[str, Any], where: str, folder: Path, models: Models, decode: Mapping[str, Any]
 ) -> list[MethodSpec]:
-    """One method, or one for each value of its sweep."""
+    """Return one method, or one for each value of its sweep."""
     preset = table.get("method")
     if not isinstance(preset, str) or preset not in presets.METHODS:
         hint = nearest(str(preset), presets.METHODS)
@@ -221,7 +221,7 @@ def _with_settings(
     decode = {key: value for key, value in given.items() if key not in own}
     for key in decode.keys() & fixed.keys():
         raise InvalidArgument(f"{where}: {spec.method} fixes {key} = {fixed[key]!r}")
-    # What is said for all methods gives way where a method fixes it or has a setting of that name.
+    # Shared settings give way where the method fixes them or has its own setting of that name.
     kept = {key: value for key, value in shared.items() if key not in fixed and key not in own}
     try:
         config = DecodeConfig(**{**kept, **decode, **fixed})
@@ -241,7 +241,7 @@ def _with_settings(
 
 
 def own_settings(preset: str) -> tuple[str, ...]:
-    """Settings that a preset has beside the fields of `DecodeConfig`."""
+    """Return the settings that a preset has beside the fields of `DecodeConfig`."""
     parameters = inspect.signature(presets.METHODS[preset]).parameters
     return tuple(name for name in parameters if name not in _COMMON)
 
@@ -266,7 +266,7 @@ def _source(value: Any, where: str, folder: Path) -> ModelSource:
         raise InvalidArgument(f"{where}: keep must be in (0, 1], got {keep!r}")
     if type(seed) is not int:
         raise InvalidArgument(f"{where}: sparsify_seed must be an integer, got {seed!r}")
-    # A folder is looked for from where the configuration lies.
+    # A relative folder is taken from where the configuration lies.
     name = str(folder / name) if name.startswith("./") or name.startswith("../") else name
     return ModelSource(name, float(keep), seed)
 
@@ -277,7 +277,7 @@ def _decode(table: Any, where: str) -> dict[str, Any]:
 
 
 def _value(key: str, value: Any) -> Any:
-    # TOML has no null.
+    # TOML has no null, so that a word stands for a horizon of None.
     return None if key == "horizon" and value == "none" else value
 
 

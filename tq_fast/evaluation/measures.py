@@ -20,7 +20,7 @@ def measure_responses(
     seconds: float,
     cpu_seconds: float,
 ) -> list[dict[str, Any]]:
-    """Return the measures of each response, None where one cannot be had.
+    """Return the measures of each response; one that cannot be computed is None.
 
     Words are split at white space; without text the token ids stand for them. Token-forwards and
     seconds are those of the whole group, shared out by the tokens of each response.
@@ -73,14 +73,14 @@ def _prompt_text(prompt: Prompt) -> str:
     given = prompt.given
     if isinstance(given, str):
         return given
-    # Of chat messages the contents are joined, without the template. Token ids have no text: they
-    # are what was given only where there is no tokenizer, and then no response has a text either.
+    # The contents of chat messages are joined, without the template. Token ids stand in a prompt
+    # only where there is no tokenizer, and then no response has a text to compare with.
     contents = [message["content"] for message in given if not isinstance(message, int)]
     return " ".join(map(str, contents))
 
 
 def _trace_means(trace: Sequence[StepTrace]) -> dict[str, float | None]:
-    """Means over steps and candidates of ESS, of the error of Q, and of the prior mass.
+    """Return means over steps and candidates of ESS, of the error of Q, and of the prior mass.
 
     Candidates with a single roll-out have neither of the first two.
     """

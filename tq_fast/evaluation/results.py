@@ -28,7 +28,7 @@ from .measures import compare_scores
 
 Records: TypeAlias = Sequence[Record]
 
-# Measures of single responses; those that are in no record of a set-up are left out of its table.
+# Measures of single responses; a summary leaves out those that no record of a method has.
 MEASURES = (
     *("reward", "baseline_reward", "gold", "kl_to_sft", "diversity", "coherence"),
     *(
@@ -57,12 +57,12 @@ _SHOWN = {
 
 
 def records_path(output: Path, setup: SetupSpec, method: MethodSpec) -> Path:
-    """Where the records of a method lie."""
+    """Return the file of the records of a method."""
     return output / "records" / setup.name / f"{method.name}.jsonl"
 
 
 def read_records(output: Path, config: EvalConfig) -> dict[tuple[str, str], list[Record]]:
-    """The records of every (set-up, method) in a folder of results; one an index, no cut lines."""
+    """Return the records of every (set-up, method): one an index, without cut lines."""
     records: dict[tuple[str, str], list[Record]] = {}
     for setup in config.setups:
         for method in setup.methods:
@@ -159,7 +159,7 @@ def _row(
 
 
 def cells_of(records: Records, name: str) -> Cells:
-    """The values of one measure by (prompt, seed), without error records and what is not known."""
+    """Return the values of one measure by (prompt, seed), as far as they are known."""
     cells = {}
     for record in records:
         value = record.get("steps") if name == "tokens" else record.get("measures", {}).get(name)
@@ -177,7 +177,7 @@ def _all_forwards(records: Records) -> Cells:
 
 
 def _judge(setup: SetupSpec) -> str:
-    """The role whose scores decide who wins: the judge, else the gold reward, else the target."""
+    """Return the role whose scores decide who wins: judge, else gold reward, else target."""
     return next(role for role in ("judge", "gold", "reward") if role in setup.models)
 
 
@@ -202,7 +202,7 @@ def write_table(summary: Mapping[str, Any]) -> str:
 
 
 def shown_columns(setup: Mapping[str, Any]) -> dict[str, str]:
-    """The measures that a table of the set-up shows, and their titles."""
+    """Return the measures that a table of the set-up shows, and their titles."""
     known = {name for row in setup["methods"] for name in row["metrics"]}
     shown = {name: title for name, title in _SHOWN.items() if name in known}
     labels = {row["name"]: row["label"] for row in setup["methods"]}
@@ -230,7 +230,7 @@ def _setup_table(setup: Mapping[str, Any]) -> str:
 
 
 def format_interval(interval: Mapping[str, float] | None, name: str) -> str:
-    """An interval as a cell of a table: the estimate, and its ends in brackets."""
+    """Write an interval as a cell of a table: the estimate, and its ends in brackets."""
     if interval is None:
         return ""
     value, low, high = interval["value"], interval["low"], interval["high"]
@@ -244,7 +244,7 @@ def format_interval(interval: Mapping[str, float] | None, name: str) -> str:
 
 
 def format_number(number: float, digits: int) -> str:
-    """`number` with `digits` decimals, and no sign where that makes it 0."""
+    """Write `number` with `digits` decimals, and without a sign where it is rounded to 0."""
     # Adding 0.0 turns -0.0 into 0.0.
     return f"{round(number, digits) + 0.0:.{digits}f}"
 

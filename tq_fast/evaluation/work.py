@@ -42,9 +42,9 @@ from .measures import measure_responses
 from .models import LoadedModels, ModelPool
 from .results import records_path
 
-# Seconds that an idle process has to end.
+# An idle process has so many seconds to end by itself.
 _GOODBYE = 10.0
-# Work of a response beside that of its candidates: prompts, scoring, bookkeeping.
+# Every response costs about this much beside its candidates: prompts, scoring, bookkeeping.
 _FIXED_WORK = 20.0
 
 OnRecord: TypeAlias = Callable[["Task", Record], None]
@@ -84,7 +84,7 @@ class EvalWorker:
         self._read: dict[Any, list[Prompt | Exception]] = {}
 
     def models_of(self, spec: SetupSpec | MethodSpec) -> LoadedModels:
-        """The loaded models of a set-up or a method."""
+        """Return the loaded models of a set-up or a method."""
         return self.pool.load(spec.models)
 
     def check(self, method: MethodSpec) -> None:
@@ -92,7 +92,7 @@ class EvalWorker:
         self._call(method, [], self.config.seeds[0])
 
     def run(self, task: Task) -> Iterator[Record]:
-        """Records of the prompts of `task`, as far as they are finished."""
+        """Iterate over the records of the prompts of `task`, as far as they are finished."""
         setup = self.config.setups[task.setup]
         method = setup.methods[task.method]
         prompts = self._prompts(method)
@@ -142,7 +142,8 @@ class EvalWorker:
             text = None if result.texts is None else result.texts[i]
             one = PromptResult(text, result.sequences[i], trace, result.certificates[i])
             is_first = task.seed_idx == 0 and idx < self.config.traces
-            # A method without values has nothing in its trace that the response does not say.
+            # Methods without values choose among one candidate: their traces say nothing more than
+            # the response.
             keeps_trace = is_first and len(trace[0].candidates) > 1
             record = response_record(self._entry(task, idx), one, traces=keeps_trace)
             if keeps_trace and models.tokenizer is not None:
@@ -154,7 +155,8 @@ class EvalWorker:
 
     def _call(self, method: MethodSpec, prompts: list[Prompt], seed: int) -> DecodeResult:
         with warnings.catch_warnings():
-            # The error of Q and the effective sample size are measures of every record.
+            # Every record measures the error of Q and the effective sample size, so that the
+            # warnings about them would only repeat it.
             for message in (
                 "the standard error of Q",
                 "the weights of indirect",
@@ -170,7 +172,7 @@ class EvalWorker:
             )
 
     def _prompts(self, method: MethodSpec) -> list[Prompt | Exception]:
-        """Every prompt as the method's models read it, or why it cannot be read.
+        """Return every prompt as the method's models read it, or why it cannot be read.
 
         All are read, so that equal ones have the random streams of a single call.
         """
@@ -202,7 +204,18 @@ class EvalWorker:
 
 @dataclasses.dataclass
 class EvalJob:
-    """One method of one set-up: its file, and what is there already."""
+    """One method of one set-up, with its file of records.
+
+    Attributes:
+        key: positions of the set-up, and of the method in it.
+        setup: the set-up.
+        method: the method.
+        file: its records.
+        entries: every prompt under every seed, numbered through, one seed after the other.
+        earlier: what the file held when the evaluation started.
+        stated: everything that the configuration says about the records.
+        fingerprint: of the settings, models included; goes into every record. Set by `check`.
+    """
 
     key: tuple[int, int]
     setup: SetupSpec
@@ -215,7 +228,7 @@ class EvalJob:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The name of the job in messages."""
         return f"{self.setup.name}/{self.method.name}"
 
     def check(self, worker: EvalWorker) -> None:
@@ -233,7 +246,7 @@ class EvalJob:
         self.file.write_settings(settings)
 
     def tasks(self, config: EvalConfig) -> list[Task]:
-        """Groups of prompts that have no record yet; the prompts of a group share their seed."""
+        """Return groups of prompts that have no record yet; each group has one seed."""
         count = len(self.entries) // len(config.seeds)
         tasks = []
         for seed_idx, seed in enumerate(config.seeds):
@@ -247,7 +260,7 @@ class EvalJob:
 def check_no_others(config: EvalConfig, output: Path, *, overwrite: bool) -> None:
     """Refuse a folder with records of methods that are not in the configuration.
 
-    They would be another evaluation's; starting again removes them.
+    Such records belong to another evaluation; `overwrite` removes them.
     """
     own = {records_path(output, setup, m) for setup in config.setups for m in setup.methods}
     others = sorted(set(output.glob("records/*/*.jsonl")) - own)
@@ -302,7 +315,7 @@ def open_jobs(
 def _stated(
     config: EvalConfig, setup: SetupSpec, method: MethodSpec, digest: str, count: int
 ) -> dict[str, Any]:
-    """Everything that the configuration says about the records of a method."""
+    """Return everything that the configuration says about the records of a method."""
     scored_by = {role: setup.models.get(role) for role in ("reward", "gold", "judge", "embedder")}
     stated = {
         "method": method.method,
@@ -315,19 +328,19 @@ def _stated(
         "number of prompts": count,
         "prompts": digest,
     }
-    # As they look when they are read back.
+    # JSON makes lists of tuples: what is stated looks as it will when the file is read again.
     return json.loads(json.dumps(stated))
 
 
 def work_of(method: MethodSpec) -> float:
-    """About how much work a response of `method` is, in roll-out tokens a response token."""
+    """Estimate the work of a response by `method`, in roll-out tokens a response token."""
     config = method.config(0)
     if method.method in ("sft", "baseline", "dera"):
         return _FIXED_WORK
     if method.method == "best_of_n":
         return _FIXED_WORK + float(method.own.get("n", 16))
     horizon = 0 if method.method == "args" else config.horizon
-    # Without a horizon roll-outs end when the response does, on average half-way.
+    # Without a horizon a roll-out goes to the end of the response, half of its length on average.
     length = config.max_new_tokens / 2 if horizon is None else horizon
     rows = config.k * config.rollouts_per_candidate
     factor = 1.4 if method.method == "transfer_q_indirect" else 1.0
@@ -370,7 +383,7 @@ def run_in_processes(
             for connection in [ours for ours in busy if ours in ready]:
                 _hear(connection, busy, waiting, on_record)
     finally:
-        # A process ends by itself when its connection is closed; one at work is ended.
+        # An idle process ends by itself once its connection is closed; one at work is terminated.
         for connection in busy:
             connection.close()
         for process in processes:
@@ -404,8 +417,8 @@ def _hear(
 
 
 def _serve(connection: Connection, config: EvalConfig, entries: Sequence[PromptEntry]) -> None:
-    """The life of a worker process; it ends when the other side is gone."""
-    # An interrupt is for the process that started this one.
+    """Carry out the tasks that come through `connection`, until the other side is gone."""
+    # The parent process handles interrupts, and ends this one by closing the connection.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     logging.disable_progress_bar()

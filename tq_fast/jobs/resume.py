@@ -1,4 +1,4 @@
-"""What the records of a job were made with, and whether a job may go on from them."""
+"""Settings that the records of a job were made with, and checks that a job may go on from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..rewards.function import FunctionReward
 from .prompt_file import PromptEntry
 from .record_file import Line, OutputRefused, RecordFile
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ROLES = ("baseline", "sft", "reward", "baseline_reward")
 # About so many numbers of each weight enter the fingerprint of a model.
 _NUM_SAMPLES = 64
@@ -65,17 +65,17 @@ def read_dtype(name: str) -> torch.dtype | str:
     """Return the dtype that `name` stands for; "auto", as the models were saved, stays a word.
 
     Raises:
-        InvalidArgument: it is none of `DTYPES`.
+        InvalidArgument: there is no such dtype.
     """
-    if name not in DTYPES:
-        raise InvalidArgument(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    if name not in _DTYPES:
+        raise InvalidArgument(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
     return name if name == "auto" else getattr(torch, name)
 
 
 def stated_settings(
     config: DecodeConfig, models: ModelChoice, *, traces: bool, prompts_digest: str, count: int
 ) -> dict[str, Any]:
-    """Everything that a job's command line says about its records.
+    """Return everything that a job's command line says about its records.
 
     Device and batch size are left out, because results depend on them by rounding alone.
     """
@@ -93,7 +93,7 @@ def stated_settings(
 
 
 def model_settings(decoder: TransferDecoder, models: ModelChoice) -> dict[str, Any]:
-    """Name and fingerprint of each model that was loaded, by role."""
+    """Return name and fingerprint of each model that was loaded, by role."""
     loaded = {
         "baseline": decoder.baseline,
         "sft": decoder.sft,
@@ -166,7 +166,7 @@ def fingerprint_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """What the output of a job holds when the job starts.
+    """The output of a job as it is when the job starts.
 
     Attributes:
         settings: what the records were made with; None where it is not known.
