@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, TypeGuard
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, nearest
 
 Strategy = Literal["sample", "greedy"]
 Rollout = Literal["sample", "greedy"]
@@ -139,9 +138,7 @@ class DecodeConfig:
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in fields:
-                known = [*fields, *others]
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                hint = nearest(name, [*fields, *others])
                 raise InvalidArgument(f"unknown option {name!r}; {hint}")
         return dataclasses.replace(base or cls(), **options)
 

@@ -1,10 +1,11 @@
-"""The exceptions that tq_fast raises, all below `TqFastError`, and how it warns."""
+"""The exceptions that tq_fast raises, all below `TqFastError`, and what messages share."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ def _make_again(
     kind: type[DecodingError], message: str, prompt_idx: int, step: int
 ) -> DecodingError:
     return kind(message, prompt_idx=prompt_idx, step=step)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Say which of `known` is meant by `word`, which is none of them; else name them all."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 def warn_caller(message: str) -> None:

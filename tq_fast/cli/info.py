@@ -16,7 +16,7 @@ from .._version import __version__
 from ..ops._dispatch import describe_backends
 from .terminal import explain, say
 
-# The order in which an op asks its backends, by the device of its tensors.
+# An op asks its backends in this order, by the device of its tensors.
 _ORDER = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref")}
 _KERNELS = ("cuda", "triton", "cpu")
 
@@ -96,7 +96,7 @@ def _show_ops(console: Console, device: str) -> dict[str, str]:
         cells = []
         for name in _KERNELS:
             reason = backends[name]
-            # One footnote for the ops that lack the same thing.
+            # Ops that lack the same thing share a footnote, which therefore names none of them.
             reason = reason if reason is None else reason.replace(op, "the op")
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
@@ -113,7 +113,7 @@ def _has_kernel(op: str, backends: dict[str, str | None]) -> bool:
 
 
 def _costs(device: str, used: dict[str, str]) -> list[str]:
-    """A sentence for each thing that would make this machine faster."""
+    """Return a sentence for each thing that would make this machine faster."""
     costs = []
     if device == "cpu":
         costs.append(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tq_fast.evaluation.metrics import compare_scores, cosine, diversity, rep_n
+from tq_fast.evaluation.measures import compare_scores, cosine, diversity, rep_n
 
 
 def test_rep_n_counts_unique_n_grams_over_n_grams_plus_one() -> None:
-    # a b, b a, a b, b a, a b: two of five.
+    # The 2-grams are a b, b a, a b, b a, a b: two of five are different.
     assert rep_n(["a", "b", "a", "b", "a", "b"], 2) == pytest.approx(100 * (1 - 2 / 6))
-    # a b a, b a b, a b a, b a b
+    # The 3-grams are a b a, b a b, a b a, b a b: two of four.
     assert rep_n(["a", "b", "a", "b", "a", "b"], 3) == pytest.approx(100 * (1 - 2 / 5))
     assert rep_n(["a", "b", "c", "d"], 2) == pytest.approx(25.0)
 
@@ -21,9 +21,9 @@ def test_rep_n_of_a_text_that_is_too_short_is_100() -> None:
 
 
 def test_diversity_is_the_product_over_two_to_four_grams() -> None:
-    # "a b a b a b": 2/6, 2/5 and, for a b a b, b a b a, a b a b, 2/4.
+    # The 4-grams are a b a b, b a b a, a b a b: two of three; 2- and 3-grams as above.
     assert diversity(["a", "b", "a", "b", "a", "b"]) == pytest.approx((2 / 6) * (2 / 5) * (2 / 4))
-    # Five different words: 4/5, 3/4, 2/3.
+    # Five different words have 4, 3 and 2 n-grams, all different.
     assert diversity([7, 8, 9, 10, 11]) == pytest.approx(0.4)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tq_fast.evaluation.config import EvalConfig
 from tq_fast.evaluation.config_file import load_config
-from tq_fast.evaluation.summary import format_interval, summarise, write_table
+from tq_fast.evaluation.results import format_interval, summarise, write_table
 
 CONFIG = """
 title = "By hand"
@@ -65,19 +65,19 @@ def metrics(summary: dict[str, Any], method: str) -> dict[str, Any]:
 def test_means_differences_and_ratios_are_those_of_the_shared_prompts(summary: dict) -> None:
     ours = metrics(summary, "transfer_q")
     assert ours["reward"]["value"] == pytest.approx(3.0)
-    # Against the baseline's 1 and 3; its third response has no counterpart.
+    # The baseline has 1 and 3 on these prompts; its third response has no counterpart.
     assert ours["gain"]["value"] == pytest.approx(1.0)
     assert ours["gain"]["low"] == pytest.approx(-1.0) and ours["gain"]["high"] == pytest.approx(3.0)
     assert ours["normalised"]["value"] == pytest.approx(1.5)
     assert ours["token_forwards"]["value"] == pytest.approx(5.0)
     assert ours["tokens"]["value"] == 2.0
-    # Against the SFT model's 0 and -2, prompt by prompt.
+    # The SFT model has 0 and -2, prompt by prompt.
     assert ours["gain:sft"] == {"value": 4.0, "low": 4.0, "high": 4.0}
 
 
 def test_the_gold_reward_judges_where_there_is_no_other_judge(summary: dict) -> None:
     assert summary["setups"][0]["judge"] == "gold"
-    # 1 against 1 is a tie and counts; 0 against 0.5 is lost.
+    # The tie of 1 and 1 counts as won; 0 against 0.5 is lost.
     assert metrics(summary, "transfer_q")["win_tie:sft"]["value"] == pytest.approx(50.0)
     assert "win_tie:sft" not in metrics(summary, "sft")
 

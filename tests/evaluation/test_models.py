@@ -1,4 +1,4 @@
-"""Sentence embeddings: the mean over tokens, whatever else is in the batch."""
+"""Models of an evaluation: sentence embeddings do not depend on what else is in the batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tq_fast.errors import InvalidArgument
-from tq_fast.evaluation.embedding import load_embedder
-from tq_fast.evaluation.metrics import cosine
+from tq_fast.evaluation.measures import cosine
+from tq_fast.evaluation.models import load_embedder
 
 WORDS = ["[PAD]", "[UNK]", *"abcdefgh"]
 CPU = torch.device("cpu")
