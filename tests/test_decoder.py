@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import copy
 import math
 import pickle
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import tq_fast
+from tests import zoo
 from tq_fast.config import SpeedOptions
 from tq_fast.errors import DecodingError, InvalidArgument, RewardError, UnsupportedModel
 
@@ -405,3 +409,48 @@ def test_indirect_transfer_of_equal_rewards_is_direct_transfer(baseline, sft, we
             assert torch.allclose(step.q, torch.full_like(step.q, 0.5), atol=1e-4)
             if weights != "published":
                 assert torch.allclose(step.ess, torch.full_like(step.ess, 3.0), atol=1e-3)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: _default_dtype(torch.bfloat16),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+    ],
+    ids=["default dtype", "autocast", "default device", "inference mode"],
+)
+@pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
+def test_the_callers_settings_of_torch_change_nothing(setting: Any) -> None:
+    model, sft = zoo.language_model("llama"), zoo.language_model("llama", seed=5)
+    scorer = zoo.classifier("llama")
+
+    def fine(prompts: list[Any], responses: list[Any]) -> list[float]:
+        """Scores that differ in the third decimal around 100: bf16 cannot tell them apart."""
+        return [100 + sum(ids) % 97 / 1000 for ids in responses]
+
+    options: dict[str, Any] = {
+        "k": 4,
+        "horizon": 3,
+        "max_new_tokens": 4,
+        "alpha": 0.005,
+        "sft": sft,
+    }
+    for reward in (fine, scorer):
+        expected = tq_fast.decode([3, 1, 4], model, reward, **options)
+        with setting():
+            result = tq_fast.decode([3, 1, 4], model, reward, **options)
+        assert result.sequences[0].tolist() == expected.sequences[0].tolist()
+        for ours, theirs in zip(result.traces[0], expected.traces[0], strict=True):
+            assert ours.q.dtype == torch.float32 and torch.equal(ours.q, theirs.q)

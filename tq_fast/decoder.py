@@ -15,7 +15,7 @@ from .models.loading import ModelLike, TokenizerLike
 from .prompts import Prompt, PromptLike, PromptReader
 from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
-from .session import LoadingOptions, Report, Session
+from .session import LoadingOptions, Report, Session, neutral_torch
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes
 from .transfer.certificate import certify
 from .transfer.loop import DecodeLoop
@@ -238,6 +238,7 @@ class TransferDecoder:
 
 
 # torch.inference_mode would serve too, but its tensors cannot be used in training afterwards.
+@neutral_torch()
 @torch.no_grad()
 def steer(
     session: Session,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypedDict
 
@@ -125,6 +126,22 @@ def place_models(device: torch.device | str | None) -> torch.device:
         raise InvalidArgument(f"device {device!r} cannot be used: {reason}") from error
 
 
+@contextlib.contextmanager
+def neutral_torch() -> Iterator[None]:
+    """Within the block torch computes as if the caller had set neither autocast nor a device.
+
+    The caller's default dtype stays, since it is common to all threads: every tensor of the package
+    names its dtype.
+    """
+    with contextlib.ExitStack() as settings:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                settings.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            settings.enter_context(torch.device("cpu"))
+        yield
+
+
 class Report:
     """The progress of a run as its method reports it, and the results that are finished.
 
@@ -197,6 +214,7 @@ class Session:
         UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
     """
 
+    @neutral_torch()
     def __init__(
         self,
         languages: Mapping[Role, ModelLike | None],

@@ -134,7 +134,7 @@ def _agrees(layer: nn.Module, forward: Forward, rotary: nn.Module, backend: str 
     """Whether `forward` gives what `layer` gives, over a prefix and two rows of two tokens."""
     weight = layer.self_attn.q_proj.weight
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 3, weight.shape[1], generator=generator)
+    hidden = torch.randn(3, 3, weight.shape[1], generator=generator, dtype=torch.float32)
     # Beside small hidden states, what the layer adds is large; large ones show a bound on them.
     hidden[0] *= 0.05
     hidden[1] *= 8.0

@@ -16,11 +16,12 @@ from ..prompts import Prompt, PromptLike
 from ..results import DecodeResult, DecodeStats, PromptResult, Response
 from ..rewards.base import Opening
 from ..rewards.scorer import Scorer
-from ..session import Report, Session
+from ..session import Report, Session, neutral_torch
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .sampling import Drawn, certify_plain, sample_responses, trace_plain
 
 
+@neutral_torch()
 @torch.no_grad()
 def sample(
     session: Session,
@@ -196,6 +197,6 @@ class _PlainMethod:
         return PromptResult(
             self.session.text_of(winner.token_ids),
             torch.tensor(winner.token_ids),
-            trace_plain(winner, torch.tensor(scores)),
+            trace_plain(winner, torch.tensor(scores, dtype=torch.float32)),
             certify_plain(winner, self.weights, num=max(1, len(scores))),
         )

@@ -210,8 +210,8 @@ def _collect(state: RolloutState, roles: Sequence[str]) -> list[Drawn]:
 
 def trace_plain(drawn: Drawn, rewards: torch.Tensor) -> list[StepTrace]:
     """Trace one candidate a step, the token that was drawn; the first step holds all scores."""
-    unknown = torch.full((1,), math.nan)
-    scores = [rewards[None]] + [torch.empty(1, 0)] * (len(drawn.token_ids) - 1)
+    unknown = torch.full((1,), math.nan, dtype=torch.float32)
+    scores = [rewards[None]] + [torch.empty(1, 0, dtype=torch.float32)] * (len(drawn.token_ids) - 1)
 
     def divergence(role: str, step: int) -> float | None:
         found = drawn.divergences.get(role)
