@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.console import Console
 from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import TqFastError
+from ..rewards.options import RewardOptions
 from .options import takes_decode_options
 from .terminal import one_line, say
 
@@ -71,7 +72,9 @@ def decode(
     baseline: Annotated[
         str, _model_option("The aligned model that rolls out: a folder or a hub id.")
     ],
-    reward: Annotated[str, _model_option("The reward: a sequence classifier.")],
+    reward: Annotated[
+        str, _model_option("The reward: a sequence classifier, or a function as MODULE:FUNCTION.")
+    ],
     sft: Annotated[
         str | None,
         _model_option("The SFT model: the prior, and the log-ratio of indirect transfer."),
@@ -102,6 +105,26 @@ def decode(
             "LO HI",
         ),
     ] = None,
+    reward_pair: Annotated[
+        bool,
+        typer.Option(
+            "--reward-pair",
+            help="The reward reads prompt and response as a pair.",
+            rich_help_panel="Models",
+        ),
+    ] = False,
+    reward_truncate: Annotated[
+        str | None,
+        _model_option("Cut texts that are too long for the reward: left or right.", "WORD"),
+    ] = None,
+    reward_keep_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--reward-keep-special-tokens",
+            help="The reward sees special tokens such as <think> in responses.",
+            rich_help_panel="Models",
+        ),
+    ] = False,
     device: Annotated[
         str | None,
         _model_option("Where the models run; not given: a GPU if there is one.", "NAME"),
@@ -159,6 +182,11 @@ def decode(
     from ..jobs.settings import ModelChoice
     from .decode import JobOptions, run_decode
 
+    reading = RewardOptions(
+        pair=reward_pair,
+        truncate=cast(Any, reward_truncate),
+        keep_special_tokens=reward_keep_special_tokens,
+    )
     models = ModelChoice(
         baseline=baseline,
         reward=reward,
@@ -169,6 +197,7 @@ def decode(
         baseline_reward_tokenizer=baseline_reward_tokenizer,
         reward_index=reward_index,
         reward_bounds=reward_bounds,
+        reward_options=None if reading == RewardOptions() else reading,
         device=device,
         dtype=dtype,
     )

@@ -16,7 +16,7 @@ from ..evaluation.work import EvalWorker, Task
 from ..jobs.prompt_file import PromptEntry, digest_prompts
 from ..jobs.record_file import OutputRefused, RecordFile
 from ..jobs.resume import Earlier, check_models, check_stated, read_earlier
-from ..jobs.settings import fingerprint_model, make_settings
+from ..jobs.settings import fingerprint_model, fingerprint_reward, make_settings
 
 
 @dataclasses.dataclass
@@ -129,11 +129,7 @@ def _model_settings(job: EvalJob, loaded: LoadedModels) -> dict[str, Any]:
     for role, model in loaded.languages.items():
         settings[role] = {"fingerprint": fingerprint_model(model, loaded.tokenizer)}
     for role, reward in loaded.rewards.items():
-        if reward.model is not None:
-            fingerprint = fingerprint_model(reward.model, reward.tokenizer)
-        else:
-            fingerprint = reward.function.__qualname__
-        settings[role] = {"fingerprint": fingerprint}
+        settings[role] = {"fingerprint": fingerprint_reward(reward)}
     return {
         role: {"name": str(job.method.models[role]), **found} for role, found in settings.items()
     }

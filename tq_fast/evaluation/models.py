@@ -14,7 +14,6 @@ from ..models.loading import load_language_model, load_reward, load_tokenizer
 from ..models.tiny import baseline_gold_reward, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from ..rewards.base import Opening, Reward, Texts
-from ..rewards.function import FunctionReward
 from .config import Models, ModelSource
 from .embedding import Embedder, load_embedder
 from .keys import nearest
@@ -46,11 +45,9 @@ class LoadedModels:
         arguments: dict[str, Any] = {**self.languages, "tokenizer": self.tokenizer}
         for role in ("reward", "baseline_reward"):
             reward = self.rewards.get(role)
-            if isinstance(reward, FunctionReward):
-                arguments[role] = reward.function
-            elif reward is not None:
-                arguments |= {role: reward.model, f"{role}_tokenizer": reward.tokenizer}
-                if role == "reward" and reward.model.config.num_labels > 1:
+            if reward is not None:
+                arguments |= {role: reward.source, f"{role}_tokenizer": reward.tokenizer}
+                if role == "reward":
                     arguments["reward_index"] = reward.label
         return arguments
 

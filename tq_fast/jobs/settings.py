@@ -14,6 +14,8 @@ from .._version import __version__
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..errors import InvalidArgument
+from ..rewards.base import Reward
+from ..rewards.options import RewardOptions
 from ..session import place_models
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,6 +43,7 @@ class ModelChoice:
     baseline_reward_tokenizer: str | None = None
     reward_index: int | None = None
     reward_bounds: tuple[float, float] | None = None
+    reward_options: RewardOptions | None = None
     device: str | None = None
     dtype: str = "auto"
 
@@ -53,7 +56,7 @@ class ModelChoice:
 
     def load(self) -> TransferDecoder:
         """Return the decoder over these models; errors are those of `TransferDecoder`."""
-        arguments = dataclasses.asdict(self)
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.dtype != "auto":
             arguments["dtype"] = getattr(torch, self.dtype)
         return TransferDecoder(**arguments)
@@ -66,11 +69,13 @@ def stated_settings(
 
     Device and batch size are left out: results do not depend on them but for rounding.
     """
+    options = models.reward_options
     stated = {
         **dataclasses.asdict(config),
         "dtype": models.dtype,
         "reward_index": models.reward_index,
         "reward_bounds": models.reward_bounds,
+        "reward_options": None if options is None else dataclasses.asdict(options),
         "traces": traces,
         "number of prompts": count,
         "prompts": prompts_digest,
@@ -85,10 +90,10 @@ def model_settings(decoder: TransferDecoder, models: ModelChoice) -> dict[str, A
     for role in _ROLES:
         loaded = getattr(decoder, role)
         if loaded is not None:
-            is_language_model = isinstance(loaded, PreTrainedModel)
-            model = loaded if is_language_model else loaded.model
-            tokenizer = decoder.tokenizer if is_language_model else loaded.tokenizer
-            fingerprint = fingerprint_model(model, tokenizer)
+            if isinstance(loaded, PreTrainedModel):
+                fingerprint = fingerprint_model(loaded, decoder.tokenizer)
+            else:
+                fingerprint = fingerprint_reward(loaded)
             settings[role] = {"name": getattr(models, role), "fingerprint": fingerprint}
     return settings
 
@@ -137,6 +142,13 @@ def model_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
             else:
                 differences.append(f"{role} was {before['name']!r}, is {after['name']!r}")
     return differences
+
+
+def fingerprint_reward(reward: Reward) -> str:
+    """What tells a reward from another one: its model's fingerprint, or the function's name."""
+    if isinstance(reward.model, PreTrainedModel):
+        return fingerprint_model(reward.model, reward.tokenizer)
+    return reward.name
 
 
 def fingerprint_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -196,6 +196,6 @@ class _PlainMethod:
         return PromptResult(
             self.session.text_of(winner.token_ids),
             torch.tensor(winner.token_ids),
-            trace_plain(winner, torch.tensor(scores)),
+            trace_plain(winner, torch.tensor(scores, dtype=torch.float32)),
             certify_plain(winner, self.weights, num=max(1, len(scores))),
         )

@@ -32,9 +32,9 @@ class StepValues:
     def __init__(self, num_rollouts: Sequence[Sequence[int]]) -> None:
         self.num_rollouts = torch.tensor(num_rollouts)
         shape = (*self.num_rollouts.shape, int(self.num_rollouts.max()))
-        self.rewards = torch.full(shape, math.nan)
-        self.baseline_rewards = torch.full(shape, math.nan)
-        self.log_ratio = torch.full(shape, math.nan)
+        self.rewards = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
+        self.baseline_rewards = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
+        self.log_ratio = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
 
     def record(
         self,
@@ -46,11 +46,13 @@ class StepValues:
         """Enter what came of `rollouts`."""
         rollout_ids = [(b.id.tree, b.id.candidate_idx, b.id.number) for b in rollouts]
         at = tuple(torch.tensor(column) for column in zip(*rollout_ids, strict=True))
-        self.rewards[at] = torch.tensor(rewards)
+        self.rewards[at] = torch.tensor(rewards, dtype=torch.float32, device="cpu")
         if baseline_rewards is not None:
-            self.baseline_rewards[at] = torch.tensor(baseline_rewards)
+            self.baseline_rewards[at] = torch.tensor(
+                baseline_rewards, dtype=torch.float32, device="cpu"
+            )
         if log_ratio is not None:
-            self.log_ratio[at] = torch.tensor(log_ratio)
+            self.log_ratio[at] = torch.tensor(log_ratio, dtype=torch.float32, device="cpu")
 
     @property
     def is_missing(self) -> torch.Tensor:
