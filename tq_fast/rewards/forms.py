@@ -85,7 +85,11 @@ class TextForm:
 
     def row(self, token_ids: Sequence[int]) -> Row:
         whole = self._before + self._texts.continuation(self._prompt, token_ids)
-        return Row(without_double_start(self._tokenizer(whole)["input_ids"], self._tokenizer))
+        return Row(
+            without_double_start(
+                self._tokenizer(whole, verbose=False)["input_ids"], self._tokenizer
+            )
+        )
 
 
 class PairForm:
@@ -114,7 +118,7 @@ class PairForm:
         answer = (
             texts.continuation(self._prompt, token_ids) if is_text else texts.response(token_ids)
         )
-        encoded = self._tokenizer(self._question, answer)
+        encoded = self._tokenizer(self._question, answer, verbose=False)
         return Row(
             list(encoded["input_ids"]),
             encoded.sequence_ids(0) if self._tokenizer.is_fast else None,
@@ -172,7 +176,7 @@ class ChatForm:
         return render(self._tokenizer, [*self._messages, answer], opens_answer=False)
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _common_start(self) -> tuple[str, list[int]]:
         """What every row begins with, up to the last special token, as text and token ids.
