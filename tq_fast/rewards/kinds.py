@@ -133,7 +133,8 @@ def open_classifier(
         UnsupportedModel: a causal classifier that the forest does not honour.
     """
     texts = _keeping(texts, options)
-    tokenizer = tokenizer or _tokenizer_by_name(model)
+    if tokenizer is None and texts.tokenizer is not None:
+        tokenizer = _tokenizer_by_name(model)
     _check_vocabulary(model, role, tokenizer, texts, vocab_size)
     if options.pair and (tokenizer or texts.tokenizer) is None:
         raise InvalidArgument(
