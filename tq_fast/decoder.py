@@ -15,6 +15,7 @@ from .models.loading import ModelLike, TokenizerLike
 from .prompts import Prompt, PromptLike, PromptReader
 from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
+from .rewards.options import RewardOptions
 from .session import LoadingOptions, Report, Session, neutral_torch
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes
 from .transfer.certificate import certify
@@ -40,6 +41,7 @@ def decode(
     baseline_reward_tokenizer: TokenizerLike | None = None,
     reward_index: int | None = None,
     reward_bounds: tuple[float, float] | None = None,
+    reward_options: RewardOptions | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     speed: SpeedOptions | None = None,
@@ -58,8 +60,11 @@ def decode(
         prompts: text, chat messages or token ids (a tensor or a list of integers), or a list of
             any of these.
         baseline: the aligned model that rolls out: a hub id, a local folder or a loaded model.
-        reward: a sequence classifier (hub id, folder or model; any tokenizer), or a function
-            `(prompts, responses) -> floats`.
+        reward: a sequence classifier (hub id, folder or model; any tokenizer), a function
+            `(prompts, responses) -> floats` or the name of one, `package.module:function`; or a
+            text-classification pipeline, an object with `predict(pairs)`, a reward function of TRL,
+            or a module that takes `input_ids` (with `reward_tokenizer`). What is handed out is a
+            copy.
         config: settings to start from; `options` replace its fields.
         batch_size: prompts that are decoded together, at most; one that is finished makes room
             for the next. Results do not depend on it.
@@ -87,6 +92,7 @@ def decode(
         "baseline_reward_tokenizer": baseline_reward_tokenizer,
         "reward_index": reward_index,
         "reward_bounds": reward_bounds,
+        "reward_options": reward_options,
         "device": device,
         "dtype": dtype,
         "speed": speed,
@@ -94,6 +100,7 @@ def decode(
     # Wrong settings are refused before any model is loaded.
     others = ("sft", "baseline_reward", *loading, *_RUN_ARGUMENTS)
     config = DecodeConfig.from_options(config, others, **options)
+    check_sizes(batch_size, memory_budget)
     decoder = TransferDecoder(baseline, reward, sft=sft, baseline_reward=baseline_reward, **loading)
     return decoder.decode(
         prompts,
@@ -121,6 +128,8 @@ class TransferDecoder:
         reward_bounds: (lo, hi) between which the reward always lies. The certificate's bound needs
             them, and with them candidates that can no longer be chosen are not rolled out (their Q
             is NaN in the traces).
+        reward_options: how the reward reads prompts and responses: pairs, truncation, special
+            tokens; None: one text, refused where it is too long.
         device: where models given by name are put; None: a GPU if there is one.
         dtype: dtype of models given by name, a `torch.dtype` or "auto" (as they were saved).
         speed: the speed options, each of which can be switched off to measure it; None: all on.
@@ -142,6 +151,7 @@ class TransferDecoder:
         baseline_reward_tokenizer: TokenizerLike | None = None,
         reward_index: int | None = None,
         reward_bounds: tuple[float, float] | None = None,
+        reward_options: RewardOptions | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "auto",
         speed: SpeedOptions | None = None,
@@ -152,6 +162,7 @@ class TransferDecoder:
             baseline_reward_tokenizer=baseline_reward_tokenizer,
             reward_index=reward_index,
             reward_bounds=reward_bounds,
+            reward_options=reward_options,
             device=device,
             dtype=dtype,
             speed=speed,

@@ -35,7 +35,8 @@ from .models.loading import (
 from .prompts import Prompt, PromptReader, read_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .rewards.base import Reward, RewardFunction, Texts
-from .rewards.lengths import check_fits
+from .rewards.lengths import check_room, positions_of
+from .rewards.options import RewardOptions
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 
 ROLES: tuple[Role, ...] = ("baseline", "sft")
@@ -57,6 +58,7 @@ class LoadingOptions:
     baseline_reward_tokenizer: TokenizerLike | None = None
     reward_index: int | None = None
     reward_bounds: tuple[float, float] | None = None
+    reward_options: RewardOptions | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype | str = "auto"
     speed: SpeedOptions | None = None
@@ -71,6 +73,10 @@ class LoadingOptions:
         is_float = isinstance(named, torch.dtype) and named.is_floating_point
         if dtype != "auto" and not is_float:
             raise InvalidArgument(f"dtype must be 'auto' or a floating-point dtype, got {dtype!r}")
+        if not isinstance(self.reward_options, (RewardOptions, type(None))):
+            raise InvalidArgument(
+                f"reward_options must be tq_fast.RewardOptions or None, got {self.reward_options!r}"
+            )
         if not isinstance(self.speed, (SpeedOptions, type(None))):
             raise InvalidArgument(f"speed must be tq_fast.SpeedOptions or None, got {self.speed!r}")
 
@@ -93,6 +99,7 @@ class MethodOptions(DecodeOptions, RunOptions, total=False):
     baseline_reward_tokenizer: TokenizerLike | None
     reward_index: int | None
     reward_bounds: tuple[float, float] | None
+    reward_options: RewardOptions | None
     device: torch.device | str | None
     dtype: torch.dtype | str
     speed: SpeedOptions | None
@@ -243,6 +250,7 @@ class Session:
                 role,
                 tokenizer=getattr(loading, f"{role}_tokenizer"),
                 label=loading.reward_index if role == "reward" else None,
+                options=loading.reward_options if role == "reward" else None,
                 texts=Texts(self.tokenizer),
                 vocab_size=sizes[0],
                 device=place,
@@ -263,14 +271,17 @@ class Session:
     def check_fits(self, idx: int, prompt: Prompt, num_new: int, settings: str) -> None:
         """Refuse a prompt that is too long, with `num_new` tokens after it, for some model.
 
+        Rewards refuse what they cannot render, too, and warn of what they cannot read exactly.
+
         Raises:
             InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
         """
-        models: dict[str, PreTrainedModel | Reward | None] = {
-            str(role): model for role, model in self.languages.items()
-        }
-        models |= self.rewards
-        check_fits(idx, prompt, num_new, settings, models)
+        num_prompt = len(prompt.token_ids)
+        for role, model in self.languages.items():
+            limit = positions_of(model)
+            check_room(idx, num_prompt, num_new, settings, role=role, limit=limit)
+        for name, reward in self.rewards.items():
+            reward.check_prompt(idx, prompt, num_new, settings, role=name)
 
     def end_ids(self, config: DecodeConfig) -> tuple[int, ...]:
         """Return the ids that end a response: the config's, else the first model's own.

@@ -112,6 +112,7 @@ def test_words_for_what_is_no_number(seen: dict, words: list[str], expected: dic
 def test_the_other_options_reach_the_job(seen: dict) -> None:
     words = "--sft s --baseline-reward br --tokenizer t --reward-tokenizer rt"
     words += " --baseline-reward-tokenizer brt --reward-index 1 --reward-bounds -1 2.5"
+    words += " --reward-pair --reward-truncate left --reward-keep-special-tokens"
     words += " --device cpu --dtype bfloat16 --batch-size 3 --traces"
     words += " --overwrite --retry-errors --memory-budget 1000"
     assert invoke(*NEEDED, *words.split()).exit_code == 0
@@ -125,6 +126,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "baseline_reward_tokenizer": "brt",
         "reward_index": 1,
         "reward_bounds": (-1.0, 2.5),
+        "reward_options": {"pair": True, "truncate": "left", "keep_special_tokens": True},
         "device": "cpu",
         "dtype": "bfloat16",
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.console import Console
 from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import TqFastError
+from ..rewards.options import RewardOptions
 from .options import takes_decode_options
 from .terminal import one_line, say
 
@@ -66,7 +67,9 @@ def _output(*names: str, help: str, metavar: str | None = None) -> Any:
 
 
 Baseline = Annotated[str, _model("The aligned model that rolls out: a folder or a hub id.")]
-Reward = Annotated[str, _model("The reward: a sequence classifier.")]
+Reward = Annotated[
+    str, _model("The reward: a sequence classifier, or a function as MODULE:FUNCTION.")
+]
 Sft = Annotated[
     str | None, _model("The SFT model: the prior, and the log-ratio of indirect transfer.")
 ]
@@ -89,6 +92,25 @@ RewardBounds = Annotated[
         "Bounds of the reward: for the certificate, and roll-outs that can no longer matter are "
         "left out.",
         "LO HI",
+    ),
+]
+RewardPair = Annotated[
+    bool,
+    typer.Option(
+        "--reward-pair",
+        help="The reward reads prompt and response as a pair.",
+        rich_help_panel="Models",
+    ),
+]
+RewardTruncate = Annotated[
+    str | None, _model("Cut texts that are too long for the reward: left or right.", "WORD")
+]
+RewardKeepSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--reward-keep-special-tokens",
+        help="The reward sees special tokens such as <think> in responses.",
+        rich_help_panel="Models",
     ),
 ]
 Device = Annotated[
@@ -140,6 +162,9 @@ def decode(
     baseline_reward_tokenizer: BaselineRewardTokenizer = None,
     reward_index: RewardIndex = None,
     reward_bounds: RewardBounds = None,
+    reward_pair: RewardPair = False,
+    reward_truncate: RewardTruncate = None,
+    reward_keep_special_tokens: RewardKeepSpecialTokens = False,
     device: Device = None,
     dtype: Dtype = "auto",
     prompts: Prompts,
@@ -162,6 +187,11 @@ def decode(
     from ..jobs.resume import ModelChoice
     from .decode import JobOptions, run_decode
 
+    reading = RewardOptions(
+        pair=reward_pair,
+        truncate=cast(Any, reward_truncate),
+        keep_special_tokens=reward_keep_special_tokens,
+    )
     models = ModelChoice(
         baseline=baseline,
         reward=reward,
@@ -172,6 +202,7 @@ def decode(
         baseline_reward_tokenizer=baseline_reward_tokenizer,
         reward_index=reward_index,
         reward_bounds=reward_bounds,
+        reward_options=None if reading == RewardOptions() else reading,
         device=device,
         dtype=dtype,
     )

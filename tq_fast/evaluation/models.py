@@ -19,7 +19,6 @@ from ..models.tiny import baseline_gold_reward, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from ..rewards.base import Opening, Reward, Texts
 from ..rewards.classifier import ClassifierReward
-from ..rewards.function import FunctionReward
 from ..session import place_models
 from .config import Models, ModelSource
 from .shift import sparsify_reward
@@ -56,11 +55,9 @@ class LoadedModels:
         arguments: dict[str, Any] = {**self.languages, "tokenizer": self.tokenizer}
         for role in ("reward", "baseline_reward"):
             reward = self.rewards.get(role)
-            if isinstance(reward, FunctionReward):
-                arguments[role] = reward.function
-            elif isinstance(reward, ClassifierReward):
-                arguments |= {role: reward.model, f"{role}_tokenizer": reward.tokenizer}
-                if role == "reward" and reward.model.config.num_labels > 1:
+            if reward is not None:
+                arguments |= {role: reward.source, f"{role}_tokenizer": reward.tokenizer}
+                if role == "reward":
                     arguments["reward_index"] = reward.label
         return arguments
 

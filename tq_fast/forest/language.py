@@ -201,14 +201,14 @@ class LanguageForest(Forest):
         return {"logits_to_keep": 1} if takes(self.source, "logits_to_keep") else {}
 
 
-def device_of(model: PreTrainedModel) -> torch.device:
+def device_of(model: torch.nn.Module) -> torch.device:
     """Return where `model` computes: weights that are offloaded lie elsewhere between passes."""
     for module in model.modules():
         place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if place is not None:
             return torch.empty(0, device=place).device
     real = (weight.device for weight in model.parameters() if weight.device.type != "meta")
-    return next(real, model.device)
+    return next(real, torch.device("cpu"))
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:

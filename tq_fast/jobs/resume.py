@@ -16,8 +16,7 @@ from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..errors import InvalidArgument
 from ..rewards.base import Reward
-from ..rewards.classifier import ClassifierReward
-from ..rewards.function import FunctionReward
+from ..rewards.options import RewardOptions
 from ..session import place_models
 from .prompt_file import PromptEntry
 from .record_file import Line, OutputRefused, RecordFile
@@ -47,6 +46,7 @@ class ModelChoice:
     baseline_reward_tokenizer: str | None = None
     reward_index: int | None = None
     reward_bounds: tuple[float, float] | None = None
+    reward_options: RewardOptions | None = None
     device: str | None = None
     dtype: str = "auto"
 
@@ -57,7 +57,7 @@ class ModelChoice:
 
     def load(self) -> TransferDecoder:
         """Return the decoder over these models; errors are those of `TransferDecoder`."""
-        arguments = dataclasses.asdict(self)
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return TransferDecoder(**{**arguments, "dtype": read_dtype(self.dtype)})
 
 
@@ -79,11 +79,13 @@ def stated_settings(
 
     Device and batch size are left out, because results depend on them by rounding alone.
     """
+    options = models.reward_options
     stated = {
         **dataclasses.asdict(config),
         "dtype": models.dtype,
         "reward_index": models.reward_index,
         "reward_bounds": models.reward_bounds,
+        "reward_options": None if options is None else dataclasses.asdict(options),
         "traces": traces,
         "number of prompts": count,
         "prompts": prompts_digest,
@@ -113,18 +115,19 @@ def fingerprint_models(
     """Return `{"name": ..., "fingerprint": ...}` of each model, by role.
 
     Args:
-        models: language models and rewards; the fingerprint of a function is its name.
+        models: language models and rewards; a reward without a model of transformers has its name
+            for a fingerprint.
         names: what the models were called.
         tokenizer: of the language models.
     """
     settings = {}
     for role, model in models.items():
-        if isinstance(model, FunctionReward):
-            fingerprint = model.function.__qualname__
-        elif isinstance(model, ClassifierReward):
+        if isinstance(model, PreTrainedModel):
+            fingerprint = fingerprint_model(model, tokenizer)
+        elif isinstance(model.model, PreTrainedModel):
             fingerprint = fingerprint_model(model.model, model.tokenizer)
         else:
-            fingerprint = fingerprint_model(model, tokenizer)
+            fingerprint = model.name
         settings[role] = {"name": names[role], "fingerprint": fingerprint}
     return settings
 

@@ -12,6 +12,7 @@ from ..errors import InvalidArgument
 from ..prompts import PromptLike
 from ..results import DecodeResult
 from ..session import ROLES, LoadingOptions, Session
+from ..transfer.budget import check_sizes
 from .plain import sample
 
 _LOADING = tuple(field.name for field in dataclasses.fields(LoadingOptions))
@@ -43,6 +44,8 @@ class PresetCall:
         options = dict(options)
         self.method = method
         self.running = {name: options.pop(name) for name in _RUNNING if name in options}
+        # Wrong settings are refused before any model is loaded.
+        check_sizes(self.running.get("batch_size", 1), self.running.get("memory_budget"))
         base = DecodeConfig.from_options(options.pop("config", None))
         baseline_reward = options.pop("baseline_reward", None)
         self.loading = LoadingOptions(

@@ -11,7 +11,7 @@ from ..errors import DecodingError, RewardError
 from ..prompts import Prompt
 from ..results import Response
 from ..rollouts.records import Rollout
-from .base import RewardSession, drop_from
+from .base import RewardSession, WrongScores, drop_from
 
 # Values are fp32: a greater score would be infinite there.
 _MAX_SCORE = torch.finfo(torch.float32).max
@@ -107,6 +107,8 @@ class Scorer:
             scores = self.session.score([tree for tree, _ in texts], [list(t) for _, t in texts])
         except (torch.OutOfMemoryError, DecodingError):
             raise
+        except WrongScores as error:
+            _fail(responses[texts[0][0]], str(error), error)
         except Exception as error:
             _fail(responses[texts[0][0]], f"the reward raised {error!r}", error)
         if len(scores) != len(texts):
