@@ -17,6 +17,7 @@ import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -63,6 +64,7 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
     num_layers = config.get_text_config().num_hidden_layers if config is not None else 0
     found = FusedLayers([], num_layers, Counter())
     rotary = getattr(getattr(view, "base_model", None), "rotary_emb", None)
+    layer: Any
     for layer, original in zip(view.modules(), source.modules(), strict=True):
         if not isinstance(getattr(layer, "self_attn", None), nn.Module):
             continue
@@ -86,7 +88,7 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
     return found
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
     """Whether `module` is a linear layer itself, none derived from it, its weights on the CPU."""
     return (
         type(module) is nn.Linear
@@ -95,7 +97,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def _refusal(layer: nn.Module) -> str | None:
+def _refusal(layer: Any) -> str | None:
     """Why a layer cannot be of the formula, from its parts; None: it is to be tried."""
     attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
     linears, norms = [], [getattr(layer, name, None) for name in _NORMS]
@@ -118,7 +120,7 @@ def _refusal(layer: nn.Module) -> str | None:
     return None
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: object) -> str:
     weight = getattr(module, "weight", None)
     is_special = type(module) is nn.Linear and type(weight) is not nn.Parameter
     return type(weight if is_special else module).__name__
@@ -130,7 +132,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agrees(layer: nn.Module, forward: Forward, rotary: nn.Module, backend: str | None) -> bool:
+def _agrees(layer: Any, forward: Forward, rotary: nn.Module, backend: str | None) -> bool:
     """Whether `forward` gives what `layer` gives, over a prefix and two rows of two tokens."""
     weight = layer.self_attn.q_proj.weight
     generator = torch.Generator().manual_seed(0)
@@ -194,7 +196,7 @@ def _close(ours: object, truth: object) -> bool:
     return True
 
 
-def _forward_of(layer: nn.Module) -> Forward:
+def _forward_of(layer: Any) -> Forward:
     attention, mlp = layer.self_attn, layer.mlp
     first_norm, second_norm = (getattr(layer, name) for name in _NORMS)
     layer_idx, scaling = attention.layer_idx, attention.scaling
@@ -214,13 +216,13 @@ def _forward_of(layer: nn.Module) -> Forward:
 
     def forward(
         hidden_states: torch.Tensor,
-        attention_mask: object = None,
+        attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: ForestCache | None = None,
+        past_key_values: Any = None,
         use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        cache: ForestCache | None = None,
-        **kwargs: object,
+        position_embeddings: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         q, k, v = project_qkv(
             hidden_states,

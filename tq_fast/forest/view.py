@@ -112,5 +112,5 @@ def takes(module: nn.Module, name: str) -> bool:
 
 
 @functools.cache
-def _parameters_of(kind: type[nn.Module]) -> frozenset[str]:
+def _parameters_of(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
