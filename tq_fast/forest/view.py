@@ -108,7 +108,8 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether the forward of `module` has a parameter of this name."""
-    return name in _parameters_of(type(module))
+    kind: Any = type(module)
+    return name in _parameters_of(kind)
 
 
 @functools.cache
