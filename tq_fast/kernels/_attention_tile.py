@@ -16,8 +16,16 @@ from ._device import all_registers
 from ._softcap import LOG2_E, soften
 
 # Sizes that follow the batch, the caches and the step: never specialised.
-COUNTS = ("rows_per_unit", "num_queries", "num_prefix", "num_folded", "split_len", "blocks")
-COUNTS += ("window", "num_branch")
+COUNTS = (
+    "rows_per_unit",
+    "num_queries",
+    "num_prefix",
+    "num_branch",
+    "num_folded",
+    "split_len",
+    "blocks",
+    "window",
+)
 
 
 class Tiles(NamedTuple):
