@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .chats import TemplateOptions, check_template_options
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
 from .errors import InvalidArgument
 from .models.loading import ModelLike, TokenizerLike
@@ -25,7 +26,7 @@ from .transfer.warnings import warn_of_collapse, warn_of_noise
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_RUN_ARGUMENTS = ("config", "batch_size", "memory_budget", "progress")
+_RUN_ARGUMENTS = ("config", "template_options", "batch_size", "memory_budget", "progress")
 
 
 def decode(
@@ -44,6 +45,7 @@ def decode(
     dtype: torch.dtype | str = "auto",
     speed: SpeedOptions | None = None,
     config: DecodeConfig | None = None,
+    template_options: TemplateOptions | None = None,
     batch_size: int = 8,
     memory_budget: int | None = None,
     progress: bool = False,
@@ -55,12 +57,15 @@ def decode(
     score the whole texts with `reward`, and sample from `softmax(log pi_prior + Q / alpha)`.
 
     Args:
-        prompts: text, chat messages or token ids (a tensor or a list of integers), or a list of
-            any of these.
+        prompts: text, chat messages or token ids (a tensor or a list of integers), or a list or
+            column of these, or what a tokenizer returned for several texts, with its mask. A chat
+            that ends with the assistant's message is continued there.
         baseline: the aligned model that rolls out: a hub id, a local folder or a loaded model.
         reward: a sequence classifier (hub id, folder or model; any tokenizer), or a function
             `(prompts, responses) -> floats`.
         config: settings to start from; `options` replace its fields.
+        template_options: further arguments of `apply_chat_template` for prompts that are chats:
+            tools, documents, chat_template, or what the template reads, such as enable_thinking.
         batch_size: prompts that are decoded together, at most; one that is finished makes room
             for the next. Results do not depend on it.
         memory_budget: bytes of KV and logits at most, over all models (weights not counted);
@@ -94,10 +99,12 @@ def decode(
     # Wrong settings are refused before any model is loaded.
     others = ("sft", "baseline_reward", *loading, *_RUN_ARGUMENTS)
     config = DecodeConfig.from_options(config, others, **options)
+    check_template_options(template_options)
     decoder = TransferDecoder(baseline, reward, sft=sft, baseline_reward=baseline_reward, **loading)
     return decoder.decode(
         prompts,
         config=config,
+        template_options=template_options,
         batch_size=batch_size,
         memory_budget=memory_budget,
         progress=progress,
@@ -192,6 +199,7 @@ class TransferDecoder:
         prompts: PromptLike | Sequence[PromptLike],
         *,
         config: DecodeConfig | None = None,
+        template_options: TemplateOptions | None = None,
         batch_size: int = 8,
         memory_budget: int | None = None,
         progress: bool = False,
@@ -214,6 +222,7 @@ class TransferDecoder:
             self.session,
             prompts,
             config,
+            template_options=template_options,
             batch_size=batch_size,
             memory_budget=memory_budget,
             progress=progress,
@@ -221,12 +230,13 @@ class TransferDecoder:
             on_finished=on_finished,
         )
 
-    def prompt_reader(self) -> PromptReader:
+    def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
         """Return what reads prompts one at a time into what `decode` takes.
 
         It is for prompts that are to be decoded in several calls with the random streams of one.
+        `template_options` are those of `decode`.
         """
-        return self.session.prompt_reader()
+        return self.session.prompt_reader(template_options)
 
     def check_length(self, idx: int, prompt: Prompt, config: DecodeConfig) -> None:
         """Refuse a prompt that is too long for a model; `decode` does this by itself.
@@ -245,6 +255,7 @@ def steer(
     config: DecodeConfig,
     *,
     roller: Role = "baseline",
+    template_options: TemplateOptions | None = None,
     **running: Any,
 ) -> DecodeResult:
     """Decode `prompts` by Transfer Q* over the models of `session`.
@@ -254,10 +265,11 @@ def steer(
         prompts: as for `decode`.
         config: settings.
         roller: the role whose model rolls out; with "sft" that model plays every part.
+        template_options: as for `decode`.
         **running: the keyword arguments of `Session.run`.
     """
     plan = _make_plan(session, config, roller)
-    read = session.read(prompts)
+    read = session.read(prompts, template_options)
     for idx, prompt in enumerate(read):
         _check_length(session, idx, prompt, config)
     result = session.run(read, _TransferMethod(session, plan), **running)

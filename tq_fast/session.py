@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .chats import TemplateOptions
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
 from .models.loading import (
@@ -86,6 +87,7 @@ class MethodOptions(DecodeOptions, RunOptions, total=False):
     """What every preset takes beside prompts and models: all settings, as keyword arguments."""
 
     config: DecodeConfig | None
+    template_options: TemplateOptions | None
     baseline_reward: ModelLike | RewardFunction | None
     tokenizer: TokenizerLike | None
     reward_tokenizer: TokenizerLike | None
@@ -234,13 +236,20 @@ class Session:
             if reward is not None
         }
 
-    def prompt_reader(self) -> PromptReader:
+    def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
         """Return what reads prompts one at a time, with the random streams of a single call."""
-        return PromptReader(self.tokenizer, vocab_size=self.vocab_size)
+        return PromptReader(
+            self.tokenizer, vocab_size=self.vocab_size, template_options=template_options
+        )
 
-    def read(self, prompts: Any) -> list[Prompt]:
+    def read(self, prompts: Any, template_options: TemplateOptions | None = None) -> list[Prompt]:
         """Read `prompts` in any of their forms; `tq_fast.prompts.read_prompts` says which."""
-        return read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
+        return read_prompts(
+            prompts,
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            template_options=template_options,
+        )
 
     def check_fits(self, idx: int, prompt: Prompt, num_new: int, settings: str) -> None:
         """Refuse a prompt that is too long, with `num_new` tokens after it, for some model.

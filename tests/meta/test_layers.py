@@ -13,13 +13,13 @@ import tq_fast
 ROOT = Path(tq_fast.__file__).parent
 REPOSITORY = ROOT.parent
 
-# The floors of the house from the ground up: a module imports from floors below its own, or from its
-# own folder. docs/develop/architecture.md says what lives where.
+# The floors of the house from the ground up: a module imports from floors below its own, or from
+# its own folder. docs/develop/architecture.md says what lives where.
 FLOORS = (
     {"_version", "errors"},
-    {"config", "env", "kernels", "prompts"},
-    {"_native", "results"},
-    {"ops"},
+    {"chats", "config", "env", "kernels"},
+    {"_native", "prompts", "stopping"},
+    {"ops", "results"},
     {"forest"},
     {"rollouts"},
     {"rewards"},

@@ -2,11 +2,11 @@
 
     presets.METHOD(prompts, baseline, reward, sft=sft, **options) -> DecodeResult
 
-The call is that of `tq_fast.decode`: `options` are its `config`, `batch_size`, `memory_budget` and
-`progress`, the fields of `DecodeConfig` and the keyword arguments of `TransferDecoder`. A model
-that a method does not need may be left out or given; only `sft` is run beside a method that needs
-it not, for the divergence to it. Models that were loaded once (with `tokenizer=` beside them) serve
-any number of calls.
+The call is that of `tq_fast.decode`: `options` are its `config`, `template_options`, `batch_size`,
+`memory_budget` and `progress`, the fields of `DecodeConfig` and the keyword arguments of
+`TransferDecoder`. A model that a method does not need may be left out or given; only `sft` is run
+beside a method that needs it not, for the divergence to it. Models that were loaded once (with
+`tokenizer=` beside them) serve any number of calls.
 
 A method fixes some fields (`FIXED_FIELDS`). Another value is refused; in `config` a field at its
 default counts as not given. The methods without values (`sft`, `baseline`, `dera`, `best_of_n`)

@@ -15,7 +15,7 @@ from ..session import ROLES, LoadingOptions, Session
 from .plain import sample
 
 _LOADING = tuple(field.name for field in dataclasses.fields(LoadingOptions))
-_RUNNING = ("batch_size", "memory_budget", "progress")
+_RUNNING = ("template_options", "batch_size", "memory_budget", "progress")
 _MODELS = ("baseline", "reward", "sft", "baseline_reward")
 _OTHERS = ("config", *_RUNNING, *_MODELS, *_LOADING)
 

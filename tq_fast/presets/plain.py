@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..chats import TemplateOptions
 from ..config import DecodeConfig, Role
 from ..errors import DecodingError
 from ..forest import share_prefix
@@ -29,6 +30,7 @@ def sample(
     *,
     num: int = 1,
     config: DecodeConfig,
+    template_options: TemplateOptions | None = None,
     **running: Any,
 ) -> DecodeResult:
     """Draw a response from `softmax(sum_m c_m log pi_m)` for each prompt.
@@ -43,6 +45,7 @@ def sample(
         num: responses for a prompt; of several the reward chooses the first highest.
         config: strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
             eos_token_id, seed and backend are read.
+        template_options: as for `tq_fast.decode`.
         **running: the keyword arguments of `Session.run`.
 
     Raises:
@@ -50,7 +53,7 @@ def sample(
         DecodingError: a prompt failed; `finished` holds the responses of earlier batches.
     """
     method = _PlainMethod(session, weights, num, config)
-    read = session.read(prompts)
+    read = session.read(prompts, template_options)
     for idx, prompt in enumerate(read):
         settings = f"max_new_tokens={config.max_new_tokens}"
         session.check_fits(idx, prompt, config.max_new_tokens, settings)

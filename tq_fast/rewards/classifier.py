@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..chats import chat_token_ids
 from ..errors import InvalidArgument
 from ..forest.language import max_positions
-from ..prompts import Prompt, chat_token_ids
+from ..prompts import Prompt
 from .base import Texts
 
 
@@ -48,9 +49,11 @@ class ClassifierReward:
         if self.shares_ids(prompt):
             return [*prompt.token_ids, *token_ids]
         if not isinstance(prompt.given, str) and self.tokenizer.chat_template:
-            answer = {"role": "assistant", "content": self.texts.response(token_ids)}
-            chat = [*prompt.given, answer]
-            return chat_token_ids(self.tokenizer, chat, add_generation_prompt=False)
+            answer = self.texts.response(token_ids)
+            if prompt.is_continued:
+                answer = self.texts.continuation(prompt, token_ids)
+            chat = prompt.finished_with(answer)
+            return chat_token_ids(self.tokenizer, chat, options=prompt.template_options)
         return self.tokenizer(self.texts.whole(prompt, token_ids))["input_ids"]
 
     def kv_bytes_per_token(self) -> int:

@@ -33,20 +33,25 @@ def check_fits(
         models: language models and rewards by role; a function has no limit, nor has None.
 
     Raises:
-        InvalidArgument: the message names `prompts[idx]`, its length, the model and its limit.
+        InvalidArgument: the message names `prompts[idx]`, its length, the model and its limit; or
+            the template of a reward that refuses the chat.
     """
     for role, given in models.items():
         model = given.model if isinstance(given, ClassifierReward) else given
         limit = max_positions(model) if isinstance(model, PreTrainedModel) else None
-        if limit is None:
-            continue
         if isinstance(given, ClassifierReward) and not given.shares_ids(prompt):
-            num_tokens = len(given.encode(prompt, []))
-            if num_tokens > limit:
+            # Encode it even where there is no limit: the reward's template may refuse the chat.
+            try:
+                num_tokens = len(given.encode(prompt, []))
+            except InvalidArgument as error:
+                raise InvalidArgument(f"prompts[{idx}], for the {role} model: {error}") from error
+            if limit is not None and num_tokens > limit:
                 raise InvalidArgument(
                     f"prompts[{idx}] has {num_tokens} tokens for the {role} model, which allows "
                     f"{limit}"
                 )
+            continue
+        if limit is None:
             continue
         num_prompt = len(prompt.token_ids)
         if num_prompt + num_new > limit:
