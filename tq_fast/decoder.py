@@ -13,7 +13,7 @@ from .chats import TemplateOptions, check_template_options
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
 from .errors import InvalidArgument
 from .models.loading import ModelLike, TokenizerLike
-from .prompts import Prompt, PromptLike, PromptReader
+from .prompts import Prompt, PromptLike, PromptReader, repeat_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
 from .session import LoadingOptions, Report, Session
@@ -77,7 +77,9 @@ def decode(
     All other keyword arguments are those of `TransferDecoder`.
 
     Returns:
-        Responses, traces, certificates and counts, in the order of the prompts.
+        Responses, traces, certificates and counts, in the order of the prompts; with
+        `num_return_sequences` several in a row for each. Positions in errors and callbacks are
+        positions in that list.
 
     Raises:
         InvalidArgument: an argument is wrong; raised before any forward pass.
@@ -272,7 +274,8 @@ def steer(
     read = session.read(prompts, template_options)
     for idx, prompt in enumerate(read):
         _check_length(session, idx, prompt, config)
-    result = session.run(read, _TransferMethod(session, plan), **running)
+    repeated = repeat_prompts(read, config.num_return_sequences)
+    result = session.run(repeated, _TransferMethod(session, plan), **running)
     warn_of_noise(result.traces, config)
     warn_of_collapse(result.traces, config)
     return result
@@ -289,16 +292,18 @@ def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePl
         raise InvalidArgument("weights='log_ratio' needs an sft model, got sft=None")
     if config.needs_baseline_reward and "baseline_reward" not in session.rewards:
         raise InvalidArgument(f"weights={config.weights!r} needs baseline_reward, got None")
-    if config.k > session.vocab_size:
-        raise InvalidArgument(
-            f"k must be at most the vocabulary, {session.vocab_size}, got {config.k}"
-        )
+    eos = session.end_ids(config)
+    num_usable = session.vocab_size - (len(set(eos)) if config.min_new_tokens else 0)
+    if config.k > num_usable:
+        what = "the vocabulary" if num_usable == session.vocab_size else "the tokens but for EOS"
+        raise InvalidArgument(f"k must be at most {what}, {num_usable}, got {config.k}")
     return DecodePlan(
         config,
         roller=roller,
         prior=config.prior or ("sft" if has_sft else "baseline"),
         candidates_from=config.candidates_from,
-        eos=session.end_ids(config),
+        eos=eos,
+        stop=session.stop_strings(config),
         vocab_size=session.vocab_size,
         reward_bounds=session.reward_bounds,
         max_rows=0,
@@ -369,5 +374,5 @@ class _TransferMethod:
             prior=self.plan.prior,
             reward_bounds=self.session.reward_bounds,
         )
-        text = self.session.text_of(response.token_ids)
+        text = self.session.text_of(response.token_ids, self.plan.config)
         return PromptResult(text, torch.tensor(response.token_ids), response.trace, certificate)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .chats import TemplateOptions
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
+from .models.generation import warn_of_ignored
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -36,6 +37,7 @@ from .prompts import Prompt, PromptReader, read_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .rewards.base import Reward, RewardFunction, Texts
 from .rewards.lengths import check_fits
+from .stopping import StopStrings
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 
 ROLES: tuple[Role, ...] = ("baseline", "sft")
@@ -213,6 +215,7 @@ class Session:
             role: load_language_model(model, role, device=place, dtype=dtype)
             for role, model in given.items()
         }
+        warn_of_ignored(self.languages)
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(
             loading.tokenizer, next(iter(given.values())), "tokenizer"
         )
@@ -279,11 +282,25 @@ class Session:
                 )
         return config.end_ids
 
-    def text_of(self, token_ids: Sequence[int]) -> str | None:
-        """Return a response as text, special tokens left out; None without a tokenizer."""
+    def stop_strings(self, config: DecodeConfig) -> StopStrings:
+        """Return what ends a response beside an EOS.
+
+        Raises:
+            InvalidArgument: there is no tokenizer, and so no text to look for a string in.
+        """
+        if config.stop_strings and self.tokenizer is None:
+            raise InvalidArgument(
+                f"stop={config.stop!r} is looked for in text, but the baseline came without a "
+                "tokenizer; pass tokenizer="
+            )
+        return StopStrings(config.stop_strings, self.tokenizer)
+
+    def text_of(self, token_ids: Sequence[int], config: DecodeConfig) -> str | None:
+        """Return a response as text, which ends before a stop string; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        stop = self.stop_strings(config)
+        return stop.text(token_ids, skip_special_tokens=config.skip_special_tokens)
 
     def run(
         self,

@@ -11,7 +11,8 @@ beside a method that needs it not, for the divergence to it. Models that were lo
 A method fixes some fields (`FIXED_FIELDS`). Another value is refused; in `config` a field at its
 default counts as not given. The methods without values (`sft`, `baseline`, `dera`, `best_of_n`)
 read of the config strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
-eos_token_id, seed and backend, and no other. Their traces have one candidate a step, the token
+min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed and backend, and
+no other. Their traces have one candidate a step, the token
 drawn: `prior_logprobs` before temperature and truncation, `final_logprobs` the density drawn from,
 `q`, `q_stderr` and `ess` NaN, `rewards` `[1, 0]`; their divergences are those of the law drawn
 from, over the whole vocabulary, and their certificates have no `kl_bound`.

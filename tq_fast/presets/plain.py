@@ -13,7 +13,7 @@ from ..errors import DecodingError
 from ..forest import share_prefix
 from ..forest.language import LanguageForest
 from ..forest.support import check_runs
-from ..prompts import Prompt, PromptLike
+from ..prompts import Prompt, PromptLike, repeat_prompts
 from ..results import DecodeResult, DecodeStats, PromptResult, Response
 from ..rewards.base import Opening
 from ..rewards.scorer import Scorer
@@ -44,7 +44,8 @@ def sample(
             the same.
         num: responses for a prompt; of several the reward chooses the first highest.
         config: strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
-            eos_token_id, seed and backend are read.
+            min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed and
+            backend are read.
         template_options: as for `tq_fast.decode`.
         **running: the keyword arguments of `Session.run`.
 
@@ -57,7 +58,7 @@ def sample(
     for idx, prompt in enumerate(read):
         settings = f"max_new_tokens={config.max_new_tokens}"
         session.check_fits(idx, prompt, config.max_new_tokens, settings)
-    return session.run(read, method, **running)
+    return session.run(repeat_prompts(read, config.num_return_sequences), method, **running)
 
 
 class _PlainMethod:
@@ -70,6 +71,7 @@ class _PlainMethod:
         self.weights = weights
         self.config = config
         self.eos = session.end_ids(config)
+        self.stop = session.stop_strings(config)
         self.rows_per_prompt = num
         self.tokens_per_prompt = num * config.max_new_tokens
 
@@ -131,6 +133,7 @@ class _PlainMethod:
                         numbers=range(start, min(start + per_wave, num)),
                         prompt_keys=[response.prompt.key for response in group],
                         eos=self.eos,
+                        stop=self.stop,
                         config=self.config,
                         on_depth=report.bar.advance,
                     )
@@ -178,9 +181,10 @@ class _PlainMethod:
                         per_call,
                         max_new=self.config.max_new_tokens,
                         backend=self.config.backend,
+                        skip_special_tokens=self.config.skip_special_tokens,
                     )
                 )
-                scorer = Scorer(session, len(group), bounds=None, remembers=False)
+                scorer = Scorer(session, len(group), bounds=None, remembers=False, stop=self.stop)
                 texts = [(response.tree, tuple(response.token_ids)) for response in drawn]
                 for start in range(0, len(texts), per_call):
                     scores += scorer.score_texts(texts[start : start + per_call], group)
@@ -197,7 +201,7 @@ class _PlainMethod:
         """The result of a prompt: its first response of the highest score."""
         winner = drawn[scores.index(max(scores))] if scores else drawn[0]
         return PromptResult(
-            self.session.text_of(winner.token_ids),
+            self.session.text_of(winner.token_ids, self.config),
             torch.tensor(winner.token_ids),
             trace_plain(winner, torch.tensor(scores)),
             certify_plain(winner, self.weights, num=max(1, len(scores))),

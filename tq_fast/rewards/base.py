@@ -35,6 +35,7 @@ class Opening:
         max_new: tokens of a response, at most.
         backend: which backend the ops of a forest use.
         waiting: prompts that will replace those.
+        skip_special_tokens: whether a function sees responses without their special tokens.
     """
 
     prompts: Sequence[Prompt]
@@ -42,6 +43,7 @@ class Opening:
     max_new: int
     backend: str | None
     waiting: Sequence[Prompt] = ()
+    skip_special_tokens: bool = True
 
 
 class RewardSession(Protocol):
@@ -89,9 +91,9 @@ class Texts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self.tokenizer = tokenizer
 
-    def response(self, token_ids: Sequence[int]) -> str:
-        """The response on its own, special tokens left out."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+    def response(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The response on its own, special tokens left out unless they are wanted."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def continuation(self, prompt: Prompt, token_ids: Sequence[int]) -> str:
         """The response as it continues the prompt, with the space at the join if there is one."""

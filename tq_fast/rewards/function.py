@@ -14,8 +14,9 @@ from .base import Opening, RewardFunction, RewardSession, Texts, drop_from
 class FunctionReward:
     """A plain function `(prompts, responses) -> floats`.
 
-    It gets the prompts as they were given (token ids as text) and the responses as text, special
-    tokens left out. Without a tokenizer both are lists of token ids.
+    It gets the prompts as they were given (token ids as text) and the responses as text, without
+    special tokens unless skip_special_tokens=False. Without a tokenizer both are lists of token
+    ids.
     """
 
     model = None
@@ -26,7 +27,7 @@ class FunctionReward:
         self.texts = texts
 
     def open(self, opening: Opening) -> RewardSession:
-        return _FunctionSession(self, opening.prompts)
+        return _FunctionSession(self, opening)
 
     def kv_bytes_per_token(self) -> int:
         return 0
@@ -36,16 +37,18 @@ class _FunctionSession:
     num_token_forwards = 0
     peak_kv_bytes = 0
 
-    def __init__(self, reward: FunctionReward, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, reward: FunctionReward, opening: Opening) -> None:
         self.reward = reward
-        self.prompts = list(prompts)
+        self.prompts = list(opening.prompts)
+        self.skip_special_tokens = opening.skip_special_tokens
 
     def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
         texts = self.reward.texts
         if texts.tokenizer is None:
             shown: list[Any] = [list(ids) for ids in responses]
         else:
-            shown = [texts.response(ids) for ids in responses]
+            skip = self.skip_special_tokens
+            shown = [texts.response(ids, skip_special_tokens=skip) for ids in responses]
         scores = self.reward.function([self.prompts[tree].given for tree in trees], shown)
         if isinstance(scores, torch.Tensor):
             scores = scores.reshape(-1)
