@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
-# Both honour an existing pip configuration; nothing here names an index.
+# pip reads its usual configuration: nothing here names an index.
 PIP := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0; platform_system == 'Linux'
@@ -10,7 +10,7 @@ TRITON := triton==3.9.0; platform_system == 'Linux'
 INSTALLED := $(VENV)/.installed
 INSTALLED_TRAIN := $(VENV)/.installed-train
 INSTALLED_REAL := $(VENV)/.installed-real
-NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 CMAKE := $(VENV)/bin/cmake
 CTEST := $(VENV)/bin/ctest
 NATIVE_BUILD := build/native
@@ -66,19 +66,21 @@ tiny-models: $(INSTALLED_TRAIN)
 
 install: $(INSTALLED)
 
-# On a machine with an NVIDIA GPU, with the Python that is active there; nothing is installed and no
-# network is needed. RESULTS names the folder of the tables. Each stage ends within nine minutes.
+# The gpu targets run on a machine with an NVIDIA GPU, with the Python that is active there. They
+# install nothing and need no network. RESULTS names the folder of the tables. Each stage ends within
+# nine minutes.
 GPU_PYTHON ?= python3
 GPU_WORKERS ?= 6
 GPU_BUILD := build/gpu
 RESULTS ?= bench/results
-# nvcc and compute-sanitizer are often in CUDA's own folder alone.
+# nvcc and compute-sanitizer are often only in CUDA's own folder.
 CUDA_BIN ?= /usr/local/cuda/bin
 GPU_ENV = PATH="$$(dirname "$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"):$$PATH:$(CUDA_BIN)" \
   HF_HUB_OFFLINE=1
 GPU_STAGE := timeout --signal=INT 450
 PYTEST_HERE := -m pytest -p no:cacheprovider
-# The option $(2) of pytest where its plugin, module $(1), is there; the tests need none of them.
+# WITH_PLUGIN gives pytest the option $(2) only where the plugin's module $(1) is installed; the tests
+# pass without any plugin.
 WITH_PLUGIN = $$($(GPU_PYTHON) -c 'import importlib.util as u; print("$(2)" if u.find_spec("$(1)") else "")')
 
 .PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench gpu-compile
@@ -114,8 +116,8 @@ gpu-bench: gpu-build
 	$(GPU_ENV) timeout --signal=INT 300 $(GPU_PYTHON) -m bench.gpu_table $(RESULTS)
 	$(GPU_ENV) timeout --signal=INT 200 $(GPU_PYTHON) -m bench.gpu_decode $(RESULTS)
 
-# Needs nvcc and no GPU: the whole library for every target, bindings and linking included; the
-# compiler's report of each kernel is printed, and a spill is an error.
+# gpu-compile needs nvcc and no GPU. It compiles and links the whole library for every target, prints
+# the compiler's report of each kernel and fails at a spill.
 gpu-compile:
 	$(GPU_ENV) cmake -S . -B build/gpu-compile -DTQ_FAST_CUDA=ON \
 	  -DPython3_EXECUTABLE="$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"
@@ -132,7 +134,8 @@ native-test: $(INSTALLED)
 $(VENV_PYTHON):
 	$(PYTHON) -m venv $(VENV)
 
-# torch first and by itself: another package's wider range must not choose its version.
+# torch is installed first and by itself, so that another package's wider range does not choose its
+# version.
 $(INSTALLED): $(VENV_PYTHON) pyproject.toml constraints.txt $(NATIVE_FILES)
 	$(PIP) "$(TORCH)"
 	$(PIP) -c constraints.txt setuptools cmake ninja

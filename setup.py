@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD_FOLDER = ROOT / "build" / "native"
 BUILD_CHOICES = ("auto", "none", "cpu", "cuda")
 # An isolated build hides the environment's packages behind PYTHONPATH; -I looks past it, at the
-# torch that the package will run with. Its headers are all that is needed (stable ABI).
+# torch that the package will run with. The build needs only its headers (stable ABI).
 FIND_TORCH = (
     "import importlib.util as u; s = u.find_spec('torch'); "
     "print(s.submodule_search_locations[0] if s else '')"
@@ -52,7 +52,7 @@ def find_torch() -> Path:
 
 
 def search_path() -> str:
-    """PATH with the environment's own scripts first: pip does not activate an environment."""
+    """Return PATH with the environment's scripts first, since pip activates no environment."""
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
@@ -64,7 +64,7 @@ def run_cmake(*arguments: str) -> None:
 
 
 class BuildNative(build_ext):
-    """Configures, builds and installs the libraries beside the package's Python files."""
+    """The command that builds the libraries and installs them beside the Python files."""
 
     def run(self) -> None:
         choice = read_build_choice()
@@ -86,7 +86,7 @@ class BuildNative(build_ext):
 
     def configure(self, choice: str) -> None:
         has_ninja = shutil.which("ninja", path=search_path()) is not None
-        # --fresh: the tools of an earlier isolated build are gone, and its cache names them.
+        # --fresh drops the cache of an earlier isolated build, which names tools that are gone.
         run_cmake(
             "--fresh",
             *("-S", str(ROOT), "-B", str(BUILD_FOLDER)),
@@ -104,7 +104,7 @@ class BuildNative(build_ext):
         return {}
 
 
-# One name with no sources: it only makes setuptools run BuildNative and tag the wheel as binary.
+# The extension has no sources: it only makes setuptools run BuildNative and tag the wheel binary.
 extensions = [] if read_build_choice() == "none" else [Extension("tq_fast._common", sources=[])]
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})

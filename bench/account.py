@@ -1,12 +1,12 @@
-"""Where the time of a decode goes, beside the least that the machine allows.
+"""Account for the time of a decode, beside the least that the machine allows.
 
     python -m bench.account [--dtype bf16] [--prompt 512] [--k 10] [--rollouts 1] [--horizon 20]
 
-Counts weights, KV, FLOPs and token-forwards per emitted token of the naive loop, of ours and of the
-least possible; measures, in the same run, how fast the machine reads memory and multiplies; and
-gives, phase by phase, the time that the least would take as a share of the time that was taken.
+The account counts weights, KV, FLOPs and token-forwards per emitted token of the naive loop, of
+ours and of the least possible; it measures, in the same run, how fast the machine reads memory and
+multiplies; and it gives, phase by phase, the least time as a share of the time that was taken.
 
-The least possible of a phase: every pass reads the weights once and the KV that it attends to once,
+In the least time of a phase every pass reads the weights once and the KV that it attends to once,
 or computes its FLOPs, whichever takes longer at the measured rates.
 """
 
@@ -36,7 +36,7 @@ _ROUNDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is decoded: one prompt, k candidates, n roll-outs of L tokens each."""
+    """The decode that is measured: one prompt, k candidates, n roll-outs of L tokens each."""
 
     dtype: str
     prompt: int
@@ -52,14 +52,14 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a forward pass of a model reads and computes.
+    """The bytes and FLOPs of a forward pass of a model.
 
     Attributes:
-        weight_bytes: of all weights that every pass multiplies by.
-        body_flops: of one token, without the root and attention.
-        head_flops: of one token through the output root.
-        kv_bytes: of one token.
-        attention_flops: of one token for each token that it attends to.
+        weight_bytes: bytes of all weights that every pass multiplies by.
+        body_flops: FLOPs of one token, without attention and the output layer (LM head or score).
+        head_flops: FLOPs of one token through the output layer.
+        kv_bytes: bytes of the keys and values of one token.
+        attention_flops: FLOPs of one token for each token that it attends to.
     """
 
     weight_bytes: int
@@ -70,7 +70,7 @@ class Model:
 
 
 def describe_model(model: nn.Module) -> Model:
-    """Count the linear layers of a Llama shape; the embedding table is only looked up in."""
+    """Count the linear layers of a Llama shape; its embedding table costs no product."""
     config = model.config
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     roots = {name for name in linear if name in ("lm_head", "score")}
@@ -86,10 +86,10 @@ def describe_model(model: nn.Module) -> Model:
 
 
 def naive_token_forwards(setting: Setting) -> dict[str, int]:
-    """Tokens through each model for one emitted token of the naive loop, the prompt at its start.
+    """Return the tokens through each model for the first token that the naive loop emits.
 
-    The candidates' pass over the context; `generate` of every rollout, which encodes context and
-    candidate and then one token a step; the reward of every whole text.
+    The baseline reads the context for the candidates; for every roll-out `generate` encodes context
+    and candidate and then one token a step. The reward reads every whole text.
     """
     rollout = setting.prompt + 1 + setting.horizon
     return {
@@ -99,7 +99,10 @@ def naive_token_forwards(setting: Setting) -> dict[str, int]:
 
 
 def least_token_forwards(setting: Setting) -> dict[str, int]:
-    """The candidates, and then every roll-out token but the last once; the reward all of them."""
+    """Return the least tokens through each model for one emitted token.
+
+    The baseline reads the candidates and every roll-out token but the last once, the reward all.
+    """
     rollouts = setting.num_branches * (setting.horizon - 1)
     return {
         "baseline": setting.k + rollouts,
@@ -108,10 +111,11 @@ def least_token_forwards(setting: Setting) -> dict[str, int]:
 
 
 def least_work(setting: Setting, baseline: Model, reward: Model) -> dict[str, Work]:
-    """Least work of each phase, per emitted token."""
+    """Return the least work of each phase, per emitted token."""
     rollout_tokens = least_token_forwards(setting)["baseline"]
     scored = least_token_forwards(setting)["reward"]
-    # Prefix read once a pass, whatever the number of rollouts; a rollout half of its length.
+    # A pass reads the prefix once, whatever the number of roll-outs, and of each roll-out half of
+    # its length on average.
     context = setting.prompt + setting.num_branches * setting.horizon / 2
     attended = setting.prompt + setting.horizon / 2
     return {
@@ -153,9 +157,9 @@ def _timed(owner: object, name: str, seconds: dict[str, float], key: str) -> Ite
 def measure_phases(
     duo: Duo, setting: Setting
 ) -> tuple[dict[str, float], tq_fast.DecodeResult, dict[str, float]]:
-    """Seconds of each phase per emitted token, the decode, and seconds of kernels by op.
+    """Return the seconds of each phase per emitted token, the decode, and its seconds by op.
 
-    The prefill, of both models, is of the whole decode.
+    The seconds of the prefill are those of both models for the whole decode.
     """
     decoder = tq_fast.TransferDecoder(duo.baseline, duo.reward)
     options = {
@@ -195,7 +199,7 @@ def measure_phases(
     def median(rounds: list[dict[str, float]], name: str) -> float:
         return statistics.median(phases[name] for phases in rounds)
 
-    # Two lengths apart: prefill and the reward's first pass over the prompt drop out.
+    # In the difference of two lengths prefill and the reward's first pass over the prompt cancel.
     token = {
         name: (median(whole, name) - median(first, name)) / setting.tokens for name in whole[0]
     }
@@ -204,7 +208,7 @@ def measure_phases(
 
 
 def _kernel_seconds(run: Callable[[], object], setting: Setting) -> dict[str, float]:
-    """Self time of every op in one profiled decode, seconds, the longest first."""
+    """Return the self time of every op in one profiled decode, seconds, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     times = {
@@ -216,7 +220,7 @@ def _kernel_seconds(run: Callable[[], object], setting: Setting) -> dict[str, fl
 
 
 def report(setting: Setting, duo: Duo) -> list[str]:
-    """The account, as lines of text."""
+    """Return the account as lines of text."""
     dtype = DTYPES[setting.dtype]
     machine = measure_machine(dtype)
     baseline, reward = describe_model(duo.baseline), describe_model(duo.reward)
@@ -245,7 +249,7 @@ def _count_lines(
     setting: Setting, baseline: Model, reward: Model, result: tq_fast.DecodeResult
 ) -> list[str]:
     stats = result.stats
-    # Less the prompt's own encoding, which the naive loop does for every token.
+    # Ours encodes the prompt once, which is left out; the naive loop does so for every token.
     ours = {
         role: (count - setting.prompt) / stats.num_steps
         for role, count in stats.token_forwards.items()

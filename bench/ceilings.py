@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the run whose figures are set against it."""
+"""The speed limits of this machine, measured in the run whose figures are set against them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tq_fast.ops import few_rows_linear
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What was measured: bytes read and FLOPs done in a second."""
+    """The bytes that this machine reads and the FLOPs that it does in a second."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -29,11 +29,11 @@ class Work:
     flops: float
 
     def seconds(self, machine: Machine) -> float:
-        """The slower of reading and computing."""
+        """Return the seconds of reading or of computing, whichever takes longer."""
         return max(self.reading(machine), self.flops / machine.flops_per_second)
 
     def reading(self, machine: Machine) -> float:
-        """Seconds of reading alone."""
+        """Return the seconds of reading alone."""
         return self.bytes_read / machine.bytes_per_second
 
 
@@ -45,7 +45,7 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     rates = []
     for rows, size, columns in ((1024, 2048, 2048), (512, 768, 2048), (256, 2048, 768)):
         left, right = torch.randn(rows, size).to(dtype), torch.randn(columns, size).to(dtype)
-        # What anything reaches is a fair ceiling, so our own kernel takes part.
+        # The fastest product of any kind is the ceiling, so our own kernel takes part.
         for product in (linear, few_rows_linear):
             seconds = _least_seconds(lambda p=product, x=left, w=right: p(x, w))
             rates.append(2 * rows * size * columns / seconds)

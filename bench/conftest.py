@@ -1,4 +1,4 @@
-"""What all benches share: figures that stand in one table below pytest-benchmark's own."""
+"""The table of figures that all benches share, below pytest-benchmark's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.ceilings import Work, measure_machine
 
 
 class Ratios(NamedTuple):
-    """One row of the table: how long ours took, and how many times that the others took.
+    """One row of the table: the time of ours, and the times of the others as multiples of it.
 
     `work`, where given, is the least work of the shape; its products are of `dtype`.
     """
@@ -34,7 +34,7 @@ class Ratios(NamedTuple):
 _FIGURES = pytest.StashKey[list["str | Ratios"]]()
 _LOAD = pytest.StashKey[float]()
 
-# Libraries that do the same on a GPU, and have nothing that runs on a CPU.
+# These libraries do the same on a GPU and have nothing that runs on a CPU.
 _GPU_PEERS = {
     "liger-kernel": "liger_kernel",
     "cut-cross-entropy": "cut_cross_entropy",
@@ -49,13 +49,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FIGURES] = []
-    # Said beside the figures: what else runs on a machine changes them most.
+    # The load is printed beside the figures, because other work on a machine changes them most.
     config.stash[_LOAD] = os.getloadavg()[0]
 
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str | Ratios], None]:
-    """Call it with a row of ratios, or one line of plain words and numbers."""
+    """Return a function that takes a row of ratios, or one line of plain words and numbers."""
     return request.config.stash[_FIGURES].append
 
 
@@ -106,7 +106,7 @@ def _describe_ceilings(dtypes: set[torch.dtype]) -> list[str]:
 
 
 def _share(row: Ratios) -> str:
-    """What ours reached of the ceiling that binds it; above 100 % where its input is cached."""
+    """Return what ours reached of its ceiling; above 100 % where its input is cached."""
     if row.work is None:
         return ""
     machine = measure_machine(row.dtype)

@@ -19,7 +19,7 @@ class Duo:
     reward: LlamaForSequenceClassification
 
     def to(self, dtype: torch.dtype) -> Duo:
-        """The same weights in another dtype."""
+        """Return the same weights in another dtype."""
         copies = []
         for model in (self.baseline, self.reward):
             copy = type(model)(model.config).to(model.device, dtype).eval()
@@ -29,7 +29,7 @@ class Duo:
 
 
 def random_duo() -> Duo:
-    """Hidden size 768, 12 layers of 12 heads, MLP 2,048, vocabulary 32,000, fp32."""
+    """Build both: hidden size 768, 12 layers of 12 heads, MLP 2,048, vocabulary 32,000, fp32."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=768,
@@ -50,6 +50,6 @@ def random_duo() -> Duo:
 
 
 def prompt_of(length: int) -> torch.Tensor:
-    """Random token ids, the same for the same length."""
+    """Return random token ids, the same for the same length."""
     generator = torch.Generator().manual_seed(length)
     return torch.randint(1, VOCAB_SIZE, (length,), generator=generator)

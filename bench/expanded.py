@@ -1,7 +1,8 @@
 """Transfer Q* with `generate` over copies of the prompt's KV: the best that transformers offers.
 
-Between the naive loop and ours: the prompt is encoded once by both models, and its KV copied for
-every candidate (`batch_repeat_interleave`). Greedy roll-outs, greedy choice, no end of sequence.
+This stands between the naive loop and ours: both models encode the prompt once, and its KV is
+copied for every candidate (`batch_repeat_interleave`). Roll-outs and choice are greedy, and no
+token ends a sequence.
 """
 
 from __future__ import annotations
@@ -55,5 +56,5 @@ def decode_expanded(
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of all keys and values."""
+    """Return the bytes of all keys and values."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -1,4 +1,4 @@
-"""What bench/gpu_table.py times: each op at its shapes, beside eager PyTorch and the reference.
+"""The cases of bench/gpu_table.py: each op at its shapes, beside eager PyTorch and the reference.
 
 All tensors are made on the device "cuda" when a bench is made, so importing this needs no GPU.
 """
@@ -25,12 +25,12 @@ def close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def sums_close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """The same for sums over a response, where rounding adds up."""
+    """Raise unless ours equals the reference, for sums over a response, where rounding adds up."""
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=2e-3)
 
 
 def same_ids(got: Tensor, expected: Tensor) -> None:
-    """Raise where ids differ, but for a uniform within rounding of a boundary now and then."""
+    """Raise where more ids differ than rounding explains, which now and then moves a draw."""
     wrong = int((got != expected).sum())
     if wrong > 1 + got.numel() // 100:
         raise AssertionError(f"{wrong} of {got.numel()} ids differ from the reference")
@@ -40,8 +40,9 @@ class Bench(NamedTuple):
     """One shape of one op: how to make inputs, what runs, and the bytes that it has to move.
 
     `gate` compares an answer of ours with one of the reference and raises where they differ.
-    `product`: the bare matrix product that is the ceiling of an op made of one; None: the copy is.
-    `flops`: multiplications and additions of an op that is made of matrix products, 0 for others.
+    `product` is the bare matrix product, the ceiling of an op made of one; None: a copy is the
+    ceiling. `flops` counts the multiplications and additions of an op made of matrix products, 0
+    for others.
     """
 
     op: str
@@ -57,8 +58,10 @@ class Bench(NamedTuple):
 
 
 def draw(masses: Tensor) -> Tensor:
-    """Ids `[N, 1]` by the masses `[N, V]`: `torch.multinomial` waits for the device, and a graph
-    cannot be captured around that."""
+    """Draw ids `[N, 1]` by the masses `[N, V]`.
+
+    `torch.multinomial` would wait for the device, and a graph cannot be captured around that.
+    """
     return (masses / torch.empty_like(masses).exponential_()).argmax(-1, keepdim=True)
 
 
@@ -150,7 +153,7 @@ def bench_advance(rows: int) -> Bench:
 
     def make() -> Inputs:
         counts = torch.zeros(rows, dtype=torch.int64, device="cuda")
-        # Every call appends a token: room for all replays.
+        # Every call appends a token, so that this needs room for all replays.
         tokens = torch.zeros(rows, 4096, dtype=torch.int64, device="cuda")
         sums = torch.zeros(2, rows, device="cuda").unbind()
         return (random_logits(rows, torch.bfloat16), tokens, counts, counts.bool(), *sums)
@@ -246,7 +249,7 @@ def bench_attention(rows: int, heads: int, kv_heads: int, size: int, prefix: int
         shared = torch.randn(2, 1, kv_heads, prefix, size, device="cuda").bfloat16().unbind()
         own = torch.randn(2, rows, kv_heads, branch, size, device="cuda").bfloat16().unbind()
         q = torch.randn(rows, heads, 1, size, device="cuda").bfloat16()
-        # What plain attention reads: the prefix copied to every row, before the clock starts.
+        # Plain attention reads these: the prefix is copied to every row before the clock starts.
         whole = [
             torch.cat((a.expand(rows, -1, -1, -1), b), 2) for a, b in zip(shared, own, strict=True)
         ]
@@ -277,30 +280,6 @@ def bench_attention(rows: int, heads: int, kv_heads: int, size: int, prefix: int
     )
 
 
-def bench_merge(rows: int, heads: int, size: int) -> Bench:
-    def make() -> Inputs:
-        outs = torch.randn(2, rows, heads, size, device="cuda").bfloat16().unbind()
-        return (*outs, *torch.randn(2, rows, heads, device="cuda").unbind())
-
-    def eager(out_a: Tensor, out_b: Tensor, lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, ...]:
-        lse = torch.logaddexp(lse_a, lse_b)
-        shares = [(part - lse).exp().unsqueeze(-1) for part in (lse_a, lse_b)]
-        return (out_a * shares[0] + out_b * shares[1]).bfloat16(), lse
-
-    def run(backend: str | None) -> Callable[..., Any]:
-        return lambda out_a, out_b, lse_a, lse_b: ops.merge_attention_states(
-            (out_a, lse_a), (out_b, lse_b), backend=backend
-        )
-
-    def gate(got: Any, expected: Any) -> None:
-        torch.testing.assert_close(got.out, expected.out, rtol=0, atol=2e-2)
-        torch.testing.assert_close(got.lse, expected.lse, rtol=0, atol=2e-5)
-
-    shape = f"{rows} x {heads} x {size} bfloat16"
-    nbytes = 3 * rows * heads * (2 * size + 4)
-    return Bench("merge_attention_states", shape, make, run(None), eager, run("ref"), nbytes, gate)
-
-
 def benches() -> list[Bench]:
     found = [
         bench_topk(rows, dtype)
@@ -316,7 +295,6 @@ def benches() -> list[Bench]:
     found += [bench_advance(rows) for rows in (10, 160)]
     found += [bench_log_ratio(40, 20, 32000), bench_log_ratio(8, 16, VOCAB)]
     found += [bench_linear_logprob(40, 20, 1024), bench_linear_logprob(160, 20, 2048)]
-    found += [bench_merge(10, 12, 64), bench_merge(2000, 32, 128)]
-    # The last one says what a prefix that is hardly there costs.
+    # The last case shows what a prefix that is hardly there costs.
     found += [bench_attention(rows, 16, 4, 64, 1024) for rows in (10, 40, 160)]
     return [*found, bench_attention(160, 32, 8, 128, 4096), bench_attention(40, 16, 4, 64, 16)]

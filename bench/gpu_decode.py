@@ -1,7 +1,7 @@
 """Times whole decodes on a GPU and writes a dated table: `python -m bench.gpu_decode FOLDER`.
 
-The set-up of bench/test_decode.py (random-weight Llama shapes of 134 M parameters, k = 10, one
-greedy roll-out of 20 tokens a candidate), with roll-outs as CUDA graphs and without, and beside
+The set-up is that of bench/test_decode.py (random-weight Llama shapes of 134 M parameters, k = 10,
+one greedy roll-out of 20 tokens a candidate). Roll-outs run as CUDA graphs and without, beside
 `generate` over copies of the prompt's KV. The clock stops at every token, whose id the host reads.
 """
 
@@ -31,7 +31,7 @@ NUM_TOKENS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """So many prompts of one length, in one dtype."""
+    """A number of prompts of one length, in one dtype."""
 
     dtype: str
     length: int
@@ -50,7 +50,7 @@ CASES = [
 
 
 def time_decode(duo: Duo, case: Case, speed: SpeedOptions) -> tuple[float, tq_fast.DecodeResult]:
-    """Median milliseconds between two steps, the first left out, and the result."""
+    """Return the median milliseconds between two steps, the first left out, and the result."""
     decoder = tq_fast.TransferDecoder(duo.baseline, duo.reward, speed=speed)
     marks: list[float] = []
     result = decoder.decode(
@@ -62,12 +62,12 @@ def time_decode(duo: Duo, case: Case, speed: SpeedOptions) -> tuple[float, tq_fa
         **SETTINGS,
     )
     between = [after - before for before, after in itertools.pairwise(marks)]
-    # The second token, too: graphs are captured on the way to the first and may be again.
+    # The second token is left out too: graphs captured before the first may be captured again.
     return 1e3 * statistics.median(between[1:]), result
 
 
 def measure(duo: Duo, case: Case) -> dict[str, Any]:
-    """One row: milliseconds a step with graphs and without, and of `generate`."""
+    """Return one row: milliseconds a step with graphs and without, and of `generate`."""
     duo = duo.to(DTYPES[case.dtype])
     plain = SpeedOptions(graph_rollouts=False)
     for speed in (SpeedOptions(), plain):
@@ -118,7 +118,7 @@ def main(folder: Path) -> None:
     rows: list[dict[str, Any]] = []
     for case in CASES:
         rows.append(measure(duo, case))
-        # Again after every row: a run that is cut off leaves what it has.
+        # The table is written after every row, so that a run that is cut off leaves what it has.
         table = write_table(folder, run, rows)
     sys.stdout.write(table.read_text())
 

@@ -5,7 +5,7 @@ hold several times the L2 cache. A provider is timed only after its answer was c
 reference. Shares are of the device-to-device copy (bytes read and written) measured in this run.
 
 The table is written again after every row, so that a run which is cut off leaves what it has.
-torch.compile takes its time to compile: from COMPILE_SECONDS on its column stays empty.
+torch.compile takes long to compile: once COMPILE_SECONDS have passed, its column stays empty.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMPILE_SECONDS = 120.0
 
 
 def time_in_graph(function: Callable[..., Any], inputs: Sequence[Inputs]) -> float:
-    """Median microseconds of one call, inside a graph of a call for each of `inputs`."""
+    """Return the median microseconds of one call, in a graph of a call for each of `inputs`."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -57,7 +57,7 @@ def time_in_graph(function: Callable[..., Any], inputs: Sequence[Inputs]) -> flo
 
 
 def turns(make: Callable[[], Inputs]) -> list[Inputs]:
-    """Inputs for TURNS to 64 calls: different ones until they hold five times the L2 cache."""
+    """Return inputs for TURNS to 64 calls, which differ until they hold five times the L2 cache."""
     first = make()
     nbytes = sum(x.nbytes for x in first if isinstance(x, Tensor))
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -67,7 +67,7 @@ def turns(make: Callable[[], Inputs]) -> list[Inputs]:
 
 
 def gate(bench: Bench, inputs: Inputs) -> None:
-    """Raise unless ours answers what the reference answers; each gets inputs of its own."""
+    """Raise unless ours returns what the reference returns; each gets inputs of its own."""
     answers = []
     for function in (bench.ours, bench.reference):
         own = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
@@ -79,7 +79,7 @@ def gate(bench: Bench, inputs: Inputs) -> None:
 
 
 def measure_copy() -> float:
-    """GB/s of a device-to-device copy, bytes read plus bytes written."""
+    """Return the GB/s of a device-to-device copy, bytes read plus bytes written."""
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
     micros = time_in_graph(lambda: target.copy_(source), [()])
@@ -99,7 +99,7 @@ def describe_run() -> dict[str, str]:
 
 
 def file_stem(kind: str, run: dict[str, str]) -> str:
-    """Name of a table of this run, without its ending."""
+    """Return the name of a table of this run, without its ending."""
     return f"{kind}-{run['date']}-{run['machine'].replace(' ', '-')}"
 
 
@@ -128,7 +128,7 @@ def write_table(folder: Path, run: dict[str, str], rows: list[dict[str, Any]]) -
 
 
 def time_compiled(bench: Bench, inputs: Sequence[Inputs]) -> float | None:
-    """Microseconds of torch.compile of the eager code; None, and the reason, where it fails."""
+    """Return the microseconds of the compiled eager code; None where torch.compile fails."""
     try:
         return time_in_graph(torch.compile(bench.eager, dynamic=False), inputs)
     except Exception as error:
@@ -137,9 +137,9 @@ def time_compiled(bench: Bench, inputs: Sequence[Inputs]) -> float | None:
 
 
 def measure(bench: Bench, copy: float, smallest: float, *, compiles: bool) -> dict[str, Any]:
-    """One row of the table: microseconds, GB/s, and shares of what this device can do.
+    """Return one row of the table: microseconds, GB/s, and shares of what this device can do.
 
-    `copy` in GB/s; `smallest`: microseconds of the smallest kernel in a graph.
+    `copy` is in GB/s; `smallest` is the microseconds of the smallest kernel in a graph.
     """
     gate(bench, bench.make())
     inputs = turns(bench.make)

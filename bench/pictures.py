@@ -1,9 +1,10 @@
-"""Draw what `make bench` measured: cost against shape, and what each option is worth.
+"""Draw the results of `make bench`: cost against shape, and the worth of each speed option.
 
     python -m bench.pictures RESULTS.json FOLDER
 
 RESULTS.json is what pytest-benchmark wrote (--benchmark-json); the pictures are
-FOLDER/decode-shapes.png and FOLDER/speed.png. A picture whose benches did not run is not drawn.
+FOLDER/decode-shapes.png and FOLDER/speed-options.png. A picture whose benches did not run is not
+drawn.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _draw_shapes(series: Series, file: Path) -> Path:
     for dtype in _COLOURS:
         _plot(throughput, series, "prompts", dtype, "tokens_per_second", 1.0)
     _finish(throughput, series, "prompts", "tokens a second")
-    # Room for the legend above the lines.
+    # Leave room for the legend above the lines.
     time_by_prompt.set_ylim(top=10 * time_by_prompt.get_ylim()[1])
     time_by_prompt.legend(fontsize=8, loc="upper left")
     figure.suptitle(

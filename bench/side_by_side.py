@@ -14,14 +14,14 @@ from bench.conftest import Ratios
 
 PROVIDERS = ("eager", "compiled", "ours")
 
-# Inputs take turns until they hold this much, so that a round does not find its own in the cache.
+# Inputs take turns until they hold this much, so that no round finds its inputs in the cache.
 _BYTES = 128 << 20
 
 _medians: dict[tuple[str, str], float] = {}
 
 
 def turns(make: Callable[[int], tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Endless inputs `make(0)`, `make(1)`, ... and round again; `make` gets a seed."""
+    """Return endless inputs `make(0)`, `make(1)`, ... and round again; `make` gets a seed."""
     first = make(0)
     nbytes = sum(x.nbytes for x in first if isinstance(x, torch.Tensor))
     rest = [make(seed) for seed in range(1, max(1, _BYTES // max(nbytes, 1 << 20)))]

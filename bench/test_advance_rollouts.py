@@ -12,7 +12,7 @@ from tq_fast.ops import advance_rollouts_
 
 
 def make_state(rows: int) -> list[Tensor]:
-    """tokens, lengths, finished and the two sums; the lengths never reach the capacity."""
+    """Return tokens, lengths, finished and both sums; lengths never reach the capacity."""
     return [
         torch.zeros(rows, 4096, dtype=torch.int64),
         torch.zeros(rows, dtype=torch.int64),

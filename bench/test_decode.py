@@ -1,13 +1,13 @@
 """`tq_fast.decode` against the naive loop, end to end, in one run.
 
-The set-up: random-weight Llama shapes of 134 M parameters as baseline and, with a classifier's
-head, as reward; k = 10, one greedy roll-out of 20 tokens a candidate, greedy next token, no end of
-sequence. The naive loop (tests/naive.py) gets transformers' own KV cache within `generate`, SDPA,
-and all candidates in one batch.
+Baseline and reward are random-weight Llama shapes of 134 M parameters; k = 10, every candidate has
+one greedy roll-out of 20 tokens, the next token is greedy, and no token ends a sequence. The naive
+loop (tests/naive.py) gets transformers' own KV cache within `generate`, SDPA, and all candidates in
+one batch.
 
-The time per token of decode is the time between two tokens, which leaves the prompt's own encoding
-out; that is a figure of its own (`seconds_to_first_token`), and the ratio counts it as a response
-of 128 tokens does, the paper's length. The naive loop encodes the prompt for every token.
+The time per token of decode is the time between two tokens, which leaves out the encoding of the
+prompt. That is a figure of its own (`seconds_to_first_token`), and the ratio spreads it over a
+response of 128 tokens, the paper's length. The naive loop encodes the prompt for every token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.naive import NaiveResponse, NaiveSettings, classifier_reward, decode_
 
 K = 10
 HORIZON = 20
-# Tokens that are decoded while the clock runs, and those of the response they stand for.
+# TOKENS are decoded while the clock runs; they stand for a response of RESPONSE tokens.
 TOKENS = 4
 RESPONSE = 128
 ROUNDS = 3
@@ -44,7 +44,7 @@ class Timing:
 
     @property
     def seconds_per_token(self) -> float:
-        """Per token of a response of `RESPONSE` tokens."""
+        """The seconds per token of a response of `RESPONSE` tokens."""
         token = statistics.median(self.per_token)
         if not self.to_first:
             return token
@@ -68,7 +68,7 @@ def duo(fp32_duo: Duo, dtype: str) -> Duo:
 
 @dataclasses.dataclass
 class Runs:
-    """What earlier tests of this run measured, by dtype and prompt length."""
+    """The measurements of earlier tests of this run, by dtype and prompt length."""
 
     naive: dict[tuple[str, int], tuple[Timing, NaiveResponse]] = dataclasses.field(
         default_factory=dict
@@ -99,9 +99,9 @@ def timed_decode(
 
 
 def check_against_naive(result: tq_fast.DecodeResult, naive: NaiveResponse, dtype: str) -> None:
-    """The gate: nothing is reported of a decode that differs from the naive loop."""
+    """Raise where a decode differs from the naive loop, so that nothing is reported of it."""
     if dtype != "fp32":
-        # Half precision may roll out other tokens; what comes before that must be near.
+        # Half precision may roll out other tokens, but the priors before that must be near.
         step, truth = result.traces[0][0], naive.steps[0]
         ours = dict(zip(step.candidates.tolist(), step.prior_logprobs.tolist(), strict=True))
         theirs = dict(zip(truth.candidates, truth.prior_logprobs.tolist(), strict=True))
@@ -120,9 +120,9 @@ def check_against_naive(result: tq_fast.DecodeResult, naive: NaiveResponse, dtyp
 def test_the_naive_loop(
     benchmark: BenchmarkFixture, runs: Runs, duo: Duo, dtype: str, length: int
 ) -> None:
-    """The time to beat."""
+    """Measure the time to beat."""
     benchmark.group = f"decode, prompt {length}, {dtype}"
-    # Two tokens where they are cheap, so that the gate sees a step after a commit.
+    # Decode two tokens where they are cheap, so that the gate sees a step after a commit.
     num_tokens = 2 if length == 128 else 1
     settings = NaiveSettings(max_new_tokens=num_tokens, **SETTINGS)
     reward = classifier_reward(duo.reward)
@@ -149,11 +149,11 @@ def test_decode(
     dtype: str,
     length: int,
 ) -> None:
-    """Ours; with the ratio where the naive loop ran before."""
+    """Measure ours, and its ratio to the naive loop where that ran before."""
     benchmark.group = f"decode, prompt {length}, {dtype}"
     prompt = prompt_of(length)
     naive_timing, naive_response = runs.naive.get((dtype, length), (None, None))
-    # Warm-up and gate in one.
+    # This decode is the warm-up, and the gate compares it with the naive loop.
     result = timed_decode(duo, prompt, Timing(), max_new_tokens=2)
     if naive_response is not None:
         check_against_naive(result, naive_response, dtype)
@@ -187,7 +187,7 @@ def test_decode(
 def test_growth_with_the_prompt(
     benchmark: BenchmarkFixture, figure: Callable[[str], None], duo: Duo, dtype: str, longer: int
 ) -> None:
-    """A long prompt and one of 128 tokens in turns: what a machine does beside changes both."""
+    """Time a long and a short prompt in turns, so that other work on the machine slows both."""
     benchmark.group = f"decode, prompt 128 and {longer} in turns, {dtype}"
     short, long = Timing(), Timing()
 
@@ -213,7 +213,7 @@ def report_memory(
     dtype: str,
     length: int,
 ) -> None:
-    """Peak KV against one prefix and k branches, each of a candidate and its roll-out."""
+    """Report peak KV against one prefix and k branches, each a candidate and its roll-out."""
     config = duo.baseline.config
     per_token = 2 * config.num_hidden_layers * config.hidden_size * DTYPES[dtype].itemsize
     least = per_token * (length + TOKENS + K * (1 + HORIZON))

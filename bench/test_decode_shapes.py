@@ -1,8 +1,8 @@
 """Time and memory of a decode against its shape: prompt, k, n, L, and prompts together.
 
-The models of bench/decode_models.py. One axis changes at a time, from prompt 128, k = 10, n = 1,
-L = 20 and one prompt. Beside ours, along the prompt: `generate` over copies of the prompt's KV
-(bench/expanded.py). bench/pictures.py draws what this measures.
+The models are those of bench/decode_models.py. One axis changes at a time, from prompt 128, k = 10,
+n = 1, L = 20 and one prompt. Along the prompt, `generate` over copies of the prompt's KV
+(bench/expanded.py) is measured too. bench/pictures.py draws the results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AXES = {
     "L": (5, 10, 20, 40, 80),
     "prompts": (1, 2, 4, 8),
 }
-# What both dtypes are measured along.
+# Both dtypes are measured along these axes, the others in fp32 only.
 BOTH = ("prompt", "prompts")
 TOKENS = 3
 POINTS = [
@@ -53,7 +53,7 @@ def duo_of(dtype: str) -> Duo:
 
 
 def decode(duo: Duo, shape: dict[str, int]) -> tuple[tq_fast.DecodeResult, list[float]]:
-    """Decode `TOKENS` tokens of every prompt; also the seconds of each step."""
+    """Decode `TOKENS` tokens of every prompt; return the result and the seconds of each step."""
     prompts = [prompt_of(shape["prompt"] + i) for i in range(shape["prompts"])]
     decoder = tq_fast.TransferDecoder(duo.baseline, duo.reward)
     marks = [time.perf_counter()]

@@ -1,7 +1,7 @@
-"""A decoder layer of Llama's shape with few rows: the modules, and what stands in for them.
+"""A decoder layer of Llama's shape with few rows: its modules beside the two ops for them.
 
-Without attention, which is the same call in both: the modules are the norms, the seven linear
-layers, the rotation and the gated MLP, as transformers runs them one by one.
+Attention is left out, because it is the same call in both. The modules are the norms, the seven
+linear layers, the rotation and the gated MLP, as transformers runs them one by one.
 """
 
 from __future__ import annotations

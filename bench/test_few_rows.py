@@ -18,7 +18,7 @@ from bench.side_by_side import time_provider
 from tq_fast.ops import few_rows_linear, few_rows_linear_ref
 
 _BYTES = 256 << 20
-# Columns and outputs of a Llama of 134 M parameters: attention, gate and up, down, the head.
+# Columns and outputs of a Llama of 134 M parameters: attention, gate and up, down, LM head.
 SHAPES = [(768, 768), (768, 2048), (2048, 768), (768, 32000)]
 
 

@@ -1,7 +1,7 @@
 """linear_trajectory_logprob beside the whole logits, and beside the bare fp32 product.
 
-No log-probability comes out of the bare product. One that rounds its logits to bf16 is off by
-tenths of a nat over a response: shown, not matched.
+The bare product gives no log-probability. Eager code that rounds its logits to bf16 is off by
+tenths of a nat over a response, so it is timed without being compared.
 """
 
 from __future__ import annotations

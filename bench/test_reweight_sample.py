@@ -1,6 +1,6 @@
-"""reweight_sample beside two eager composites: of torch's own noise, and of keyed noise.
+"""reweight_sample beside two eager versions, with torch's own noise and with keyed noise.
 
-Only the second computes the same thing: torch.multinomial draws by the place in the batch.
+Only the second computes the same thing: a draw of torch.multinomial depends on the batch.
 """
 
 from __future__ import annotations

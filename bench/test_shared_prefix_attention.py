@@ -1,8 +1,9 @@
-"""shared_prefix_attention beside SDPA over expanded keys and values, and beside two ATen calls.
+"""shared_prefix_attention beside SDPA over expanded keys and values, and its two parts alone.
 
 SDPA gets its keys and values already expanded to every row, which a decoding loop would pay for in
 memory; it reads them again for every row, which is what it costs in time. "After its copy" it makes
-them from what ours is given.
+them from what ours is given. Ours is the C++ kernel or, for much bf16 where there is AMX, two calls
+of ATen: both are timed alone, too.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from bench.ceilings import Work
 from bench.side_by_side import time_provider, turns
 from tq_fast.ops import shared_prefix_attention
 from tq_fast.ops._attention_aten import shared_prefix_attention_aten
+from tq_fast.ops._dispatch import unchecked_kernel
 
-# rows, query heads, key-value heads, head size, branch, prefix
+# Each shape: rows, query heads, key-value heads, head size, branch, prefix.
 SHAPES = [
     (40, 16, 4, 64, 32, 1024),
     (10, 12, 12, 64, 20, 128),
     (10, 12, 12, 64, 20, 512),
     (10, 12, 12, 64, 20, 2048),
     (160, 16, 4, 64, 20, 1024),
+    (20, 32, 8, 128, 20, 2048),
     # Prefixes too short to be worth sharing: here plain attention could win, and does not.
     (10, 12, 12, 64, 4, 16),
     (10, 12, 12, 64, 20, 1),
@@ -34,11 +37,18 @@ SHAPES = [
 ]
 
 
-PROVIDERS = ["sdpa", "sdpa, heads expanded", "sdpa after its copy", "two aten calls", "ours"]
+PROVIDERS = [
+    "sdpa",
+    "sdpa, heads expanded",
+    "sdpa after its copy",
+    "two aten calls",
+    "c++ kernel",
+    "ours",
+]
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
-    """The arguments of the op."""
+    """Return random arguments of the op."""
     rows, heads, kv_heads, size, branch, prefix = shape
     generator = torch.Generator().manual_seed(seed)
     sizes = [(rows, heads, 1, size)]
@@ -49,7 +59,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor,
 
 
 def copy_to_rows(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Query, keys and values of plain attention: every row has the prefix for itself."""
+    """Return query, keys and values of plain attention, a copy of the prefix in every row."""
     q, prefix_k, prefix_v, _, branch_k, branch_v, _ = arguments
     keys, values = (
         torch.cat((shared.expand(len(q), -1, -1, -1), own), dim=2)
@@ -77,12 +87,14 @@ def test_shared_prefix_attention(benchmark, figure, shape, dtype, provider) -> N
     rows, heads, _, size, branch, prefix = shape
     sdpa = partial(functional.scaled_dot_product_attention, enable_gqa=True)
     aten = {"scale": size**-0.5, "softcap": None, "window": None, "tree": None}
-    # What is called, and what it is given of the op's arguments before the clock runs.
+    kernel = unchecked_kernel("shared_prefix_attention")
+    # For each provider: its function, and how the op's arguments are prepared before the clock.
     functions = {
         "sdpa": (sdpa, copy_to_rows),
         "sdpa, heads expanded": (sdpa, lambda given: expand_heads(*copy_to_rows(given))),
         "sdpa after its copy": (lambda *given: sdpa(*copy_to_rows(given)), tuple),
         "two aten calls": (partial(shared_prefix_attention_aten, **aten), tuple),
+        "c++ kernel": (lambda *given: kernel(*given, **aten), tuple),
         "ours": (shared_prefix_attention, tuple),
     }
     function, prepare = functions[provider]

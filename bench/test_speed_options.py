@@ -1,7 +1,8 @@
-"""Each speed option alone, with it and without it in turns, and where it cannot help.
+"""Each speed option alone: decodes with it and without it in turns, also where it cannot help.
 
-Ratios are of medians: above 1, the option wins. "cannot help" is one greedy roll-out a candidate of
-a model without an end of sequence, where only `reuse_greedy` and `cpu_layers` find work.
+Ratios are of medians: above 1, the option wins. No option but `reuse_greedy` and `cpu_layers` finds
+work in one greedy roll-out a candidate of a model without an end of sequence: there the others
+cannot help.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from tq_fast.models.tiny import load_tiny_world
 
 ROUNDS = 3
 NONE = SpeedOptions(**{field.name: False for field in dataclasses.fields(SpeedOptions)})
-# On the embedded models: sampled roll-outs to the end, prompts together.
+# The embedded models sample roll-outs to the end, all prompts together.
 SAMPLED = {"k": 10, "num_rollouts": 4, "horizon": None, "max_new_tokens": 24, "alpha": 1.0}
 GREEDY = {"k": 10, "horizon": 20, "rollout": "greedy", "strategy": "greedy", "eos_token_id": ()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A option where it has work: on the embedded models, or on the random ones of 134 M."""
+    """Speed options where they have work: on the embedded models, or the random ones of 134 M."""
 
     option: tuple[str, ...]
     embedded: bool

@@ -7,7 +7,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "common/attn_state.h"
 #include "common/gumbel.h"
 #include "common/online_softmax.h"
 #include "common/ordered_key.h"
@@ -66,13 +65,6 @@ PYBIND11_MODULE(_common, m) {
         return py::make_tuple(merged.peak, merged.sum);
       },
       py::arg("a"), py::arg("b"), "Two (peak, sum of exp(x - peak)) states as one; (-inf, 0) is the empty set.");
-  m.def(
-      "merge_attention",
-      [](float lse_a, float lse_b) {
-        const tq::AttentionMerge merge = tq::merge_attention_lse(lse_a, lse_b);
-        return py::make_tuple(merge.weight_a, merge.weight_b, merge.lse);
-      },
-      py::arg("lse_a"), py::arg("lse_b"), "The weights of two partial attentions and the lse of both, natural log.");
   m.def(
       "value_candidate", &value_candidate, py::arg("rewards"), py::arg("log_weights"), py::arg("alpha"),
       py::arg("is_soft"), "(q, standard error, ess) of one candidate from its roll-outs.");

@@ -41,9 +41,6 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
       " Tensor norm_weight, float eps, Tensor gate_weight, Tensor? gate_bias, Tensor up_weight,"
       " Tensor? up_bias, Tensor down_weight, Tensor? down_bias) -> Tensor");
   m.def(
-      "merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b)"
-      " -> (Tensor out, Tensor lse)");
-  m.def(
       "shared_prefix_attention(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor prefix_len,"
       " Tensor branch_k, Tensor branch_v, Tensor branch_len, float? scale, float? softcap, int? window,"
       " Tensor? tree) -> (Tensor out, Tensor lse)");

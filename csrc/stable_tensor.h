@@ -1,4 +1,4 @@
-// What the torch side of every op needs of tensors, whatever the device. Stable ABI only.
+// Helpers for tensors on the torch side of every op, whatever the device. Stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,8 +14,8 @@ namespace tq {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A dense tensor, uninitialised. Straight from the C interface: going through the dispatcher, as
-// torch::stable::empty does, costs more than some of the ops here.
+// Makes a dense tensor, uninitialised, by the C interface: torch::stable::empty goes through the
+// dispatcher, which costs more than some of the ops here.
 inline Tensor new_tensor_on(
     int32_t device_type, int32_t device_index, std::initializer_list<int64_t> sizes, ScalarType type) {
   const int32_t dtype = type == ScalarType::Long       ? aoti_torch_dtype_int64()
@@ -35,14 +35,15 @@ inline Tensor new_tensor_on(
   return Tensor(handle);
 }
 
-// Contiguous, and of this type; the tensor itself where it is both, which is not left to the dispatcher
-// to find out: that takes longer than a small op.
+// Returns `tensor` if it is contiguous and of this type, else a copy. The test is made here because asking
+// the dispatcher takes longer than a small op.
 inline Tensor dense(const Tensor& tensor, ScalarType type) {
   if (tensor.scalar_type() != type) return torch::stable::contiguous(torch::stable::to(tensor, type));
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Rows of unit stride; any outer stride is kept, so a slice of a wider tensor is not copied.
+// Returns `tensor` if its rows have unit stride, else a copy. Any outer stride is kept, so that a slice of
+// a wider tensor is not copied.
 inline Tensor with_unit_inner_stride(const Tensor& tensor) {
   const int64_t inner = tensor.dim() - 1;
   if (tensor.size(inner) <= 1 || tensor.stride(inner) == 1) return tensor;

@@ -1,7 +1,7 @@
 """Train the embedded world from nothing: ``python scripts/train_tiny_models.py``.
 
-Writes tokenizer, models, prompts and card into ``tq_fast/models/tiny/``. Two CPU cores are enough;
-the card says how long it took. Every step has its own seed.
+It writes tokenizer, models, prompts and card into ``tq_fast/models/tiny/``. Two CPU cores are
+enough; the card says how long it took. Every step has its own seed.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def train_reward_model(
     samples: Sequence[list[str]],
     num_pairs: int,
 ) -> None:
-    """Train one reward model, then scale its head: sd 1 over samples of the SFT model."""
+    """Train one reward model; scale it to standard deviation 1 over samples of the SFT model."""
     rng = random.Random(f"pairs of {name}")
     pairs = preferences.reward_pairs(prompts, samples, JUDGES[name], tokenizer, num_pairs, rng)
     folder = work / name
@@ -97,7 +97,7 @@ def train_baseline(
 
 
 def store(source: Path, target: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Keep configuration, tokenizer and weights; weights rounded to fp16, to be loaded as fp32."""
+    """Store configuration, tokenizer and weights, rounded to fp16 and to be loaded as fp32."""
     target.mkdir(parents=True)
     for name in ("config.json", "generation_config.json"):
         if (source / name).is_file():

@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Options and fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from tq_fast import env
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Without pytest-timeout the limit in pyproject.toml would be an unknown option, an error."""
+    """Declare the time limit of pyproject.toml, an unknown option without pytest-timeout."""
     if importlib.util.find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds that a test may take; nobody looks at the clock here")
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A seeded source of test inputs, new for each test."""
+    """Return a seeded source of test inputs, new for each test."""
     return torch.Generator().manual_seed(20405495)
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Environment variables that the package reads anew, within the test and after it."""
+    """Yield a monkeypatch; the package reads its variables anew in the test and after it."""
     env.reload()
     yield monkeypatch
     monkeypatch.undo()

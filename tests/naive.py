@@ -1,7 +1,7 @@
-"""Transfer Q* as a plain loop, with nothing kept between steps: what `tq_fast.decode` must equal.
+"""Transfer Q* as a plain loop with nothing kept between steps, which `tq_fast.decode` must equal.
 
-Written from docs/develop/method.md and from what the published code does, without anything of
-the package. For every new token: one full forward pass over prompt and response gives the k
+It is written from docs/develop/method.md and from the published code, without anything of the
+package. For every new token: one full forward pass over prompt and response gives the k
 candidates; transformers' own `generate` completes each of them; the reward model reads every whole
 sequence from its first token; the candidate is chosen by `log pi_prior + Q / alpha`.
 
@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-# Whole sequences (prompt and response ids) in, one score each out.
+# It takes whole sequences (prompt and response ids) and returns one score for each.
 SequenceReward = Callable[[list[list[int]]], list[float]]
 Role = Literal["sft", "baseline"]
 
@@ -43,7 +43,7 @@ class NaiveSettings:
 
 @dataclasses.dataclass(frozen=True)
 class NaiveStep:
-    """One step: `[k]` tensors in fp64, and `rollouts[j]`, the n completions of candidate j."""
+    """One step: `[k]` tensors in fp64, and in `rollouts[j]` the n completions of candidate j."""
 
     candidates: list[int]
     prior_logprobs: torch.Tensor
@@ -54,7 +54,7 @@ class NaiveStep:
 
     @property
     def margin(self) -> float:
-        """How far the best score is above the second best; what an arg max depends on."""
+        """The distance from the best to the second best score, on which an arg max depends."""
         best = self.scores.topk(2).values
         return float(best[0] - best[1])
 
@@ -89,7 +89,7 @@ def decode_naively(
 
 
 def classifier_reward(model: PreTrainedModel, label: int = 0) -> SequenceReward:
-    """Score by a sequence classifier that reads whole sequences; label `label` is the reward.
+    """Return a reward whose score is the label `label` of a classifier of whole sequences.
 
     Sequences of one length go through the model together, others one by one: no padding is added.
     """
@@ -110,7 +110,7 @@ def classifier_reward(model: PreTrainedModel, label: int = 0) -> SequenceReward:
 
 
 def next_token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
-    """log pi(. | ids) `[V]` in fp64, by a forward pass over all of `ids`."""
+    """Return log pi(. | ids) `[V]` in fp64, by a forward pass over all of `ids`."""
     tokens = torch.tensor([list(ids)], device=model.device)
     logits = model(input_ids=tokens, use_cache=False).logits[0, -1]
     return logits.double().log_softmax(-1).cpu()
@@ -122,7 +122,7 @@ def complete(
     num_tokens: int,
     settings: NaiveSettings,
 ) -> list[list[int]]:
-    """What `generate` appends to each of `sequences` (all of one length), padding cut off."""
+    """Return what `generate` appends to each of `sequences` (all of one length), unpadded."""
     own = getattr(model.generation_config, "eos_token_id", None)
     assert settings.eos_token_id or own is None, f"generate would stop at the model's own eos {own}"
     sampling = {
@@ -156,7 +156,7 @@ def _take_step(
     policies = {"baseline": next_token_logprobs(baseline, context)}
     if sft is not None:
         policies["sft"] = next_token_logprobs(sft, context)
-    # Stable, so that equal log-probs stand by rising token id.
+    # The sort is stable, so that equal log-probs stand by rising token id.
     order = policies[settings.candidates_from].sort(descending=True, stable=True).indices
     candidates = order[: settings.k].tolist()
 

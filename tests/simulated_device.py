@@ -1,7 +1,7 @@
 """A second device for machines that have none: tensors that live on the CPU and say "meta".
 
 Operations between such tensors and those of the CPU are refused, as a GPU refuses them; only copies
-pass from one to the other. So a whole decode shows here whether every tensor is where it belongs.
+pass from one to the other. A whole decode therefore shows whether every tensor is where it belongs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl
 
 
 class Remote(torch.Tensor):
-    """A tensor of the simulated device; `held` has its numbers."""
+    """A tensor of the simulated device, whose numbers are in `held`."""
 
     held: torch.Tensor
 
@@ -48,11 +48,11 @@ class Remote(torch.Tensor):
 
 
 def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`function` on what the tensors hold; its results are of the device that it works on."""
+    """Run `function` on what the tensors hold; give its results the device that they belong to."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     remote = [isinstance(x, Remote) for x in tensors]
     if any(remote) and function not in (_aten.copy_.default, _aten._to_copy.default):
-        # Indices may come from anywhere.
+        # Indices may be on either device.
         bound = (args[0], *args[2:]) if function in _INDEXING else (args, kwargs)
         strays = [x for x in tree_leaves(bound) if isinstance(x, torch.Tensor) and x.dim() > 0]
         strays = [x for x in strays if not isinstance(x, Remote)]
@@ -69,7 +69,7 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = function(*held_args, **held_kwargs)
     if not goes_remote or function is _aten._local_scalar_dense.default:
         return out
-    # What works in rollout_id answers the tensor that it was given.
+    # A function that works in place returns the tensor that it was given.
     given = {id(x.held): x for x in tensors if isinstance(x, Remote)}
 
     def bring(x: Any) -> Any:
@@ -81,21 +81,21 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class _Factories(TorchDispatchMode):
-    """Makes on the simulated device what is asked for there."""
+    """A mode that makes tensors on the simulated device where they are asked for."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return _run(function, args, kwargs or {})
 
 
 def _with_tensors(index: Any) -> Any:
-    """`index` with tensors for its lists, which would be forgotten as well."""
+    """Return `index` with tensors for its lists, which would lose their numbers."""
     if isinstance(index, tuple):
         return tuple(map(_with_tensors, index))
     return torch.tensor(index) if isinstance(index, list) else index
 
 
 class _FromAndToData(TorchFunctionMode):
-    """What the dispatcher never sees: `torch.tensor(data, device="meta")` forgets the data."""
+    """A mode for what the dispatcher never sees: `torch.tensor` on "meta" forgets its data."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -111,7 +111,7 @@ class _FromAndToData(TorchFunctionMode):
 
 @contextlib.contextmanager
 def simulated_device() -> Iterator[torch.device]:
-    """Within the block the device "meta" holds numbers; on leaving it nothing of it is left."""
+    """Make the device "meta" hold numbers within the block, and undo that on leaving it."""
     with _FromAndToData(), _Factories():
         yield DEVICE
 

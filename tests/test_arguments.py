@@ -105,6 +105,8 @@ def test_an_unknown_argument_names_the_nearest_of_all_known_ones(
 def test_callbacks_are_functions_and_known_by_name() -> None:
     models = _Models()
     decoder = tq_fast.TransferDecoder(**models)
+    # Loading tries the reward on a few tokens.
+    models.num_passes = 0
     for name in ("on_token", "on_finished"):
         with pytest.raises(InvalidArgument, match=f"^{name} must be a function or None, got 3"):
             decoder.decode([5, 6], **{name: 3})
@@ -149,6 +151,6 @@ def test_a_prompt_too_long_for_the_reward_is_refused_before_any_forward_pass(
     ):
         CALLS[call](prompts, **models, **options)
     assert models.num_passes == 0
-    # One token less is as long as the reward allows.
+    # A prompt of one token less is as long as the reward allows.
     options["k" if call != "best_of_n" else "n"] = 2
     assert len(CALLS[call]([prompts[0], prompts[1][1:]], **models, **options).sequences) == 2

@@ -66,8 +66,6 @@ def test_an_assistant_turn_at_the_end_is_continued(tokenizer) -> None:
     (prompt,) = read_prompts(chat, tokenizer, vocab_size=7)
     assert prompt.token_ids == (5, 1, 2, 6, 3, 4)
     assert prompt.is_continued and prompt.given == chat
-    answer = {"role": "assistant", "content": "was good soup"}
-    assert prompt.finished_with(" soup") == [USER, answer]
 
 
 def test_a_new_turn_may_follow_that_of_the_assistant(tokenizer) -> None:
@@ -76,7 +74,7 @@ def test_a_new_turn_may_follow_that_of_the_assistant(tokenizer) -> None:
         chat, tokenizer, vocab_size=7, template_options={"continue_final_message": False}
     )
     assert prompt.token_ids == (5, 1, 2, 6, 3, 6)
-    assert prompt.finished_with("soup") == [*chat, {"role": "assistant", "content": "soup"}]
+    assert not prompt.is_continued
     assert prompt.template_options == {}
 
 

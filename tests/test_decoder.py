@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import copy
 import math
 import pickle
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import tq_fast
+from tests import zoo
 from tq_fast.config import SpeedOptions
 from tq_fast.errors import DecodingError, InvalidArgument, RewardError, UnsupportedModel
 
@@ -163,7 +167,7 @@ def test_a_result_holds_one_entry_a_prompt(baseline, sft) -> None:
         assert certificate.prior == "sft"
         total = sum(step.kl_to_sft for step in trace)
         assert certificate.kl_to_sft == pytest.approx(total)
-        # The theorem's bound on the sum of what was measured, T r_max / alpha - log mass.
+        # The theorem bounds the sum of the divergences by T r_max / alpha - log mass.
         assert certificate.kl_bound == pytest.approx(6 * 5 - certificate.log_prior_mass)
         assert certificate.kl_to_sft <= certificate.kl_bound
     stats = result.stats
@@ -171,7 +175,7 @@ def test_a_result_holds_one_entry_a_prompt(baseline, sft) -> None:
     assert stats.rollouts_run == 18 * 4 * 2
     assert stats.rollouts_skipped == 0
     assert stats.rollout_steps == 6 * 3
-    # The two roll-outs of a candidate share its own token, and what they draw alike.
+    # The two roll-outs of a candidate share its own token and the tokens that they draw alike.
     assert 9 + 3 * 6 * 4 * 5 >= stats.token_forwards["baseline"] > 9 + 3 * 6 * 4 * 4
     assert stats.token_forwards["sft"] == 9 + 3 * 5
     assert set(stats.seconds) == {
@@ -405,3 +409,48 @@ def test_indirect_transfer_of_equal_rewards_is_direct_transfer(baseline, sft, we
             assert torch.allclose(step.q, torch.full_like(step.q, 0.5), atol=1e-4)
             if weights != "published":
                 assert torch.allclose(step.ess, torch.full_like(step.ess, 3.0), atol=1e-3)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: _default_dtype(torch.bfloat16),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+    ],
+    ids=["default dtype", "autocast", "default device", "inference mode"],
+)
+@pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
+def test_the_callers_settings_of_torch_change_nothing(setting: Any) -> None:
+    model, sft = zoo.language_model("llama"), zoo.language_model("llama", seed=5)
+    scorer = zoo.classifier("llama")
+
+    def fine(prompts: list[Any], responses: list[Any]) -> list[float]:
+        """Scores that differ in the third decimal around 100: bf16 cannot tell them apart."""
+        return [100 + sum(ids) % 97 / 1000 for ids in responses]
+
+    options: dict[str, Any] = {
+        "k": 4,
+        "horizon": 3,
+        "max_new_tokens": 4,
+        "alpha": 0.005,
+        "sft": sft,
+    }
+    for reward in (fine, scorer):
+        expected = tq_fast.decode([3, 1, 4], model, reward, **options)
+        with setting():
+            result = tq_fast.decode([3, 1, 4], model, reward, **options)
+        assert result.sequences[0].tolist() == expected.sequences[0].tolist()
+        for ours, theirs in zip(result.traces[0], expected.traces[0], strict=True):
+            assert ours.q.dtype == torch.float32 and torch.equal(ours.q, theirs.q)

@@ -19,10 +19,10 @@ from tests.naive import (
     next_token_logprobs,
 )
 
-# The longest is three windows long; all are in one forest.
+# The longest prompt is three windows long; all prompts are in one forest.
 PROMPT_LENGTHS = (3, 11, 20, 7)
 SHORT = {"k": 4, "horizon": 5, "max_new_tokens": 5}
-# One token in six ends a response: it happens among the candidates and inside of roll-outs.
+# One token in six ends a response, so that ends occur among candidates and inside of roll-outs.
 ENDS = tuple(range(5, zoo.VOCAB_SIZE, 6))
 
 # Both sides compute in fp32, in other orders of summation. Logits and rewards of the zoo reach 15,
@@ -43,7 +43,7 @@ def prompts() -> list[list[int]]:
 
 @functools.cache
 def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Baseline and reward of one architecture; a Llama scores where there is no classifier."""
+    """Return baseline and reward of an architecture; a Llama scores where it has no classifier."""
     kind = name if zoo.has_classifier(name) else "llama"
     return zoo.language_model(name), zoo.classifier(kind)
 
@@ -56,7 +56,7 @@ def decode(
     batch_size: int = 8,
     **options: object,
 ) -> tq_fast.DecodeResult:
-    """`tq_fast.decode` of token ids, everything greedy unless said otherwise."""
+    """Run `tq_fast.decode` on token ids, everything greedy unless said otherwise."""
     options = {"strategy": "greedy", "rollout": "greedy", **SHORT, **options}
     tensors = [torch.tensor(ids) for ids in given]
     return tq_fast.decode(tensors, baseline, reward, batch_size=batch_size, **options)
@@ -65,7 +65,7 @@ def decode(
 def assert_same(
     result: tq_fast.DecodeResult, truth: Sequence[NaiveResponse], *, alpha: float = 1.0
 ) -> None:
-    """Tokens, candidates, priors, values: all as the naive loop has them."""
+    """Assert that tokens, candidates, priors and values are those of the naive loop."""
     assert [ids.tolist() for ids in result.sequences] == [naive.token_ids for naive in truth]
     for trace, naive in zip(result.traces, truth, strict=True):
         for ours, theirs in zip(trace, naive.steps, strict=True):
@@ -107,7 +107,7 @@ def test_every_architecture_gives_the_tokens_of_the_naive_loop(
 
     assert_same(decode(prompts(), baseline, reward, eos_token_id=ends), truth)
     if ends:
-        # More prompts than a forest has trees, and each alone.
+        # Decode more prompts than a forest has trees, and each prompt alone.
         options = {"eos_token_id": ends}
         assert_same(decode(prompts(), baseline, reward, batch_size=3, **options), truth)
         for ids, alone in zip(prompts(), truth, strict=True):
@@ -163,7 +163,7 @@ def test_a_reward_whose_padding_token_is_drawn_pools_as_transformers_does(horizo
     baseline, _ = models("llama")
     pad = ENDS[0]
     reward = zoo.classifier("llama", pad_token_id=pad)
-    # Prompts that end with the padding token, beside candidates and roll-outs that are it.
+    # Some prompts end with the padding token, which occurs in candidates and roll-outs as well.
     given = [[*prompts()[1], pad], [*prompts()[2], pad, pad], prompts()[3]]
     score = classifier_reward(reward)
     settings = NaiveSettings(**{**SHORT, "horizon": horizon}, eos_token_id=(pad,))
@@ -177,7 +177,7 @@ def test_a_reward_whose_padding_token_is_drawn_pools_as_transformers_does(horizo
 
 
 def raise_logit(model: PreTrainedModel, token: int, *, by: float) -> PreTrainedModel:
-    """A copy of `model` with a bias on the logit of `token`."""
+    """Return a copy of `model` with a bias on the logit of `token`."""
     copy = zoo.language_model("llama")
     copy.load_state_dict(model.state_dict())
     head = torch.nn.Linear(copy.lm_head.in_features, copy.lm_head.out_features)
@@ -235,7 +235,7 @@ def test_half_precision_runs_and_starts_as_near_the_truth_as_the_plain_model(
         plain = next_token_logprobs(baseline, ids)[trace[0].candidates]
         errors.append((trace[0].prior_logprobs - truth).abs())
         plain_errors.append((plain - truth).abs())
-    # The plain model's error is rounding too, and these are few numbers: ours may be unluckier.
+    # The plain model's error is rounding too. With so few numbers ours may be somewhat larger.
     assert torch.cat(errors).median() <= 2 * torch.cat(plain_errors).median() + 0.002
 
 

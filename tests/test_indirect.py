@@ -33,7 +33,7 @@ SHORT = {
     "beta": BETA,
     "alpha": 5.0,
 }
-# The digits of a response, in base 6 from 1 to 5, up to five of them: exact in fp32.
+# A response is spelled by up to five digits from 1 to 5 in base 6, which is exact in fp32.
 DIGITS = 6**5
 
 
@@ -46,7 +46,7 @@ def model(seed: int) -> PreTrainedModel:
 
 
 def spell(prompts: list, responses: list) -> list[float]:
-    """0 to 1, another number for every response."""
+    """Return a number between 0 and 1 for each response, another one for every response."""
     scores = []
     for response in responses:
         code = 0
@@ -57,7 +57,7 @@ def spell(prompts: list, responses: list) -> list[float]:
 
 
 def read(score: float) -> list[int]:
-    """The response of which `spell` made `score`."""
+    """Return the response of which `spell` made `score`."""
     code, response = round(score * DIGITS), []
     while code:
         code, digit = divmod(code, 6)
@@ -75,7 +75,7 @@ def decode(**options: object) -> tq_fast.DecodeResult:
 
 
 def expected(rewards: torch.Tensor, log_weights: torch.Tensor) -> tuple[float, float]:
-    """Q and effective sample size of one candidate, in fp64."""
+    """Return Q and the effective sample size of one candidate, in fp64."""
     weights = log_weights.double().softmax(-1)
     return float((weights * rewards.double()).sum()), float(1 / weights.square().sum())
 
@@ -118,7 +118,7 @@ def test_log_ratio_weighs_by_the_density_that_was_drawn_from(drawing: dict[str, 
                 num_weighed += len(rewards) > 1
                 num_apart += abs(expected(rewards, rewards / BETA + raw)[0] - q) > 1e-4
     assert num_weighed > 10
-    # The same roll-outs tell the density drawn from from the model's own.
+    # Weights by the model's own density differ just where `drawing` changes what is drawn from.
     assert (num_apart > 0) == bool(drawing)
 
 
@@ -169,10 +169,10 @@ def test_greedy_rollouts_have_no_density_for_log_ratio() -> None:
 
 def test_weights_that_leave_one_rollout_are_warned_of_once() -> None:
     with pytest.warns(UserWarning, match=r"of 6 roll-outs in effect.*larger beta") as caught:
-        # Long roll-outs, so that hardly two are the same and share the weight.
+        # Roll-outs are long, so that hardly two are the same and share the weight.
         decode(beta=1e-5, weights="reward_gap", horizon=4, max_new_tokens=1)
     assert len(caught) == 1
-    # It names the line of the caller, wherever in the package it was noticed.
+    # The warning names the line of the caller, wherever in the package it arose.
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -210,7 +210,7 @@ def test_the_certificate_sums_up_the_effective_sample_sizes() -> None:
 
 def test_what_no_theorem_bounds_has_no_bound() -> None:
     bounded = {"reward_bounds": (0.0, 1.0), "alpha": 5.0, "max_new_tokens": 2}
-    # A choice that bounds settled leaves the gap open.
+    # A choice that was settled by bounds has no gap reduction, so the lazy arg-max is off.
     bounded["speed"] = SpeedOptions(lazy_argmax=False)
     cases = {
         ("direct", "log_ratio", "sft"): True,

@@ -31,7 +31,7 @@ SHORT = {"k": 4, "horizon": 4, "max_new_tokens": 4, "alpha": 0.3, "eos_token_id"
 
 
 def models(*names: str) -> dict[str, Any]:
-    """New models, the same at every call, by their names in the API."""
+    """Build new models, the same at every call, by their names in the API."""
     made: dict[str, Callable[[], Any]] = {
         "baseline": lambda: language_model(scale=2.0),
         "sft": lambda: language_model(seed=2, scale=2.0),
@@ -44,7 +44,7 @@ def models(*names: str) -> dict[str, Any]:
 def decode_on_both(
     call: Callable[..., tq_fast.DecodeResult], names: tuple[str, ...], **options: Any
 ) -> tuple[tq_fast.DecodeResult, tq_fast.DecodeResult]:
-    """`call` with models on the simulated device, and with the same on the CPU."""
+    """Run `call` with models on the simulated device, and with the same models on the CPU."""
     with simulated_device():
         remote = call(PROMPTS[:3], **{n: move(m) for n, m in models(*names).items()}, **options)
     return remote, call(PROMPTS[:3], **models(*names), **options)

@@ -1,4 +1,4 @@
-"""Prompts in every form that users have them in."""
+"""Prompts are read in every form in which users have them."""
 
 from __future__ import annotations
 

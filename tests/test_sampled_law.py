@@ -1,8 +1,9 @@
 """Sampled roll-outs: decode draws its responses from the law of docs/develop/method.md, exactly.
 
 A Llama over five tokens makes everything enumerable: all roll-outs of a candidate with their
-probabilities, so the law of Q for n of them, so the law of the next token, so that of the response.
-Thousands of equal prompts, each with a random stream of its own, are held against it.
+probabilities, and from them the law of Q for n roll-outs, of the next token and of the response.
+The responses to thousands of equal prompts, each with a random stream of its own, are held against
+that law.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ NUM_PROMPTS = 1000
 SEEDS = (11, 12)
 # Seeds of the models' weights.
 BASELINE, SFT = 10, 11
-# chi_square_excess: a right sampler passes 10 with a probability below 1e-9.
+# The chi_square_excess of a right sampler is above 10 with a probability below 1e-9.
 BOUND = 10.0
 VALUE = {0: 0, 1: 3, 2: -2, 3: 1, END: 2}
 
-# The cases are made to be noisy: few roll-outs and a small alpha show most.
+# The cases are noisy on purpose: few roll-outs and a small alpha show most.
 pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
 
 Pmf = dict[float, float]
@@ -40,14 +41,14 @@ Pmf = dict[float, float]
 @functools.cache
 def language_model(seed: int) -> PreTrainedModel:
     model = zoo.language_model("llama", seed=seed, vocab_size=VOCAB_SIZE, num_hidden_layers=1)
-    # Five tokens leave a law of some entropy only if their logits differ by less.
+    # Smaller logits leave the law over five tokens some entropy.
     with torch.no_grad():
         model.lm_head.weight *= 0.8
     return model
 
 
 def reward(response: Sequence[int]) -> float:
-    """Few values, so that the law of a mean is quick to enumerate; order matters."""
+    """Return one of few values, so that the law of a mean is quick to enumerate."""
     return 0.25 * sum(VALUE[token] * (1 + place % 2) for place, token in enumerate(response))
 
 
@@ -68,7 +69,7 @@ class Law:
         self.options = tq_fast.DecodeConfig(eos_token_id=END, **options)
 
     def responses(self, response: tuple[int, ...] = ()) -> dict[tuple[int, ...], float]:
-        """Probability of every whole response that starts with `response`."""
+        """Return the probability of every whole response that starts with `response`."""
         if len(response) == self.options.max_new_tokens or END in response:
             return {response: 1.0}
         law: dict[tuple[int, ...], float] = {}
@@ -78,7 +79,7 @@ class Law:
         return law
 
     def next_token(self, response: tuple[int, ...]) -> dict[int, float]:
-        """Sum over all values that the Q of all candidates can have together."""
+        """Return the law of the next token, a sum over all joint values of the candidates' Q."""
         options = self.options
         context = (*PROMPT, *response)
         proposal = logits(BASELINE, context).log_softmax(-1)
@@ -97,7 +98,7 @@ class Law:
         return dict(zip(candidates, law, strict=True))
 
     def mean_reward(self, response: tuple[int, ...], token: int) -> Pmf:
-        """Law of the mean reward of n independent roll-outs of `token`."""
+        """Return the law of the mean reward of n independent roll-outs of `token`."""
         single: Pmf = Counter()
         for tail, probability in self.rollouts((*response, token)).items():
             single[reward((*response, token, *tail))] += probability
@@ -111,7 +112,7 @@ class Law:
         return {value / num: probability for value, probability in total.items()}
 
     def rollouts(self, response: tuple[int, ...]) -> dict[tuple[int, ...], float]:
-        """Probability of every roll-out after `response`, its candidate included."""
+        """Return the probability of every roll-out after `response`, candidate included."""
         law = {(): 1.0}
         for _ in range(self.options.horizon):
             grown: dict[tuple[int, ...], float] = {}
@@ -127,7 +128,7 @@ class Law:
         return law
 
     def draw(self, scores: torch.Tensor) -> torch.Tensor:
-        """Law of one token of a roll-out: temperature, then top-k, then top-p."""
+        """Return the law of one token of a roll-out: temperature, then top-k, then top-p."""
         options = self.options
         if options.rollout == "greedy":
             return torch.nn.functional.one_hot(scores.argmax(), VOCAB_SIZE).double()
@@ -166,7 +167,7 @@ def draws(**options: object) -> list[tuple[int, ...]]:
 
 
 def excess(drawn: Sequence[object], law: dict[object, float]) -> float:
-    """How far `drawn` is from `law`, in standard deviations of the chi-square statistic."""
+    """Return how far `drawn` is from `law`, in standard deviations of the chi-square statistic."""
     assert sum(law.values()) == pytest.approx(1.0)
     outcomes = list(law)
     place = {outcome: idx for idx, outcome in enumerate(outcomes)}

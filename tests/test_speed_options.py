@@ -34,7 +34,7 @@ def language_model(name: str = "llama", seed: int = 1, scale: float = 1.0) -> Pr
 
 
 def share_of_low(prompts: Sequence[Any], responses: Sequence[Sequence[int]]) -> list[float]:
-    """Between 0 and 1, and different for nearly every response."""
+    """Return a number between 0 and 1 for each response, different for nearly every one."""
     return [
         sum((token * (rollout_id + 3)) % 17 for rollout_id, token in enumerate(response))
         / (17 * max(1, len(response)))
@@ -68,7 +68,7 @@ def assert_same(ours: tq_fast.DecodeResult, plain: tq_fast.DecodeResult) -> None
 def test_equal_rollouts_share_rows_until_they_part(
     architecture: str, horizon: int | None, ends: tuple[int, ...]
 ) -> None:
-    # Sharp enough for roll-outs to stay equal for a while.
+    # The baseline is sharp enough for roll-outs to stay equal for a while.
     baseline = language_model(architecture, scale=3.0)
     options = {"num_rollouts": 6, "horizon": horizon, "eos_token_id": ends}
     plain = run(baseline, NONE, **options)
@@ -114,13 +114,13 @@ def test_the_lazy_argmax_chooses_as_full_evaluation_does(
     possible = plain.stats.rollouts_run + plain.stats.rollouts_skipped
     assert ours.stats.rollouts_run + ours.stats.rollouts_skipped == possible
     steps = [step for trace in ours.traces for step in trace]
-    # The soft value may be the greatest reward as long as one is missing.
+    # At a small alpha the soft value may be the greatest reward while any reward is missing.
     if estimator == "mean" or alpha > 0.1:
         assert ours.stats.rollouts_run < plain.stats.rollouts_run
         assert any(not step.is_complete for step in steps)
     truths = [step for trace in plain.traces for step in trace]
     for step, truth in zip(steps, truths, strict=True):
-        # An upper bound where a Q is missing, and the value itself where none is.
+        # The divergence is an upper bound where a Q is missing, and exact where none is.
         assert step.kl_to_baseline >= truth.kl_to_baseline - 1e-5
         if step.is_complete:
             assert step.kl_to_baseline == pytest.approx(truth.kl_to_baseline, abs=1e-5)
@@ -214,10 +214,10 @@ def test_what_prompts_have_in_common_is_encoded_once(architecture: str) -> None:
     plain = run(baseline, NONE, reward, **options)
     ours = run(baseline, dataclasses.replace(NONE, share_prefixes=True), reward, **options)
     assert_same(ours, plain)
-    # Of the baseline: 22 of the third, 19 of the fourth, 22 of the fifth.
+    # The baseline need not encode 22 tokens of the third prompt, 19 of the fourth, 22 of the fifth.
     saved = plain.stats.token_forwards["baseline"] - ours.stats.token_forwards["baseline"]
     assert saved == 22 + 19 + 22
-    # A prompt that comes later finds what is in the forest then.
+    # A prompt that takes a free slot later shares the prefixes that are in the forest then.
     queued = run(baseline, SpeedOptions(), reward, batch_size=1, **options)
     assert_same(queued, plain)
 

@@ -1,4 +1,4 @@
-"""What temperature, top-k and top-p make of a law, from their definitions, in fp64."""
+"""Temperature, top-k and top-p applied to a law by their definitions, in fp64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def truncate(law: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Log-probs `[V]` of `law` `[V]` (log-probs) after temperature, then top-k, then top-p.
+    """Return the log-probs `[V]` of `law` `[V]` after temperature, then top-k, then top-p.
 
     `top_k` at least V and `top_p` above 1 keep everything.
     """

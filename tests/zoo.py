@@ -2,7 +2,7 @@
 
 transformers initialises with a standard deviation of 0.02, from which a tiny model predicts a
 nearly uniform law: arg max would then test rounding. Here every matrix keeps the scale of what
-passes through it, and the head spreads the logits over several nats.
+passes through it, and the LM head spreads the logits over several nats.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SIZE = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
-    # A tied head would answer with the token that it was given.
+    # A tied LM head would predict the token that it was given.
     "tie_word_embeddings": False,
 }
 _GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48}
@@ -56,12 +56,12 @@ _HEAD = {"head_dim": 16}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _SLIDING_AND_FULL = {"layer_types": ["sliding_attention", "full_attention"]}
 
-# Architecture -> (configuration class, what it needs beyond `_SIZE`).
+# For each architecture: its configuration class, and the fields that it needs beyond `_SIZE`.
 LANGUAGE_MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, _GROUPED),
     "mistral": (MistralConfig, {**_GROUPED, "sliding_window": None}),
     "mistral-sliding": (MistralConfig, {**_GROUPED, "sliding_window": WINDOW}),
-    # A window that only reaches past a branch's own tokens by one.
+    # This window reaches only one token past those of a branch itself.
     "mistral-narrow": (MistralConfig, {**_GROUPED, "sliding_window": 3}),
     "gpt-neox": (GPTNeoXConfig, {"intermediate_size": 48}),
     "qwen2": (Qwen2Config, _GROUPED),
@@ -84,7 +84,7 @@ LANGUAGE_MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             **_SLIDING_AND_FULL,
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 9,
-            # Low enough to bend the scores and logits of these weights.
+            # These soft-caps are low enough to bend the scores and logits of these weights.
             "attn_logit_softcapping": 1.5,
             "final_logit_softcapping": 5.0,
         },
@@ -122,7 +122,7 @@ LANGUAGE_MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 def language_model(
     name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
-    """A causal language model of architecture `name`; `overrides` replace configuration fields."""
+    """Return a language model of architecture `name`; `overrides` replace configuration fields."""
     return _build(AutoModelForCausalLM, name, seed, dtype, overrides)
 
 
@@ -134,18 +134,18 @@ def classifier(
     num_labels: int = 1,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A causal sequence classifier of architecture `name`."""
+    """Return a causal sequence classifier of architecture `name`."""
     overrides = {"num_labels": num_labels, **overrides}
     return _build(AutoModelForSequenceClassification, name, seed, dtype, overrides)
 
 
 def has_classifier(name: str) -> bool:
-    """Whether transformers has a causal sequence classifier of this architecture."""
+    """Return whether transformers has a causal sequence classifier of this architecture."""
     return LANGUAGE_MODELS[name][0] in AutoModelForSequenceClassification._model_mapping
 
 
 def spread_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Draw every weight of `model` anew, as the head of this file says."""
+    """Draw every weight of `model` anew, as the docstring of this file says."""
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
     with torch.no_grad():

@@ -31,6 +31,7 @@ __all__ = [
     "InvalidArgument",
     "PromptResult",
     "RewardError",
+    "RewardOptions",
     "SpeedOptions",
     "StepTrace",
     "TqFastError",
@@ -42,12 +43,14 @@ __all__ = [
     "presets",
 ]
 
-# Imported at first use: the ops need torch and not transformers, the command line at first neither.
+# These names are imported at first use, because the ops need torch without transformers and the
+# command line starts without either.
 _HOMES = {
     "Certificate": "results",
     "DecodeResult": "results",
     "DecodeStats": "results",
     "PromptResult": "results",
+    "RewardOptions": "rewards.options",
     "StepTrace": "results",
     "TransferDecoder": "decoder",
     "decode": "decoder",

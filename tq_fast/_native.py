@@ -1,8 +1,7 @@
 """Finds and loads the native libraries, once, on first use; what is missing is said in words.
 
 ``_tq_fast_cpu.so`` holds the schemas and the CPU kernels, ``_tq_fast_cuda.so`` the CUDA kernels
-(loaded only where a GPU is visible), ``tq_fast._common`` the shared headers as a Python module,
-``tq_fast._direct`` small CPU ops without PyTorch's dispatcher.
+(loaded only where a GPU is visible), ``tq_fast._common`` the shared headers as a Python module.
 """
 
 from __future__ import annotations
@@ -86,21 +85,3 @@ def load_common() -> ModuleType:
             f"tq_fast._common was not built or cannot be loaded ({error}); reinstall with a C++ "
             "compiler and Python's development headers present"
         ) from error
-
-
-@functools.cache
-def direct_refusal() -> str | None:
-    """Why `tq_fast._direct` cannot serve, so that torch.ops does: a sentence, or None."""
-    reason = cpu_refusal()
-    if reason is not None:
-        return reason
-    try:
-        importlib.import_module("tq_fast._direct")
-    except (AttributeError, ImportError) as error:
-        return f"not built, or this torch lacks the interface that it needs ({error})"
-    return None
-
-
-def load_direct() -> ModuleType | None:
-    """The ops that PyTorch's dispatcher would slow down, or None: torch.ops serves them as well."""
-    return None if direct_refusal() else importlib.import_module("tq_fast._direct")

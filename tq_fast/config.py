@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, TypeGuard
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, nearest
 
 Strategy = Literal["sample", "greedy"]
 Rollout = Literal["sample", "greedy"]
@@ -80,8 +79,8 @@ class DecodeConfig:
         eos_token_id: ids that end a response; None: the baseline's own; (): never stop.
         num_return_sequences: responses to each prompt, each with a random stream of its own; they
             are listed prompt by prompt. Where nothing is sampled they are all the same.
-        skip_special_tokens: whether special tokens are left out of result texts and of the
-            responses that a reward function sees; False keeps all of them, an EOS too.
+        skip_special_tokens: whether special tokens are left out of result texts; False keeps all of
+            them, an EOS too. What a reward reads is settled by `RewardOptions`.
         seed: of every random draw; the same seed gives the same responses.
         backend: the one backend that every op must use; None: TQ_FAST_BACKEND, else "auto", the
             first of cuda, triton, cpu and ref that accepts the inputs.
@@ -196,9 +195,10 @@ class DecodeConfig:
         for name in options:
             if name not in fields:
                 known = [*fields, *others]
-                near = difflib.get_close_matches(name, known, n=1)
-                near = [elsewhere] if (elsewhere := _ELSEWHERE.get(name)) in known else near
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                elsewhere = _ELSEWHERE.get(name)
+                hint = (
+                    f"did you mean {elsewhere!r}?" if elsewhere in known else nearest(name, known)
+                )
                 raise InvalidArgument(f"unknown option {name!r}; {hint}")
         return dataclasses.replace(base or cls(), **options)
 

@@ -1,4 +1,4 @@
-"""`decode` and `TransferDecoder`: Transfer Q* over models of one's own."""
+"""`decode` and `TransferDecoder`: Transfer Q* over models that the caller brings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .models.loading import ModelLike, TokenizerLike
 from .prompts import Prompt, PromptLike, PromptReader, repeat_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
-from .session import LoadingOptions, Report, Session
+from .rewards.options import RewardOptions
+from .session import LoadingOptions, Report, Session, neutral_torch
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes
 from .transfer.certificate import certify
 from .transfer.loop import DecodeLoop
@@ -41,6 +42,7 @@ def decode(
     baseline_reward_tokenizer: TokenizerLike | None = None,
     reward_index: int | None = None,
     reward_bounds: tuple[float, float] | None = None,
+    reward_options: RewardOptions | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     speed: SpeedOptions | None = None,
@@ -61,8 +63,11 @@ def decode(
             column of these, or what a tokenizer returned for several texts, with its mask. A chat
             that ends with the assistant's message is continued there.
         baseline: the aligned model that rolls out: a hub id, a local folder or a loaded model.
-        reward: a sequence classifier (hub id, folder or model; any tokenizer), or a function
-            `(prompts, responses) -> floats`.
+        reward: a sequence classifier (hub id, folder or model; any tokenizer), a function
+            `(prompts, responses) -> floats` or the name of one, `package.module:function`; or a
+            text-classification pipeline, an object with `predict(pairs)`, a reward function of TRL,
+            or a module that takes `input_ids` (with `reward_tokenizer`). What is handed out is a
+            copy.
         config: settings to start from; `options` replace its fields.
         template_options: further arguments of `apply_chat_template` for prompts that are chats:
             tools, documents, chat_template, or what the template reads, such as enable_thinking.
@@ -84,9 +89,9 @@ def decode(
     Raises:
         InvalidArgument: an argument is wrong; raised before any forward pass.
         UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
-        DecodingError: a prompt failed on the way; its `finished` holds the responses that were
-            complete, as that of any other exception does which ends the call on the way (no memory
-            for a single roll-out, an interrupt, what a callback raised).
+        DecodingError: one prompt failed; `finished` holds the responses that were complete. Any
+            other exception that ends the call midway (no memory for a single roll-out, an
+            interrupt, an error in a callback) has the same attribute.
     """
     loading: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -94,6 +99,7 @@ def decode(
         "baseline_reward_tokenizer": baseline_reward_tokenizer,
         "reward_index": reward_index,
         "reward_bounds": reward_bounds,
+        "reward_options": reward_options,
         "device": device,
         "dtype": dtype,
         "speed": speed,
@@ -102,6 +108,7 @@ def decode(
     others = ("sft", "baseline_reward", *loading, *_RUN_ARGUMENTS)
     config = DecodeConfig.from_options(config, others, **options)
     check_template_options(template_options)
+    check_sizes(batch_size, memory_budget)
     decoder = TransferDecoder(baseline, reward, sft=sft, baseline_reward=baseline_reward, **loading)
     return decoder.decode(
         prompts,
@@ -123,16 +130,18 @@ class TransferDecoder:
             Must have the baseline's vocabulary.
         baseline_reward: the reward that the baseline was aligned to (indirect transfer with
             weights="reward_gap" or "published").
-        tokenizer: the language models'; None: that in the baseline's own folder.
-        reward_tokenizer: the reward's; None: that in its own folder.
-        baseline_reward_tokenizer: likewise.
+        tokenizer: tokenizer of the language models; None: the one in the baseline's folder.
+        reward_tokenizer: tokenizer of the reward; None: the one in its own folder.
+        baseline_reward_tokenizer: the same for `baseline_reward`.
         reward_index: which label of a reward model with several labels is the reward.
-        reward_bounds: (lo, hi) between which the reward always lies: for the certificate, and
-            candidates that cannot be chosen any more are then not rolled out (their Q is NaN in the
-            traces).
-        device: where models that are named are put; None: a GPU if there is one.
-        dtype: of models that are named, a `torch.dtype` or "auto" (as they were saved).
-        speed: what makes decoding cheaper, to be switched off for measuring; None: all of it is on.
+        reward_bounds: (lo, hi) between which the reward always lies. The certificate's bound needs
+            them, and with them candidates that can no longer be chosen are not rolled out (their Q
+            is NaN in the traces).
+        reward_options: how the reward reads prompts and responses: pairs, truncation, special
+            tokens; None: one text, refused where it is too long.
+        device: where models given by name are put; None: a GPU if there is one.
+        dtype: dtype of models given by name, a `torch.dtype` or "auto" (as they were saved).
+        speed: the speed options, each of which can be switched off to measure it; None: all on.
 
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
@@ -151,6 +160,7 @@ class TransferDecoder:
         baseline_reward_tokenizer: TokenizerLike | None = None,
         reward_index: int | None = None,
         reward_bounds: tuple[float, float] | None = None,
+        reward_options: RewardOptions | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str = "auto",
         speed: SpeedOptions | None = None,
@@ -161,6 +171,7 @@ class TransferDecoder:
             baseline_reward_tokenizer=baseline_reward_tokenizer,
             reward_index=reward_index,
             reward_bounds=reward_bounds,
+            reward_options=reward_options,
             device=device,
             dtype=dtype,
             speed=speed,
@@ -233,9 +244,9 @@ class TransferDecoder:
         )
 
     def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
-        """Return what reads prompts one at a time into what `decode` takes.
+        """Return a reader that turns one prompt at a time into the form that `decode` takes.
 
-        It is for prompts that are to be decoded in several calls with the random streams of one.
+        Use it to decode prompts in several calls with the random streams of a single one.
         `template_options` are those of `decode`.
         """
         return self.session.prompt_reader(template_options)
@@ -249,7 +260,8 @@ class TransferDecoder:
         _check_length(self.session, idx, prompt, config)
 
 
-# torch.inference_mode would do too, but its tensors could not be used in training afterwards.
+# torch.inference_mode would serve too, but its tensors cannot be used in training afterwards.
+@neutral_torch()
 @torch.no_grad()
 def steer(
     session: Session,
@@ -282,7 +294,7 @@ def steer(
 
 
 def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePlan:
-    """Check what depends on the models, and settle it."""
+    """Return the plan of a decode; refuse settings that the session's models cannot serve."""
     has_sft = "sft" in session.languages
     if config.candidates_from == "sft" and not has_sft:
         raise InvalidArgument("candidates_from='sft' needs an sft model, got sft=None")
@@ -322,7 +334,7 @@ class _TransferMethod:
 
     Args:
         session: models and rewards.
-        plan: what the decode keeps to; `max_rows` follows the shape of each batch.
+        plan: the settings of the decode; `max_rows` follows the shape of each batch.
     """
 
     def __init__(self, session: Session, plan: DecodePlan) -> None:
@@ -337,10 +349,10 @@ class _TransferMethod:
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
     ) -> None:
-        """Decode over one forest a model; a finished prompt's slot goes to the next one."""
+        """Decode over a forest for each model; a finished prompt's slot goes to the next prompt."""
         plan = dataclasses.replace(self.plan, max_rows=shape.max_rows)
-        # Roll-outs to the end get shorter from step to step: prompts that began together stay
-        # together, or each step is as long as that of the newest.
+        # Roll-outs to the end of the response get shorter from step to step. Slots are not refilled
+        # then, because a prompt that starts later would make every step as long as its own.
         refills = plan.speed.refill_slots and plan.config.horizon is not None
         active = responses[: shape.num_prompts]
         waiting = responses[shape.num_prompts :] if refills else []

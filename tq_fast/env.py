@@ -15,7 +15,7 @@ from .errors import InvalidArgument
 BUILD_CHOICES = ("auto", "none", "cpu", "cuda")
 BACKEND_CHOICES = ("auto", "cuda", "triton", "cpu", "ref")
 
-# A plain dict rather than functools.cache: torch.compile reads a dict as a guarded constant.
+# This is a plain dict, because torch.compile reads a dict as a guarded constant.
 _values: dict[str, str] = {}
 
 
@@ -28,15 +28,15 @@ def _read(variable: str, choices: tuple[str, ...]) -> str:
 
 
 def backend() -> str:
-    """TQ_FAST_BACKEND, "auto" when unset. Raises InvalidArgument for another word."""
+    """Return TQ_FAST_BACKEND, "auto" when unset; raise InvalidArgument for another word."""
     return _values.get("TQ_FAST_BACKEND") or _read("TQ_FAST_BACKEND", BACKEND_CHOICES)
 
 
 def build() -> str:
-    """TQ_FAST_BUILD, "auto" when unset. Raises InvalidArgument for another word."""
+    """Return TQ_FAST_BUILD, "auto" when unset; raise InvalidArgument for another word."""
     return _values.get("TQ_FAST_BUILD") or _read("TQ_FAST_BUILD", BUILD_CHOICES)
 
 
 def reload() -> None:
-    """Read both variables again at their next use."""
+    """Forget both values, so that they are read again at their next use."""
     _values.clear()

@@ -1,10 +1,11 @@
-"""The exceptions that tq_fast raises, all below `TqFastError`, and how it warns."""
+"""The exceptions that tq_fast raises, all below `TqFastError`, and what messages share."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,27 +17,27 @@ class TqFastError(Exception):
 
 
 class InvalidArgument(TqFastError, ValueError):
-    """An argument is wrong; the message names it, its value and what was expected."""
+    """A wrong argument; the message names it, its value and what was expected."""
 
 
 class UnsupportedModel(TqFastError, ValueError):
-    """A model uses a feature that the forest cannot honour; the message names the feature."""
+    """A model with a feature that the forest cannot honour; the message names the feature."""
 
 
 class BackendRefused(TqFastError, RuntimeError):
-    """A backend that was pinned by the caller cannot run the op on these inputs."""
+    """A backend, pinned by the caller, that cannot run the op on these inputs."""
 
 
 class DecodingError(TqFastError, RuntimeError):
-    """Decoding failed for one prompt.
+    """A failure to decode one prompt.
 
     Attributes:
-        prompt_idx: position of the prompt that failed, within the call; the first of those that a
-            reward was asked for, where it raised or returned the wrong number of scores.
+        prompt_idx: position within the call of the prompt that failed. Where a reward raised or
+            returned the wrong number of scores, it is the first prompt that it was asked about.
         step: index of the response token that was being chosen, from 0.
         reason: the message without prompt and step.
-        finished: responses already complete when the error struck, as new token ids `[T]`
-            by prompt position. Nothing that was finished is lost.
+        finished: the responses that were already complete, as new token ids `[T]` by prompt
+            position.
     """
 
     def __init__(self, message: str, *, prompt_idx: int, step: int) -> None:
@@ -47,12 +48,12 @@ class DecodingError(TqFastError, RuntimeError):
         self.finished: Mapping[int, torch.Tensor] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions are made again from `args` otherwise, without place and step.
+        # By default pickle makes an exception again from `args`, which here lack prompt and step.
         return _make_again, (type(self), self.reason, self.prompt_idx, self.step), self.__dict__
 
 
 class RewardError(DecodingError):
-    """A reward returned the wrong number of scores, or NaN, or raised."""
+    """A reward that raised, or returned NaN or the wrong number of scores."""
 
 
 def _make_again(
@@ -61,8 +62,15 @@ def _make_again(
     return kind(message, prompt_idx=prompt_idx, step=step)
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Say which of `known` is meant by `word`, which is none of them; else name them all."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
 def warn_caller(message: str) -> None:
-    """Warn at the line outside of the package that called it: there it is shown once."""
+    """Warn at the line outside of the package that called it, where Python warns only once."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
@@ -70,5 +78,5 @@ def warn_caller(message: str) -> None:
 
 
 def _is_inner(module: str) -> bool:
-    # Torch wraps what runs without gradient.
+    # Frames of torch are skipped too: `torch.no_grad` wraps the functions that it decorates.
     return module.split(".")[0] in ("tq_fast", "torch")

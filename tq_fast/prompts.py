@@ -44,13 +44,6 @@ class Prompt:
     is_continued: bool = False
     template_options: TemplateOptions = dataclasses.field(default_factory=dict, hash=False)
 
-    def finished_with(self, answer: str) -> list[Mapping[str, Any]]:
-        """Return the chat with `answer` as its last turn, or at the end of the one continued."""
-        chat: list[Any] = list(self.given)
-        if not self.is_continued:
-            return [*chat, {"role": "assistant", "content": answer}]
-        return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + answer}]
-
 
 # Columns of data sets, arrays and batches of a tokenizer count too: `read_prompts` has the list.
 PromptLike: TypeAlias = str | Messages | torch.Tensor | Sequence[int] | Mapping[str, Any] | Prompt

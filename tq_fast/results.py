@@ -1,4 +1,4 @@
-"""What a decode returns: responses, traces, certificates and counts."""
+"""The results of a decode: responses, traces, certificates and counts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What one response cost in divergence, and the bound of the prior that was used.
+    """The divergences of one response, and the bound that holds under the prior in use.
 
     Theorem 1 of arXiv 2405.20495 holds for exact Q and the full vocabulary; truncation to k
     candidates adds `-log(prior mass of the k)` a step, which `kl_bound` contains. Finite roll-outs
@@ -54,7 +54,7 @@ class Certificate:
     Attributes:
         kl_to_sft: sum over the steps of KL(pi_alg || pi_sft), nats; None without an SFT model. An
             upper bound where choices were settled by bounds on the reward.
-        kl_to_baseline: the same to pi_BL; None where no baseline took part.
+        kl_to_baseline: the same for pi_BL; None where no baseline took part.
         log_prior_mass: sum over the steps of the log prior mass of the k candidates.
         prior: the prior in use, "sft" or "baseline"; "mixture" of both for dera.
         kl_bound: bound on KL(rho_alg || rho_sft) in nats: `T r_max / alpha` under the SFT prior,
@@ -62,15 +62,15 @@ class Certificate:
             where the reward's bounds, or the beta that it needs, were not given, and where it does
             not hold: under the baseline prior for a baseline that was aligned to another reward,
             and for weights="published", whose Q leaves the reward's bounds.
-        gap_reduction: what the theorem takes off `beta KL(rho* || rho_sft)`, its bound on how far
-            the reward stays below the best one, in units of the reward, along this response:
+        gap_reduction: the amount, in units of the reward, that the theorem takes off
+            `beta KL(rho* || rho_sft)`, its bound on how far the reward stays below the best one:
             `alpha KL(pi_alg || pi_BL)` under the baseline prior, `alpha (KL(pi_alg || pi_sft) -
             KL(pi_BL || pi_sft))` under the SFT prior, summed over the steps. None where the theorem
             says nothing: for indirect transfer, where a model did not take part, and where a
             choice was settled without every Q.
         median_ess: median effective sample size over all steps and candidates with more than one
             roll-out; None where there is none.
-        min_ess: the smallest of them.
+        min_ess: the smallest of these sample sizes.
     """
 
     kl_to_sft: float | None
@@ -85,7 +85,7 @@ class Certificate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepTrace(_ByValue):
-    """How one token was chosen. Tensors are on the CPU; log-probs are natural logs, fp32.
+    """The record of how one token was chosen. Tensors are on the CPU, log-probs in fp32.
 
     Attributes:
         candidates: token ids `[k]`, by falling proposal probability.
@@ -119,7 +119,7 @@ class StepTrace(_ByValue):
 
     @property
     def num_rollouts(self) -> torch.Tensor:
-        """How many rewards Q of each candidate is made of, int64 `[k]`."""
+        """The number of rewards that enter Q of each candidate, int64 `[k]`."""
         return (~self.rewards.isnan()).sum(-1)
 
     @property
@@ -188,7 +188,7 @@ class DecodeStats:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def add(self, other: DecodeStats) -> None:
-        """Add the counts of another forest; peaks are not added, the larger one stays."""
+        """Add the counts of another forest; of two peaks keep the larger one."""
         for name in ("num_steps", "rollout_steps", "rollouts_run", "rollouts_skipped"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for role, count in other.token_forwards.items():
@@ -211,11 +211,11 @@ class PromptResult(_ByValue):
 
 @contextlib.contextmanager
 def carry_finished(results: Mapping[int, PromptResult]) -> Iterator[None]:
-    """Give whatever ends the block the responses finished by then: `finished`, token ids `[T]`."""
+    """Set `finished`, token ids `[T]` by prompt, on an exception that ends the block."""
     try:
         yield
     except BaseException as error:
-        # Any exception takes attributes; only our own declare this one.
+        # Any exception can carry the attribute, but only our own declare it.
         vars(error)["finished"] = {idx: result.sequence for idx, result in results.items()}
         raise
 
@@ -246,7 +246,7 @@ class DecodeResult(_ByValue):
     def collect(
         results: Sequence[PromptResult], stats: DecodeStats, *, has_texts: bool
     ) -> DecodeResult:
-        """Put the responses of one call together."""
+        """Return the result of one call from those of its prompts."""
         return DecodeResult(
             texts=[result.text or "" for result in results] if has_texts else None,
             sequences=[result.sequence for result in results],

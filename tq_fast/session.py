@@ -1,10 +1,11 @@
-"""What every decoder does around its loop: models by role, prompts, batches, progress, results."""
+"""The work that all methods share: models by role, prompts, batches, progress and results."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypedDict
 
@@ -22,13 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .chats import TemplateOptions
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
+from .forest.language import vocab_size_of
 from .models.generation import warn_of_ignored
 from .models.loading import (
     ModelLike,
     TokenizerLike,
     check_same_vocabulary,
     end_token_ids,
-    evaluating,
     load_language_model,
     load_reward,
     load_tokenizer,
@@ -36,7 +37,8 @@ from .models.loading import (
 from .prompts import Prompt, PromptReader, read_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .rewards.base import Reward, RewardFunction, Texts
-from .rewards.lengths import check_fits
+from .rewards.lengths import check_room, positions_of
+from .rewards.options import RewardOptions
 from .stopping import StopStrings
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 
@@ -45,7 +47,7 @@ ROLES: tuple[Role, ...] = ("baseline", "sft")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadingOptions:
-    """How models that are named are loaded, and how rewards are read.
+    """Options for loading the models that are given by name, and for reading rewards.
 
     The attributes are the keyword arguments of `TransferDecoder`, whose docstring explains them.
 
@@ -59,6 +61,7 @@ class LoadingOptions:
     baseline_reward_tokenizer: TokenizerLike | None = None
     reward_index: int | None = None
     reward_bounds: tuple[float, float] | None = None
+    reward_options: RewardOptions | None = None
     device: torch.device | str | None = None
     dtype: torch.dtype | str = "auto"
     speed: SpeedOptions | None = None
@@ -73,12 +76,16 @@ class LoadingOptions:
         is_float = isinstance(named, torch.dtype) and named.is_floating_point
         if dtype != "auto" and not is_float:
             raise InvalidArgument(f"dtype must be 'auto' or a floating-point dtype, got {dtype!r}")
+        if not isinstance(self.reward_options, (RewardOptions, type(None))):
+            raise InvalidArgument(
+                f"reward_options must be tq_fast.RewardOptions or None, got {self.reward_options!r}"
+            )
         if not isinstance(self.speed, (SpeedOptions, type(None))):
             raise InvalidArgument(f"speed must be tq_fast.SpeedOptions or None, got {self.speed!r}")
 
 
 class RunOptions(TypedDict, total=False):
-    """How a call runs; results do not depend on it."""
+    """Options of how a call runs; results do not depend on them."""
 
     batch_size: int
     memory_budget: int | None
@@ -86,7 +93,7 @@ class RunOptions(TypedDict, total=False):
 
 
 class MethodOptions(DecodeOptions, RunOptions, total=False):
-    """What every preset takes beside prompts and models: all settings, as keyword arguments."""
+    """The keyword arguments of every preset, beside prompts and models."""
 
     config: DecodeConfig | None
     template_options: TemplateOptions | None
@@ -96,13 +103,14 @@ class MethodOptions(DecodeOptions, RunOptions, total=False):
     baseline_reward_tokenizer: TokenizerLike | None
     reward_index: int | None
     reward_bounds: tuple[float, float] | None
+    reward_options: RewardOptions | None
     device: torch.device | str | None
     dtype: torch.dtype | str
     speed: SpeedOptions | None
 
 
 def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
-    """Return `reward_bounds` as floats."""
+    """Return `reward_bounds` as floats; refuse what is no finite interval."""
     if bounds is None:
         return None
     is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
@@ -115,7 +123,7 @@ def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
 
 
 def place_models(device: torch.device | str | None) -> torch.device:
-    """Return where models that are named are put: `device`, else a GPU if there is one.
+    """Return the device for models given by name: `device`, else a GPU if there is one.
 
     Raises:
         InvalidArgument: there is no such device.
@@ -129,12 +137,28 @@ def place_models(device: torch.device | str | None) -> torch.device:
         raise InvalidArgument(f"device {device!r} cannot be used: {reason}") from error
 
 
+@contextlib.contextmanager
+def neutral_torch() -> Iterator[None]:
+    """Within the block torch computes as if the caller had set neither autocast nor a device.
+
+    The caller's default dtype stays, since it is common to all threads: every tensor of the package
+    names its dtype.
+    """
+    with contextlib.ExitStack() as settings:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                settings.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            settings.enter_context(torch.device("cpu"))
+        yield
+
+
 class Report:
-    """Hears from a method how far it is, and keeps what is finished.
+    """The progress of a run as its method reports it, and the results that are finished.
 
     Args:
-        bar: shows the tokens.
-        finished: the results so far, by prompt position; added to here.
+        bar: the progress bar, which counts tokens.
+        finished: the results so far, by prompt position; new ones are added here.
         on_token: called after every new token of a prompt, with the prompt's position.
         on_finished: called as soon as a response is complete, with the prompt's position.
     """
@@ -177,30 +201,31 @@ class Method(Protocol):
     tokens_per_prompt: int
 
     def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
-        """Bytes of a prompt and of a row, for the longest of `prompts`."""
+        """Return the bytes of a prompt and of a row, for the longest of `prompts`."""
         ...
 
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
     ) -> None:
-        """Decode the first of `responses`, as many as `shape` says, or more of them in turn."""
+        """Decode the first of `responses`, as many as `shape` allows, or more in turn."""
         ...
 
 
 class Session:
-    """Models that are loaded once, each under the role that it has.
+    """Models that are loaded once, by role.
 
     Args:
         languages: language models by role; one that is None takes no part. The first one's
             tokenizer reads the prompts.
-        rewards: rewards by role ("reward", "baseline_reward"), likewise.
-        loading: how they are loaded.
+        rewards: rewards by role ("reward", "baseline_reward"); one that is None takes no part.
+        loading: options for loading both.
 
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
         UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
     """
 
+    @neutral_torch()
     def __init__(
         self,
         languages: Mapping[Role, ModelLike | None],
@@ -222,7 +247,7 @@ class Session:
         if len(given) == 2:
             own = load_tokenizer(None, given["sft"], "sft")
             check_same_vocabulary(self.tokenizer, own, *self.languages.values())
-        sizes = [_vocab_size_of(model) for model in self.languages.values()]
+        sizes = [vocab_size_of(model) for model in self.languages.values()]
         self.vocab_size = min(sizes)
         self.rewards: dict[str, Reward] = {
             role: load_reward(
@@ -230,6 +255,7 @@ class Session:
                 role,
                 tokenizer=getattr(loading, f"{role}_tokenizer"),
                 label=loading.reward_index if role == "reward" else None,
+                options=loading.reward_options if role == "reward" else None,
                 texts=Texts(self.tokenizer),
                 vocab_size=sizes[0],
                 device=place,
@@ -240,13 +266,13 @@ class Session:
         }
 
     def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
-        """Return what reads prompts one at a time, with the random streams of a single call."""
+        """Return a reader of one prompt at a time, with the random streams of a single call."""
         return PromptReader(
             self.tokenizer, vocab_size=self.vocab_size, template_options=template_options
         )
 
     def read(self, prompts: Any, template_options: TemplateOptions | None = None) -> list[Prompt]:
-        """Read `prompts` in any of their forms; `tq_fast.prompts.read_prompts` says which."""
+        """Read `prompts` in any of the forms that `tq_fast.prompts.read_prompts` lists."""
         return read_prompts(
             prompts,
             self.tokenizer,
@@ -257,14 +283,17 @@ class Session:
     def check_fits(self, idx: int, prompt: Prompt, num_new: int, settings: str) -> None:
         """Refuse a prompt that is too long, with `num_new` tokens after it, for some model.
 
+        Rewards refuse what they cannot render, too, and warn of what they cannot read exactly.
+
         Raises:
             InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
         """
-        models: dict[str, PreTrainedModel | Reward | None] = {
-            str(role): model for role, model in self.languages.items()
-        }
-        models |= self.rewards
-        check_fits(idx, prompt, num_new, settings, models)
+        num_prompt = len(prompt.token_ids)
+        for role, model in self.languages.items():
+            limit = positions_of(model)
+            check_room(idx, num_prompt, num_new, settings, role=role, limit=limit)
+        for name, reward in self.rewards.items():
+            reward.check_prompt(idx, prompt, num_new, settings, role=name)
 
     def end_ids(self, config: DecodeConfig) -> tuple[int, ...]:
         """Return the ids that end a response: the config's, else the first model's own.
@@ -315,7 +344,7 @@ class Session:
     ) -> DecodeResult:
         """Decode `prompts` by `method`, in smaller batches where the memory does not suffice.
 
-        Whatever ends the run has the complete responses as `finished`.
+        An exception that ends the run carries the complete responses as its `finished`.
         """
         check_sizes(batch_size, memory_budget)
         responses = [Response(idx, prompt) for idx, prompt in enumerate(prompts)]
@@ -328,7 +357,6 @@ class Session:
         finished: dict[int, PromptResult] = {}
         with (
             TokenBar(len(prompts) * method.tokens_per_prompt, visible=progress) as bar,
-            evaluating(self._models()),
             carry_finished(finished),
         ):
             report = Report(bar, finished, on_token, on_finished)
@@ -340,17 +368,9 @@ class Session:
         results = [finished[idx] for idx in range(len(prompts))]
         return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
 
-    def _models(self) -> list[PreTrainedModel]:
-        scorers = [reward.model for reward in self.rewards.values() if reward.model is not None]
-        return [*self.languages.values(), *scorers]
-
-
-def _vocab_size_of(model: PreTrainedModel) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
-
 
 class TokenBar:
-    """Context manager: a bar over `num_tokens` tokens, or nothing where it is not visible."""
+    """A context manager with a progress bar over `num_tokens` tokens, shown where `visible`."""
 
     def __init__(self, num_tokens: int, *, visible: bool) -> None:
         self._bar = Progress(
@@ -378,9 +398,9 @@ class TokenBar:
 
     @property
     def num_done(self) -> int:
-        """Tokens counted so far."""
+        """The number of tokens counted so far."""
         return int(self._bar.tasks[0].completed)
 
     def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` more."""
+        """Count `num_tokens` more tokens."""
         self._bar.update(self._task, advance=num_tokens)

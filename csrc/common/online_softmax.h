@@ -1,6 +1,6 @@
-// The running (peak, sum of exp(x - peak)) of a set of values, and how two of them merge.
+// The running (peak, sum of exp(x - peak)) of a set of values, and the merge of two of them.
 //
-// (-inf, 0) is the empty set. Natural log. A NaN value never gets here: callers make it -inf first.
+// (-inf, 0) is the empty set. Callers turn NaN into -inf first.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,7 @@ TQ_HOST_DEVICE SoftmaxState<Real> empty_softmax_state() {
   return {static_cast<Real>(-INFINITY), static_cast<Real>(0)};
 }
 
-// The sum of `state` told relative to another peak; the empty set adds nothing to any.
+// The sum of `state` relative to another peak; the empty set adds nothing to any.
 template <typename Real>
 TQ_HOST_DEVICE Real sum_at_peak(SoftmaxState<Real> state, Real peak) {
   return state.peak == static_cast<Real>(-INFINITY) ? static_cast<Real>(0)

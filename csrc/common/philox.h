@@ -11,7 +11,7 @@
 
 namespace tq {
 
-// What a draw is for; it separates streams that share everything else.
+// The purpose of a draw separates streams that share everything else.
 constexpr uint32_t kPurposeRollout = 1;
 constexpr uint32_t kPurposeChoice = 2;
 

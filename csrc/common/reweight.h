@@ -10,8 +10,8 @@
 
 namespace tq {
 
-// What reweight_sample works on: dense arrays of the contract (tq_fast/ops/reweight_sample.py); what is
-// optional there may be null. Integer: how seed and step are read.
+// The operands of reweight_sample: dense arrays of the contract (tq_fast/ops/reweight_sample.py); optional
+// ones may be null. `Integer` is how seed and step are read.
 template <typename Real, typename Integer = int64_t>
 struct ReweightJob {
   const Real* prior_logprobs;
@@ -41,8 +41,8 @@ struct CandidateValue {
   double ess;             // 1 / sum of squared weights
 };
 
-// Who reads the roll-outs of a candidate: here one thread, all of them. Others (cuda/) are some lanes
-// of a warp: lane `rank` of `size` takes roll-outs rank, rank + size, ...
+// The readers of a candidate's roll-outs: reader `rank` of `size` takes roll-outs rank, rank + size, ... On
+// the host one thread reads all; on CUDA some lanes of a warp share them.
 struct OneReader {
   static constexpr int64_t rank = 0;
   static constexpr int64_t size = 1;
@@ -60,29 +60,32 @@ TQ_HOST_DEVICE double largest_of(const Real* numbers, int64_t n, Reader reader =
   return max_over(reader, largest);
 }
 
-// The weights of n roll-outs of one candidate, up to a factor: 1 for all where log_weights is null.
+// The weights of n roll-outs of one candidate, up to a factor: exp(log_weight - the largest of them).
 template <typename Real>
-struct RolloutWeights {
+struct LogWeights {
   const Real* log_weights;
-  double peak;
+  double largest;
 };
 
 template <typename Real>
-TQ_HOST_DEVICE double weight_at(const RolloutWeights<Real>& weights, int64_t i) {
-  if (weights.log_weights == nullptr) return 1.0;
-  return ::exp(static_cast<double>(weights.log_weights[i]) - weights.peak);
+TQ_HOST_DEVICE double weight_at(const LogWeights<Real>& weights, int64_t i) {
+  return ::exp(static_cast<double>(weights.log_weights[i]) - weights.largest);
+}
+
+// Weights that were computed before; null: all roll-outs weigh the same.
+struct RolloutWeights {
+  const double* weights;
+};
+
+TQ_HOST_DEVICE double weight_at(const RolloutWeights& weights, int64_t i) {
+  return weights.weights == nullptr ? 1.0 : weights.weights[i];
 }
 
 // The value of one candidate from its n roll-outs, whose weights are normalised within it; NaN where
-// no roll-out has any weight, since 0/0 is.
-// `log_weights` may be null: all equal. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
-// cpu/reweight_rows.cpp does the same for several candidates at a time.
-template <typename Real, typename Reader = OneReader>
-TQ_HOST_DEVICE CandidateValue value_candidate(
-    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {
-  RolloutWeights<Real> weights{log_weights, 0.0};
-  if (log_weights != nullptr) weights.peak = largest_of(log_weights, n, reader);
-
+// no roll-out has any weight, since 0/0 is. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
+template <typename Real, typename Weights, typename Reader = OneReader>
+TQ_HOST_DEVICE CandidateValue value_weighted(
+    const Real* rewards, const Weights& weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {
   double mass = 0.0;
   double mass_of_squares = 0.0;
   double top = -INFINITY;
@@ -97,7 +100,7 @@ TQ_HOST_DEVICE CandidateValue value_candidate(
   mass_of_squares = sum_over(reader, mass_of_squares);
   top = max_over(reader, top);
 
-  // A roll-out of weight 0 takes no part, whatever its reward: here and below.
+  // A roll-out of weight 0 takes no part whatever its reward, here and in the spread below.
   double total = 0.0;
   for (int64_t i = reader.rank; i < n; i += reader.size) {
     const double w = weight_at(weights, i);
@@ -121,6 +124,15 @@ TQ_HOST_DEVICE CandidateValue value_candidate(
   const double standard_error =
       n > 1 ? ::sqrt(count / (count - 1.0) * spread) / mass : static_cast<double>(NAN);
   return {q, standard_error, mass * mass / mass_of_squares};
+}
+
+// The value of one candidate from log-weights, which may be null: then all roll-outs weigh the same.
+template <typename Real, typename Reader = OneReader>
+TQ_HOST_DEVICE CandidateValue value_candidate(
+    const Real* rewards, const Real* log_weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {
+  if (log_weights == nullptr) return value_weighted(rewards, RolloutWeights{nullptr}, n, alpha, is_soft, reader);
+  const LogWeights<Real> weights{log_weights, largest_of(log_weights, n, reader)};
+  return value_weighted(rewards, weights, n, alpha, is_soft, reader);
 }
 
 // log prior + Q / alpha; a candidate whose score is not a number counts as impossible.

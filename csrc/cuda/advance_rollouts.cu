@@ -2,7 +2,7 @@
 // the same launch.
 #include <cmath>
 
-#include "cuda/draw_rows.h"
+#include "cuda/draw_launch.h"
 
 namespace tq {
 

@@ -42,8 +42,8 @@ struct Weigh {
   }
 };
 
-// Shared memory of a block; only the leader's is used. The two rounds of masses and counts make one
-// barrier a pass enough.
+// Shared memory of a block; only the leader's is used. There are two rounds of masses and counts, so that
+// one barrier a pass is enough.
 struct DrawScratch {
   double* masses;  // [2 * tiles]
   SoftmaxState<float>* states;
@@ -64,8 +64,8 @@ TQ_DEVICE DrawScratch cut_draw_scratch(int tiles) {
   return scratch;
 }
 
-// Where a running mass first exceeds a target: the item, and the mass before it. Where rounding lets
-// none, the last item with any mass; where there is no mass at all, -1.
+// The item at which a running mass first exceeds a target, and the mass before it. Where rounding lets none
+// exceed it, the last item with any mass; without any mass, -1.
 struct Place {
   int item;
   double before;
@@ -93,7 +93,7 @@ TQ_DEVICE Place find_place(int count, double target, const MassOf& mass_of) {
   return last;
 }
 
-// The sum that find_place runs up to, by the same steps.
+// The sum that find_place reaches, by the same steps.
 template <typename MassOf>
 TQ_DEVICE double total_of(int count, const MassOf& mass_of) {
   double carry = 0.0;
@@ -150,7 +150,8 @@ struct RowPasses {
   int round;
 };
 
-// Mass and number of what `weigh` keeps, each tile's in the leader's tables, the totals everywhere.
+// Returns the mass and the number of the elements that `weigh` keeps, to every thread; those of each tile
+// are left in the leader's tables.
 template <typename Type>
 TQ_DEVICE Amount weigh_row(RowPasses<Type>& passes, const Weigh& weigh) {
   passes.round ^= 1;
@@ -255,7 +256,7 @@ TQ_DEVICE void cut(RowPasses<Type>& passes, Weigh& weigh, Amount kept, double wa
   weigh.last_tie = find_tie(passes, least, num_ties);
 }
 
-// Top-k first, then top-p of what it leaves. Called by the whole group.
+// Cuts by top-k first, then by top-p of what is left. The whole group calls it.
 template <typename Type>
 TQ_DEVICE void truncate(RowPasses<Type>& passes, Weigh& weigh, const DrawParameters& parameters) {
   Amount kept = weigh_row(passes, weigh);
@@ -274,7 +275,7 @@ TQ_DEVICE bool cuts(const DrawParameters& parameters, int vocab_size) {
          ((parameters.top_k > 0 && parameters.top_k < vocab_size) || parameters.top_p < 1.0);
 }
 
-// The first pass: the state of every tile, and its sum at the temperature where that is another.
+// Makes the first pass: the state of every tile, and its sum at a temperature other than 1.
 template <typename Type>
 TQ_DEVICE void reduce_row(const RowPasses<Type>& passes, float inverse_temperature) {
   SoftmaxState<float>* const states = simt::of_leader(passes.scratch.states);
@@ -295,7 +296,7 @@ TQ_DEVICE void reduce_row(const RowPasses<Type>& passes, float inverse_temperatu
   simt::sync_group();
 }
 
-// The draw itself, by one warp of the leader.
+// Draws a token, by one warp of the leader.
 template <typename Type>
 TQ_DEVICE DrawnToken draw(
     const RowPasses<Type>& passes, const Weigh& weigh, SoftmaxState<double> state, float temperature, bool is_cut,
@@ -326,17 +327,18 @@ TQ_DEVICE DrawnToken draw(
   return {id, logprob, ::fminf(proposal, 0.0f), true};
 }
 
-// Draws for one row with the whole group; `finish(DrawnToken)` is called once, by one thread. The code
-// that cuts off is left out where kMayCut is false: it costs registers that the rest wants.
+// Draws for one row with the whole group; one thread calls `finish(DrawnToken)` once. Where kMayCut is
+// false the code that cuts off is left out, because it costs registers that the rest wants.
 template <typename Type, bool kMayCut, typename Finish>
 TQ_DEVICE void draw_row(
     const LogitRow<Type>& row, const DrawParameters& parameters, double uniform, const Finish& finish) {
   const int tiles = static_cast<int>(num_tiles(row.size));
   RowPasses<Type> passes{row, cut_draw_scratch(tiles), tiles, 0};
   const bool is_greedy = parameters.temperature == 0.0f;
-  // A temperature so low that its inverse overflows: the largest float still makes 0 of all but ties.
+  // The inverse of a very low temperature overflows; the largest float in its place still gives every
+  // element but ties of the largest a mass of 0.
   const float inverse_temperature = is_greedy ? 1.0f : ::fminf(1.0f / parameters.temperature, FLT_MAX);
-  // Nobody writes to the leader before it runs.
+  // Wait until the leader runs: its shared memory must exist before others write to it.
   simt::sync_group();
   reduce_row(passes, inverse_temperature);
   const bool may_cut = kMayCut && cuts(parameters, row.size);
@@ -350,7 +352,7 @@ TQ_DEVICE void draw_row(
   if constexpr (kMayCut) {
     if (is_cut) truncate(passes, weigh, parameters);
   }
-  // The leader's shared memory is read by all until here, and by the leader alone from here on.
+  // Up to here all blocks read the leader's shared memory; from here on the leader alone does.
   if (may_cut) simt::sync_group();
   if (simt::group_rank() != 0 || simt::thread() >= simt::kWarp) return;
   DrawnToken token{0, -INFINITY, -INFINITY, false};

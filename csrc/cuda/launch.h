@@ -1,4 +1,4 @@
-// How a CUDA op reaches the device: its stream, parameters that lie there, groups of blocks for rows.
+// How a CUDA op reaches the device: its stream, parameters in device memory, groups of blocks for rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,8 @@ inline DeviceInt device_int(int64_t number, const std::optional<Tensor>& tensor)
   return {number, data_or_null<int64_t>(tensor)};
 }
 
-// The device of an op's first tensor. A call whose other tensors alone lie on one comes here, too.
+// The device of an op's first tensor, which may be on the CPU: the dispatcher comes here if any tensor is
+// on a device.
 inline int32_t device_of(const char* op, const Tensor& first) {
   STD_TORCH_CHECK(first.is_cuda(), op, ": its first tensor is not on a CUDA device, but others are");
   return first.get_device_index();
@@ -38,8 +39,8 @@ constexpr int kThreads = 256;
 constexpr int kMostBlocksOfGroup = 8;  // what every device with clusters can place
 constexpr int64_t kRowsOfLaunch = int64_t{1} << 27;
 
-// The blocks that share a row: enough for a warp a tile, fewer where rows alone fill the device.
-// Only speed depends on it. One block where the code that runs was not compiled for clusters.
+// The number of blocks that share a row: enough for a warp a tile, fewer where rows alone fill the device,
+// and one where the code that runs was not compiled for clusters. Only speed depends on it.
 inline int blocks_of_group(const void* kernel, int64_t rows, int64_t tiles) {
   cudaFuncAttributes attributes;
   STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));

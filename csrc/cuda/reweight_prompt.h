@@ -11,7 +11,7 @@
 
 namespace tq {
 
-// `size` lanes of a warp, a power of two; the lanes of the whole warp sum together.
+// Reads with `size` lanes of a warp, a power of two; all lanes of the warp sum together.
 struct LaneReader {
   int64_t rank;
   int64_t size;
@@ -46,7 +46,8 @@ TQ_DEVICE void score_candidates(const DeviceReweightJob<Real>& job, int64_t g, d
   const int lanes = lanes_a_candidate(job.n);
   const LaneReader reader{simt::thread() % lanes, lanes};
   const int64_t at_once = simt::num_threads() / lanes;
-  // Every lane goes as many rounds: those without a candidate of their own read no roll-out.
+  // Every lane goes through as many rounds, since all take part in the sums; those without a candidate of
+  // their own read no roll-out.
   for (int64_t first = 0; first < job.k; first += at_once) {
     const int64_t z = first + simt::thread() / lanes;
     const bool is_own = z < job.k;
@@ -64,7 +65,7 @@ TQ_DEVICE void score_candidates(const DeviceReweightJob<Real>& job, int64_t g, d
   }
 }
 
-// The candidates' law and the choice, by one warp.
+// Makes the law of the candidates and the choice, by one warp.
 template <typename Real>
 TQ_DEVICE void choose_candidate(const DeviceReweightJob<Real>& job, int64_t g, const double* scores) {
   constexpr int kWarp = simt::kWarp;
@@ -73,7 +74,7 @@ TQ_DEVICE void choose_candidate(const DeviceReweightJob<Real>& job, int64_t g, c
   peak = simt::warp_max(peak);
   double mass = 0.0;
   for (int64_t z = simt::lane(); z < job.k; z += kWarp) mass += scores[z] == -INFINITY ? 0.0 : ::exp(scores[z] - peak);
-  // The mass is not a number where the peak is infinite: then the peak is the lse.
+  // Where the peak is infinite, the mass is not a number, and the peak is the lse.
   const double log_mass = ::log(simt::warp_sum(mass));
   const double lse = peak == INFINITY ? peak : peak + log_mass;
 

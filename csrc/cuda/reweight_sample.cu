@@ -12,7 +12,7 @@ namespace tq {
 
 namespace {
 
-// A score a candidate in shared memory: what 32 KB hold.
+// The scores lie in shared memory, one a candidate: as many as 32 KB hold.
 constexpr int64_t kMostCandidates = 4096;
 
 template <typename Real>

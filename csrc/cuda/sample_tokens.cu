@@ -1,7 +1,7 @@
 // sample_tokens on CUDA: one launch, a group of blocks for each row (cuda/draw_row.h).
 #include <tuple>
 
-#include "cuda/draw_rows.h"
+#include "cuda/draw_launch.h"
 
 namespace tq {
 

@@ -1,11 +1,11 @@
-// What kernels ask of the machine: threads, warps, blocks, and the group of blocks that share a row.
+// The interface of kernels to the machine: threads, warps, blocks, and the group of blocks that share a row.
 //
-// Kernels reach the hardware only through these names, so that csrc/tests/simt_on_host.h can run the
-// very same code on a CPU, thread by thread, and the unit tests need no GPU.
+// Kernels reach the hardware only through these names, so that csrc/tests/simt_on_host.h can run the very
+// same code on a CPU, thread by thread, and the unit tests need no GPU.
 //
-// A group is a thread-block cluster where the target has them (sm_90 and later), one block elsewhere.
-// The results never depend on its size: rows are cut into tiles of a fixed size, one warp reduces a
-// tile, and tiles are merged in order.
+// A group is a thread-block cluster where the target has them (sm_90 and later), one block elsewhere. The
+// results never depend on its size: rows are cut into tiles of a fixed size, one warp reduces a tile, and
+// tiles are merged in order.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ TQ_DEVICE T shuffle_up(T value, int distance) {
 TQ_DEVICE uint32_t ballot(bool condition) { return __ballot_sync(kAllLanes, condition); }
 TQ_DEVICE void sync_block() { __syncthreads(); }
 
-// Adds to a counter in shared memory; the value before.
+// Adds to a counter in shared memory and returns the value before.
 TQ_DEVICE int add_to_shared(int* counter, int amount) { return atomicAdd(counter, amount); }
 
 TQ_DEVICE unsigned char* shared_memory() {
@@ -79,7 +79,7 @@ TQ_DEVICE T* of_leader(T* place) {
 }
 #endif
 
-// Which group of the grid this is: a row each.
+// The index of this group in the grid, and of its row.
 TQ_DEVICE int64_t group_idx() { return static_cast<int64_t>(blockIdx.x) / group_size(); }
 
 // exp within a few units in the last place for arguments near 0; 0 for -inf.

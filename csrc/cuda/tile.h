@@ -15,10 +15,10 @@ constexpr int kPerLane = kTile / simt::kWarp;
 
 TQ_HOST_DEVICE int num_tiles(int64_t size) { return static_cast<int>((size + kTile - 1) / kTile); }
 
-// Ids inside a row are ints.
+// Ids inside a row fit an int.
 constexpr int64_t kMostVocab = int64_t{1} << 22;
 
-// How a stored element becomes a float; `unpack` is element i of a loaded quad.
+// Conversion of stored elements to floats; `unpack` gives element i of a loaded quad.
 struct Float32 {
   using Stored = float;
   TQ_DEVICE float widen(float stored) { return stored; }
@@ -63,7 +63,7 @@ struct LogitRow {
   }
 };
 
-// Of NaN and -inf it takes the number.
+// fmaxf returns the number where the other operand is NaN.
 TQ_DEVICE float clean(float logit) { return ::fmaxf(logit, -INFINITY); }
 
 template <typename Type>
@@ -89,7 +89,7 @@ TQ_DEVICE bool is_whole(const LogitRow<Type>& row, int tile) {
   return row.is_aligned && (tile + 1) * kTile <= row.size;
 }
 
-// What `lane` holds of load j: kPerLoad values, -inf past the end of the row.
+// The kPerLoad values that `lane` holds of load j; -inf past the end of the row.
 template <typename Type>
 TQ_DEVICE void load_part(const LogitRow<Type>& row, int tile, int j, int lane, float (&values)[kPerLoad<Type>]) {
   const int first = id_in_tile<Type>(tile, j, lane, 0);
@@ -104,7 +104,7 @@ TQ_UNROLL
   divide(row, values);
 }
 
-// Everything that this lane holds of a tile: all loads are under way before the first is used.
+// Loads everything that this lane holds of a tile; all loads are under way before the first is used.
 template <typename Type>
 TQ_DEVICE void load_tile(const LogitRow<Type>& row, int tile, float (&values)[kPerLane]) {
   constexpr int kCount = kPerLoad<Type>;

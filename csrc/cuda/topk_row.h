@@ -29,8 +29,8 @@ struct TopKRows {
   float* lse;
 };
 
-// Shared memory of a block; only the leader's is used. Candidates take the place of the lane keys'
-// neighbours, never of the keys: those are still read while candidates come in.
+// Shared memory of a block; only the leader's is used. Candidates have room beside the lane keys, which are
+// still read while candidates come in.
 struct TopKScratch {
   uint64_t* lane_keys;   // [32 tiles]; 0: this lane holds nothing
   uint64_t* candidates;  // [candidate_room]
@@ -82,8 +82,8 @@ TQ_UNROLL
   return id < row.size ? ordered_key(best, static_cast<uint32_t>(id)) : 0;
 }
 
-// A threshold that exactly k of `count` distinct keys reach, or 1 where fewer than k are not 0.
-// The whole block takes part; two rounds of partial counts make one barrier a bit enough.
+// Returns a threshold that exactly k of `count` distinct keys reach, or 1 where fewer than k are not 0. The
+// whole block takes part. There are two rounds of partial counts, so that one barrier a bit is enough.
 TQ_DEVICE uint64_t threshold_of(const uint64_t* keys, int count, int k, int* counts) {
   uint64_t threshold = 0;
   for (int bit = 63; bit >= 0; --bit) {
@@ -133,7 +133,7 @@ TQ_UNROLL
   simt::sync_block();
 }
 
-// The k best candidates into `best`, in any order; `num_lanes` counts them.
+// Copies the k best candidates to `best`, in any order; `num_lanes` counts them.
 TQ_DEVICE void keep_best(const TopKScratch& scratch, int k) {
   const int count = *scratch.num_candidates;
   const uint64_t threshold = count > k ? threshold_of(scratch.candidates, count, k, scratch.counts) : 1;
@@ -171,7 +171,7 @@ TQ_DEVICE void topk_row(const TopKRows& rows) {
   const LogitRow<Type> row =
       LogitRow<Type>::at(rows.logits, row_idx, rows.stride, rows.vocab_size, temperature);
 
-  // Nobody writes to the leader before it runs.
+  // Wait until the leader runs: its shared memory must exist before others write to it.
   simt::sync_group();
   uint64_t* const lane_keys = simt::of_leader(scratch.lane_keys);
   SoftmaxState<float>* const states = simt::of_leader(scratch.states);

@@ -135,7 +135,7 @@ TQ_DEVICE float float_from_bits(uint32_t bits) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
-// Only for the numbers that tests store: no subnormals.
+// Converts the numbers that tests store, which are not subnormal.
 TQ_DEVICE float float_from_half_bits(uint16_t bits) {
   const uint32_t exponent = bits >> 10 & 31;
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;

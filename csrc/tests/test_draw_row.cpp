@@ -38,7 +38,7 @@ tq::DrawnToken draw(const std::vector<float>& logits, const tq::DrawParameters& 
   return one;
 }
 
-// The masses that truncation leaves, sorted out in the plainest way.
+// Computes the masses that truncation leaves, in the plainest way.
 std::vector<double> kept_masses(const std::vector<float>& logits, const tq::DrawParameters& parameters) {
   const size_t size = logits.size();
   std::vector<float> x(size);

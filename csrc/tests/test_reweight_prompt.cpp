@@ -31,7 +31,7 @@ Problem random_problem(int64_t prompts, int64_t k, int64_t n) {
   return problem;
 }
 
-// The choice from scores, in the plainest way.
+// Makes the choice from scores, in the plainest way.
 int64_t choose(const std::vector<double>& scores, const int64_t* ids, int64_t g, bool is_greedy) {
   int64_t best = -1;
   double best_score = 0.0;

@@ -87,7 +87,7 @@ void rows_that_crowd_one_lane() {
   check(ramp, kSize, kSize, 77);
 }
 
-// Lanes tie with each other and within themselves: ids decide, in the lane keys as in the result.
+// Lanes tie with each other and within themselves: ids must decide, in the lane keys as in the result.
 void rows_of_few_values() {
   std::vector<float> logits = random_logits(2 * 5000);
   for (float& x : logits) x = std::floor(x / 3.0f);

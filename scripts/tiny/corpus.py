@@ -32,27 +32,27 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Style:
-    """How a reviewer writes: chances of each kind of sentence, and of slips."""
+    """The way a reviewer writes: chances of each kind of sentence, and of slips."""
 
-    asked: float  # an aspect spoken of is one that was asked for
-    foreign: float  # an aspect spoken of is one that the place does not have
+    asked: float  # chance that an aspect spoken of is one that was asked for
+    foreign: float  # chance that an aspect spoken of is one that the place does not have
     opener: float
     statements: tuple[int, ...]  # how many opinions and details, drawn evenly
-    detail: float  # a statement is a detail, not an opinion
+    detail: float  # chance that a statement is a detail rather than an opinion
     tip: float
     thanks: float
     rude: float
     gush: float
     verdict: float
-    slip: float  # the review has one slip
+    slip: float  # chance that the review has one slip
 
 
 SFT_STYLE = Style(
     asked=0.55, foreign=0.05, opener=0.45, statements=(1, 1, 2, 2, 3), detail=0.25, tip=0.15,
     thanks=0.2, rude=0.12, gush=0.2, verdict=0.45, slip=0.08,
 )  # fmt: skip
-# Text that only the reward models see: from careful to careless, so that they can rank the very
-# good and the very bad, which samples of the SFT model hardly contain.
+# Only the reward models see texts of these two styles. They learn from them to rank very good and
+# very bad texts, which samples of the SFT model hardly contain.
 CAREFUL_STYLE = Style(
     asked=0.9, foreign=0.0, opener=0.3, statements=(2, 2, 3), detail=0.5, tip=0.6,
     thanks=0.5, rude=0.03, gush=0.3, verdict=0.4, slip=0.0,
@@ -62,7 +62,7 @@ CARELESS_STYLE = Style(
     thanks=0.2, rude=0.4, gush=0.4, verdict=0.4, slip=0.6,
 )  # fmt: skip
 
-# Tone of one judgement (good, mild, bad) for a reviewer in each mood, and how common the moods are.
+# For each mood: how common it is, and the chances of a good, a mild and a bad judgement.
 _MOODS: dict[str, tuple[float, tuple[float, float, float]]] = {
     "happy": (0.4, (0.75, 0.15, 0.1)),
     "torn": (0.35, (0.4, 0.25, 0.35)),
@@ -101,7 +101,7 @@ def ask_differently(prompt: str, rng: random.Random) -> str:
 
 
 class Reviewer:
-    """Writes one review of one place: a mood, and a memory of what was said already."""
+    """The writer of one review of one place, with a mood and a memory of what was said."""
 
     def __init__(self, prompt: str, style: Style, rng: random.Random) -> None:
         asked = parse_prompt(prompt)
@@ -167,7 +167,7 @@ class Reviewer:
             pool = [aspect for aspect in CLASS_OF if aspect not in own]
         fitting = [a for a in pool if CLASS_OF[a] in classes and a != avoid]
         fitting = fitting or [a for a in own if CLASS_OF[a] in classes and a != avoid]
-        # Reviewers seldom come back to what they have spoken of.
+        # Reviewers seldom come back to an aspect that they have spoken of.
         fresh = [a for a in fitting if a not in self._used]
         aspect = rng.choice(fresh if fresh and rng.random() < 0.8 else fitting)
         self._used.append(aspect)

@@ -1,4 +1,4 @@
-"""What the trained models score, measured on the saved weights and the held-out prompts."""
+"""Scores of the trained models, measured on the saved weights and the held-out prompts."""
 
 import math
 import statistics
@@ -43,7 +43,7 @@ class PolicyScores:
 
 @dataclass(frozen=True)
 class WorldScores:
-    """Everything that the card reports."""
+    """The figures that the card reports."""
 
     policies: dict[str, PolicyScores]
     rank_r_baseline_reward: float
@@ -53,7 +53,7 @@ class WorldScores:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation, equal values sharing their mean rank."""
+    """Return Spearman's rank correlation; equal values share their mean rank."""
 
     def ranks(values: Sequence[float]) -> list[float]:
         order = sorted(values)
@@ -65,7 +65,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def _average(rows: Sequence[Sequence[float]]) -> Average:
-    """Average over prompts; ``rows`` holds one list of scores for each prompt."""
+    """Return the average over prompts; ``rows`` holds a list of scores for each prompt."""
     means = [statistics.mean(row) for row in rows]
     return Average(statistics.mean(means), statistics.stdev(means) / math.sqrt(len(means)))
 

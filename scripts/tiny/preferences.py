@@ -68,7 +68,7 @@ def _to_another_question(prompt: str, samples: list[str], rng: random.Random) ->
 
 def _any_answer(prompt: str, samples: list[str], rng: random.Random) -> str:
     style = rng.choice((CAREFUL_STYLE, CARELESS_STYLE))
-    # The SFT model now and then says nothing.
+    # Empty samples are left out: the SFT model now and then says nothing.
     return rng.choice([*filter(str.strip, samples), write_review(prompt, style, rng)])
 
 
@@ -87,9 +87,9 @@ def reward_pairs(
 ) -> TokenPairs:
     """Draw pairs of texts and let a reader with scores ``judge`` choose.
 
-    A third are two free answers; the rest differ in one respect only, without which a small model
-    learns key words and misses what relates two places of the text. Some texts are cut short or
-    lack EOS, as roll-outs that stop at a horizon do: the reward model must rank these too.
+    A third of the pairs are two free answers. The others differ in one respect only: without them a
+    small model learns key words and misses how two places of a text relate. Some texts are cut
+    short or lack EOS, as roll-outs that stop at a horizon do: the reward model must rank these too.
     """
     pairs = TokenPairs([], [])
     while len(pairs.chosen_ids) < num_pairs:

@@ -26,8 +26,11 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with merges to the end: every word of the grammar becomes one token, any
-    other text still round-trips, and BOS is put in front."""
+    """Train a byte-level BPE tokenizer that puts BOS in front of every text.
+
+    It merges to the end, so that every word of the grammar becomes one token; any other text still
+    round-trips.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

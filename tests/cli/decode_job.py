@@ -14,10 +14,10 @@ from rich.console import Console
 from tests.cli.trio import Trio
 from tq_fast import DecodeConfig
 from tq_fast.cli.decode import JobOptions, run_decode
-from tq_fast.jobs.settings import ModelChoice
+from tq_fast.jobs.resume import ModelChoice
 
 CONFIG = DecodeConfig(k=4, horizon=3, max_new_tokens=6, eos_token_id=())
-# Equal prompts, so that random streams must be numbered over the whole file.
+# Some prompts are equal: their random streams differ only if numbered over the whole file.
 TEXTS = ["a b", "c", "a b", "d e f", "a b", "c"]
 
 

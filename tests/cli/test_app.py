@@ -25,7 +25,7 @@ from tq_fast.cli import demo as demo_command
 from tq_fast.cli.demo import DemoOptions
 from tq_fast.config import DecodeConfig
 from tq_fast.jobs.record_file import OutputRefused, RecordFile
-from tq_fast.jobs.settings import ModelChoice
+from tq_fast.jobs.resume import ModelChoice
 
 FIELDS = {field.name: field for field in dataclasses.fields(DecodeConfig)}
 NEEDED = ["decode", "--baseline", "b", "--reward", "r", "--prompts", "p", "--output", "o"]
@@ -37,7 +37,7 @@ def invoke(*words: str) -> Result:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the command is called with, instead of running it."""
+    """Arguments that the command was called with, instead of running it."""
     seen: dict[str, Any] = {}
 
     def note(config, models, prompts, output, options, console) -> int:
@@ -56,7 +56,7 @@ def test_every_field_of_the_configuration_is_an_option_with_its_default(seen: di
         assert f"--{name.replace('_', '-')} " in shown
 
 
-# A value of each field that is not its default, as a word of the command line.
+# Each field has a value here that is not its default, as a word of the command line.
 OTHER_VALUES: dict[str, Any] = {
     "k": 3,
     "alpha": 0.25,
@@ -119,6 +119,7 @@ def test_words_for_what_is_no_number(seen: dict, words: list[str], expected: dic
 def test_the_other_options_reach_the_job(seen: dict) -> None:
     words = "--sft s --baseline-reward br --tokenizer t --reward-tokenizer rt"
     words += " --baseline-reward-tokenizer brt --reward-index 1 --reward-bounds -1 2.5"
+    words += " --reward-pair --reward-truncate left --reward-keep-special-tokens"
     words += " --device cpu --dtype bfloat16 --batch-size 3 --traces"
     words += " --overwrite --retry-errors --memory-budget 1000"
     assert invoke(*NEEDED, *words.split()).exit_code == 0
@@ -132,6 +133,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "baseline_reward_tokenizer": "brt",
         "reward_index": 1,
         "reward_bounds": (-1.0, 2.5),
+        "reward_options": {"pair": True, "truncate": "left", "keep_special_tokens": True},
         "device": "cpu",
         "dtype": "bfloat16",
     }
@@ -146,7 +148,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
 
 
 def test_every_argument_of_the_decoder_can_be_given() -> None:
-    # SpeedOptions are there to be measured, by code.
+    # Speed options are switched off for measuring, which code does.
     arguments = set(inspect.signature(tq_fast.TransferDecoder).parameters) - {"speed"}
     assert arguments == {field.name for field in dataclasses.fields(ModelChoice)}
 
@@ -170,7 +172,7 @@ def test_info_prints_to_standard_output() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        # The words between differ among versions of typer.
+        # The two words are looked for one by one: versions of typer put different words between.
         ([*NEEDED, "--alhpa", "2"], "No such option"),
         ([*NEEDED, "--alhpa", "2"], "--alhpa"),
         ([*NEEDED, "--alhpa", "2"], "--alpha"),

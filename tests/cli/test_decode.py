@@ -106,7 +106,7 @@ def test_other_settings_are_refused_and_named(
     with pytest.raises(OutputRefused, match=message):
         job.run(**change)
     assert job.output.read_bytes() == before
-    # What was refused did not become the settings of the output.
+    # The settings of the output are still those that its records were made with.
     assert job.run() == 0
     assert job.run(**change, overwrite=True) == 0
     assert job.output.read_bytes() != before
@@ -205,5 +205,5 @@ def test_with_overwrite_an_output_stays_until_the_models_are_loaded(job: Job) ->
 def test_many_rollouts_that_are_too_noisy_are_said_once(job: Job) -> None:
     noisy = dataclasses.replace(CONFIG, alpha=0.01, num_rollouts=3)
     assert job.run(noisy, batch_size=2) == 0
-    assert job.said.count("the standard error of Q exceeded alpha=0.01") == 1
+    assert job.said.count("the standard error of Q exceeds alpha=0.01") == 1
     assert "of 36 steps" in job.said

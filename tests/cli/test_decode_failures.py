@@ -13,11 +13,11 @@ from tests.cli.decode_job import Job
 from tests.cli.trio import MAX_POSITIONS
 from tq_fast.errors import RewardError
 from tq_fast.jobs.record_file import OutputRefused, RecordFile
-from tq_fast.jobs.settings import ModelChoice
+from tq_fast.jobs.resume import ModelChoice
 from tq_fast.prompts import Prompt
 from tq_fast.rewards.base import Opening, RewardSession, drop_from
 
-# A reward of the trio that meets some prompts with something else than a score.
+# Takes prompts and their scores; changes the scores of some prompts, or raises.
 Trouble = Callable[[Sequence[Prompt], list[float]], list[float]]
 
 
@@ -101,7 +101,7 @@ def test_a_prompt_that_fails_becomes_an_error_record_and_the_rest_go_on(
     assert "4 of 6 prompts have a response" in job.said
     assert "2 failed (index 1, 5); the same command with --retry-errors" in job.said
 
-    # Resumed as it is, nothing is decoded again; with retry_errors, what failed is, and alone.
+    # Without retry_errors nothing is decoded again; with it, only the prompts that failed are.
     before = job.output.read_bytes()
     trouble(None)
     assert job.run() == 1
@@ -191,7 +191,7 @@ def test_chat_messages_token_ids_and_wrong_prompts_side_by_side(job: Job) -> Non
     assert f"allows {MAX_POSITIONS}" in failed[4]["message"]
     assert "prompts[5] must be text, chat messages" in failed[5]["message"]
     assert records[0]["prompt"] == chat
-    # The same ids, the second time: the next random stream, whatever stands between them.
+    # Both prompts have the same ids; the second one has the next random stream.
     assert records[1]["prompt"] == [5, 6] and records[6]["prompt"] == "a b"
     assert records[0]["token_ids"] != records[6]["token_ids"]
 

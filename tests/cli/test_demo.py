@@ -12,8 +12,15 @@ from rich.console import Console
 from tests.cli.trio import Trio
 from tq_fast import DecodeConfig, TransferDecoder
 from tq_fast.cli import demo
-from tq_fast.cli.demo import DemoOptions, choose_prompts, run_demo
-from tq_fast.cli.demo_view import DemoResult, MethodResult, describe_outcome, pick_steps
+from tq_fast.cli.demo import (
+    DemoOptions,
+    DemoResult,
+    MethodResult,
+    choose_prompts,
+    describe_outcome,
+    pick_steps,
+    run_demo,
+)
 from tq_fast.errors import InvalidArgument, TqFastError
 from tq_fast.models.tiny import TinyWorld, gold_reward
 from tq_fast.results import StepTrace
@@ -56,7 +63,7 @@ def test_a_demo_fits_its_terminal_and_shows_every_part(run, width: int) -> None:
     flat = " ".join(shown.split())
     for method in result.methods:
         for text, reward, gold in zip(method.texts, method.rewards, method.golds, strict=True):
-            # The first words: the rest may stand on lines of their own.
+            # Only the first words are looked for: the others may stand on the next lines.
             assert " ".join(text.split()[:3]) in flat
             assert f"{reward:.2f}" in flat and f"{gold:.2f}" in flat
         assert f"{sum(method.rewards) / 3:.2f}" in flat
@@ -84,7 +91,7 @@ def test_scores_are_those_of_the_reward_model_and_of_the_exact_reward(
     for idx, prompt in enumerate(result.prompts):
         trace = result.traces[idx]
         ids = [*result.tokenizer(prompt)["input_ids"], *(step.token_id for step in trace)]
-        # A padding token at the end is not what transformers' classifiers read.
+        # The classifiers of transformers read the last token that is not padding.
         while ids[-1] == model.config.pad_token_id:
             ids.pop()
         with torch.no_grad():
@@ -173,7 +180,7 @@ def step(prior: list[float], final: list[float]) -> StepTrace:
 
 def test_the_steps_shown_are_those_at_which_the_law_moved_most() -> None:
     still = step([0.1, 0.1], [0.5, 0.5])
-    # Certain, and so with no probability elsewhere.
+    # The law is certain: the other candidate has probability 0, and its log is -inf.
     moved = step([0.4, 0.4], [1.0, 0.0])
     assert pick_steps([still, moved]) == [0, 1]
     trace = [still, moved, still, moved, moved, moved, still, moved, moved, still]

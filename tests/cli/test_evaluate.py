@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tq_fast.cli.evaluate import EvalOptions, read_prompts_of, run_eval
+from tq_fast.cli.evaluate import EvalOptions, run_eval
 from tq_fast.cli.report import run_report
 from tq_fast.errors import InvalidArgument
 from tq_fast.evaluation import work as eval_work
 from tq_fast.evaluation.config_file import find_config, load_config
-from tq_fast.evaluation.metrics import diversity
+from tq_fast.evaluation.measures import diversity
 from tq_fast.evaluation.work import EvalWorker
 from tq_fast.jobs.record_file import OutputRefused
 from tq_fast.models.tiny import gold_reward, load_tiny_world
@@ -103,7 +103,7 @@ class Results:
         return found
 
     def responses(self) -> dict[str, dict[int, Any]]:
-        """Everything but how long it took, by method and index."""
+        """Return the records by method and index, without what depends on the machine."""
         kept = {}
         for name, records in self.records().items():
             by_index = {record["index"]: record for record in records}
@@ -186,7 +186,7 @@ def test_killed_in_two_processes_it_goes_on_in_one_to_the_same_end(
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        # The workers find that nobody listens, and end.
+        # The workers find their connections closed, and end.
         while _is_alive(process.pid):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -299,7 +299,7 @@ def test_an_output_that_is_a_file_is_refused(broken: Results) -> None:
 
 
 class _Links(HTMLParser):
-    """What a page refers to."""
+    """Collects the addresses that a page refers to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ def test_the_report_is_one_file_with_every_picture_in_it(whole: Results) -> None
 @pytest.mark.parametrize("name", ["tiny", "tiny-ablations"])
 def test_the_shipped_configurations_pass_every_check_before_decoding(name: str) -> None:
     config = load_config(find_config(name))
-    worker = EvalWorker(config, read_prompts_of(config))
+    worker = EvalWorker(config, config.prompts.read())
     assert len(worker.entries) == 64
     for setup in config.setups:
         worker.models_of(setup)

@@ -42,6 +42,7 @@ def test_every_op_is_shown_with_what_it_uses_and_why_not_the_others(on_cpu: None
         assert cells[0] == ("cpu" if backends[op]["cpu"] is None else "ref")
         for reason in filter(None, backends[op].values()):
             assert f") {reason.replace(op, 'the op')}\n" in shown
+    assert "On their PyTorch references" not in shown
 
 
 def test_versions_and_hardware_are_named(on_cpu: None) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY_TARGET = ("sm_80", "sm_90a", "sm_100")
-# sample_tokens and advance_rollouts share their kernel, so one target each tells of two.
+# sample_tokens and advance_rollouts share their kernel, so a target of each covers two targets.
 TARGETS = {
     "advance_rollouts": ("sm_80",),
     "sample_tokens": ("sm_90a",),

@@ -1,8 +1,8 @@
-"""A language model of transformers whose logits stand in a table, by the whole history.
+"""A language model of transformers whose logits stand in a table, a row for each whole history.
 
-The history reaches it through attention alone: all scores are 0, so that a query gets the mean of
-the values that it sees, and the values are one-hot in (position, token). A token too many, too few
-or at a wrong position is an error, so that the cache under it is tested with every forward pass.
+The history reaches the model through attention alone: all scores are 0, so that a query gets the
+mean of the values that it sees, and the values are one-hot in (position, token). A token too many,
+too few or at a wrong position is an error, so that every forward pass tests the cache.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.enumerable.world import Policy
 
-# Tokens of a prompt: two of them, read as a number in base V, say which world it is.
+# A prompt has two tokens, which are the number of its world in base V.
 PROMPT_LEN = 2
 
 
 class TableConfig(PreTrainedConfig):
-    """V, and positions (prompt and response together)."""
+    """The vocabulary size V and the number of positions, prompt and response together."""
 
     model_type = "table"
 
@@ -32,7 +32,7 @@ class TableConfig(PreTrainedConfig):
 
 
 class TableModel(PreTrainedModel):
-    """Logits `[V]` after every history of every one of V * V worlds."""
+    """A model with logits `[V]` after every history of every one of V * V worlds."""
 
     config_class = TableConfig
     _supports_attention_backend = True
@@ -46,7 +46,7 @@ class TableModel(PreTrainedModel):
         with torch.no_grad():
             self.lm_head.weight.copy_(torch.eye(vocab_size))
         self.requires_grad_(False)
-        # A row of zeros for what comes before the first response token and after the last.
+        # A row of zeros serves before the first response token and after the last.
         rows = [torch.zeros(1, vocab_size), *(table.flatten(0, 1) for table in policy)]
         self.register_buffer("rows", torch.cat(rows).float())
         sizes = [1, *(table.shape[0] * table.shape[1] for table in policy)]
@@ -74,7 +74,7 @@ class TableModel(PreTrainedModel):
         return CausalLMOutput(logits=self.lm_head(self.rows[self._row(seen, position_ids)]))
 
     def _row(self, seen: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Which row of the tables stands after the history `seen` `[n, T, P * V]`."""
+        """Return the row of the tables that stands after the history `seen` `[n, T, P * V]`."""
         vocab_size, num_positions = self.config.vocab_size, self.config.max_positions
         counts = seen.view(*seen.shape[:2], num_positions, vocab_size)
         past = torch.arange(num_positions) <= position_ids[..., None]
@@ -84,7 +84,7 @@ class TableModel(PreTrainedModel):
         for place in range(num_positions):
             digit = counts[:, :, place].argmax(-1)
             number = torch.where(past[..., place], number * vocab_size + digit, number)
-        # World and history in one number: the tables are laid out by world, then history.
+        # `number` holds world and history: the tables are laid out by world, then by history.
         length = position_ids + 1 - PROMPT_LEN
         known = (length >= 0) & (length < len(self.starts))
         start = self.starts[length.clamp(0, len(self.starts) - 1)]
@@ -92,12 +92,12 @@ class TableModel(PreTrainedModel):
 
 
 def prompt_of(world: int, vocab_size: int) -> list[int]:
-    """The prompt that stands for world number `world`."""
+    """Return the prompt that stands for world number `world`."""
     return list(divmod(world, vocab_size))
 
 
 def number_of(tokens: Sequence[int], vocab_size: int) -> int:
-    """`tokens` as a number in base V."""
+    """Return `tokens` as a number in base V."""
     number = 0
     for token in tokens:
         number = number * vocab_size + token

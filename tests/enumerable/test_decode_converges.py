@@ -30,7 +30,7 @@ from tq_fast import presets
 V, T = 4, 3
 NUM_WORLDS = V * V
 ALPHA, BETA = 0.3, 0.4
-# fp32 inside of the models, fp64 here; scores are divided by alpha.
+# The models compute in fp32, the tests in fp64, and scores are divided by alpha.
 ATOL = 2e-6
 
 pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
@@ -45,7 +45,7 @@ def world() -> World:
 
 @functools.cache
 def any_policy() -> Policy:
-    """A baseline that is the optimum of no reward."""
+    """Return a baseline that is the optimum of no reward."""
     return draw_worlds(NUM_WORLDS, V, T, torch.Generator().manual_seed(6)).sft
 
 
@@ -58,7 +58,7 @@ def reward_of(table: torch.Tensor) -> Callable[[list, list], list[float]]:
 
 
 def decode(baseline: Policy, *, copies: int = 1, **options: object) -> tq_fast.DecodeResult:
-    """`copies` responses in each of the worlds, by world."""
+    """Decode `copies` responses in each of the worlds, world by world."""
     options = {
         "alpha": ALPHA,
         "k": V,
@@ -74,7 +74,7 @@ def decode(baseline: Policy, *, copies: int = 1, **options: object) -> tq_fast.D
 
 
 def states(result: tq_fast.DecodeResult) -> list[tuple[int, int, int, tq_fast.StepTrace]]:
-    """(world, step, history, trace) of every step."""
+    """Return (world, step, history, trace) of every step."""
     copies = len(result.traces) // NUM_WORLDS
     found = []
     for idx, (ids, trace) in enumerate(zip(result.sequences, result.traces, strict=True)):
@@ -85,7 +85,7 @@ def states(result: tq_fast.DecodeResult) -> list[tuple[int, int, int, tq_fast.St
 
 
 def distances(result: tq_fast.DecodeResult, exact: Policy) -> torch.Tensor:
-    """Total variation between pi_alg and `exact` at every step that has roll-outs."""
+    """Return the total variation from pi_alg to `exact` at every step that has roll-outs."""
     found = []
     for number, step, history, entry in states(result):
         if step < T - 1:
@@ -95,7 +95,7 @@ def distances(result: tq_fast.DecodeResult, exact: Policy) -> torch.Tensor:
 
 
 def transfer_optimum() -> list[torch.Tensor]:
-    """Q of the policy that is aligned to the target reward."""
+    """Return Q of the policy that is aligned to the target reward."""
     return state_values(kl_optimum(world().sft, world().reward, world().beta), world().reward)
 
 
@@ -107,7 +107,7 @@ INDIRECT = {"transfer": "indirect", "beta": BETA}
 
 
 def cases() -> dict[str, tuple[Policy, list[torch.Tensor], dict[str, object]]]:
-    """Baseline, exact values and settings, by name."""
+    """Return baseline, exact values and settings, by name."""
     reward, baseline = world().reward, any_policy()
     soft = [ALPHA * value.log() for value in state_values(baseline, (reward / ALPHA).exp())]
     gap = {**INDIRECT, "weights": "reward_gap"}
@@ -158,7 +158,7 @@ def test_the_distance_to_the_exact_policy_falls_as_one_over_root_n(name: str, pr
 
 
 def greedy(policy: Policy) -> Policy:
-    """The policy that always takes the likeliest token."""
+    """Return the policy that always takes the likeliest token."""
     return [
         torch.full_like(table, -math.inf).scatter(-1, table.argmax(-1, keepdim=True), 0.0)
         for table in policy
@@ -166,7 +166,7 @@ def greedy(policy: Policy) -> Policy:
 
 
 def path_sum(per_state: Sequence[torch.Tensor], number: int, ids: Sequence[int]) -> float:
-    """Sum of `per_state` `[M, V**t]` over the states that lead to the response `ids`."""
+    """Return the sum of `per_state` `[M, V**t]` over the states that lead to `ids`."""
     states = [number_of(ids[:step], V) for step in range(T)]
     return sum(float(table[number, state]) for table, state in zip(per_state, states, strict=True))
 
@@ -216,7 +216,7 @@ def test_with_greedy_rollouts_decode_is_exact_and_so_is_its_certificate(
         reduction = along(to_baseline) if prior == "baseline" else along(to_sft) - along(drift)
         assert one.gap_reduction == pytest.approx(ALPHA * reduction, abs=T * ATOL)
         assert one.kl_bound is None
-    # With bounds on the reward some values need not be known: the divergence is bounded then.
+    # With bounds on the reward some values stay unknown, and the divergence is an upper bound.
     bounded = decode(baseline, beta=BETA, reward_bounds=(0.0, 1.0), **options)
     for idx, (ids, one) in enumerate(zip(bounded.sequences, bounded.certificates, strict=True)):
         assert torch.equal(ids, result.sequences[idx])
@@ -308,7 +308,7 @@ def test_the_mean_certificate_is_the_divergence_of_responses_and_keeps_to_the_bo
         allowed = noise * (ALPHA if name == "gap_reduction" else 1.0)
         spread = float(error.std()) / math.sqrt(error.numel())
         assert abs(float(error.mean())) < 4 * spread + allowed
-    # The gap itself, which responses only show in the mean, is below what the terms leave.
+    # The exact gap keeps to the bound of the theorem, from which the gap reduction is taken off.
     law = log_law(exact).exp()
     gap = world().reward.max(-1).values - (law * world().reward).sum(-1)
     best = world().reward.argmax(-1, keepdim=True)

@@ -24,9 +24,9 @@ from tests.enumerable.world import (
 )
 from tq_fast import ops
 
-# (worlds, V, T): 2,400 worlds together.
+# Each size is (worlds, V, T); there are 2,400 worlds together.
 SIZES = ((800, 3, 3), (800, 4, 4), (400, 8, 3), (400, 3, 6))
-# Sums of some thousand fp64 numbers of size up to 100.
+# The tests sum some thousand fp64 numbers of size up to 100.
 ATOL = 1e-9
 
 
@@ -49,18 +49,18 @@ def steered(size: tuple[int, int, int], prior: str) -> Policy:
 
 
 def gap(world: World, policy: Policy) -> torch.Tensor:
-    """How far the mean reward of `policy` is below the best reward."""
+    """Return how far the mean reward of `policy` is below the best reward."""
     return world.reward.max(-1).values - (log_law(policy).exp() * world.reward).sum(-1)
 
 
 def best_divergence(world: World) -> torch.Tensor:
-    """KL(rho* || rho_sft), rho* being certain of the best response."""
+    """Return KL(rho* || rho_sft), where rho* is certain of the best response."""
     best = world.reward.argmax(-1, keepdim=True)
     return -log_law(world.sft).gather(1, best).squeeze(1)
 
 
 def gap_bounds(size: tuple[int, int, int], policy: Policy) -> dict[str, torch.Tensor]:
-    """Both right-hand sides of Theorem 1, the form of each prior, for `policy`."""
+    """Return the right-hand side of Theorem 1 in its form for each prior, for `policy`."""
     world, baseline = worlds(*size), aligned(size)
     start = world.beta * best_divergence(world)
     to_baseline = mean_divergence(policy, policy, baseline)
@@ -79,7 +79,7 @@ def test_the_exact_quantities_agree_with_their_definitions(size: tuple[int, int,
     assert torch.allclose(law.logsumexp(-1), torch.zeros(size[0], dtype=law.dtype), atol=ATOL)
     tilted = (log_law(world.sft) + world.reward / world.beta[:, None]).log_softmax(-1)
     torch.testing.assert_close(law, tilted, rtol=0, atol=ATOL)
-    # The optimum: no law of a thousand near it has more reward less beta KL.
+    # No law near the optimum has more reward less beta KL.
     noise = torch.randn(size[0], law.shape[1], dtype=law.dtype, generator=torch.Generator())
 
     def objective(other: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_the_exact_quantities_agree_with_their_definitions(size: tuple[int, int,
     mean = (law.exp() * world.reward).sum(-1)
     torch.testing.assert_close((baseline[0].exp() * values[0]).sum((1, 2)), mean)
     torch.testing.assert_close(values[-1].flatten(1), world.reward)
-    # The chain rule, which certificates rest on: divergences of steps sum to that of responses.
+    # Certificates rest on the chain rule: divergences of steps sum to that of responses.
     policy = steered(size, "sft")
     torch.testing.assert_close(
         mean_divergence(policy, policy, world.sft), divergence(log_law(policy), log_law(world.sft))
@@ -115,7 +115,7 @@ def test_the_gap_bound_of_the_baseline_prior_fails_under_the_sft_prior(
 ) -> None:
     world, policy = worlds(*size), steered(size, "sft")
     violated = gap(world, policy) > gap_bounds(size, policy)["baseline"] + 1e-6
-    # About one world in six.
+    # The bound fails in about one world in six.
     assert 0.1 < violated.double().mean() < 0.3
 
 
@@ -184,22 +184,22 @@ def test_weights_must_be_normalised_within_each_candidate(size: tuple[int, int, 
         return float((values - truth).abs().mean())
 
     assert error(weighed / normalisers) < 1e-10
-    # Rewards lie in [0, 1]. Whether these are even worse than no weights depends on the world.
+    # Rewards lie in [0, 1], so these errors are large.
     assert error(weighed) > 0.1
     assert error(weighed * ratio) > 0.1
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_log_ratio_needs_no_baseline_reward(size: tuple[int, int, int]) -> None:
-    """r / beta + log pi_sft(tau) - log q(tau), for a baseline that is the optimum of nothing."""
+    """Weights r / beta + log pi_sft - log q are exact for a baseline that is no optimum."""
     world = worlds(*size)
     generator = torch.Generator().manual_seed(3)
     any_law = torch.randn(log_law(world.sft).shape, generator=generator, dtype=world.alpha.dtype)
     source = policy_of(any_law, world.sft)
     truth = state_values(aligned(size), world.reward)[0]
-    # The density of a roll-out starts after its candidate; the candidate's cancels in Q.
+    # A roll-out's density starts after its candidate, whose own probability cancels in Q.
     log_weights = (log_law(world.sft) - log_law(source)) + world.reward / world.beta[:, None]
-    # Kept finite for the sums below, which only see weights up to a factor a world.
+    # The weights are kept finite; a factor for each world cancels in the ratio below.
     weights = (log_weights - log_weights.max(-1, keepdim=True).values).exp()
     estimate = state_values(source, weights * world.reward)[0] / state_values(source, weights)[0]
     torch.testing.assert_close(estimate, truth, rtol=0, atol=1e-8)
@@ -212,7 +212,7 @@ def test_the_log_ratio_needs_no_baseline_reward(size: tuple[int, int, int]) -> N
 def test_averaging_few_rollouts_moves_the_law(
     alpha: float, num_rollouts: int, expected: float
 ) -> None:
-    """Unit-sd rewards, values 0.4 apart: the figures of docs/develop/method.md, within a fifth."""
+    """Rewards of sd 1 and values of sd 0.4 give the figures of docs/develop/method.md."""
     generator = torch.Generator().manual_seed(0)
     num_cases, num_draws, k = 60, 4000, 10
     prior = torch.randn(num_cases, 1, k, generator=generator).log_softmax(-1)
@@ -234,7 +234,7 @@ def test_averaging_few_rollouts_moves_the_law(
 def test_the_rollouts_of_a_chosen_token_look_better_than_they_are(
     num_rollouts: int, expected: float
 ) -> None:
-    """Why sampled roll-outs are not reused: all values are 0, those of the chosen token are not."""
+    """All values are 0, yet the chosen token's looks higher: its roll-outs cannot be reused."""
     rewards = torch.randn(20000, 10, num_rollouts, generator=torch.Generator().manual_seed(1))
     chosen = ops.reweight_sample(
         torch.full((20000, 10), -math.log(10.0)),

@@ -19,7 +19,7 @@ Policy: TypeAlias = list[torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """M worlds.
+    """M worlds with their policy and rewards.
 
     Attributes:
         sft: pi_sft.
@@ -65,7 +65,7 @@ def draw_worlds(
 
 
 def log_law(policy: Policy) -> torch.Tensor:
-    """log rho(y) `[M, V**T]` of every response."""
+    """Return log rho(y) `[M, V**T]` of every response."""
     law = policy[0].new_zeros(policy[0].shape[0], 1)
     for table in policy:
         law = (law[..., None] + table).flatten(1)
@@ -73,7 +73,7 @@ def log_law(policy: Policy) -> torch.Tensor:
 
 
 def policy_of(law: torch.Tensor, like: Policy) -> Policy:
-    """The token policy that induces the unnormalised log-law `[M, V**T]` over responses."""
+    """Return the token policy of the unnormalised log-law `[M, V**T]` over responses."""
     tables: Policy = []
     for table in reversed(like):
         by_token = law.view(table.shape)
@@ -83,12 +83,12 @@ def policy_of(law: torch.Tensor, like: Policy) -> Policy:
 
 
 def kl_optimum(sft: Policy, reward: torch.Tensor, beta: torch.Tensor) -> Policy:
-    """The policy of rho(y) proportional to rho_sft(y) exp(r(y) / beta)."""
+    """Return the policy of rho(y) proportional to rho_sft(y) exp(r(y) / beta)."""
     return policy_of(log_law(sft) + reward / beta[:, None], sft)
 
 
 def state_values(policy: Policy, worth: torch.Tensor) -> list[torch.Tensor]:
-    """Q(s, z) `[M, V**t, V]`: the mean of `worth` `[M, V**T]` when `policy` completes (s, z)."""
+    """Return Q(s, z) `[M, V**t, V]`, the mean `worth` `[M, V**T]` if `policy` completes (s, z)."""
     values: list[torch.Tensor] = []
     for table in reversed(policy):
         by_token = worth.view(table.shape)
@@ -100,7 +100,7 @@ def state_values(policy: Policy, worth: torch.Tensor) -> list[torch.Tensor]:
 def reweight(
     prior: Policy, values: list[torch.Tensor], alpha: torch.Tensor, keep: Policy | None = None
 ) -> Policy:
-    """pi_alg = softmax(log prior + Q / alpha) over the tokens that `keep` gives, if any."""
+    """Return pi_alg = softmax(log prior + Q / alpha) over the tokens of `keep`, else over all."""
     scores = [p + q / alpha[:, None, None] for p, q in zip(prior, values, strict=True)]
     if keep is not None:
         scores = [
@@ -110,7 +110,7 @@ def reweight(
 
 
 def keep_largest(policy: Policy, k: int) -> Policy:
-    """`policy` with all but the k largest of every state at -inf, not normalised."""
+    """Return `policy` with all but the k largest of every state at -inf, unnormalised."""
     kept = []
     for table in policy:
         top = table.topk(k, dim=-1)
@@ -119,12 +119,12 @@ def keep_largest(policy: Policy, k: int) -> Policy:
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) over the last axis, both log-probs."""
+    """Return KL(p || q) over the last axis; both are log-probs."""
     return torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1)
 
 
 def mean_over_states(policy: Policy, per_state: list[torch.Tensor]) -> torch.Tensor:
-    """Sum over the steps of the mean of `per_state` `[M, V**t]` over the states of `policy`."""
+    """Return the sum over steps of the mean of `per_state` `[M, V**t]` over `policy`'s states."""
     law = policy[0].new_zeros(policy[0].shape[0], 1)
     total = policy[0].new_zeros(policy[0].shape[0])
     for table, worth in zip(policy, per_state, strict=True):
@@ -134,5 +134,5 @@ def mean_over_states(policy: Policy, per_state: list[torch.Tensor]) -> torch.Ten
 
 
 def mean_divergence(policy: Policy, p: Policy, q: Policy) -> torch.Tensor:
-    """sum_t E_{s ~ policy} KL(p(.|s) || q(.|s)) `[M]`."""
+    """Return sum_t E_{s ~ policy} KL(p(.|s) || q(.|s)) `[M]`."""
     return mean_over_states(policy, [divergence(a, b) for a, b in zip(p, q, strict=True)])

@@ -159,7 +159,7 @@ def test_a_data_set_without_its_library_is_refused(
 
 
 class _DataSet:
-    """What the library `datasets` returns, as far as it is used."""
+    """Stands for a data set of the library `datasets`, as far as it is used."""
 
     column_names = ("prompt", "chosen")
 
@@ -185,7 +185,7 @@ def test_prompts_of_a_data_set_are_its_first_texts_without_its_own_dialogue_form
     rows = ["Human: a Assistant:", [{"role": "user", "content": "b"}], "c"]
     library = types.SimpleNamespace(load_dataset=lambda *args, **options: _DataSet(rows))
     monkeypatch.setitem(sys.modules, "datasets", library)
-    assert prompts.read_texts() == ["a ", "b"]
+    assert [entry.prompt for entry in prompts.read()] == ["a ", "b"]
     other = dataclasses.replace(prompts, column="text")
     with pytest.raises(InvalidArgument, match="no column 'text'; columns: prompt, chosen"):
-        other.read_texts()
+        other.read()

@@ -58,5 +58,6 @@ def test_intervals_cover_the_mean_of_all_prompts_about_as_often_as_they_say() ->
         table = prompts + generator.normal(size=(40, 5))
         found = Bootstrap(300).mean(cells(table.tolist()))
         hits += found.low <= 0.0 <= found.high
-    # 95 % nominal, a little less with 40 units; +-4 standard errors of 300 trials.
+    # The nominal coverage is 95 %, with 40 units a little less; 4 standard errors of 300 trials
+    # are allowed on either side.
     assert 0.88 <= hits / 300 <= 0.99

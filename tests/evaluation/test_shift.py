@@ -39,7 +39,7 @@ MODELS = {
         lambda: encoder(BertForSequenceClassification, BertConfig, 2),
         "classifier.weight",
     ),
-    # Its head is two layers, of which the last one counts.
+    # The head of RoBERTa has two layers, of which the last one is made sparse.
     "deep head": (
         lambda: encoder(RobertaForSequenceClassification, RobertaConfig, 1),
         "classifier.out_proj.weight",

@@ -1,19 +1,15 @@
-"""Worker processes that fail, and the progress of an evaluation."""
+"""Worker processes that fail, and how much work a method is."""
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from multiprocessing import Pipe
 
 import pytest
-from rich.console import Console
 
-from tq_fast.cli import progress as progress_line
-from tq_fast.cli.eval_progress import EvalProgress, work_of
 from tq_fast.errors import TqFastError
 from tq_fast.evaluation.config import MethodSpec
-from tq_fast.evaluation.work import Task, _hear
+from tq_fast.evaluation.work import Task, _hear, work_of
 
 TASK, NEXT = Task(0, 0, 1, 0, (0, 1)), Task(0, 1, 1, 0, (2,))
 
@@ -59,24 +55,3 @@ def test_methods_that_roll_out_count_as_more_work() -> None:
     ]
     assert costs == sorted(costs) and len(set(costs)) == 5
     assert work_of(spec("args", k=4)) < costs[2]
-
-
-def test_progress_says_what_is_left_by_work_and_what_failed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(progress_line.time, "monotonic", lambda: now[0])
-    console = Console(file=io.StringIO(), width=80)
-    cheap, dear = (0, 0), (0, 1)
-    progress = EvalProgress(console, {cheap: 2, dear: 2}, {cheap: 1.0, dear: 4.0}, num_before=3)
-    with progress:
-        now[0] += 20.0
-        progress.count(cheap, "s/cheap", is_failed=False)
-        now[0] += 20.0
-        progress.count(dear, "s/dear", is_failed=True)
-    lines = console.file.getvalue().splitlines()
-    # One of ten parts of the work in 20 s; then five in 40 s.
-    assert lines == [
-        "4/7 responses, s/cheap, 3:00 left",
-        "5/7 responses, s/dear, 40 s left, 1 failed",
-    ]

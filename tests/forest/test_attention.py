@@ -77,9 +77,8 @@ def test_an_argument_that_is_not_honoured_is_refused_by_name() -> None:
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **options: object):
     """One prefill through `forest_attention`; rows are `[1, H, T, d]`."""
-    model = zoo.language_model("llama", num_hidden_layers=1)
     cache = ForestCache(num_trees=1, num_rows=1, prefix_capacity=16, branch_capacity=1)
-    with attention.running(model, cache, PrefillPass(0, 0), None):
+    with attention.running(cache, PrefillPass(0, 0), None):
         cache.update(keys, values, 0)
         out, weights = forest_attention(torch.nn.Identity(), query, keys, values, **options)
     assert weights is None
@@ -140,10 +139,9 @@ def test_a_prompt_is_attended_to_as_the_formula_says(
 def test_keys_that_were_changed_after_they_were_stored_are_refused() -> None:
     query = torch.zeros(1, 4, 3, 8)
     keys = torch.zeros(1, 2, 3, 8)
-    model = zoo.language_model("llama", num_hidden_layers=1)
     cache = ForestCache(num_trees=1, num_rows=1, prefix_capacity=4, branch_capacity=1)
     with (
-        attention.running(model, cache, PrefillPass(0, 0), None),
+        attention.running(cache, PrefillPass(0, 0), None),
         pytest.raises(UnsupportedModel, match="attends with 4 key-value heads, but stores 2"),
     ):
         cache.update(keys, keys, 0)
@@ -153,20 +151,21 @@ def test_keys_that_were_changed_after_they_were_stored_are_refused() -> None:
 
 def test_a_layer_that_never_attends_is_refused_at_the_end_of_the_pass() -> None:
     keys = torch.zeros(1, 2, 3, 8)
-    model = zoo.language_model("llama", num_hidden_layers=1)
     cache = ForestCache(num_trees=1, num_rows=1, prefix_capacity=4, branch_capacity=1)
     with (
         pytest.raises(UnsupportedModel, match="attention code of its own"),
-        attention.running(model, cache, PrefillPass(0, 0), None),
+        attention.running(cache, PrefillPass(0, 0), None),
     ):
         cache.update(keys, keys, 0)
-    assert model.config._attn_implementation == "eager"
     assert cache.current_pass is None
     assert cache.current_layer is None
 
 
-def test_both_interfaces_know_the_forest_once_a_model_has_run() -> None:
+def test_both_interfaces_know_the_forest_once_a_view_attends() -> None:
     """Without the second, transformers would hand over no mask at all, and say nothing."""
-    attend(torch.zeros(1, 4, 2, 8), *[torch.zeros(1, 2, 2, 8)] * 2, attention_mask=None)
+    model = zoo.language_model("llama", num_hidden_layers=1)
+    view = attention.attending(model)
+    assert view.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == "eager"
     assert AttentionInterface()[attention.NAME] is forest_attention
     assert AttentionMaskInterface()[attention.NAME] is attention._forest_mask

@@ -1,4 +1,4 @@
-"""What stands in for linear layers: the same numbers, and a model left as it was."""
+"""The stand-ins for linear layers give the same numbers, and leave the user's model as it was."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from tq_fast import _native
 from tq_fast.forest import cpu_layers
 from tq_fast.forest.cpu_layers import CpuLayers
+from tq_fast.forest.view import view_of
 
 # Both products round their fp32 sums in their own order; 16-bit results may round to a neighbour.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -32,58 +33,55 @@ def test_the_product_is_that_of_the_layer(way, dtype, bias, shape) -> None:
     x = torch.randn(shape).to(dtype)
     with torch.inference_mode():
         expected = layer(x)
-        with CpuLayers(nn.Sequential(layer)).during(x.shape[:-1].numel()):
-            assert "forward" in layer.__dict__
-            result = layer(x)
+        model = nn.Sequential(layer)
+        view = view_of(model)
+        CpuLayers(view, model).install(x.shape[:-1].numel())
+        assert "forward" in view[0].__dict__ and "forward" not in layer.__dict__
+        result = view[0](x)
     assert result.shape == expected.shape and result.is_contiguous()
     torch.testing.assert_close(result, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_layers_are_as_they_were_afterwards_even_after_an_error(way) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    with pytest.raises(ZeroDivisionError), CpuLayers(model).during(10):
-        assert "forward" in model[0].__dict__
-        raise ZeroDivisionError
-    assert all("forward" not in layer.__dict__ for layer in model)
-
-
 @torch.inference_mode()
 def test_a_weight_that_was_replaced_is_the_one_that_multiplies(way) -> None:
-    layer = nn.Linear(4, 3, bias=False)
-    product = CpuLayers(nn.Sequential(layer))
-    with product.during(2):
-        layer(torch.ones(2, 4))
-    layer.weight = nn.Parameter(torch.full((3, 4), 2.0), requires_grad=False)
-    with product.during(2):
-        assert layer(torch.ones(2, 4)).tolist() == [[8.0] * 3] * 2
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    view = view_of(model)
+    CpuLayers(view, model).install(2)
+    view(torch.ones(2, 4))
+    model[0].weight = nn.Parameter(torch.full((3, 4), 2.0), requires_grad=False)
+    assert view(torch.ones(2, 4)).tolist() == [[8.0] * 3] * 2
 
 
 def test_more_rows_than_it_was_measured_for_go_the_usual_way(monkeypatch) -> None:
     monkeypatch.setattr(cpu_layers, "most_rows", lambda dtype: 12)
     monkeypatch.setattr(cpu_layers, "most_rows_transposed", lambda dtype: 0)
-    layer = nn.Linear(4, 4)
-    product = CpuLayers(nn.Sequential(layer))
-    for num_rows in (1, 12, 13):
-        with product.during(num_rows):
-            assert ("forward" in layer.__dict__) == (num_rows <= 12)
+    model = nn.Sequential(nn.Linear(4, 4))
+    view = view_of(model)
+    layers = CpuLayers(view, model)
+    for num_rows in (1, 12, 13, 12):
+        layers.install(num_rows)
+        assert ("forward" in view[0].__dict__) == (num_rows <= 12)
 
 
 def test_another_backend_leaves_every_layer_alone() -> None:
-    layer = nn.Linear(4, 4)
-    with CpuLayers(nn.Sequential(layer), "ref").during(10):
-        assert "forward" not in layer.__dict__
+    model = nn.Sequential(nn.Linear(4, 4))
+    view = view_of(model)
+    layers = CpuLayers(view, model, "ref")
+    layers.install(10)
+    assert "forward" not in view[0].__dict__
+    assert str(layers).startswith("no decoder layer runs fused")
 
 
 def test_a_subclass_of_linear_and_a_layer_patched_by_its_owner_are_left_alone(way) -> None:
     class Owned(nn.Linear):
         pass
 
-    owned, patched = Owned(4, 4), nn.Linear(4, 4)
-    patched.forward = lambda x: x
-    with CpuLayers(nn.Sequential(owned, patched)).during(10):
-        assert "forward" not in owned.__dict__
-        assert patched(torch.ones(1)).item() == 1
-    assert "forward" in patched.__dict__
+    model = nn.Sequential(Owned(4, 4), nn.Linear(4, 4))
+    model[1].forward = lambda x: x
+    view = view_of(model)
+    CpuLayers(view, model).install(10)
+    assert "forward" not in view[0].__dict__
+    assert view[1](torch.ones(1)).item() == 1
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+)
 
-from tq_fast.forest import cpu_layers, decoder_layers
-from tq_fast.forest.cpu_layers import CpuLayers
-from tq_fast.forest.decoder_layers import FORMULAS, digest, fused_forward
+from tq_fast.forest import cpu_layers
+from tq_fast.forest.attention import attending
+from tq_fast.forest.cpu_layers import CpuLayers, describe_layers
+from tq_fast.forest.decoder_layers import fuse_layers
 from tq_fast.forest.language import LanguageForest
 
 # Sums in another order; in 16 bits an intermediate may round to a neighbour, two layers deep.
@@ -72,10 +78,10 @@ def test_logits_are_those_of_the_modules_which_are_not_called(kind, dtype, monke
     for parameter in model.parameters():
         parameter.data.mul_(3)
     expected = rolled_out(model, cpu_layers=False)
+    assert describe_layers(model) == "2 of 2 decoder layers run fused"
     called: list[nn.Module] = []
     mlp = type(model.model.layers[0].mlp)
     forward = mlp.forward
-    decoder_layers._follows("mlp", mlp)
     monkeypatch.setattr(mlp, "forward", lambda self, x: called.append(self) or forward(self, x))
     result = rolled_out(model)
     assert not called
@@ -99,18 +105,46 @@ def test_a_window_and_rotary_scaling_are_kept() -> None:
         assert not torch.allclose(plain, expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma", "olmo2", "phi3", "granite"])
+def fused(model: PreTrainedModel) -> list[int]:
+    """The numbers of the layers that may run fused."""
+    view = attending(model)
+    found = fuse_layers(view, model, None)
+    return [layer.self_attn.layer_idx for layer, _, _ in found.forwards]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "olmo2", "phi3", "granite", "gpt2"])
+@pytest.mark.filterwarnings("ignore:layers of kind")
 def test_other_formulas_are_left_to_their_own_code(kind) -> None:
-    assert all(fused_forward(module) is None for module in model_of(kind).modules())
+    if kind == "gpt2":
+        config = CONFIG_MAPPING[kind](vocab_size=50, n_embd=48, n_layer=2, n_head=4)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    else:
+        model = model_of(kind, **({"residual_multiplier": 0.3} if kind == "granite" else {}))
+    assert fused(model) == []
+    assert describe_layers(model).startswith("0 of 2 decoder layers run fused (2 ")
 
 
 class DerivedLinear(nn.Linear):
     """As an adapter would put in place of a linear layer."""
 
 
+class Packed(nn.Module):
+    """A linear layer without a weight, as packed checkpoints have."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("packed", linear.weight.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.packed)
+
+
 def test_a_layer_that_somebody_changed_is_left_alone() -> None:
     def derive(layer: nn.Module) -> None:
         layer.mlp.up_proj = DerivedLinear(48, 88)
+
+    def pack(layer: nn.Module) -> None:
+        layer.self_attn.k_proj = Packed(layer.self_attn.k_proj)
 
     def activate(layer: nn.Module) -> None:
         layer.mlp.act_fn = nn.GELU()
@@ -130,36 +164,75 @@ def test_a_layer_that_somebody_changed_is_left_alone() -> None:
     def replace(layer: nn.Module) -> None:
         layer.mlp = nn.Identity()
 
-    for change in (derive, activate, widen, listen, intercept, patch, replace):
-        layers = model_of("llama").model.layers
-        assert fused_forward(layers[0]) is not None
-        change(layers[0])
-        assert fused_forward(layers[0]) is None, change
-        assert fused_forward(layers[1]) is not None
+    for change in (derive, pack, activate, widen, listen, intercept, patch, replace):
+        model = model_of("llama")
+        change(model.model.layers[0])
+        assert fused(model) == [1], change
+    assert "(Packed)" in describe_layers(_changed(pack))
+
+
+def _changed(change: Callable[[nn.Module], None]) -> PreTrainedModel:
+    model = model_of("llama")
+    change(model.model.layers[0])
+    return model
+
+
+class _Scaled(LlamaDecoderLayer):
+    """Adds a little less of its MLP than the formula does."""
+
+    def forward(self, hidden_states, **kwargs):
+        before = hidden_states
+        after = super().forward(hidden_states, **kwargs)
+        return before + 0.97 * (after - before)
+
+
+class _Clipped(LlamaMLP):
+    """Bounds its activations."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-0.02, 0.02)
+
+
+class _Normed(LlamaAttention):
+    """Normalises its keys."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(nn.functional.normalize(hidden_states, dim=-1), **kwargs)
+
+
+class _Unrotated(LlamaAttention):
+    """Ignores positions, as every fourth layer of some models does."""
+
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        cos, sin = position_embeddings
+        still = torch.ones_like(cos), torch.zeros_like(sin)
+        return super().forward(hidden_states, position_embeddings=still, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("impostor", [_Scaled, _Clipped, _Normed, _Unrotated])
+@torch.no_grad()
+def test_an_impostor_with_all_the_parts_is_found_by_the_trial(impostor, dtype) -> None:
+    model = model_of("llama", dtype)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    first = model.model.layers[0]
+    part = next(m for m in first.modules() if type(m) in impostor.__mro__)
+    part.__class__ = impostor
+    with pytest.warns(UserWarning, match="something else than the fused formula"):
+        assert fused(model) == [1]
+    expected = rolled_out(model, cpu_layers=False)
+    tolerance = 10 * TOLERANCE[dtype]
+    torch.testing.assert_close(rolled_out(model), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_linear_layers_inside_a_fused_layer_keep_their_forward() -> None:
     model = model_of("llama")
-    with CpuLayers(model).during(3):
-        assert "forward" in model.model.layers[0].__dict__
-        assert "forward" in model.lm_head.__dict__
-        assert "forward" not in model.model.layers[0].mlp.up_proj.__dict__
-    with CpuLayers(model).during(1001):
-        assert all("forward" not in module.__dict__ for module in model.modules())
-
-
-def test_a_digest_sees_statements_and_nothing_else() -> None:
-    def first(x: int) -> int:
-        """Doubles."""
-        # A comment.
-        return 2 * x
-
-    def second(x: float, y: float = 1.0) -> float:
-        return 2 * x
-
-    def third(x: int) -> int:
-        return 3 * x
-
-    assert digest(first) == digest(second) != digest(third)
-    assert digest(len) == ""
-    assert all("" not in digests for digests in FORMULAS.values())
+    view = attending(model)
+    layers = CpuLayers(view, model)
+    layers.install(3)
+    assert "forward" in view.model.layers[0].__dict__
+    assert "forward" in view.lm_head.__dict__
+    assert "forward" not in view.model.layers[0].mlp.up_proj.__dict__
+    layers.install(1001)
+    assert all("forward" not in module.__dict__ for module in view.modules())

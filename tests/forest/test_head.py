@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests import zoo
+from tq_fast.forest import logprobs
 from tq_fast.forest.language import LanguageForest
 from tq_fast.forest.logprobs import linear_head, score_rows
 
@@ -19,8 +20,8 @@ ROWS = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 1, 2]]
 @torch.no_grad()
 def test_the_head_of_every_architecture_is_a_matrix(name: str, dtype: torch.dtype) -> None:
     model = zoo.language_model(name, dtype=dtype)
-    head = linear_head(model)
-    assert head is not None
+    assert linear_head(LanguageForest(model, **SIZES, backend=None)) is not None
+    head = logprobs._head_by_config(model)
     tokens = torch.randint(0, zoo.VOCAB_SIZE, (2, 11))
     truth = model(input_ids=tokens).logits.float()
     hidden = head.backbone(input_ids=tokens).last_hidden_state
@@ -42,13 +43,13 @@ def test_another_formula_is_noticed_and_its_logits_are_used() -> None:
     model = zoo.language_model("llama")
     warped = _Warped(model.config).eval()
     warped.load_state_dict(model.state_dict())
-    assert linear_head(warped) is None
     forest = LanguageForest(warped, **SIZES, backend=None)
+    assert linear_head(forest) is None
     forest.prefill(0, [3, 4])
     sums = score_rows(forest, ROWS, [0, 0, 0], vocab_size=zoo.VOCAB_SIZE)
     for row, got in zip(ROWS, sums, strict=True):
-        logprobs = warped(input_ids=torch.tensor([[3, 4, *row]])).logits[0].double().log_softmax(-1)
-        expected = sum(logprobs[1 + at, token] for at, token in enumerate(row) if at > 0)
+        truth = warped(input_ids=torch.tensor([[3, 4, *row]])).logits[0].double().log_softmax(-1)
+        expected = sum(truth[1 + at, token] for at, token in enumerate(row) if at > 0)
         assert got == pytest.approx(float(expected), abs=1e-4)
 
 
@@ -58,10 +59,10 @@ def test_scored_rows_have_no_logits_of_the_dtype_of_the_model() -> None:
     model = zoo.language_model("llama", dtype=torch.bfloat16)
     forest = LanguageForest(model, **SIZES, backend=None)
     forest.prefill(0, [3, 4])
-    assert linear_head(model) is not None
+    assert linear_head(forest) is not None
     calls = []
-    model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(args))
+    forest.model.get_output_embeddings().register_forward_hook(lambda *args: calls.append(args))
     score_rows(forest, ROWS, [0, 0, 0], vocab_size=zoo.VOCAB_SIZE)
     assert not calls
-    model(input_ids=torch.tensor([[1, 2]]))
+    forest.prefill(0, [5])
     assert calls

@@ -1,7 +1,7 @@
 """One call of each op that has a CUDA or Triton kernel, on CUDA tensors, by name.
 
 A case is a function of a seed and of a step, both one-element int64 tensors on the device; it makes
-its inputs once, and answers the tensors that it has written.
+its inputs once, and returns the tensors that it has written.
 """
 
 from __future__ import annotations
@@ -94,11 +94,6 @@ def shared_prefix_attention(backend: str | None, new: int) -> Case:
     )
 
 
-def merge_attention_states(backend: str | None) -> Case:
-    a, b = ((random(40, 80, seed=seed), random(40, seed=seed + 1)) for seed in (4, 6))
-    return lambda seed, step: tuple(ops.merge_attention_states(a, b, backend=backend))
-
-
 CUDA_CASES: dict[str, Callable[[str | None], Case]] = {
     "topk_logprobs": topk_logprobs,
     "sample_tokens": sample_tokens,
@@ -110,14 +105,13 @@ TRITON_CASES: dict[str, Callable[[str | None], Case]] = {
     "topk_logprobs, Triton": topk_logprobs,
     "trajectory_log_ratio": trajectory_log_ratio,
     "linear_trajectory_logprob": linear_trajectory_logprob,
-    "merge_attention_states": merge_attention_states,
     "shared_prefix_attention": lambda backend: shared_prefix_attention(backend, 1),
     "shared_prefix_attention, many queries": lambda backend: shared_prefix_attention(backend, 20),
 }
 
 
 def kernel(name: str) -> Case:
-    """The case on the backend that has its kernel."""
+    """Return the case on the backend that has its kernel."""
     if name in TRITON_CASES:
         return TRITON_CASES[name]("triton")
     return CUDA_CASES[name]("cuda")
@@ -127,7 +121,8 @@ def reference(name: str) -> Case:
     return (CUDA_CASES | TRITON_CASES)[name]("ref")
 
 
-# Whose result follows seed and step: the place of a chosen token among the tensors it answers.
+# The results of these cases follow seed and step; the number is the index of the chosen tokens
+# among the tensors that a case returns.
 RANDOM_CASES = {
     "sample_tokens": 0,
     "sample_tokens, truncated": 0,

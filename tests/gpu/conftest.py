@@ -1,4 +1,4 @@
-"""Tests that need the device: marked gpu, and deselected, not counted, where there is none."""
+"""Marks tests that need a GPU, and deselects them where there is none."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def refusing_to_wait() -> Iterator[None]:
 
 @pytest.fixture
 def no_sync() -> contextlib.AbstractContextManager[None]:
-    """A context in which any operation that waits for the device raises."""
+    """Return a context in which any operation that waits for the device raises."""
     return refusing_to_wait()

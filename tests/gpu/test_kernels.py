@@ -12,7 +12,7 @@ from tq_fast import _native, ops
 
 @pytest.fixture(scope="module", autouse=True)
 def cuda_library() -> None:
-    """Without the library these tests fail: they are about nothing else."""
+    """Fail without the library, because these tests are about nothing else."""
     assert _native.cuda_refusal() is None, _native.cuda_refusal()
 
 
@@ -31,7 +31,7 @@ def test_agrees_with_the_reference(name):
 def test_every_output_is_written_whatever_the_memory_held(name):
     expected = kernel(name)(device_int(1), device_int(0))
     torch.cuda.synchronize()
-    # The allocator hands these blocks out again: what is not written stays NaN, or -1.
+    # The allocator hands these blocks out again, so that an output that is not written differs.
     poison = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(8)]
     sizes = [size for size in (16, 64, 128, 256, 1024, 4096) for _ in range(24)]
     poison += [torch.full((size,), torch.nan, device="cuda") for size in sizes]
@@ -54,7 +54,7 @@ def test_a_captured_graph_replays_and_its_randomness_advances(name):
     seed, step = device_int(5), device_int(0)
     case = kernel(name)
     warm = torch.cuda.Stream()
-    # The inputs are still being made on the stream that is current now.
+    # The stream waits, because the inputs are still being made on the current one.
     warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
         case(seed, step)
@@ -65,7 +65,7 @@ def test_a_captured_graph_replays_and_its_randomness_advances(name):
         step.add_(1)
     plain = kernel(name)
     if name == "advance_rollouts_":
-        # The state has moved on by the warm-up call: so does the other's.
+        # The warm-up call has advanced the state, so advance the state of the other case too.
         plain(seed, device_int(0))
     chosen = []
     for depth in range(4):
@@ -80,7 +80,7 @@ def test_a_captured_graph_replays_and_its_randomness_advances(name):
 
 @pytest.mark.parametrize("rows", [1, 2, 33, 700])
 def test_a_row_does_not_depend_on_how_many_rows_there_are(rows):
-    """The number of rows decides how many blocks share one: the bits must not."""
+    """The number of rows decides how many blocks share a row, but must not change its bits."""
     logits = torch.randn(rows, 70001, device="cuda").bfloat16()
     keys = torch.arange(rows, device="cuda")
     drawn = ops.sample_tokens(logits, keys, 3, backend="cuda")
@@ -99,7 +99,7 @@ def test_a_row_does_not_depend_on_how_many_rows_there_are(rows):
 
 
 def test_offsets_beyond_int32():
-    """More than 2^31 elements between the first row and the last."""
+    """Rows are found with more than 2^31 elements between the first and the last."""
     rows, stride = 3, 1 << 30
     if torch.cuda.mem_get_info()[0] < 6 * stride:
         pytest.skip("needs 6 GB of free device memory")

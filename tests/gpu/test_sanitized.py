@@ -11,7 +11,7 @@ from tq_fast import ops
 @pytest.mark.parametrize("size", [31, 2049, 9000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows(size, dtype):
-    # An odd offset makes rows that are not aligned, too.
+    # The odd offset makes rows that are not aligned.
     logits = torch.randn(3, size + 1, device="cuda").to(dtype)[:, 1:]
     keys = torch.arange(3, device="cuda")
     k = min(size, 20)

@@ -40,7 +40,7 @@ def test_json_lines_may_hold_text_messages_or_token_ids(tmp_path: Path) -> None:
         ("\ufeffa\nb", ["a", "b"]),
         # A line separator of Unicode is part of a prompt.
         ("a\u2028b\n", ["a\u2028b"]),
-        # JSON, but no object: text.
+        # The lines are JSON, but no objects, so that they are texts.
         ("[1, 2]\n5\n", ["[1, 2]", "5"]),
     ],
 )
@@ -100,7 +100,7 @@ def test_the_digest_tells_prompts_ids_and_order_apart(tmp_path: Path) -> None:
     ]
     digests = {digest_prompts(read_prompt_file(write(tmp_path, text))) for text in texts}
     assert len(digests) == len(texts)
-    # What else a line holds, and white space, do not matter.
+    # Other keys and white space do not enter the digest.
     same = '{"x": 1, "prompt": "a"}\n\n{"prompt":"b"}\n'
     assert digest_prompts(read_prompt_file(write(tmp_path, same))) == digest_prompts(
         read_prompt_file(write(tmp_path, texts[0]))

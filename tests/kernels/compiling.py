@@ -46,7 +46,7 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What the assembler gave one kernel: registers a thread, bytes of local and shared memory."""
+    """Resources of one kernel: registers a thread, bytes of local and shared memory."""
 
     kernel: str
     registers: int

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 _REPOSITORY = Path(__file__).parents[2]
-# The interpreter keeps bfloat16 as its bits, and its tl.dot multiplies those (triton 3.6 to 3.9).
-# Of the exclusive or in tl.topk it makes a Python loop over the elements.
+# The interpreter keeps bfloat16 as its bits, and its tl.dot multiplies them (triton 3.6 to 3.9). It
+# runs the exclusive or in tl.topk as a Python loop over the elements.
 _PROGRAM = """
 import sys
 import numpy as np, pytest, torch
@@ -56,7 +56,7 @@ def run_op_tests(op: str, leave_out: str = "") -> int:
     if leave_out:
         chosen += f" and not ({leave_out})"
     tests = Path("tests") / "ops" / f"test_{op}.py"
-    # Infinities are what these tests are about: numpy would warn of each.
+    # Numpy would warn of each infinity, and these tests are full of them.
     options = ("-q", "-p", "no:cacheprovider", "--durations=0", "--disable-warnings")
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, *options, str(tests), "-k", chosen],

@@ -60,8 +60,8 @@ def test_the_interpreter_passes_the_tests_of_the_op():
 FEATURES = {"window": 100, "softcap": 30.0, "has_tree": True}
 MANY = {"new": 20}
 
-# What Triton 3.6 spilled where 3.9 spilled nothing; with the package of another version, unpacked,
-# ahead on PYTHONPATH these run with it:
+# Cases that Triton 3.6 spilled and 3.9 did not. With the package of another version, unpacked,
+# ahead on PYTHONPATH they run with it:
 #   pip download triton==3.6.0 --no-deps && unzip -d elsewhere triton-3.6.0-*.whl
 #   PYTHONPATH=elsewhere pytest tests/kernels -k spills
 SPILLED = [

@@ -14,7 +14,7 @@ from bench.decode_models import Duo
 from tests import zoo
 from tq_fast import ops
 
-# Each bench at a size that takes milliseconds.
+# At these sizes each bench takes milliseconds.
 SMALL = {
     "bench_topk": (3, torch.bfloat16),
     "bench_sample": (40, torch.bfloat16),
@@ -23,12 +23,11 @@ SMALL = {
     "bench_log_ratio": (3, 4, 500),
     "bench_linear_logprob": (3, 4, 32),
     "bench_attention": (6, 4, 2, 16, 70),
-    "bench_merge": (6, 4, 16),
 }
 
 
 class OnTheCpu(TorchFunctionMode):
-    """What is asked for on the device "cuda" is made on the CPU."""
+    """A mode that makes tensors on the CPU where the device "cuda" is asked for."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -66,7 +65,7 @@ def test_every_bench_passes_its_gate_and_fills_its_row(small_benches, tmp_path):
 
 
 def test_no_eager_provider_waits_for_the_device(small_benches, monkeypatch):
-    """A graph is captured around each: `multinomial` and `item` would end the whole run."""
+    """A graph is captured around each provider, and `multinomial` or `item` would end the run."""
     for name in ("multinomial", "Tensor.multinomial", "Tensor.item", "Tensor.tolist"):
         holder = torch.Tensor if "." in name else torch
         monkeypatch.setattr(holder, name.split(".")[-1], None)

@@ -1,4 +1,4 @@
-"""What an import costs: torch for the ops, next to nothing for the command line."""
+"""An import loads no more than needed: torch for the ops, little for the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house of the package: who may import whom, and one stem for each op."""
+"""The layers of the package: which module may import which, and one stem for each op."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 
 def _unit(path: Path) -> str:
-    """The file or folder directly below the package to which `path` belongs."""
+    """Return the file or folder directly below the package to which `path` belongs."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def _imported_units(path: Path) -> set[str]:
-    """Units of the package that `path` imports, type-only imports included."""
+    """Return the units of the package that `path` imports, type-only imports included."""
     package = ("tq_fast", *path.relative_to(ROOT).parent.parts)
     units: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -77,7 +77,7 @@ def _imported_units(path: Path) -> set[str]:
 
 
 def _wrong_arrows(path: Path, imported: set[str]) -> list[str]:
-    """A sentence for every import of `path` that does not go down."""
+    """Return a sentence for every import of `path` that does not go down."""
     unit, name = _unit(path), path.relative_to(ROOT)
     return [
         f"{name} imports tq_fast.{other}: an arrow up, from floor {RANKS[unit]} ({unit}) to floor "
@@ -135,7 +135,7 @@ def test_every_op_has_one_file_and_one_reference(op: str) -> None:
 def test_kernels_are_named_after_their_op() -> None:
     stems = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__"}
     for folder in ("cpu", "cuda"):
-        for path in (REPOSITORY / "csrc" / folder).glob("*.c*"):
+        for path in (REPOSITORY / "csrc" / folder).rglob("*.c*"):
             if "_LIBRARY_IMPL" in path.read_text():
                 stems.add(path.stem)
     stems = {stem for stem in stems if not stem.startswith(("_", "isa"))}

@@ -1,4 +1,4 @@
-"""The README says what is so: its example runs as it stands."""
+"""The example of the README runs as it stands."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def asked() -> list[str]:
 
 @pytest.fixture(scope="module")
 def sampled(asked: list[str]) -> dict[str, torch.Tensor]:
-    """Sampled token ids of both language models, one row an entry of ``asked``."""
+    """Return sampled token ids of both language models, a row for each entry of ``asked``."""
     return {
         name: sample(
             AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval(), asked
@@ -86,7 +86,7 @@ def mean_gain_in_errors(before: Sequence[float], after: Sequence[float]) -> floa
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation; for scores without ties."""
+    """Return Spearman's rank correlation of scores without ties."""
     ranks = [torch.tensor(values).argsort().argsort().double() for values in (first, second)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
@@ -156,7 +156,7 @@ def test_prompts_are_distinct_and_all_of_the_language() -> None:
 
 # (response to PROMPT, helpful score, friendly score), each computed by hand from the docstrings.
 GOLD_CASES = [
-    # Nothing said: unfinished, -1 for both.
+    # An empty response is unfinished (-1 both).
     ("", -1.0, -1.0),
     # One aspect asked for (1 / 0.5), judged good (0 / 1.5).
     (" The soup was warm.", 1.0, 2.0),
@@ -284,7 +284,7 @@ def test_reward_models_follow_their_gold_and_have_unit_spread(
     texts: dict[str, list[str]],
 ) -> None:
     scores = score(REWARD_MODELS[name], asked, texts["sft"])
-    # Gold has ties, so the plain correlation.
+    # Gold scores have ties, so the plain correlation is taken.
     assert statistics.correlation(scores, gold(asked, texts["sft"])) >= least_correlation
     assert 0.8 <= statistics.stdev(scores) <= 1.25
 

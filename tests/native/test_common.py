@@ -89,20 +89,6 @@ def test_merged_softmax_states_give_logsumexp(values):
     assert lse == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-def test_two_empty_attention_parts_give_an_empty_one(common):
-    assert common.merge_attention(math.inf, -math.inf) == (0.0, 0.0, -math.inf)
-    assert common.merge_attention(math.nan, 1.5) == (0.0, 1.0, 1.5)
-
-
-@settings(deadline=None)
-@given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
-def test_attention_weights_are_a_softmax(lse_a, lse_b):
-    weight_a, weight_b, lse = _native.load_common().merge_attention(lse_a, lse_b)
-    both = torch.tensor([lse_a, lse_b])
-    torch.testing.assert_close(torch.tensor([weight_a, weight_b]), both.softmax(0))
-    assert lse == pytest.approx(both.logsumexp(0).item(), rel=1e-6, abs=1e-6)
-
-
 def test_value_of_a_candidate_is_its_weighted_mean(common):
     q, standard_error, ess = common.value_candidate([1.0, 5.0], [math.log(3.0), 0.0], 1.0, False)
     assert q == pytest.approx(2.0)

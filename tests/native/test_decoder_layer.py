@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.ops import test_finish_decoder_layer as finishing
 from tests.ops import test_project_qkv as projecting
 from tests.ops.test_project_qkv import DTYPES
-from tq_fast.ops.finish_decoder_layer import finish_decoder_layer_cpu, finish_decoder_layer_ref
-from tq_fast.ops.project_qkv import project_qkv_cpu, project_qkv_ref
+from tq_fast.ops import finish_decoder_layer_ref, project_qkv_ref
+from tq_fast.ops._dispatch import unchecked_kernel
+
+
+def project_qkv_cpu(*inputs: Any, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return unchecked_kernel("project_qkv")(*inputs, eps=eps)
+
+
+def finish_decoder_layer_cpu(*inputs: Any, eps: float) -> Tensor:
+    return unchecked_kernel("finish_decoder_layer")(*inputs, eps=eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

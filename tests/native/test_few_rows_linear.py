@@ -7,22 +7,26 @@ import torch
 from torch import Tensor
 
 from tests.ops.test_few_rows_linear import DTYPES, assert_accurate, problem
-from tq_fast.ops.few_rows_linear import few_rows_linear_native
+from tq_fast.ops._dispatch import unchecked_kernel
 
 # Columns and outputs: of no multiple, of several blocks of columns, of several panels.
 SIZES = [(1, 1), (16, 4), (31, 3), (33, 17), (64, 130), (768, 70), (770, 5), (2050, 21), (40, 600)]
+
+
+def few_rows_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return unchecked_kernel("few_rows_linear")(x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size_in, size_out", SIZES)
 def test_kernel_is_accurate_and_a_row_does_not_depend_on_the_others(isa, dtype, size_in, size_out):
     x, weight, bias = problem(64, size_in, size_out, dtype)
-    whole = few_rows_linear_native(x, weight, bias)
+    whole = few_rows_linear_cpu(x, weight, bias)
     assert_accurate(whole, x, weight, bias)
     for num_rows in (*range(1, 41), 63):
-        part = few_rows_linear_native(x[:num_rows], weight, bias)
+        part = few_rows_linear_cpu(x[:num_rows], weight, bias)
         assert torch.equal(part, whole[:num_rows])
-    assert torch.equal(few_rows_linear_native(x[17:20], weight, bias), whole[17:20])
+    assert torch.equal(few_rows_linear_cpu(x[17:20], weight, bias), whole[17:20])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -33,7 +37,7 @@ def test_threads_change_no_bit(isa, dtype):
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
-            results.append(few_rows_linear_native(x, weight, bias))
+            results.append(few_rows_linear_cpu(x, weight, bias))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -43,11 +47,11 @@ def test_threads_change_no_bit(isa, dtype):
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_infinity_go_where_they_belong_and_nowhere_else(isa, dtype, special):
     x, weight, _ = problem(14, 50, 9, dtype)
-    clean = few_rows_linear_native(x, weight, None)
+    clean = few_rows_linear_cpu(x, weight, None)
     for row, column in ((3, 0), (13, 49)):
         spoiled = x.clone()
         spoiled[row, column] = special
-        result = few_rows_linear_native(spoiled, weight, None)
+        result = few_rows_linear_cpu(spoiled, weight, None)
         expected = spoiled[row].double() @ weight.double().T
         assert torch.equal(result[row].isnan(), expected.isnan())
         assert torch.equal(result[row].isposinf(), expected.isposinf())
@@ -62,7 +66,7 @@ def test_results_are_rounded_to_nearest_even_and_overflow_to_infinity(isa, dtype
     values = torch.randn(4000).double() * 10.0 ** torch.randint(-6, 4, (4000,))
     weight = torch.cat([values.to(dtype), torch.tensor([torch.finfo(dtype).max] * 3, dtype=dtype)])
     x = torch.tensor([[1.0 + torch.finfo(dtype).eps]], dtype=dtype)
-    result = few_rows_linear_native(x, weight[:, None], None)
+    result = few_rows_linear_cpu(x, weight[:, None], None)
     expected = (x.double() * weight.double()).float().to(dtype)
     smallest = torch.finfo(dtype).tiny
     normal = (expected.abs() >= smallest) | (dtype is torch.float16)

@@ -67,7 +67,7 @@ def test_a_prompt_has_the_same_bits_alone_as_in_any_batch(isa, num_threads, esti
     ids = torch.randint(0, 50, (trees, k), generator=generator)
     rewards, weights = torch.randn(2, trees, k, n, generator=generator).unbind()
     lengths = torch.randint(0, n + 1, (trees, k), generator=generator)
-    # What is not a number in one prompt is nothing to its neighbours.
+    # NaN and infinities in one prompt must not reach its neighbours.
     rewards[7], weights[8], prior[9] = torch.nan, -torch.inf, torch.inf
     tensors = (prior, ids, rewards, weights, lengths)
     keys = torch.arange(trees)

@@ -76,7 +76,7 @@ def test_a_row_does_not_depend_on_the_batch_or_the_threads(num_threads, paramete
 
 
 def draws(row: Tensor, num: int, **parameters):
-    """What the C++ kernel and the reference draw from one row `[V]`, keys 0 .. num-1."""
+    """Draws of the C++ kernel and of the reference from one row `[V]`, keys 0 .. num-1."""
     logits, keys = row.expand(num, -1), torch.arange(num)
     got = sample_tokens(logits, keys, 0, backend="cpu", **parameters)
     expected = sample_tokens(logits, keys, 0, backend="ref", **parameters)
@@ -107,7 +107,7 @@ def test_mass_that_is_reached_exactly_needs_no_further_token(isa, num_kept):
     drawn, _ = draws(row, 300, top_p=num_kept / 8)
     assert torch.equal(drawn.ids.unique(), row.isfinite().nonzero().squeeze(-1)[:num_kept])
     torch.testing.assert_close(drawn.proposal_logprobs.exp(), torch.full((300,), 1 / num_kept))
-    # A little more than that needs one more.
+    # A slightly larger top_p needs one more id.
     drawn, _ = draws(row, 300, top_p=min(num_kept / 8 + 1e-9, 1.0))
     assert drawn.ids.unique().numel() == min(num_kept + 1, 8)
 
@@ -189,7 +189,7 @@ def test_masses_below_the_smallest_normal_number_are_not_drawn(isa, top_p):
     drawn, expected = draws(row, 200, top_p=top_p)
     assert (drawn.ids == 4321).all() and (expected.ids == 4321).all()
     assert (drawn.proposal_logprobs == 0).all()
-    # So low a temperature makes such masses of any logits.
+    # A temperature as low as this gives any logits such masses.
     drawn, expected = draws(make_logits(5000, 1.0)[0], 200, temperature=1e-3, top_p=top_p)
     assert torch.equal(drawn.ids, expected.ids)
     drawn, expected = draws(make_logits(5000, 1.0)[0], 200, temperature=1e-39, top_p=top_p)

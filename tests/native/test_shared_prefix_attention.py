@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.ops import tolerances
-from tq_fast.ops import shared_prefix_attention_ref
+from tq_fast import _native
+from tq_fast.ops import shared_prefix_attention, shared_prefix_attention_ref
 from tq_fast.ops._attention_aten import shared_prefix_attention_aten
+
+# The package's attribute of this name is the function.
+module = sys.modules["tq_fast.ops.shared_prefix_attention"]
 
 # trees, rows, query heads, key-value heads, head size, branch, prefix, queries
 SHAPES = [
@@ -165,3 +170,32 @@ def test_opcheck_passes():
     torch.library.opcheck(op, (*inputs, 0.25, None, None, None))
     tree = torch.tensor([0, 0, 0, 1])
     torch.library.opcheck(op, (*inputs, 0.25, 5.0, 6, tree))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_aten_serves_much_bf16_where_there_is_amx_and_whatever_is_left_without_the_kernel(
+    monkeypatch, dtype
+):
+    served: list[str] = []
+
+    def aten(*inputs: Any, **parameters: Any) -> tuple[Tensor, Tensor]:
+        served.append("aten")
+        return shared_prefix_attention_aten(*inputs, **parameters)
+
+    few, many = (problem((1, 8, 4, 1, 32, 3, prefix, 1), dtype, False) for prefix in (9, 2500))
+    module._OP.forget()
+    monkeypatch.setattr(module, "shared_prefix_attention_aten", aten)
+    try:
+        for has_amx, expected in ((False, 0), (True, dtype is torch.bfloat16)):
+            monkeypatch.setattr(module, "_has_amx", lambda has_amx=has_amx: has_amx)
+            shared_prefix_attention(*few)
+            assert not served
+            shared_prefix_attention(*many)
+            assert len(served) == expected
+            served.clear()
+        monkeypatch.setattr(_native, "cpu_refusal", lambda: "the cpu library was not built")
+        module._OP.forget()
+        shared_prefix_attention(*few)
+        assert served == ["aten"]
+    finally:
+        module._OP.forget()

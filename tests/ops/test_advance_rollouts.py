@@ -97,7 +97,7 @@ def test_a_row_without_a_valid_logit_finishes_and_shows_nan(op):
     assert state.logprob_sums.isnan().tolist() == [False, True, False]
     assert state.lengths.tolist() == [1, 0, 1]
     assert (state.tokens[1] == SENTINEL).all()
-    # And it stays as it is.
+    # A row that ended without a valid logit stays as it is.
     op(torch.zeros(3, 20), torch.arange(3), 1, *state.fields(), EOS)
     assert state.lengths.tolist() == [2, 0, 2]
     assert state.logprob_sums.isnan().tolist() == [False, True, False]

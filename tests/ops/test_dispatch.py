@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tq_fast import _native, env, ops
+from tq_fast import env, ops
 from tq_fast.errors import BackendRefused, InvalidArgument
 from tq_fast.ops import _dispatch
-from tq_fast.ops._dispatch import Backend, Op, python_function
+from tq_fast.ops._dispatch import Backend, Op, python_function, unchecked_kernel
 
 REAL_OPS = dict(_dispatch._OPS)
 CPU = torch.zeros(2)
-# No tensor of this machine need be on a GPU for the choice to be tested.
+# Stands for a tensor on a GPU, so that the choice can be tested without one.
 CUDA = SimpleNamespace(device=torch.device("cuda", 0))
 
 
@@ -127,7 +127,7 @@ def test_an_unknown_word_in_the_environment_is_an_error_that_lists_the_known(env
     environment.setenv(variable, " AUTO ")
     assert read() == "auto"
     environment.setenv(variable, "cuda")
-    # Remembered until asked to read again.
+    # The first value is kept until `reload`.
     assert read() == "auto"
     env.reload()
     assert read() == "cuda"
@@ -167,32 +167,15 @@ def test_describe_backends_names_a_reason_for_whatever_cannot_run(monkeypatch):
     assert ops.describe_backends()["example"]["cuda"] is None
 
 
-def test_an_error_that_is_not_the_callers_fault_is_raised():
-    calls = []
-
-    def fail(first):
-        calls.append(first)
-        raise RuntimeError("out of luck")
-
-    op = Op("example", answers("ref"), Backend("cpu", lambda: fail))
-    with torch.no_grad():
-        # At once: the caller's arguments are checked first, and here nothing is wrong with them.
-        assert op.at_once(None, CPU) is NotImplemented
-        with pytest.raises(RuntimeError, match="out of luck"):
-            op(None, CPU)
-    assert len(calls) == 2
-
-
-def test_a_direct_function_is_for_the_cpu_kernel_only(monkeypatch, environment):
-    monkeypatch.setattr(_native, "load_direct", lambda: SimpleNamespace(example=answers("direct")))
-    op = Op("example", answers("ref"))
-    for backend, is_direct in ((None, True), ("auto", True), ("cpu", True), ("ref", False)):
-        assert (op.direct(backend) is not None) == is_direct
+def test_an_unchecked_kernel_is_the_cpu_kernel_or_nothing(environment):
+    Op("example", answers("ref"), Backend("cpu", missing), Backend("cpu", lambda: answers("cpu")))
+    Op("another", answers("ref"), Backend("cpu", missing))
+    assert [unchecked_kernel("example", pin)() for pin in (None, "auto", "cpu")] == ["cpu"] * 3
+    assert unchecked_kernel("example", "ref") is unchecked_kernel("another") is None
     environment.setenv("TQ_FAST_BACKEND", "ref")
     env.reload()
-    assert op.direct(None) is None
-    assert op.direct("cpu")() == "direct"
-    assert Op("another", answers("ref")).direct("cpu") is None
+    assert unchecked_kernel("example") is None
+    assert unchecked_kernel("example", "cpu")() == "cpu"
 
 
 def test_every_public_op_describes_itself(monkeypatch):

@@ -25,7 +25,7 @@ def problem(rows: int, size_in: int, size_out: int, dtype: torch.dtype) -> tuple
 
 
 def assert_accurate(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Not further from float64 than torch's own product, and a small cap."""
+    """`result` is no further from float64 than torch's own product, but for a small cap."""
     exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
     worst = (linear(x, weight, bias).double() - exact).abs().max()
     assert result.dtype == x.dtype

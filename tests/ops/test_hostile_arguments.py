@@ -1,7 +1,7 @@
 """Every op refuses what it cannot mean, by op, argument, value and what was expected.
 
-Each case runs with autograd, without (where the kernel is asked before the checks), and pinned to
-the reference and to the C++ kernel: all four must agree.
+Each case runs with autograd, without, and pinned to the reference and to the C++ kernel: all four
+must agree.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def widened(value: object) -> object:
 
 
 def assert_near(got: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Not much further from float64 than the same steps in PyTorch."""
+    """A result is not much further from float64 than the same steps in PyTorch."""
     assert got.dtype == plain.dtype and got.shape == exact.shape
     worst = (plain.double() - exact).abs().max()
     bound = tolerances.LAYER_FACTOR * worst + tolerances.LAYER[got.dtype]

@@ -44,7 +44,7 @@ def problem(
         branch_kv[:, row, :, length:] = torch.nan
     even = len(set(counts)) == 1
     return {
-        # As a model hands queries over: heads behind tokens in memory.
+        # Models hand queries over in this layout: heads behind tokens in memory.
         "q": normal(rows, new, num_heads, size).transpose(1, 2),
         "prefix_k": prefix_kv[0][:, :, :prefix],
         "prefix_v": prefix_kv[1][:, :, :prefix],

@@ -1,4 +1,4 @@
-"""What went wrong in libraries of this kind, asked of every op; the tests of each ask more.
+"""Faults of other libraries of this kind, looked for in every op; tests of each op look for more.
 
 Each case makes inputs of one op on the CPU; the op runs on what a caller gets who pins nothing.
 """
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[Callable[[], list[Tensor]], Callable[..., Any]]] = {
 
 
 def run(name: str, inputs: list[Tensor], heat: float = 0.7) -> list[Tensor]:
-    """What the op answers, or what it has written."""
+    """Return what the op answers, or what it has written."""
     answer = CASES[name][1](*inputs, heat)
     return list(inputs[1:] if answer is None else answer)
 
@@ -167,7 +167,7 @@ def advanced(logits: Tensor) -> list[Tensor]:
 
 
 TOKENS, LENGTHS = torch.tensor([[7], [0], [299]]), torch.tensor([1, 1, 1])
-# What is far apart in memory, and the call on it.
+# The tensor whose rows are far apart in memory, and the call on it.
 FAR_CASES: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Any]]] = {
     "topk_logprobs": (lambda: draw(3, VOCAB), lambda x: ops.topk_logprobs(x, 9)),
     "sample_tokens": (lambda: draw(3, VOCAB), lambda x: ops.sample_tokens(x, KEYS[:3], 0)),

@@ -100,7 +100,7 @@ VALID: dict[str, Callable[[], Arguments]] = {
         "eps": 1e-5,
     },
 }
-# What these ops call the two tensors of a pair.
+# The names that these ops give to the two tensors of a pair.
 PAIRS = {"a": ("out_a", "lse_a"), "b": ("out_b", "lse_b")}
 
 
@@ -131,7 +131,7 @@ def tensors_of(op: str) -> Iterator[TensorOf]:
 
 
 def call(op: str, arguments: Arguments, **parameters: Any) -> list[Tensor]:
-    """What the op answers; of an op that works in place, its state."""
+    """Return what the op answers, or the state that an op in place has written."""
     answer = getattr(ops, op)(**arguments, **parameters)
     if answer is None:
         return [arguments[name] for name in state()]

@@ -97,7 +97,7 @@ def test_a_token_that_one_model_never_gives_has_no_part_in_a_mixture(mix: float)
     torch.testing.assert_close(law, torch.tensor([expected]))
 
 
-# Five tokens, so that the law of every response can be written down.
+# There are five tokens, so that the law of every response can be written down.
 VOCAB_SIZE, END, START = 5, 4, [1, 3]
 NUM_DRAWS = 2000
 BOUND = 10.0
@@ -114,7 +114,7 @@ def small_model(seed: int) -> PreTrainedModel:
 def small_law(
     policy: Callable[[list[int]], torch.Tensor], length: int = 3
 ) -> dict[tuple[int, ...], float]:
-    """Probability of every response of `policy`, which gives log-probs after a context."""
+    """Return the law of responses of `policy`, which gives log-probs after a context."""
     law = {(): 1.0}
     for _ in range(length):
         grown: dict[tuple[int, ...], float] = {}
@@ -175,12 +175,12 @@ def test_plain_decoding_follows_the_law_of_its_model(options: dict[str, float]) 
     for method, other in (("baseline", "sft"), ("sft", "baseline")):
         drawn = draws(method, **options)
         assert excess(drawn, laws[method]) < BOUND
-        # The same draws tell this law from its neighbour's.
+        # The same draws tell this law from that of the other model.
         assert not set(drawn) <= set(laws[other]) or excess(drawn, laws[other]) > BOUND
 
 
 def worth(response: Sequence[int]) -> float:
-    """Several responses are worth the same: ties."""
+    """Return a worth that several responses have in common, so that there are ties."""
     return float(sum((3, 0, 5, 1, 2)[token] * (place + 1) for place, token in enumerate(response)))
 
 
@@ -194,7 +194,7 @@ def test_the_best_of_n_follows_its_law() -> None:
     for response, mass in law.items():
         below = sum(m for other, m in law.items() if worth(other) < worth(response))
         equal = sum(m for other, m in law.items() if worth(other) == worth(response))
-        # The winner's worth is this one's; among equals each is as likely as under the source.
+        # The winner has this worth; among equals each is as likely as under the source model.
         best[response] = ((below + equal) ** n - below**n) * mass / equal
     drawn = draws("best_of_n", reward=reward, n=n)
     assert excess(drawn, best) < BOUND

@@ -19,7 +19,7 @@ from tq_fast.errors import InvalidArgument
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7]]
 SHORT = {"k": 4, "horizon": 3, "max_new_tokens": 5, "eos_token_id": ()}
 ENDS = tuple(range(5, zoo.VOCAB_SIZE, 6))
-# Rounding of other orders of summation; see tests/test_equivalence.py.
+# Both sides round in fp32, in other orders of summation; see tests/test_equivalence.py.
 ATOL = 3e-5
 NEEDED = {
     "sft": ("sft",),
@@ -51,7 +51,7 @@ def models() -> dict[str, PreTrainedModel]:
 
 
 def run(method: str, prompts: object = PROMPTS, **options: object) -> tq_fast.DecodeResult:
-    """The preset with all models, unless `options` say otherwise."""
+    """Run the preset with all models, unless `options` say otherwise."""
     options = {**models(), **SHORT, **EXTRA.get(method, {}), **options}
     for name in presets.FIXED_FIELDS[method]:
         options.pop(name, None)
@@ -78,7 +78,7 @@ def test_results_do_not_depend_on_the_batch(method: str, strategy: str) -> None:
     assert tokens(run(method, batch_size=2, **options)) == together
     for idx in range(3):
         assert tokens(run(method, PROMPTS[idx], **options)) == [together[idx]]
-    # Four prompts of which not two fit, and of the best of n not even all responses of one.
+    # No two of the four prompts fit into this memory, nor do all n responses of one prompt.
     budget = {"memory_budget": 45_000 if method == "best_of_n" else 100_000}
     assert tokens(run(method, **budget, **options)) == together
     if strategy == "sample":
@@ -99,7 +99,7 @@ def test_models_that_are_not_needed_may_be_left_out(method: str) -> None:
     options = {"strategy": "greedy", "rollout": "greedy", "max_new_tokens": 3}
     if "strategy" in presets.FIXED_FIELDS[method]:
         del options["strategy"]
-    # The prior follows from the models that are given: it is pinned, so that all else is equal.
+    # The prior would follow from the models that are given, so it is pinned.
     if method in ("transfer_q", "direct_on_target"):
         options["prior"] = "baseline"
     if method == "transfer_q_indirect":

@@ -191,17 +191,20 @@ def test_a_chat_is_scored_under_the_template_of_the_reward(
     assert num_tokens <= num_once + 1.3 * num_new
 
 
-def test_a_chat_under_the_template_of_both_is_scored_by_token_ids(tokenizers: Tokenizers) -> None:
+def test_a_chat_under_the_template_of_both_is_scored_as_a_finished_conversation(
+    tokenizers: Tokenizers,
+) -> None:
     ours = tokenizers["bytes-chat"]
     model = scorer(ours)
     prompts = read_prompts(CHATS, ours, vocab_size=len(ours))
     session = open_reward(CausalReward(model, ours, Texts(ours), None), prompts)
     for step in walk(len(prompts), 3, len(ours)):
         scores, _ = scores_of(session, step)
-        rows = [
-            [*prompts[tree].token_ids, *ids]
-            for tree, ids in zip(step.trees, step.responses, strict=True)
-        ]
+        rows = []
+        for tree, ids in zip(step.trees, step.responses, strict=True):
+            answer = {"role": "assistant", "content": ours.decode(ids, skip_special_tokens=True)}
+            chat = [*CHATS[tree], answer]
+            rows.append(ours.apply_chat_template(chat, return_dict=True)["input_ids"])
         assert scores == pytest.approx([plain_score(model, row) for row in rows], abs=ATOL)
 
 

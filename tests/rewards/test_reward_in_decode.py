@@ -111,9 +111,9 @@ def test_a_classifier_that_says_nan_is_an_error_that_names_prompt_and_step() -> 
     def poison(module: object, inputs: object, output: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return output * math.nan if calls > 11 else output
+        return output * math.nan if calls > 20 else output
 
-    # The backbone's last norm. The first prompt takes 7 passes, and a trial run 2 before it.
+    # The backbone's last norm. The first prompt takes 7 passes; loading tries 9 before it.
     reward.model.norm.register_forward_hook(poison)
     with pytest.raises(RewardError, match=r"prompt 1, step \d: the reward returned nan") as caught:
         tq_fast.decode(prompts, baseline, reward, batch_size=1, **greedy)
@@ -150,8 +150,8 @@ def test_a_text_too_long_for_the_reward_is_an_error(tokenizers: Tokenizers) -> N
     ours, theirs = tokenizers["bytes"], tokenizers["words"]
     # The same ids: known before any work.
     reward = scorer(ours, max_position_embeddings=20)
-    reward.model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass was run"))
     baseline = language_of(ours)
+    baseline.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass was run"))
     with pytest.raises(
         InvalidArgument, match=r"prompts\[0\] has 18 tokens.* 28, but the reward model allows 20"
     ):
@@ -159,6 +159,7 @@ def test_a_text_too_long_for_the_reward_is_an_error(tokenizers: Tokenizers) -> N
             PROMPTS[:1], baseline, reward, tokenizer=ours, reward_tokenizer=ours, **GREEDY
         )
     # Another tokenizer: of the prompt known before any work, of the response when it is there.
+    baseline = language_of(ours)
     options = {**GREEDY, "max_new_tokens": 30, "tokenizer": ours, "reward_tokenizer": theirs}
     with pytest.raises(
         InvalidArgument, match=r"prompts\[0\] has 37 tokens for the reward model, which allows 20"

@@ -1,10 +1,15 @@
-"""`tq-fast`: the command line. Only arguments are parsed here; `commands` does the work."""
+"""`tq-fast`: the command line.
+
+Arguments are parsed here; the modules of the same names carry the commands out. They are imported
+by the commands, because torch and transformers take seconds to import, which help and usage errors
+need not wait for.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -12,6 +17,7 @@ from rich.console import Console
 from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import TqFastError
+from ..rewards.options import RewardOptions
 from .options import takes_decode_options
 from .terminal import one_line, say
 
@@ -22,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
-    # Errors of the package become one line (see main); others keep their own traceback.
+    # main() makes one line of an error of the package; any other error keeps its own traceback.
     pretty_exceptions_enable=False,
 )
 
@@ -34,18 +40,6 @@ def main() -> None:
     except TqFastError as error:
         say(Console(stderr=True), f"tq-fast: error: {one_line(str(error))}")
         sys.exit(2)
-
-
-def _model_option(help: str, metavar: str = "MODEL") -> Any:
-    return typer.Option(metavar=metavar, help=help, rich_help_panel="Models")
-
-
-def _file_option(help: str) -> Any:
-    return typer.Option(metavar="FILE", help=help, rich_help_panel="Prompts and output")
-
-
-def _job_option(*names: str, help: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Prompts and output")
 
 
 def _show_version(wanted: bool) -> None:
@@ -61,90 +55,125 @@ def tq_fast(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Parse what stands before the command."""
+    """Parse the options that stand before the command."""
+
+
+def _model(help: str, metavar: str = "MODEL") -> Any:
+    return typer.Option(metavar=metavar, help=help, rich_help_panel="Models")
+
+
+def _output(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Prompts and output")
+
+
+Baseline = Annotated[str, _model("The aligned model that rolls out: a folder or a hub id.")]
+Reward = Annotated[
+    str, _model("The reward: a sequence classifier, or a function as MODULE:FUNCTION.")
+]
+Sft = Annotated[
+    str | None, _model("The SFT model: the prior, and the log-ratio of indirect transfer.")
+]
+BaselineReward = Annotated[
+    str | None, _model("The reward that the baseline was aligned to (indirect transfer).")
+]
+Tokenizer = Annotated[
+    str | None, _model("The language models' tokenizer; not given: the baseline's own.")
+]
+RewardTokenizer = Annotated[str | None, _model("The reward's tokenizer; not given: its own.")]
+BaselineRewardTokenizer = Annotated[
+    str | None, _model("The baseline reward's tokenizer; not given: its own.")
+]
+RewardIndex = Annotated[
+    int | None, _model("Which label is the reward, where the reward model has several.", "N")
+]
+RewardBounds = Annotated[
+    tuple[float, float] | None,
+    _model(
+        "Bounds of the reward: for the certificate, and roll-outs that can no longer matter are "
+        "left out.",
+        "LO HI",
+    ),
+]
+RewardPair = Annotated[
+    bool,
+    typer.Option(
+        "--reward-pair",
+        help="The reward reads prompt and response as a pair.",
+        rich_help_panel="Models",
+    ),
+]
+RewardTruncate = Annotated[
+    str | None, _model("Cut texts that are too long for the reward: left or right.", "WORD")
+]
+RewardKeepSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--reward-keep-special-tokens",
+        help="The reward sees special tokens such as <think> in responses.",
+        rich_help_panel="Models",
+    ),
+]
+Device = Annotated[
+    str | None, _model("Where the models run; not given: a GPU if there is one.", "NAME")
+]
+Dtype = Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", "WORD")]
+Prompts = Annotated[
+    str,
+    _output(
+        help="Prompts: JSON lines with 'prompt' (text), 'messages' (chat) or 'token_ids', and "
+        "perhaps 'id'; or one text a line. '-' is standard input.",
+        metavar="FILE",
+    ),
+]
+Output = Annotated[
+    Path,
+    _output(
+        help="JSON lines, one record a prompt, in the order in which they finish.", metavar="FILE"
+    ),
+]
+Traces = Annotated[bool, _output("--traces/--no-traces", help="Put every step into the records.")]
+BatchSize = Annotated[
+    int,
+    _output(help="Prompts decoded together; results do not depend on it.", metavar="N"),
+]
+MemoryBudget = Annotated[
+    int | None,
+    _output(
+        help="Bytes of KV and logits at most; what does not fit together runs in turn.",
+        metavar="BYTES",
+    ),
+]
+Overwrite = Annotated[bool, _output("--overwrite", help="Start again, whatever the output holds.")]
+RetryErrors = Annotated[
+    bool, _output("--retry-errors", help="Decode again the prompts that failed.")
+]
 
 
 @app.command()
 @takes_decode_options
 def decode(
     *,
-    baseline: Annotated[
-        str, _model_option("The aligned model that rolls out: a folder or a hub id.")
-    ],
-    reward: Annotated[str, _model_option("The reward: a sequence classifier.")],
-    sft: Annotated[
-        str | None,
-        _model_option("The SFT model: the prior, and the log-ratio of indirect transfer."),
-    ] = None,
-    baseline_reward: Annotated[
-        str | None,
-        _model_option("The reward that the baseline was aligned to (indirect transfer)."),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        _model_option("The language models' tokenizer; not given: the baseline's own."),
-    ] = None,
-    reward_tokenizer: Annotated[
-        str | None, _model_option("The reward's tokenizer; not given: its own.")
-    ] = None,
-    baseline_reward_tokenizer: Annotated[
-        str | None, _model_option("The baseline reward's tokenizer; not given: its own.")
-    ] = None,
-    reward_index: Annotated[
-        int | None,
-        _model_option("Which label is the reward, where the reward model has several.", "N"),
-    ] = None,
-    reward_bounds: Annotated[
-        tuple[float, float] | None,
-        _model_option(
-            "Bounds of the reward: for the certificate, and roll-outs that can no longer matter "
-            "are left out.",
-            "LO HI",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        _model_option("Where the models run; not given: a GPU if there is one.", "NAME"),
-    ] = None,
-    dtype: Annotated[
-        str,
-        _model_option("auto (as saved), float32, bfloat16 or float16.", "WORD"),
-    ] = "auto",
-    prompts: Annotated[
-        str,
-        _file_option(
-            "Prompts: JSON lines with 'prompt' (text), 'messages' (chat) or 'token_ids', and "
-            "perhaps 'id'; or one text a line. '-' is standard input."
-        ),
-    ],
-    output: Annotated[
-        Path, _file_option("JSON lines, one record a prompt, in the order in which they finish.")
-    ],
-    traces: Annotated[
-        bool, _job_option("--traces/--no-traces", help="Put every step into the records.")
-    ] = False,
-    batch_size: Annotated[
-        int,
-        _job_option(
-            "--batch-size",
-            help="Prompts decoded together; results do not depend on it.",
-            metavar="N",
-        ),
-    ] = 8,
-    memory_budget: Annotated[
-        int | None,
-        _job_option(
-            "--memory-budget",
-            help="Bytes of KV and logits at most; what does not fit together runs in turn.",
-            metavar="BYTES",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, _job_option("--overwrite", help="Start again, whatever the output holds.")
-    ] = False,
-    retry_errors: Annotated[
-        bool, _job_option("--retry-errors", help="Decode again the prompts that failed.")
-    ] = False,
+    baseline: Baseline,
+    reward: Reward,
+    sft: Sft = None,
+    baseline_reward: BaselineReward = None,
+    tokenizer: Tokenizer = None,
+    reward_tokenizer: RewardTokenizer = None,
+    baseline_reward_tokenizer: BaselineRewardTokenizer = None,
+    reward_index: RewardIndex = None,
+    reward_bounds: RewardBounds = None,
+    reward_pair: RewardPair = False,
+    reward_truncate: RewardTruncate = None,
+    reward_keep_special_tokens: RewardKeepSpecialTokens = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    prompts: Prompts,
+    output: Output,
+    traces: Traces = False,
+    batch_size: BatchSize = 8,
+    memory_budget: MemoryBudget = None,
+    overwrite: Overwrite = False,
+    retry_errors: RetryErrors = False,
     config: DecodeConfig,
 ) -> None:
     """Decode a file of prompts into JSON lines.
@@ -155,10 +184,14 @@ def decode(
     Exit codes: 0, every prompt has a response; 1, some failed; 2, an argument is wrong or the
     output belongs to another job; 130, interrupted.
     """
-    # torch and transformers take seconds to import, which help and usage errors need not wait for.
-    from ..jobs.settings import ModelChoice
+    from ..jobs.resume import ModelChoice
     from .decode import JobOptions, run_decode
 
+    reading = RewardOptions(
+        pair=reward_pair,
+        truncate=cast(Any, reward_truncate),
+        keep_special_tokens=reward_keep_special_tokens,
+    )
     models = ModelChoice(
         baseline=baseline,
         reward=reward,
@@ -169,6 +202,7 @@ def decode(
         baseline_reward_tokenizer=baseline_reward_tokenizer,
         reward_index=reward_index,
         reward_bounds=reward_bounds,
+        reward_options=None if reading == RewardOptions() else reading,
         device=device,
         dtype=dtype,
     )

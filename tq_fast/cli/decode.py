@@ -7,25 +7,30 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..jobs.prompt_file import PromptEntry, digest_prompts, read_prompt_file
-from ..jobs.record_file import OutputRefused, RecordFile
+from ..jobs.record_file import OutputRefused, Record, RecordFile
 from ..jobs.records import ends_the_job, error_record, response_record
-from ..jobs.resume import Earlier, check_models, check_stated, describe_repairs, read_earlier
-from ..jobs.settings import ModelChoice, make_settings, model_settings, stated_settings
+from ..jobs.resume import (
+    Earlier,
+    ModelChoice,
+    check_models,
+    check_stated,
+    describe_repairs,
+    make_settings,
+    model_settings,
+    read_earlier,
+    stated_settings,
+)
 from ..prompts import Prompt
 from ..results import PromptResult
-from .job_progress import JobProgress
-from .noise import count_noisy_steps, describe_noise
-from .progress import format_seconds
-from .terminal import loading_models, one_line, say
-
-INTERRUPTED = 130
+from ..transfer.warnings import count_noisy_steps, describe_noise
+from .progress import JobProgress, format_seconds
+from .terminal import INTERRUPTED, loading_models, one_line, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +95,7 @@ def run_decode(
             check_stated(file, earlier, stated)
         with loading_models(console):
             decoder = models.load()
-        # No prompt yet: this only checks the settings against the models.
+        # A call without prompts checks the settings against the models before the output changes.
         decoder.decode(
             [],
             config=config,
@@ -135,12 +140,13 @@ class DecodeJob:
         self.failed = set(earlier.failed)
         self.num_steps = 0
         self.num_noisy_steps = 0
-        self.num_pending = len(entries) - len(self.done)
+        pending = [index for index in range(len(entries)) if index not in self.done]
+        self.num_pending = len(pending)
         self.progress = JobProgress(
             console,
-            num_pending=self.num_pending,
+            "prompts",
+            dict.fromkeys(pending, config.max_new_tokens),
             num_before=len(self.done),
-            max_new_tokens=config.max_new_tokens,
         )
 
     def run(self) -> int:
@@ -152,7 +158,7 @@ class DecodeJob:
             )
         try:
             with self.progress, warnings.catch_warnings():
-                # Said once at the end, over all prompts, instead of for every group.
+                # The decoder warns for every group; the summary warns once, over all prompts.
                 warnings.filterwarnings("ignore", "the standard error of Q")
                 warnings.showwarning = lambda message, *_, **__: say(self.console, str(message))
                 self._decode_all()
@@ -167,7 +173,8 @@ class DecodeJob:
         return 1 if self.failed else 0
 
     def _decode_all(self) -> None:
-        # All prompts are read, so that equal ones get the random streams of an uninterrupted run.
+        # The reader counts equal prompts, so it reads those that are done too: every prompt then
+        # has the random stream of an uninterrupted run.
         reader = self.decoder.prompt_reader()
         waiting: list[tuple[int, Prompt]] = []
         for index, entry in enumerate(self.entries):
@@ -192,8 +199,9 @@ class DecodeJob:
             left = [(index, prompt) for index, prompt in waiting if index not in self.done]
             if ends_the_job(error) or not left:
                 raise
-        # Places in the forest are given out in order: what was under way are the first that are
-        # left. Only here, where the error is gone and with it the memory that its traceback held.
+        # The forest takes prompts in order, so that those under way are the first that are left.
+        # They run again after the except block, where the error and the memory that its traceback
+        # held are gone.
         self._decode_group(left[: self.batch_size])
         return left[self.batch_size :]
 
@@ -239,7 +247,7 @@ class DecodeJob:
             say(self.console, described["traceback"].rstrip())
         say(self.console, f"prompt {index} failed: {one_line(described['message'])}")
 
-    def _write(self, index: int, record: dict[str, Any]) -> None:
+    def _write(self, index: int, record: Record) -> None:
         self.file.append({**record, "settings": self.fingerprint})
         self.done.add(index)
         is_failed = "error" in record
@@ -263,4 +271,4 @@ class DecodeJob:
             say(self.console, f"{len(self.failed)} failed (index {named}); {again}")
         if self.num_noisy_steps:
             noise = describe_noise(self.num_noisy_steps, self.num_steps, self.config.alpha)
-            say(self.console, noise)
+            say(self.console, f"warning: {noise}")

@@ -1,38 +1,52 @@
-"""`tq-fast demo`: the embedded models answer a few prompts, plainly and steered by Transfer Q*."""
+"""`tq-fast demo`: the embedded models answer a few prompts, plainly and steered by Transfer Q*.
+
+The output fits a terminal of 80 to 100 columns, or a log.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from .. import presets
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..errors import InvalidArgument, TqFastError
+from ..evaluation.models import score_responses
 from ..models.loading import end_token_ids
 from ..models.tiny import TinyWorld, gold_reward, load_tiny_world
 from ..prompts import Prompt
-from ..rewards.base import Opening
-from .demo_view import DemoResult, MethodResult, show_demo
-from .job_progress import JobProgress
-from .terminal import explain, loading_models, say
+from ..results import Certificate, DecodeStats, StepTrace
+from ..transfer.warnings import count_noisy_steps, describe_noise
+from .progress import JobProgress
+from .terminal import MAX_WIDTH, explain, loading_models, say
 
 _INTRODUCTION = (
     "Tiny models that write reviews of places to eat and to stay. The baseline was aligned to a "
     "reward that likes friendly reviews. Transfer Q* steers it, at decoding time, toward another "
     "one that likes helpful reviews: the aspects that were asked for, figures, and a tip.\n"
 )
+_NUM_STEPS = 6
+_NUM_CANDIDATES = 5
+_BAR_WIDTH = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoOptions:
-    """What a demo may change.
+    """Settings of a demo.
 
     Attributes:
         seed: of every random draw.
@@ -49,7 +63,7 @@ class DemoOptions:
     num_rollouts: int = 8
 
     def config(self) -> DecodeConfig:
-        """The settings of Transfer Q*; the rest is fixed for the embedded models."""
+        """Return the settings of Transfer Q*; the rest is fixed for the embedded models."""
         return DecodeConfig(
             k=self.k,
             alpha=self.alpha,
@@ -58,6 +72,39 @@ class DemoOptions:
             max_new_tokens=64,
             seed=self.seed,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodResult:
+    """One method's responses, a text and two scores for each prompt."""
+
+    name: str
+    texts: list[str]
+    rewards: list[float]
+    golds: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoResult:
+    """Everything that a demo shows.
+
+    Attributes:
+        prompts: texts.
+        methods: SFT, baseline and Transfer Q*, in this order.
+        traces: steps of the Transfer Q* responses.
+        certificates: of the Transfer Q* responses.
+        stats: counts of the Transfer Q* decode.
+        seconds: wall time of the Transfer Q* decode.
+        tokenizer: of the language models.
+    """
+
+    prompts: list[str]
+    methods: list[MethodResult]
+    traces: list[list[StepTrace]]
+    certificates: list[Certificate]
+    stats: DecodeStats
+    seconds: float
+    tokenizer: PreTrainedTokenizerBase
 
 
 def run_demo(options: DemoOptions, console: Console) -> DemoResult:
@@ -84,7 +131,7 @@ def run_demo(options: DemoOptions, console: Console) -> DemoResult:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, much slower where cores are shared."""
+    """Keep to one thread: models this small are slower on several, most of all on shared cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -94,7 +141,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def choose_prompts(world: TinyWorld, number: int) -> list[str]:
-    """The first `number` of the demo's prompts and, after those, of the held-out ones."""
+    """Return the first `number` of the demo's prompts and, after those, of the held-out ones."""
     known = list(dict.fromkeys([*world.demo_prompts, *world.prompts]))
     if not 1 <= number <= len(known):
         raise InvalidArgument(f"prompts must be between 1 and {len(known)}, got {number}")
@@ -104,14 +151,16 @@ def choose_prompts(world: TinyWorld, number: int) -> list[str]:
 def compare(
     decoder: TransferDecoder, texts: Sequence[str], config: DecodeConfig, console: Console
 ) -> DemoResult:
-    """Decode `texts` by all three methods with one seed and score what comes out."""
+    """Decode `texts` by all three methods with one seed, and score the responses."""
+    tokenizer = decoder.tokenizer
+    assert tokenizer is not None, "the embedded models come with a tokenizer"
     reader = decoder.prompt_reader()
     prompts = [reader.read(idx, text) for idx, text in enumerate(texts)]
     start = time.perf_counter()
     options = {
-        "tokenizer": decoder.tokenizer,
+        "tokenizer": tokenizer,
         "max_new_tokens": config.max_new_tokens,
-        "eos_token_id": end_token_ids(decoder.baseline, decoder.tokenizer),
+        "eos_token_id": end_token_ids(decoder.baseline, tokenizer),
         "seed": config.seed,
     }
     drawn = {
@@ -122,46 +171,209 @@ def compare(
     say(console, f"sampled the SFT and baseline responses in {took:.1f} s")
     say(console, "decoding with Transfer Q*")
     start = time.perf_counter()
-    progress = JobProgress(
-        console, num_pending=len(prompts), num_before=0, max_new_tokens=config.max_new_tokens
-    )
+    work = dict.fromkeys(range(len(prompts)), config.max_new_tokens)
+    progress = JobProgress(console, "prompts", work)
     with progress, warnings.catch_warnings():
-        # The view says it, in its own place.
+        # The same sentence is printed at the end, under the costs.
         warnings.filterwarnings("ignore", "the standard error of Q")
         decoded = decoder.decode(
             prompts,
             config=config,
             on_token=progress.token,
-            on_finished=lambda idx, _: progress.end(idx, is_failed=False),
+            on_finished=lambda idx, _: progress.end(idx),
         )
     seconds = time.perf_counter() - start
     drawn["Transfer Q*"] = decoded
     return DemoResult(
         prompts=list(texts),
         methods=[
-            score(decoder, name, prompts, [ids.tolist() for ids in result.sequences])
+            score(decoder, tokenizer, name, prompts, [ids.tolist() for ids in result.sequences])
             for name, result in drawn.items()
         ],
         traces=decoded.traces,
         certificates=decoded.certificates,
         stats=decoded.stats,
         seconds=seconds,
-        tokenizer=decoder.tokenizer,
+        tokenizer=tokenizer,
     )
 
 
 def score(
     decoder: TransferDecoder,
+    tokenizer: PreTrainedTokenizerBase,
     name: str,
     prompts: Sequence[Prompt],
     responses: Sequence[Sequence[int]],
 ) -> MethodResult:
     """Score responses by the reward model and by the exact reward of the embedded world."""
-    session = decoder.reward.open(
-        Opening(prompts, len(prompts), max_new=max(map(len, responses)), backend=None)
-    )
-    with torch.no_grad():
-        rewards = session.score(range(len(prompts)), responses)
-    texts = [decoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    golds = gold_reward([prompt.given for prompt in prompts], texts)
+    rewards = score_responses(decoder.reward, prompts, responses)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    golds = gold_reward([str(prompt.given) for prompt in prompts], texts)
     return MethodResult(name, texts, rewards, golds)
+
+
+def show_demo(result: DemoResult, config: DecodeConfig, console: Console) -> None:
+    """Print responses side by side, scores, what was lost, one trace, and what it took."""
+    width = min(MAX_WIDTH, console.width)
+    show_responses(result, console, width)
+    show_scores(result, console, width)
+    for sentence in describe_outcome(result):
+        explain(console, sentence)
+    show_trace(result, config, console, width)
+    show_cost(result, config, console)
+
+
+def show_responses(result: DemoResult, console: Console, width: int) -> None:
+    """Print the responses to each prompt side by side."""
+    for idx, prompt in enumerate(result.prompts):
+        table = Table(width=width, box=box.ROUNDED, title_justify="left")
+        table.title = Text(f"\n{idx + 1}. {prompt}", style="bold")
+        for method in result.methods:
+            table.add_column(method.name, ratio=1, overflow="fold")
+        table.add_row(*(Text(method.texts[idx].strip()) for method in result.methods))
+        console.print(table, highlight=False)
+
+
+def show_scores(result: DemoResult, console: Console, width: int) -> None:
+    """Print reward and gold reward of every response, and their means; the best one is marked."""
+    table = Table(title="\nScores", box=box.ROUNDED, title_justify="left", title_style="bold")
+    table.add_column("prompt", justify="right")
+    for method in result.methods:
+        table.add_column(f"{method.name}\nreward", justify="right")
+    for method in result.methods:
+        table.add_column(f"{method.name}\ngold", justify="right")
+    for idx in range(len(result.prompts)):
+        table.add_row(
+            str(idx + 1),
+            *_marked([method.rewards[idx] for method in result.methods]),
+            *_marked([method.golds[idx] for method in result.methods]),
+        )
+    table.add_section()
+    table.add_row(
+        "mean",
+        *_marked([statistics.mean(method.rewards) for method in result.methods]),
+        *_marked([statistics.mean(method.golds) for method in result.methods]),
+        style="bold",
+    )
+    console.print(table, highlight=False)
+    explain(
+        console,
+        "reward: the reward model that Transfer Q* follows. gold: the exact reward that it was "
+        "trained to predict; where only the first one rises, the reward model erred. "
+        "*: best of the three.",
+    )
+
+
+def _marked(scores: Sequence[float]) -> list[str]:
+    best = max(scores)
+    return [f"{score:.2f}{'*' if score == best else ' '}" for score in scores]
+
+
+def describe_outcome(result: DemoResult) -> list[str]:
+    """Say where Transfer Q* lost, by either score, and against which method."""
+    steered = result.methods[-1]
+    sentences = []
+    for label, kind in (("reward", "rewards"), ("gold reward", "golds")):
+        ours = getattr(steered, kind)
+        lost = []
+        for other in result.methods[:-1]:
+            theirs = getattr(other, kind)
+            pairs = zip(ours, theirs, strict=True)
+            places = [str(idx + 1) for idx, (a, b) in enumerate(pairs) if a < b]
+            if places:
+                word = "prompt" if len(places) == 1 else "prompts"
+                text = f"to {other.name} on {word} {', '.join(places)}"
+                is_mean_lost = statistics.mean(ours) < statistics.mean(theirs)
+                lost.append(text + (" and on the mean" if is_mean_lost else ""))
+        where = "; ".join(lost) or "on no prompt"
+        sentences.append(f"By {label}, Transfer Q* lost {where}.")
+    return sentences
+
+
+def show_trace(
+    result: DemoResult, config: DecodeConfig, console: Console, width: int, idx: int = 0
+) -> None:
+    """Print the steps of one response at which the reward moved the choice most."""
+    trace = result.traces[idx]
+    shown = pick_steps(trace)
+    bar = "#" if console.options.ascii_only else "\u2588"
+    prior = result.certificates[idx].prior
+    console.print()
+    console.print(Rule(f"How response {idx + 1} was chosen", style="bold"), width=width)
+    explain(
+        console,
+        f"The {len(shown)} of its {len(trace)} steps at which Q moved the law most, and the "
+        f"{min(_NUM_CANDIDATES, config.k)} likeliest of {config.k} candidates. final is "
+        f"proportional to prior x exp(Q / {config.alpha:g}); prior is the {prior} model; "
+        "> is the token that was drawn.",
+    )
+    for step in shown:
+        before = [trace[i].token_id for i in range(step)]
+        text = result.tokenizer.decode(before, skip_special_tokens=True)
+        context = f"...{text[-56:]}" if len(text) > 60 else text or "(start of the response)"
+        say(console, f"\nstep {step + 1}, after: {context}")
+        console.print(_step_table(trace[step], result.tokenizer, bar), highlight=False)
+
+
+def pick_steps(trace: Sequence[StepTrace]) -> list[int]:
+    """Return the steps whose final law is farthest from the prior's on the candidates, in order."""
+    order = sorted(range(len(trace)), key=lambda step: -_shift(trace[step]))
+    return sorted(order[:_NUM_STEPS])
+
+
+def _shift(step: StepTrace) -> float:
+    """Return the KL of the final law from the prior, both on the candidates alone."""
+    prior = step.prior_logprobs.log_softmax(-1)
+    final = step.final_logprobs
+    return float((final.exp() * (final - prior)).nansum())
+
+
+def _step_table(step: StepTrace, tokenizer: PreTrainedTokenizerBase, bar: str) -> Table:
+    order = step.final_logprobs.argsort(descending=True, stable=True).tolist()
+    shown = order[:_NUM_CANDIDATES]
+    if step.choice not in shown:
+        shown[-1] = step.choice
+    table = Table(box=None, padding=(0, 1), show_edge=False)
+    table.add_column("")
+    table.add_column("candidate", min_width=16, no_wrap=True)
+    table.add_column("prior", justify="right")
+    table.add_column("Q", justify="right", min_width=6)
+    table.add_column("final", justify="right")
+    table.add_column("")
+    for candidate in shown:
+        is_choice = candidate == step.choice
+        prior = float(step.prior_logprobs[candidate].exp())
+        final = float(step.final_logprobs[candidate].exp())
+        text = tokenizer.decode([int(step.candidates[candidate])])
+        table.add_row(
+            ">" if is_choice else "",
+            Text(json.dumps(text, ensure_ascii=False)),
+            f"{prior:.1%}",
+            f"{float(step.q[candidate]):.2f}",
+            f"{final:.1%}",
+            bar * round(final * _BAR_WIDTH),
+            style="bold" if is_choice else None,
+        )
+    return table
+
+
+def show_cost(result: DemoResult, config: DecodeConfig, console: Console) -> None:
+    """Print what Transfer Q* took, and how far it went from the models."""
+    stats = result.stats
+    rate = stats.num_steps / result.seconds
+    per_token = stats.rollouts_run / max(1, stats.num_steps)
+    kls = [found.kl_to_sft for found in result.certificates if found.kl_to_sft is not None]
+    kl = statistics.mean(kls)
+    explain(
+        console,
+        f"\n{stats.num_steps} tokens in {result.seconds:.1f} s ({rate:.1f} a second), "
+        f"{per_token:.1f} roll-outs a token; mean KL from SFT {kl:.1f} nats a response.",
+    )
+    explain(
+        console,
+        f"k={config.k}, alpha={config.alpha:g}, n={config.num_rollouts}, seed={config.seed}; "
+        "every draw is seeded: the same command gives the same responses.",
+    )
+    noisy = sum(count_noisy_steps(trace, config.alpha) for trace in result.traces)
+    if noisy:
+        explain(console, f"warning: {describe_noise(noisy, stats.num_steps, config.alpha)}")

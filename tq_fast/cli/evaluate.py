@@ -1,12 +1,4 @@
-"""`tq-fast eval`: methods side by side, every response a record, resumable at any moment.
-
-The folder of results:
-
-    config.toml                          what was run
-    records/SETUP/METHOD.jsonl           a record a prompt and seed, with its measures
-    records/SETUP/METHOD.jsonl.settings.json
-    versions.json  summary.json  table.md
-"""
+"""`tq-fast eval`: methods side by side, every response a record, resumable at any moment."""
 
 from __future__ import annotations
 
@@ -21,15 +13,20 @@ from ..evaluation.config import EvalConfig
 from ..evaluation.config_file import find_config, load_config
 from ..evaluation.prompts import check_readable
 from ..evaluation.results import write_run, write_summary, write_text
-from ..evaluation.work import EvalWorker, Record, Task, run_here, run_in_processes
-from ..jobs.prompt_file import PromptEntry, read_prompt_file
+from ..evaluation.work import (
+    EvalJob,
+    EvalWorker,
+    Task,
+    check_no_others,
+    open_jobs,
+    run_here,
+    run_in_processes,
+    work_of,
+)
+from ..jobs.record_file import Record
 from ..jobs.resume import describe_repairs
-from .eval_jobs import EvalJob, check_job, check_no_others, open_jobs, tasks_of
-from .eval_progress import EvalProgress, work_of
-from .progress import format_seconds
-from .terminal import loading_models, one_line, say
-
-INTERRUPTED = 130
+from .progress import JobProgress, format_seconds
+from .terminal import INTERRUPTED, loading_models, one_line, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ def run_eval(config_name: str, output: Path, options: EvalOptions, console: Cons
             raise InvalidArgument(f"workers must be at least 1, got {options.workers}")
         config = dataclasses.replace(config, workers=options.workers)
     check_readable(config.prompts)
-    prompts = read_prompts_of(config)
+    prompts = config.prompts.read()
     check_no_others(config, output, overwrite=options.overwrite)
     with contextlib.ExitStack() as stack:
         again = {"overwrite": options.overwrite, "retry_errors": options.retry_errors}
@@ -78,7 +75,7 @@ def run_eval(config_name: str, output: Path, options: EvalOptions, console: Cons
         with loading_models(console):
             worker = EvalWorker(config, prompts)
             for job in jobs:
-                check_job(job, worker)
+                job.check(worker)
         for job in jobs:
             for repair in describe_repairs(job.earlier):
                 say(console, f"{job.label}: {repair}")
@@ -86,37 +83,23 @@ def run_eval(config_name: str, output: Path, options: EvalOptions, console: Cons
         return _run_jobs(config, jobs, worker, output, console)
 
 
-def read_prompts_of(config: EvalConfig) -> list[PromptEntry]:
-    """The prompts of a configuration, numbered from 0.
-
-    Raises:
-        InvalidArgument: they cannot be read, or there are none.
-    """
-    source = config.prompts
-    if source.kind == "file":
-        return read_prompt_file(source.name)[: source.limit]
-    texts = source.read_texts()
-    if not texts:
-        raise InvalidArgument(f"prompts: {source.name!r} holds none")
-    return [PromptEntry(index, None, text) for index, text in enumerate(texts)]
-
-
 def _run_jobs(
     config: EvalConfig, jobs: list[EvalJob], worker: EvalWorker, output: Path, console: Console
 ) -> int:
-    tasks = [task for job in jobs for task in tasks_of(config, job)]
-    pending: dict[tuple[int, int], int] = {}
-    for task in tasks:
-        key = (task.setup, task.method)
-        pending[key] = pending.get(key, 0) + len(task.prompts)
+    tasks = [task for job in jobs for task in job.tasks(config)]
     num_before = sum(len(job.earlier.kept) for job in jobs)
     if num_before and tasks:
         total = sum(len(job.entries) for job in jobs)
         say(console, f"resuming: {num_before} of {total} responses are done")
     by_key = {job.key: job for job in jobs}
     failed = sum(len(job.earlier.failed) for job in jobs)
-    work = {job.key: work_of(job.method) for job in jobs}
-    progress = EvalProgress(console, pending, work, num_before)
+    work = {
+        (*job.key, index): work_of(job.method)
+        for job in jobs
+        for index in range(len(job.entries))
+        if index not in job.earlier.kept
+    }
+    progress = JobProgress(console, "responses", work, num_before=num_before)
 
     def write(task: Task, record: Record) -> None:
         nonlocal failed
@@ -129,7 +112,7 @@ def _run_jobs(
                 say(console, described["traceback"].rstrip())
             where = f"{job.label}, prompt {record['prompt_idx']}, seed {record['seed']}"
             say(console, f"{where} failed: {one_line(described['message'])}")
-        progress.count(job.key, job.label, is_failed="error" in record)
+        progress.end((*job.key, record["index"]), is_failed="error" in record, label=job.label)
 
     try:
         with progress:
@@ -141,8 +124,7 @@ def _run_jobs(
         say(console, f"stopped; the same command goes on from what is in {output}")
         return INTERRUPTED
     if tasks:
-        num_run = sum(pending.values())
-        write_run(output, config.workers, responses=num_run, seconds=progress.seconds)
+        write_run(output, config.workers, responses=len(work), seconds=progress.seconds)
     write_summary(output, config)
     took = f"; this run took {format_seconds(progress.seconds)}" if tasks else ""
     say(console, f"{sum(len(job.entries) for job in jobs) - failed} responses{took}")

@@ -16,7 +16,7 @@ from .._version import __version__
 from ..ops._dispatch import describe_backends
 from .terminal import explain, say
 
-# The order in which an op asks its backends, by the device of its tensors.
+# An op asks its backends in this order, by the device of its tensors.
 _ORDER = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref")}
 _KERNELS = ("cuda", "triton", "cpu")
 
@@ -74,7 +74,6 @@ def _libraries() -> list[tuple[str, str]]:
     refusals = {
         "CPU library": _native.cpu_refusal(),
         "CUDA library": _native.cuda_refusal(),
-        "direct calls": _native.direct_refusal(),
         "common headers": common,
     }
     return [
@@ -97,7 +96,7 @@ def _show_ops(console: Console, device: str) -> dict[str, str]:
         cells = []
         for name in _KERNELS:
             reason = backends[name]
-            # One footnote for the ops that lack the same thing.
+            # Ops that lack the same thing share a footnote, which therefore names none of them.
             reason = reason if reason is None else reason.replace(op, "the op")
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
@@ -109,8 +108,12 @@ def _show_ops(console: Console, device: str) -> dict[str, str]:
     return used
 
 
+def _has_kernel(op: str, backends: dict[str, str | None]) -> bool:
+    return any(backends[name] != f"{op} has no {name} kernel" for name in _KERNELS)
+
+
 def _costs(device: str, used: dict[str, str]) -> list[str]:
-    """A sentence for each thing that would make this machine faster."""
+    """Return a sentence for each thing that would make this machine faster."""
     costs = []
     if device == "cpu":
         costs.append(
@@ -129,7 +132,8 @@ def _costs(device: str, used: dict[str, str]) -> list[str]:
             "PyTorch references, with more launches and more memory traffic. Installing again "
             "where nvcc is found, or with TQ_FAST_BUILD=cuda, builds it."
         )
-    slow = [op for op, name in used.items() if name == "ref"]
+    backends = describe_backends()
+    slow = [op for op, name in used.items() if name == "ref" and _has_kernel(op, backends[op])]
     if slow:
         costs.append(
             f"On their PyTorch references, with the same results: {', '.join(slow)}. "

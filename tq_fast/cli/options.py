@@ -1,9 +1,8 @@
-"""Every field of `DecodeConfig` as a command-line option, made from the dataclass itself."""
+"""Command-line options for the fields of `DecodeConfig`, made from the dataclass itself."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import typer
 
 from ..config import DecodeConfig
 
-# One line a field; a field without a line fails at import, so that none can be left out.
+# A help line for every field: one that lacks its line fails at import, and cannot be forgotten.
 _HELP: dict[str, str] = {
     "k": "Candidates per step.",
     "alpha": "Decoding temperature, in units of the reward; small follows the reward.",
@@ -52,17 +51,17 @@ def takes_decode_options(command: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(command, eval_str=True)
     others = [parameter for name, parameter in signature.parameters.items() if name != "config"]
 
-    @functools.wraps(command)
     def wrapper(**given: Any) -> Any:
         values = {option.name: given.pop(option.name) for option in options}
         if values["eos_token_id"] is not None:
             values["eos_token_id"] = _end_tokens(values["eos_token_id"])
         return command(config=DecodeConfig(**values), **given)
 
-    wrapper.__signature__ = signature.replace(parameters=[*others, *options])
-    # typer reads both; what is wrapped must not show through.
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    # typer takes parameters from the signature, and types from the annotations where there are any.
     wrapper.__annotations__ = {}
-    del wrapper.__wrapped__
+    described: Any = wrapper
+    described.__signature__ = signature.replace(parameters=[*others, *options])
     return wrapper
 
 
@@ -101,7 +100,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    """The words of `Literal[...]` or `Literal[...] | None`; empty for other types."""
+    """Return the words of `Literal[...]` or `Literal[...] | None`; empty for other types."""
     parts = (hint, *typing.get_args(hint))
     literal = next((part for part in parts if typing.get_origin(part) is typing.Literal), None)
     return typing.get_args(literal) if literal is not None else ()
@@ -117,7 +116,7 @@ def _horizon(value: str | int | None) -> int | None:
 
 
 def _end_tokens(words: list[str]) -> tuple[int, ...] | None:
-    """Token ids of `--eos-token-id`: none given is the model's own, 'never' is the empty tuple."""
+    """Return the ids of `--eos-token-id`: None, the model's own, without words; () for 'never'."""
     if not words:
         return None
     if words == ["never"]:

@@ -31,7 +31,7 @@ def run_report(results: Path, console: Console) -> Path:
         )
     if importlib.util.find_spec("matplotlib") is None:
         raise TqFastError("a report needs matplotlib: pip install 'tq-fast[plots]'")
-    # Imported here: without matplotlib the sentence above is what there is to say.
+    # The import needs matplotlib, which the lines above have made sure of.
     from ..evaluation.report import build_report
 
     config = load_config(results / "config.toml")
@@ -39,7 +39,7 @@ def run_report(results: Path, console: Console) -> Path:
     if not any(records.values()):
         raise InvalidArgument(f"{str(results)!r} holds no record yet")
     summary = write_summary(results, config)
-    # Not there before the first run has ended.
+    # The file is written when a run ends, so that an unfinished evaluation may lack it.
     file = results / "versions.json"
     versions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     report = build_report(summary, records, versions=versions, config_text=config.text)

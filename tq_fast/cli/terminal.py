@@ -1,4 +1,4 @@
-"""Plain lines on a rich console, and no bars but our own."""
+"""Plain lines on a rich console, and what else the commands share."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-# Longer lines of prose are hard to read.
+# Prose is broken here even on wider terminals, because longer lines are hard to read.
 MAX_WIDTH = 96
+# Exit code of a command that was interrupted: 128 plus the number of SIGINT, as in a shell.
+INTERRUPTED = 130
 
 
 def say(console: Console, text: str) -> None:
-    """Print `text` as it is: no markup, no colours, no line breaks of ours."""
+    """Print `text` as it is, without markup, colours or added line breaks."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -23,7 +25,7 @@ def explain(console: Console, text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """`text` with every run of white space made one space."""
+    """Return `text` with every run of white space made one space."""
     return " ".join(text.split())
 
 
@@ -33,8 +35,8 @@ def loading_models(console: Console) -> Iterator[None]:
 
     Bars of downloads stay, since those can take long.
     """
-    # Imported here: it takes seconds, and this module serves error messages too.
-    from huggingface_hub.utils import enable_progress_bars
+    # transformers takes seconds to import, which error messages by this module need not wait for.
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
     say(console, "loading the models")

@@ -14,12 +14,12 @@ MODEL_ROLES = ("baseline", "sft", "reward", "baseline_reward", "gold", "judge", 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
+    """A model by its name, and what is done to it.
 
     Attributes:
         name: a hub id, a folder, or "tiny:..." for a part of the embedded world.
         keep: part of the weights of a reward's last layer that stays; the others become 0.
-        sparsify_seed: which ones.
+        sparsify_seed: of the draw of the weights that stay.
     """
 
     name: str
@@ -30,7 +30,7 @@ class ModelSource:
         return self.name if self.keep == 1.0 else f"{self.name} (keep {self.keep:g})"
 
 
-# Roles (`MODEL_ROLES`) and where each comes from, and how to load them (`config_file.LOADING`).
+# Sources of models by role (`MODEL_ROLES`), and settings of their loading (`config_file.LOADING`).
 Models = Mapping[str, ModelSource | str | int]
 
 
@@ -59,7 +59,7 @@ class MethodSpec:
     group: str
 
     def config(self, seed: int) -> DecodeConfig:
-        """The settings of one run, without those that the preset fixes."""
+        """Return the settings of one run, without those that the preset fixes."""
         return DecodeConfig(**self.decode, seed=seed)
 
 
@@ -84,7 +84,7 @@ class SetupSpec:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Everything that an evaluation runs.
+    """The whole configuration of an evaluation.
 
     Attributes:
         title: of the report.

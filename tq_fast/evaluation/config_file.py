@@ -1,12 +1,12 @@
-"""Reads the configuration of an evaluation: TOML, checked as a whole before any model is touched.
+"""Configuration files of an evaluation: TOML, checked as a whole before any model is touched.
 
     title, description, seeds, workers, batch_size, traces, resamples
     [prompts]  [models]  [decode]
     [[setup]]  name, title, compare_with, [setup.models], [setup.decode]
     [[setup.method]]  method, name, label, models, sweep, and the method's own settings
 
-What stands in [models] and [decode] holds for every set-up, what stands in a set-up for each of its
-methods; the innermost wins. `sweep = { alpha = [0.5, 1.0] }` stands for one method a value.
+The tables [models] and [decode] hold for every set-up, those of a set-up for each of its methods;
+the innermost wins. `sweep = { alpha = [0.5, 1.0] }` stands for one method a value.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .. import presets
 from ..config import DecodeConfig
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, nearest
 from .config import MODEL_ROLES, EvalConfig, MethodSpec, Models, ModelSource, SetupSpec
-from .keys import check_keys, nearest
-from .prompts import read_prompt_source
+from .prompts import PromptKind, PromptSource
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,13 +39,15 @@ _COUNTS = {"workers": 1, "batch_size": 16, "traces": 4, "resamples": 2000}
 _TOP = ("title", "description", "seeds", *_COUNTS, "prompts", "models", "decode", "setup")
 _SETUP = ("name", "title", "compare_with", "models", "decode", "method")
 _METHOD = ("method", "name", "label", "models", "sweep")
+_PROMPT_KINDS: tuple[PromptKind, ...] = ("tiny", "file", "dataset")
+_PROMPTS = (*_PROMPT_KINDS, "limit", "chat", "split", "subset", "column", "remove")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]*")
 # Arguments that every preset has; the others are its own settings.
 _COMMON = ("prompts", "baseline", "reward", "sft", "options")
 # A run has its own seed, and one response to each prompt.
 _FIXED = ("seed", "num_return_sequences")
 _DECODE = tuple(f.name for f in dataclasses.fields(DecodeConfig) if f.name not in _FIXED)
-# What a preset cannot do without, beside what its settings ask for.
+# Models that a preset cannot do without; `_with_settings` adds those that its settings ask for.
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "sft": ("sft",),
     "baseline": ("baseline",),
@@ -61,7 +62,7 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
 
 
 def find_config(name: str) -> Path:
-    """The file `name`, or the shipped recipe of that name.
+    """Return the file `name`, or the shipped recipe of that name.
 
     Raises:
         InvalidArgument: there is neither; the message names the nearest recipe.
@@ -75,7 +76,7 @@ def find_config(name: str) -> Path:
 
 
 def recipe_files() -> list[Path]:
-    """The recipes that come with the package."""
+    """Return the recipes that come with the package."""
     return sorted(Path(str(resources.files(__package__) / "recipes")).glob("*.toml"))
 
 
@@ -118,10 +119,40 @@ def load_config(path: Path) -> EvalConfig:
         description=str(table.get("description", "")),
         seeds=tuple(seeds),
         **{key: table[key] for key in _COUNTS},
-        prompts=read_prompt_source(table["prompts"], f"{where}, prompts", path.parent),
+        prompts=_prompt_source(table["prompts"], f"{where}, prompts", path.parent),
         setups=tuple(setups),
         text=text,
     )
+
+
+def _prompt_source(table: Any, where: str, folder: Path) -> PromptSource:
+    """Check the table `[prompts]`; no prompt is read."""
+    check_keys(_as_table(table, where), _PROMPTS, where)
+    kinds = [kind for kind in _PROMPT_KINDS if kind in table]
+    if len(kinds) != 1:
+        found = ", ".join(map(repr, kinds)) or "none of them"
+        raise InvalidArgument(f"{where} must have one of {', '.join(_PROMPT_KINDS)}, got {found}")
+    kind = kinds[0]
+    limit = table.get("limit")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise InvalidArgument(f"{where}: limit must be an integer of at least 1, got {limit!r}")
+    if kind == "tiny" and table["tiny"] is not True:
+        raise InvalidArgument(f"{where}: tiny must be true, got {table['tiny']!r}")
+    if kind != "tiny" and not isinstance(table[kind], str):
+        raise InvalidArgument(f"{where}: {kind} must be text, got {table[kind]!r}")
+    for key in ("split", "subset", "column"):
+        if key in table and (kind != "dataset" or not isinstance(table[key], str)):
+            raise InvalidArgument(f"{where}: {key} must be text, beside dataset")
+    remove = table.get("remove", [])
+    is_texts = isinstance(remove, list) and all(isinstance(part, str) for part in remove)
+    if not is_texts or (remove and kind != "dataset"):
+        raise InvalidArgument(f"{where}: remove must be a list of texts, beside dataset")
+    if type(table.get("chat", False)) is not bool:
+        raise InvalidArgument(f"{where}: chat must be true or false, got {table['chat']!r}")
+    name = "held-out prompts" if kind == "tiny" else table[kind]
+    options = {key: table[key] for key in _PROMPTS if key in table and key not in _PROMPT_KINDS}
+    options["remove"] = tuple(remove)
+    return PromptSource(kind, str(folder / name) if kind == "file" else name, **options)
 
 
 def _setup(
@@ -152,9 +183,9 @@ def _setup(
 def _methods(
     table: dict[str, Any], where: str, folder: Path, models: Models, decode: Mapping[str, Any]
 ) -> list[MethodSpec]:
-    """One method, or one for each value of its sweep."""
+    """Return one method, or one for each value of its sweep."""
     preset = table.get("method")
-    if preset not in presets.METHODS:
+    if not isinstance(preset, str) or preset not in presets.METHODS:
         hint = nearest(str(preset), presets.METHODS)
         raise InvalidArgument(f"{where}: method is {preset!r}; {hint}")
     name = _checked_name(table.get("name", preset), where)
@@ -192,7 +223,7 @@ def _with_settings(
     decode = {key: value for key, value in given.items() if key not in own}
     for key in decode.keys() & fixed.keys():
         raise InvalidArgument(f"{where}: {spec.method} fixes {key} = {fixed[key]!r}")
-    # What is said for all methods gives way where a method fixes it or has a setting of that name.
+    # Shared settings give way where the method fixes them or has its own setting of that name.
     kept = {key: value for key, value in shared.items() if key not in fixed and key not in own}
     try:
         config = DecodeConfig(**{**kept, **decode, **fixed})
@@ -212,7 +243,7 @@ def _with_settings(
 
 
 def own_settings(preset: str) -> tuple[str, ...]:
-    """Settings that a preset has beside the fields of `DecodeConfig`."""
+    """Return the settings that a preset has beside the fields of `DecodeConfig`."""
     parameters = inspect.signature(presets.METHODS[preset]).parameters
     return tuple(name for name in parameters if name not in _COMMON)
 
@@ -228,14 +259,16 @@ def _models(table: Any, where: str, folder: Path) -> dict[str, ModelSource | str
 def _source(value: Any, where: str, folder: Path) -> ModelSource:
     table = {"name": value} if isinstance(value, str) else _as_table(value, where)
     check_keys(table, ("name", "keep", "sparsify_seed"), where)
-    name, keep, seed = table.get("name"), table.get("keep", 1.0), table.get("sparsify_seed", 0)
+    name: Any = table.get("name")
+    keep: Any = table.get("keep", 1.0)
+    seed: Any = table.get("sparsify_seed", 0)
     if not isinstance(name, str) or not name:
         raise InvalidArgument(f"{where}: name must be a hub id or a folder, got {name!r}")
     if type(keep) not in (int, float) or not 0.0 < keep <= 1.0:
         raise InvalidArgument(f"{where}: keep must be in (0, 1], got {keep!r}")
     if type(seed) is not int:
         raise InvalidArgument(f"{where}: sparsify_seed must be an integer, got {seed!r}")
-    # A folder is looked for from where the configuration lies.
+    # A relative folder is taken from where the configuration lies.
     name = str(folder / name) if name.startswith("./") or name.startswith("../") else name
     return ModelSource(name, float(keep), seed)
 
@@ -246,8 +279,20 @@ def _decode(table: Any, where: str) -> dict[str, Any]:
 
 
 def _value(key: str, value: Any) -> Any:
-    # TOML has no null.
+    # TOML has no null, so that a word stands for a horizon of None.
     return None if key == "horizon" and value == "none" else value
+
+
+def check_keys(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Refuse a key that is not known.
+
+    Raises:
+        InvalidArgument: the message names the key, and the nearest known one.
+    """
+    known = list(known)
+    for key in table:
+        if key not in known:
+            raise InvalidArgument(f"{where}: unknown key {key!r}; {nearest(key, known)}")
 
 
 def _as_table(value: Any, where: str) -> dict[str, Any]:

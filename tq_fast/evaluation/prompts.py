@@ -1,23 +1,22 @@
-"""Where the prompts of an evaluation come from: the embedded world, a file, or a data set."""
+"""Prompts of an evaluation, from the embedded world, a file, or a data set."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 from ..errors import InvalidArgument
+from ..jobs.prompt_file import PromptEntry, read_prompt_file
 from ..models.tiny import load_tiny_world
-from .keys import check_keys
 
-_KINDS = ("tiny", "file", "dataset")
-_KEYS = (*_KINDS, "limit", "chat", "split", "subset", "column", "remove")
+PromptKind: TypeAlias = Literal["tiny", "file", "dataset"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSource:
-    """Where prompts come from.
+    """A source of prompts.
 
     Attributes:
         kind: "tiny" (held-out prompts of the embedded world), "file" (as for `tq-fast decode`) or
@@ -31,7 +30,7 @@ class PromptSource:
         remove: texts of a data set's own dialogue format that are taken out of its prompts.
     """
 
-    kind: Literal["tiny", "file", "dataset"]
+    kind: PromptKind
     name: str
     limit: int | None = None
     chat: bool = False
@@ -40,14 +39,22 @@ class PromptSource:
     column: str = "prompt"
     remove: tuple[str, ...] = ()
 
-    def read_texts(self) -> list[str]:
-        """Prompts of the embedded world or of a data set, as text; the latter may download it.
+    def read(self) -> list[PromptEntry]:
+        """Return the prompts, numbered from 0; a data set may be downloaded.
 
         Raises:
-            InvalidArgument: there is no such data set, split or column.
+            InvalidArgument: they cannot be read, or there are none; there is no such data set,
+                split or column.
         """
-        if self.kind == "tiny":
-            return list(load_tiny_world().prompts[: self.limit])
+        if self.kind == "file":
+            return read_prompt_file(self.name)[: self.limit]
+        is_tiny = self.kind == "tiny"
+        texts = load_tiny_world().prompts[: self.limit] if is_tiny else self._read_data_set()
+        if not texts:
+            raise InvalidArgument(f"prompts: {self.name!r} holds none")
+        return [PromptEntry(index, None, text) for index, text in enumerate(texts)]
+
+    def _read_data_set(self) -> Sequence[str]:
         datasets = importlib.import_module("datasets")
         try:
             rows = datasets.load_dataset(self.name, self.subset, split=self.split)
@@ -63,38 +70,6 @@ class PromptSource:
         for part in self.remove:
             texts = [text.replace(part, "") for text in texts]
         return texts
-
-
-def read_prompt_source(table: Any, where: str, folder: Path) -> PromptSource:
-    """Check the table `[prompts]`; nothing is read but whether a file or library is there."""
-    if not isinstance(table, dict):
-        raise InvalidArgument(f"{where} must be a table, got {table!r}")
-    check_keys(table, _KEYS, where)
-    kinds = [kind for kind in _KINDS if kind in table]
-    if len(kinds) != 1:
-        found = ", ".join(map(repr, kinds)) or "none of them"
-        raise InvalidArgument(f"{where} must have one of {', '.join(_KINDS)}, got {found}")
-    kind = kinds[0]
-    limit = table.get("limit")
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise InvalidArgument(f"{where}: limit must be an integer of at least 1, got {limit!r}")
-    if kind == "tiny" and table["tiny"] is not True:
-        raise InvalidArgument(f"{where}: tiny must be true, got {table['tiny']!r}")
-    if kind != "tiny" and not isinstance(table[kind], str):
-        raise InvalidArgument(f"{where}: {kind} must be text, got {table[kind]!r}")
-    for key in ("split", "subset", "column"):
-        if key in table and (kind != "dataset" or not isinstance(table[key], str)):
-            raise InvalidArgument(f"{where}: {key} must be text, beside dataset")
-    remove = table.get("remove", [])
-    is_texts = isinstance(remove, list) and all(isinstance(part, str) for part in remove)
-    if not is_texts or (remove and kind != "dataset"):
-        raise InvalidArgument(f"{where}: remove must be a list of texts, beside dataset")
-    if type(table.get("chat", False)) is not bool:
-        raise InvalidArgument(f"{where}: chat must be true or false, got {table['chat']!r}")
-    name = "held-out prompts" if kind == "tiny" else table[kind]
-    options = {key: table[key] for key in _KEYS if key in table and key not in _KINDS}
-    options["remove"] = tuple(remove)
-    return PromptSource(kind, str(folder / name) if kind == "file" else name, **options)
 
 
 def check_readable(source: PromptSource) -> None:

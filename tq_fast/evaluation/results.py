@@ -1,4 +1,10 @@
-"""The folder of results of an evaluation: records, summary, tables, and what it ran with."""
+"""The folder of results of an evaluation: records, their summary and tables, and what it ran with.
+
+config.toml                          what was run
+records/SETUP/METHOD.jsonl           a record a prompt and seed, with its measures
+records/SETUP/METHOD.jsonl.settings.json
+versions.json  summary.json  table.md
+"""
 
 from __future__ import annotations
 
@@ -6,27 +12,57 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
 
 from .. import _native
 from .._version import __version__
-from ..jobs.record_file import OutputRefused, RecordFile
+from ..jobs.record_file import OutputRefused, Record, RecordFile
 from .config import EvalConfig, MethodSpec, SetupSpec
-from .summary import summarise, write_table
-from .work import Record
+from .intervals import Bootstrap, Cells, Interval
+from .measures import compare_scores
+
+Records: TypeAlias = Sequence[Record]
+
+# Measures of single responses; a summary leaves out those that no record of a method has.
+MEASURES = (
+    *("reward", "baseline_reward", "gold", "kl_to_sft", "diversity", "coherence"),
+    *(
+        "rep_2",
+        "rep_3",
+        "rep_4",
+        "tokens",
+        "ess",
+        "q_stderr",
+        "prior_mass",
+        "seconds",
+        "cpu_seconds",
+    ),
+)
+_SHOWN = {
+    "reward": "reward",
+    "gain": "over baseline",
+    "normalised": "normalised",
+    "gold": "gold reward",
+    "kl_to_sft": "KL to SFT, nats",
+    "diversity": "diversity",
+    "coherence": "coherence",
+    "token_forwards": "token-forwards",
+    "cpu_seconds": "CPU s a response",
+}
 
 
 def records_path(output: Path, setup: SetupSpec, method: MethodSpec) -> Path:
-    """Where the records of a method lie."""
+    """Return the file of the records of a method."""
     return output / "records" / setup.name / f"{method.name}.jsonl"
 
 
 def read_records(output: Path, config: EvalConfig) -> dict[tuple[str, str], list[Record]]:
-    """The records of every (set-up, method) in a folder of results; one an index, no cut lines."""
+    """Return the records of every (set-up, method): one an index, without cut lines."""
     records: dict[tuple[str, str], list[Record]] = {}
     for setup in config.setups:
         for method in setup.methods:
@@ -34,10 +70,10 @@ def read_records(output: Path, config: EvalConfig) -> dict[tuple[str, str], list
             by_index: dict[int, Record] = {}
             for line in file.lines():
                 record = line.record
-                is_better = record is not None and (
-                    "error" not in record or record["index"] not in by_index
-                )
-                if is_better:
+                if record is None:
+                    continue
+                # A response wins over the error that the prompt met before.
+                if "error" not in record or record["index"] not in by_index:
                     by_index[record["index"]] = record
             records[(setup.name, method.name)] = [by_index[index] for index in sorted(by_index)]
     return records
@@ -49,6 +85,168 @@ def write_summary(output: Path, config: EvalConfig) -> dict[str, Any]:
     write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(output / "table.md", write_table(summary))
     return summary
+
+
+def summarise(config: EvalConfig, records: Mapping[tuple[str, str], Records]) -> dict[str, Any]:
+    """Return the summary of all set-ups, ready for JSON.
+
+    Args:
+        config: what was run.
+        records: of each (set-up, method); error records count as failed and enter no mean.
+    """
+    bootstrap = Bootstrap(config.resamples)
+    return {
+        "title": config.title,
+        "description": config.description,
+        "seeds": list(config.seeds),
+        "intervals": f"95 %, percentile bootstrap, {config.resamples} resamples of the prompts, "
+        "each with the responses of all its seeds",
+        "setups": [_summarise_setup(setup, records, bootstrap) for setup in config.setups],
+    }
+
+
+def _summarise_setup(
+    setup: SetupSpec, records: Mapping[tuple[str, str], Records], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    by_method = {
+        method.name: records.get((setup.name, method.name), ()) for method in setup.methods
+    }
+    judge = _judge(setup)
+    plain = next((method.name for method in setup.methods if method.method == "baseline"), None)
+    rows = []
+    for method in setup.methods:
+        own = by_method[method.name]
+        metrics = {name: bootstrap.mean(cells_of(own, name)) for name in MEASURES}
+        if plain is not None:
+            ours, theirs = (cells_of(r, "reward") for r in (own, by_method[plain]))
+            metrics["gain"] = bootstrap.difference(ours, theirs)
+            metrics["normalised"] = bootstrap.ratio(ours, theirs)
+        for other in setup.compare_with:
+            if other != method.name:
+                ours, theirs = (cells_of(r, "reward") for r in (own, by_method[other]))
+                metrics[f"gain:{other}"] = bootstrap.difference(ours, theirs)
+                outcomes = _outcomes(own, by_method[other], judge)
+                metrics[f"win_tie:{other}"] = bootstrap.mean(outcomes)
+        metrics["token_forwards"] = bootstrap.mean(_all_forwards(own))
+        rows.append(_row(method, own, metrics))
+    return {
+        "name": setup.name,
+        "title": setup.title,
+        "target": str(setup.models["reward"]),
+        "baseline_reward": str(setup.models.get("baseline_reward", "")) or None,
+        "judge": judge,
+        "compare_with": list(setup.compare_with),
+        "methods": rows,
+    }
+
+
+def _row(
+    method: MethodSpec, records: Records, metrics: Mapping[str, Interval | None]
+) -> dict[str, Any]:
+    failed = sum("error" in record for record in records)
+    is_bound = method.method == "best_of_n" and method.own.get("n", 16) > 1
+    return {
+        "name": method.name,
+        "label": method.label,
+        "method": method.method,
+        "group": method.group,
+        "swept": method.swept,
+        "responses": len(records) - failed,
+        "failed": failed,
+        "kl_kind": "upper bound" if is_bound else "sum over the steps",
+        "metrics": {name: found._asdict() for name, found in metrics.items() if found is not None},
+    }
+
+
+def cells_of(records: Records, name: str) -> Cells:
+    """Return the values of one measure by (prompt, seed), as far as they are known."""
+    cells = {}
+    for record in records:
+        value = record.get("steps") if name == "tokens" else record.get("measures", {}).get(name)
+        if value is not None:
+            cells[(record["prompt_idx"], record["seed"])] = float(value)
+    return cells
+
+
+def _all_forwards(records: Records) -> Cells:
+    return {
+        (record["prompt_idx"], record["seed"]): sum(record["measures"]["token_forwards"].values())
+        for record in records
+        if "measures" in record
+    }
+
+
+def _judge(setup: SetupSpec) -> str:
+    """Return the role whose scores decide who wins: judge, else gold reward, else target."""
+    return next(role for role in ("judge", "gold", "reward") if role in setup.models)
+
+
+def _outcomes(ours: Records, theirs: Records, judge: str) -> Cells:
+    first, second = cells_of(ours, judge), cells_of(theirs, judge)
+    both = first.keys() & second.keys()
+    return {cell: 100.0 * compare_scores(first[cell], second[cell]) for cell in both}
+
+
+def write_table(summary: Mapping[str, Any]) -> str:
+    """Return the tables of all set-ups in Markdown."""
+    parts = [
+        f"# {summary['title']}\n",
+        f"{summary['description']}\n" if summary["description"] else "",
+    ]
+    parts.append(
+        f"Seeds {', '.join(map(str, summary['seeds']))}. Intervals: {summary['intervals']}.\n"
+    )
+    for setup in summary["setups"]:
+        parts.append(_setup_table(setup))
+    return "\n".join(part for part in parts if part)
+
+
+def shown_columns(setup: Mapping[str, Any]) -> dict[str, str]:
+    """Return the measures that a table of the set-up shows, and their titles."""
+    known = {name for row in setup["methods"] for name in row["metrics"]}
+    shown = {name: title for name, title in _SHOWN.items() if name in known}
+    labels = {row["name"]: row["label"] for row in setup["methods"]}
+    for other in setup["compare_with"]:
+        shown[f"gain:{other}"] = f"reward over {labels[other]}"
+        shown[f"win_tie:{other}"] = f"win-tie against {labels[other]}, %"
+    return shown
+
+
+def _setup_table(setup: Mapping[str, Any]) -> str:
+    shown = shown_columns(setup)
+    lines = [
+        f"## {setup['title']}\n",
+        f"Target reward: {setup['target']}; judge: {setup['judge']}.\n",
+    ]
+    lines.append("| method | " + " | ".join(shown.values()) + " | failed |")
+    lines.append("|" + " --- |" * (len(shown) + 2))
+    for row in setup["methods"]:
+        cells = [format_interval(row["metrics"].get(name), name) for name in shown]
+        if row["kl_kind"] == "upper bound" and "kl_to_sft" in row["metrics"]:
+            place = list(shown).index("kl_to_sft")
+            cells[place] = f"≤ {cells[place]}"
+        lines.append(f"| {row['label']} | " + " | ".join(cells) + f" | {row['failed']} |")
+    return "\n".join(lines) + "\n"
+
+
+def format_interval(interval: Mapping[str, float] | None, name: str) -> str:
+    """Write an interval as a cell of a table: the estimate, and its ends in brackets."""
+    if interval is None:
+        return ""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if name == "token_forwards":
+        return f"{value:,.0f}"
+    if name == "cpu_seconds":
+        return f"{value:.3f}"
+    digits = 1 if name.startswith("win_tie") else 3 if name in ("diversity", "coherence") else 2
+    shown = [format_number(number, digits) for number in (value, low, high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def format_number(number: float, digits: int) -> str:
+    """Write `number` with `digits` decimals, and without a sign where it is rounded to 0."""
+    # Adding 0.0 turns -0.0 into 0.0.
+    return f"{round(number, digits) + 0.0:.{digits}f}"
 
 
 def write_run(output: Path, workers: int, *, responses: int, seconds: float) -> None:

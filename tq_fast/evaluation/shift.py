@@ -45,7 +45,7 @@ def sparsify_reward(model: PreTrainedModel, keep: float = 0.5, seed: int = 0) ->
 
 
 def _last_linear(model: PreTrainedModel) -> str:
-    """Name of the linear layer that ends in the labels."""
+    """Return the name of the linear layer that ends in the labels."""
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
     is_classifier = isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None
     names = []

@@ -1,9 +1,14 @@
-"""The work of `tq-fast eval`: groups of prompts become records, here or in other processes."""
+"""The work of an evaluation.
+
+Each method of each set-up has a job: a file of records, and the prompts that it lacks. Its tasks
+are groups of those prompts; a worker decodes and measures them, here or in other processes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import signal
 import time
@@ -11,6 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -18,18 +24,30 @@ from transformers.utils import logging
 
 from .. import presets
 from ..errors import InvalidArgument, TqFastError
-from ..jobs.prompt_file import PromptEntry
+from ..forest.language import vocab_size_of
+from ..jobs.prompt_file import PromptEntry, digest_prompts
+from ..jobs.record_file import OutputRefused, Record, RecordFile
 from ..jobs.records import ends_the_job, error_record, finite, response_record
+from ..jobs.resume import (
+    Earlier,
+    check_models,
+    check_stated,
+    fingerprint_models,
+    make_settings,
+    read_earlier,
+)
 from ..prompts import Prompt, PromptReader
 from ..results import DecodeResult, PromptResult
 from .config import EvalConfig, MethodSpec, SetupSpec
 from .measures import measure_responses
 from .models import LoadedModels, ModelPool
+from .results import records_path
 
-# Seconds that an idle process has to end.
+# An idle process has so many seconds to end by itself.
 _GOODBYE = 10.0
+# Every response costs about this much beside its candidates: prompts, scoring, bookkeeping.
+_FIXED_WORK = 20.0
 
-Record: TypeAlias = dict[str, Any]
 OnRecord: TypeAlias = Callable[["Task", Record], None]
 
 
@@ -67,7 +85,7 @@ class EvalWorker:
         self._read: dict[Any, list[Prompt | Exception]] = {}
 
     def models_of(self, spec: SetupSpec | MethodSpec) -> LoadedModels:
-        """The loaded models of a set-up or a method."""
+        """Return the loaded models of a set-up or a method."""
         return self.pool.load(spec.models)
 
     def check(self, method: MethodSpec) -> None:
@@ -75,36 +93,41 @@ class EvalWorker:
         self._call(method, [], self.config.seeds[0])
 
     def run(self, task: Task) -> Iterator[Record]:
-        """Records of the prompts of `task`, as far as they are finished."""
+        """Iterate over the records of the prompts of `task`, as far as they are finished."""
         setup = self.config.setups[task.setup]
         method = setup.methods[task.method]
         prompts = self._prompts(method)
+        group: dict[int, Prompt] = {}
         for idx in task.prompts:
-            if isinstance(prompts[idx], Exception):
-                yield self._error(task, idx, prompts[idx])
-        group = [idx for idx in task.prompts if isinstance(prompts[idx], Prompt)]
+            prompt = prompts[idx]
+            if isinstance(prompt, Exception):
+                yield self._error(task, idx, prompt)
+            else:
+                group[idx] = prompt
         if group:
-            yield from self._run_group(task, group, prompts)
+            yield from self._run_group(task, group)
 
-    def _run_group(self, task: Task, group: list[int], prompts: list[Any]) -> Iterator[Record]:
+    def _run_group(self, task: Task, group: dict[int, Prompt]) -> Iterator[Record]:
         """Decode `group` together; if that fails, its halves, down to the prompt that fails."""
         records = None
         try:
-            records = self._decode(task, group, [prompts[idx] for idx in group])
+            records = self._decode(task, group)
         except Exception as error:
             if ends_the_job(error):
                 raise
             if len(group) == 1:
-                records = [self._error(task, group[0], error)]
+                records = [self._error(task, next(iter(group)), error)]
         if records is not None:
             yield from records
             return
-        # Only here, where the error is gone and with it the memory that its traceback held.
+        # The halves run after the except block: the error, whose traceback holds memory, is gone.
         middle = (len(group) + 1) // 2
-        for half in (group[:middle], group[middle:]):
-            yield from self._run_group(task, half, prompts)
+        items = list(group.items())
+        for half in (items[:middle], items[middle:]):
+            yield from self._run_group(task, dict(half))
 
-    def _decode(self, task: Task, group: list[int], prompts: list[Prompt]) -> list[Record]:
+    def _decode(self, task: Task, group: dict[int, Prompt]) -> list[Record]:
+        prompts = list(group.values())
         setup = self.config.setups[task.setup]
         start, cpu_start = time.perf_counter(), time.process_time()
         result = self._call(setup.methods[task.method], prompts, task.seed)
@@ -120,7 +143,8 @@ class EvalWorker:
             text = None if result.texts is None else result.texts[i]
             one = PromptResult(text, result.sequences[i], trace, result.certificates[i])
             is_first = task.seed_idx == 0 and idx < self.config.traces
-            # A method without values has nothing in its trace that the response does not say.
+            # Methods without values choose among one candidate: their traces say nothing more than
+            # the response.
             keeps_trace = is_first and len(trace[0].candidates) > 1
             record = response_record(self._entry(task, idx), one, traces=keeps_trace)
             if keeps_trace and models.tokenizer is not None:
@@ -132,7 +156,8 @@ class EvalWorker:
 
     def _call(self, method: MethodSpec, prompts: list[Prompt], seed: int) -> DecodeResult:
         with warnings.catch_warnings():
-            # The error of Q and the effective sample size are measures of every record.
+            # Every record measures the error of Q and the effective sample size, so that the
+            # warnings about them would only repeat it.
             for message in (
                 "the standard error of Q",
                 "the weights of indirect",
@@ -148,14 +173,14 @@ class EvalWorker:
             )
 
     def _prompts(self, method: MethodSpec) -> list[Prompt | Exception]:
-        """Every prompt as the method's models read it, or why it cannot be read.
+        """Return every prompt as the method's models read it, or why it cannot be read.
 
         All are read, so that equal ones have the random streams of a single call.
         """
         models = self.models_of(method)
         key = tuple(id(model) for model in models.languages.values())
         if key not in self._read:
-            sizes = [m.get_output_embeddings().weight.shape[0] for m in models.languages.values()]
+            sizes = [vocab_size_of(model) for model in models.languages.values()]
             reader = PromptReader(models.tokenizer, vocab_size=min(sizes))
             self._read[key] = [self._read_one(reader, entry) for entry in self.entries]
         return self._read[key]
@@ -176,6 +201,151 @@ class EvalWorker:
     def _error(self, task: Task, idx: int, error: Exception) -> Record:
         record = error_record(self._entry(task, idx), error)
         return {**record, "prompt_idx": idx, "seed": task.seed}
+
+
+@dataclasses.dataclass
+class EvalJob:
+    """One method of one set-up, with its file of records.
+
+    Attributes:
+        key: positions of the set-up, and of the method in it.
+        setup: the set-up.
+        method: the method.
+        file: its records.
+        entries: every prompt under every seed, numbered through, one seed after the other.
+        earlier: what the file held when the evaluation started.
+        stated: everything that the configuration says about the records.
+        fingerprint: of the settings, models included; goes into every record. Set by `check`.
+    """
+
+    key: tuple[int, int]
+    setup: SetupSpec
+    method: MethodSpec
+    file: RecordFile
+    entries: list[PromptEntry]
+    earlier: Earlier
+    stated: dict[str, Any]
+    fingerprint: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name of the job in messages."""
+        return f"{self.setup.name}/{self.method.name}"
+
+    def check(self, worker: EvalWorker) -> None:
+        """Load what the method needs, try it on no prompt, and settle what the file holds."""
+        worker.models_of(self.setup)
+        worker.check(self.method)
+        loaded = worker.models_of(self.method)
+        models = {**loaded.languages, **loaded.rewards}
+        names = {role: str(self.method.models[role]) for role in models}
+        fingerprints = fingerprint_models(models, names, loaded.tokenizer)
+        settings = make_settings(self.stated, fingerprints)
+        check_models(self.file, self.earlier, settings)
+        self.fingerprint = settings["fingerprint"]
+        self.file.keep(sorted(self.earlier.kept.values(), key=lambda line: line.start))
+        self.file.write_settings(settings)
+
+    def tasks(self, config: EvalConfig) -> list[Task]:
+        """Return groups of prompts that have no record yet; each group has one seed."""
+        count = len(self.entries) // len(config.seeds)
+        tasks = []
+        for seed_idx, seed in enumerate(config.seeds):
+            left = [i for i in range(count) if seed_idx * count + i not in self.earlier.kept]
+            for start in range(0, len(left), config.batch_size):
+                group = tuple(left[start : start + config.batch_size])
+                tasks.append(Task(*self.key, seed, seed_idx, group))
+        return tasks
+
+
+def check_no_others(config: EvalConfig, output: Path, *, overwrite: bool) -> None:
+    """Refuse a folder with records of methods that are not in the configuration.
+
+    Such records belong to another evaluation; `overwrite` removes them.
+    """
+    own = {records_path(output, setup, m) for setup in config.setups for m in setup.methods}
+    others = sorted(set(output.glob("records/*/*.jsonl")) - own)
+    if others and not overwrite:
+        named = ", ".join(f"{path.parent.name}/{path.stem}" for path in others[:5])
+        named += ", ..." if len(others) > 5 else ""
+        raise OutputRefused(
+            f"output {str(output)!r} holds records of methods that this configuration has not: "
+            f"{named}. Choose another output, or --overwrite to start again"
+        )
+    for path in others:
+        path.unlink()
+        path.with_name(path.name + ".settings.json").unlink(missing_ok=True)
+
+
+def open_jobs(
+    config: EvalConfig,
+    prompts: Sequence[PromptEntry],
+    output: Path,
+    stack: contextlib.ExitStack,
+    *,
+    overwrite: bool,
+    retry_errors: bool,
+) -> list[EvalJob]:
+    """Open every file of records and check, before any model is loaded, that it may go on."""
+    digest = digest_prompts(list(prompts))
+    jobs = []
+    for i, setup in enumerate(config.setups):
+        for j, method in enumerate(setup.methods):
+            path = records_path(output, setup, method)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputRefused(
+                    f"output {str(output)!r} cannot be written: {error.strerror}"
+                ) from error
+            file = stack.enter_context(RecordFile(path))
+            entries = [
+                dataclasses.replace(prompt, index=seed_idx * len(prompts) + prompt.index)
+                for seed_idx in range(len(config.seeds))
+                for prompt in prompts
+            ]
+            earlier = Earlier()
+            stated = _stated(config, setup, method, digest, len(prompts))
+            if not overwrite:
+                earlier = read_earlier(file, entries, retry_errors=retry_errors)
+                check_stated(file, earlier, stated)
+            jobs.append(EvalJob((i, j), setup, method, file, entries, earlier, stated))
+    return jobs
+
+
+def _stated(
+    config: EvalConfig, setup: SetupSpec, method: MethodSpec, digest: str, count: int
+) -> dict[str, Any]:
+    """Return everything that the configuration says about the records of a method."""
+    scored_by = {role: setup.models.get(role) for role in ("reward", "gold", "judge", "embedder")}
+    stated = {
+        "method": method.method,
+        **dict(method.own),
+        **{k: v for k, v in dataclasses.asdict(method.config(0)).items() if k != "seed"},
+        "seeds": list(config.seeds),
+        **{f"scored by {role}": source and str(source) for role, source in scored_by.items()},
+        "chat": config.prompts.chat,
+        "traces": config.traces,
+        "number of prompts": count,
+        "prompts": digest,
+    }
+    # JSON makes lists of tuples: what is stated looks as it will when the file is read again.
+    return json.loads(json.dumps(stated))
+
+
+def work_of(method: MethodSpec) -> float:
+    """Estimate the work of a response by `method`, in roll-out tokens a response token."""
+    config = method.config(0)
+    if method.method in ("sft", "baseline", "dera"):
+        return _FIXED_WORK
+    if method.method == "best_of_n":
+        return _FIXED_WORK + float(method.own.get("n", 16))
+    horizon = 0 if method.method == "args" else config.horizon
+    # Without a horizon a roll-out goes to the end of the response, half of its length on average.
+    length = config.max_new_tokens / 2 if horizon is None else horizon
+    rows = config.k * config.rollouts_per_candidate
+    factor = 1.4 if method.method == "transfer_q_indirect" else 1.0
+    return _FIXED_WORK + factor * rows * (1.0 + length)
 
 
 def run_here(worker: EvalWorker, tasks: Sequence[Task], on_record: OnRecord) -> None:
@@ -210,10 +380,11 @@ def run_in_processes(
             busy[ours] = waiting.popleft()
             ours.send(busy[ours])
         while busy:
-            for connection in wait(list(busy)):
+            ready = set(wait(list(busy)))
+            for connection in [ours for ours in busy if ours in ready]:
                 _hear(connection, busy, waiting, on_record)
     finally:
-        # A process ends by itself when its connection is closed; one at work is ended.
+        # An idle process ends by itself once its connection is closed; one at work is terminated.
         for connection in busy:
             connection.close()
         for process in processes:
@@ -247,8 +418,8 @@ def _hear(
 
 
 def _serve(connection: Connection, config: EvalConfig, entries: Sequence[PromptEntry]) -> None:
-    """The life of a worker process; it ends when the other side is gone."""
-    # An interrupt is for the process that started this one.
+    """Carry out the tasks that come through `connection`, until the other side is gone."""
+    # The parent process handles interrupts, and ends this one by closing the connection.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     logging.disable_progress_bar()

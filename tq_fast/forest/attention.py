@@ -21,6 +21,7 @@ from transformers.masking_utils import causal_mask_function
 from .. import ops
 from ..errors import UnsupportedModel
 from .cache import BranchPass, ForestCache, PrefillPass
+from .view import view_of
 
 NAME = "tq_fast_forest"
 
@@ -52,27 +53,25 @@ class _Unhonoured:
     sentence: str
 
 
+def attending(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a view of `model` that attends through the forest whose `running` block it is in."""
+    if NAME not in AttentionInterface._global_mapping:
+        AttentionInterface.register(NAME, forest_attention)
+        AttentionMaskInterface.register(NAME, _forest_mask)
+    return view_of(model, attention=NAME)
+
+
 @contextlib.contextmanager
 def running(
-    model: PreTrainedModel,
-    cache: ForestCache,
-    forward_pass: PrefillPass | BranchPass,
-    backend: str | None,
+    cache: ForestCache, forward_pass: PrefillPass | BranchPass, backend: str | None
 ) -> Iterator[None]:
-    """Within the block, `model` attends through `cache`; afterwards it is as it was."""
-    _register()
-    configs = [model.config, *_sub_configs(model.config)]
-    before = [config._attn_implementation for config in configs]
+    """Within the block, models that are `attending` attend through `cache`, in this thread."""
     token = _active.set((cache, backend))
     cache.current_pass = forward_pass
-    for config in configs:
-        config._attn_implementation_internal = NAME
     try:
         yield
         cache.check_attended()
     finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation_internal = implementation
         cache.current_pass = cache.current_layer = None
         _active.reset(token)
 
@@ -182,14 +181,3 @@ def _is_sliding_causal(mask_function: Callable[..., torch.Tensor], window: int) 
     zero = torch.zeros_like(keys)
     seen = mask_function(zero, zero, torch.full_like(keys, query), keys)
     return seen.tolist() == [False, False, True, True, False]
-
-
-def _sub_configs(config: Any) -> list[Any]:
-    names = getattr(config, "sub_configs", {})
-    return [sub for name in names if (sub := getattr(config, name, None)) is not None]
-
-
-def _register() -> None:
-    if NAME not in AttentionInterface._global_mapping:
-        AttentionInterface.register(NAME, forest_attention)
-        AttentionMaskInterface.register(NAME, _forest_mask)

@@ -1,25 +1,26 @@
 """Linear layers, and whole decoder layers, on CPU when few rows go through them.
 
 `x @ W.T` with a handful of rows costs what reading W costs, and torch's product reads it at a
-fraction of the memory's speed. `ops.few_rows_linear` stands in for the layer's forward while a
-forest runs, for so many rows as it was measured to win (bench/test_few_rows.py); so does all of a
-decoder layer where `decoder_layers` knows its formula. The weights are neither copied nor changed,
-and the modules are as they were after the block.
+fraction of the memory's speed. `ops.few_rows_linear` stands in for the layer's forward in a
+forest's view of a model, for so many rows as it was measured to win (bench/test_few_rows.py); so
+does the fused formula of a whole decoder layer. The weights are neither copied nor changed.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .. import _native
-from ..ops.few_rows_linear import NativeLinear, unchecked_few_rows_linear
-from .decoder_layers import fused_forward, is_plain_linear
+from ..ops._dispatch import unchecked_kernel
+from .attention import attending
+from .decoder_layers import Forward, FusedLayers, fuse_layers, is_plain_linear
 
-Forward = Callable[..., torch.Tensor]
+# The C++ kernel of `ops.few_rows_linear`.
+NativeLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def most_rows(dtype: torch.dtype) -> int:
@@ -63,48 +64,54 @@ def most_rows_transposed(dtype: torch.dtype) -> int:
 
 
 class CpuLayers:
-    """The layers of a model, and what stands in for them in a pass of so many rows.
+    """The layers of a forest's view, and what stands in for them in a pass of so many rows.
 
     Args:
-        model: whose layers; those of a class derived from `nn.Linear` are left alone.
+        view: the forest's view of the model; layers of a class derived from `nn.Linear` are left
+            alone.
+        source: the model as the user has it.
         backend: as of an op: one other than cpu leaves every layer alone.
     """
 
-    def __init__(self, model: nn.Module, backend: str | None = None) -> None:
-        self._native = unchecked_few_rows_linear(backend)
+    def __init__(self, view: nn.Module, source: nn.Module, backend: str | None = None) -> None:
+        self._native: NativeLinear | None = unchecked_kernel("few_rows_linear", backend)
         self._linears: list[nn.Linear] = []
-        self._fused: list[tuple[nn.Module, Forward, torch.dtype]] = []
-        for module in model.modules() if self._native is not None else ():
-            if is_plain_linear(module):
-                self._linears.append(module)
-            elif (forward := fused_forward(module)) is not None:
-                self._fused.append((module, forward, next(module.parameters()).dtype))
+        self._fused: FusedLayers | None = None
+        if self._native is not None:
+            # A layer with a forward of its own, such as a hook's, keeps it.
+            self._linears = [
+                module
+                for module in view.modules()
+                if is_plain_linear(module) and "forward" not in module.__dict__
+            ]
+            self._fused = fuse_layers(view, source, backend)
         self._stand_ins: dict[int, list[tuple[nn.Module, Forward]]] = {}
+        self._installed: list[tuple[nn.Module, Forward]] = []
 
-    @contextlib.contextmanager
-    def during(self, num_rows: int) -> Iterator[None]:
-        """Within the block, layers for which it pays compute another way."""
-        if torch.is_autocast_enabled("cpu"):
-            yield
-            return
+    def __str__(self) -> str:
+        if self._fused is None:
+            return "no decoder layer runs fused: the C++ library is not there, or not asked"
+        return str(self._fused)
+
+    def install(self, num_rows: int) -> None:
+        """Have the layers compute, in passes of so many rows, in the way that pays."""
         stand_ins = self._stand_ins.get(num_rows)
         if stand_ins is None:
             stand_ins = self._stand_ins[num_rows] = self._choose(num_rows)
-        changed = []
+        if stand_ins is self._installed:
+            return
+        for layer, _ in self._installed:
+            del layer.__dict__["forward"]
         for layer, stand_in in stand_ins:
-            if "forward" not in layer.__dict__:
-                layer.__dict__["forward"] = stand_in
-                changed.append(layer)
-        try:
-            yield
-        finally:
-            for layer in changed:
-                del layer.__dict__["forward"]
+            layer.__dict__["forward"] = stand_in
+        self._installed = stand_ins
 
     def _choose(self, num_rows: int) -> list[tuple[nn.Module, Forward]]:
+        if self._native is None or self._fused is None:
+            return []
         chosen = [
             (module, forward)
-            for module, forward, dtype in self._fused
+            for module, forward, dtype in self._fused.forwards
             if num_rows <= most_rows_of_a_layer(dtype)
         ]
         inside = {part for module, _ in chosen for part in module.modules()}
@@ -118,7 +125,12 @@ class CpuLayers:
         return chosen
 
 
-def _native_forward(layer: nn.Linear, native: NativeLinear) -> Forward:
+def describe_layers(model: PreTrainedModel) -> str:
+    """Return how many decoder layers of `model` run fused on a CPU, and why the others do not."""
+    return str(CpuLayers(attending(model), model, None))
+
+
+def _native_forward(layer: nn.Linear, native: Forward) -> Forward:
     # Straight from the dict: `layer.weight` costs a search through the module for each call.
     parameters = layer._parameters
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from . import ForestCache, SavedTokens
-from .attention import running
+from .attention import attending, running
 from .cache import BranchPass, PrefillPass
 from .cpu_layers import CpuLayers
+from .view import cache_argument, takes
 
 
 class Forest:
     """A model's backbone and its cache: positions, passes and counts, for any head.
 
     Attributes:
+        source: the model as the user has it; nothing of it is changed.
+        model: the forest's own view of it, which attends through the cache.
+        device: where the model computes.
         cache: the KV of every tree and row.
         limit: positions that the model has, or None.
         num_token_forwards: tokens that went through the model so far.
@@ -36,9 +38,10 @@ class Forest:
         backend: str | None,
         cpu_layers: bool = True,
     ) -> None:
-        self.model = model
+        self.source = model
+        self.model = attending(model)
         self.backend = backend
-        self.device = model.device
+        self.device = device_of(model)
         self.limit = max_positions(model)
         self.cache = ForestCache(
             num_trees=num_trees,
@@ -47,7 +50,8 @@ class Forest:
             branch_capacity=branch_capacity,
         )
         self.num_token_forwards = 0
-        self.cpu_layers = CpuLayers(model, backend) if cpu_layers else None
+        self.cpu_layers = CpuLayers(self.model, model, backend) if cpu_layers else None
+        self._cache_argument = cache_argument(model)
 
     @property
     def peak_kv_bytes(self) -> int:
@@ -99,16 +103,15 @@ class Forest:
         options: dict[str, object],
     ) -> object:
         self.num_token_forwards += tokens.numel()
-        with (
-            running(module, self.cache, forward_pass, self.backend),
-            self.cpu_layers.during(tokens.numel()) if self.cpu_layers else contextlib.nullcontext(),
-        ):
+        if self.cpu_layers is not None:
+            self.cpu_layers.install(tokens.numel())
+        with running(self.cache, forward_pass, self.backend):
             return module(
                 input_ids=tokens,
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
+                **{self._cache_argument: self.cache},
                 **options,
             )
 
@@ -122,7 +125,7 @@ class LanguageForest(Forest):
 
     def __init__(self, model: PreTrainedModel, **sizes: object) -> None:
         super().__init__(model, **sizes)
-        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size = vocab_size_of(model)
         self.next_logits = torch.empty(
             self.cache.num_trees, self.vocab_size, dtype=model.dtype, device=self.device
         )
@@ -130,7 +133,10 @@ class LanguageForest(Forest):
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
         """Encode what is left of the prompt of `tree`; its next_logits is ready afterwards."""
         output = self.run_prefill(self.model, tree, token_ids, **self._last_only)
-        self.next_logits[tree] = output.logits[0, -1]
+        logits = output.logits[0, -1]
+        # Some models have their logits in another dtype than their weights.
+        self.next_logits = self.next_logits.to(logits.dtype)
+        self.next_logits[tree] = logits
 
     def forward_rows(self, tokens: torch.Tensor, *, start: int, tree: torch.Tensor) -> torch.Tensor:
         """Push one token a row (int64 `[n]`); return the logits `[n, V]` after it."""
@@ -192,8 +198,28 @@ class LanguageForest(Forest):
     @functools.cached_property
     def _last_only(self) -> dict[str, object]:
         """Options that ask the model for the logits of the last token alone."""
-        takes = inspect.signature(self.model.forward).parameters
-        return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        return {"logits_to_keep": 1} if takes(self.source, "logits_to_keep") else {}
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Return where `model` computes: weights that are offloaded lie elsewhere between passes."""
+    for module in model.modules():
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if place is not None:
+            return torch.empty(0, device=place).device
+    real = (weight.device for weight in model.parameters() if weight.device.type != "meta")
+    return next(real, torch.device("cpu"))
+
+
+def vocab_size_of(model: PreTrainedModel) -> int:
+    """Return how many logits a token of `model` has, padding of the vocabulary included."""
+    head = model.get_output_embeddings()
+    if isinstance(getattr(head, "out_features", None), int):
+        return int(head.out_features)
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return int(weight.shape[0])
+    return int(model.config.get_text_config().vocab_size)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

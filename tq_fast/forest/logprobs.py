@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .. import ops
 from .language import LanguageForest
+from .view import view_of
 
 # Logits that one scoring pass may hold, in bytes.
 _LOGITS_BYTES = 256 << 20
@@ -38,7 +39,7 @@ def score_rows(
     """
     lengths = [len(row) - 1 for row in rows]
     forest.cache.reserve(prefix_capacity=0, branch_capacity=max(lengths))
-    head = linear_head(forest.model)
+    head = linear_head(forest)
     per_pass = forest.cache.num_rows
     if head is None:
         fitting = _LOGITS_BYTES // (4 * forest.vocab_size * max(lengths))
@@ -111,31 +112,39 @@ class LinearHead:
         return product if self.softcap is None else self.softcap * (product / self.softcap).tanh()
 
 
-def linear_head(model: PreTrainedModel) -> LinearHead | None:
-    """Return the head of `model`; None where it is another formula.
+def linear_head(forest: LanguageForest) -> LinearHead | None:
+    """Return the head of the forest's model; None where it is another formula.
 
-    What the configuration says is tried on three tokens, once for each model: some models do more
-    to their logits than any field of their configuration tells.
+    The configuration's formula is tried on three tokens, once for each model: some models do more
+    to their logits than any field of their configuration tells, and a quantised or an offloaded
+    head has no matrix to multiply with.
     """
+    source = forest.source
+    if source not in _is_linear:
+        plain = view_of(source)
+        head = _head_by_config(plain)
+        _is_linear[source] = head is not None and _gives_logits(head, plain, forest.device)
+    return _head_by_config(forest.model) if _is_linear[source] else None
+
+
+def _head_by_config(model: PreTrainedModel) -> LinearHead | None:
+    """The head as the configuration has it."""
     output = model.get_output_embeddings()
     backbone = model.base_model
-    if type(output) is not nn.Linear or backbone is model:
+    is_plain = type(output) is nn.Linear and type(output.weight) is nn.Parameter
+    if not is_plain or output.weight.device.type == "meta" or backbone is model:
         return None
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (
         getattr(config, "logits_scaling", None) or 1
     )
     softcap = getattr(config, "final_logit_softcapping", None)
-    head = LinearHead(backbone, output.weight, output.bias, scale, softcap)
-    if model not in _is_linear:
-        _is_linear[model] = _gives_logits(head, model)
-    return head if _is_linear[model] else None
+    return LinearHead(backbone, output.weight, output.bias, scale, softcap)
 
 
 @torch.no_grad()
-def _gives_logits(head: LinearHead, model: PreTrainedModel) -> bool:
-    size = head.weight.shape[0]
-    tokens = torch.tensor([[1, 2, 3]], device=head.weight.device) % size
+def _gives_logits(head: LinearHead, model: PreTrainedModel, device: torch.device) -> bool:
+    tokens = torch.tensor([[1, 2, 3]], device=device) % head.weight.shape[0]
     truth = model(input_ids=tokens, use_cache=False).logits.float()
     logits = head.logits(head.backbone(input_ids=tokens, use_cache=False).last_hidden_state)
     # The model rounds to its own dtype, a few times after the product.

@@ -59,7 +59,7 @@ def check_runs(model: PreTrainedModel) -> int:
         model, num_trees=1, num_rows=1, prefix_capacity=2, branch_capacity=1, backend=None
     )
     is_language_model = model.get_output_embeddings() is not None
-    module = model if is_language_model else getattr(model, model.base_model_prefix)
+    module = forest.model if is_language_model else forest.model.base_model
     try:
         forest.run_prefill(module, 0, [0, 0])
         token = torch.zeros(1, 1, dtype=torch.int64, device=forest.device)

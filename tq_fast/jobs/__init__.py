@@ -1,1 +1,1 @@
-"""Files of prompts and records, and whether a job may go on from what they hold."""
+"""Files of prompts and records, and what makes a job go on where it was stopped."""

@@ -52,7 +52,7 @@ def read_prompt_file(source: str) -> list[PromptEntry]:
         raise InvalidArgument(
             f"prompts: {name} must be UTF-8 text; byte {error.start} is not"
         ) from error
-    # Not splitlines(): a prompt may hold other line separators of Unicode.
+    # Lines end at "\n" alone: splitlines() would cut a prompt at other line separators of Unicode.
     lines = [
         (number, line.removesuffix("\r"))
         for number, line in enumerate(text.split("\n"), start=1)
@@ -69,7 +69,7 @@ def read_prompt_file(source: str) -> list[PromptEntry]:
 
 
 def digest_prompts(entries: list[PromptEntry]) -> str:
-    """A short hash of the prompts and their ids, in their order."""
+    """Hash the prompts and their ids, in their order."""
     whole = json.dumps([[entry.id, entry.prompt] for entry in entries], sort_keys=True)
     return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
 
@@ -100,7 +100,7 @@ def _read_object(index: int, line: str, where: str) -> PromptEntry:
     if not isinstance(value, expected):
         wanted = "text" if kind == "prompt" else "a list"
         raise InvalidArgument(f"{where}: {kind!r} must be {wanted}, got {value!r:.60}")
-    # A list of the other kind would be read as what it looks like, not as what it is called.
+    # The decoder tells messages from token ids by their looks, with which the key must agree.
     item = {"messages": dict, "token_ids": int}.get(kind)
     if item is not None and not all(type(part) is item for part in value):
         wanted = "messages with 'role' and 'content'" if item is dict else "integers"

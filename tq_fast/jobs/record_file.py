@@ -17,13 +17,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import TqFastError
 
+# One JSON object: the response to a prompt, or the error that it met (records.py makes them).
+Record: TypeAlias = dict[str, Any]
+
 
 class OutputRefused(TqFastError):
-    """The output file cannot be written, or does not belong to this job; it was left alone."""
+    """The output file cannot be written, or belongs to another job; it was left alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Line:
     start: int
     end: int
     is_whole: bool
-    record: dict[str, Any] | None
+    record: Record | None
 
 
 class RecordFile:
@@ -85,13 +88,13 @@ class RecordFile:
     ) -> None:
         if self._file >= 0:
             os.close(self._file)
-        # A job that never began, or wrote no record, leaves nothing behind.
+        # The settings go away with a job that never began or wrote no record: it leaves nothing.
         if os.fstat(self._lock).st_size == 0 or not self.path.exists():
             self.settings_path.unlink(missing_ok=True)
         os.close(self._lock)
 
     def read_settings(self) -> dict[str, Any] | None:
-        """What the records were made with; None where that is not known."""
+        """Return what the records were made with; None where it is not known."""
         data = os.pread(self._lock, os.fstat(self._lock).st_size, 0)
         with contextlib.suppress(ValueError):
             settings = json.loads(data)
@@ -101,14 +104,14 @@ class RecordFile:
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Replace what `read_settings` returns."""
-        # In place, not by renaming: the lock belongs to this very file.
+        # The file is written in place, because its lock would not follow a rename.
         with self._writing():
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, json.dumps(settings, indent=2).encode() + b"\n", 0)
             os.fsync(self._lock)
 
     def lines(self) -> Iterator[Line]:
-        """The lines of the file, each with its record if it is one."""
+        """Iterate over the lines of the file, each with its record if it holds one."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -133,7 +136,7 @@ class RecordFile:
             if lines and not lines[-1].is_whole:
                 self._write(b"\n")
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Write one record; it is on the disk when this returns."""
         data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         with self._writing():
@@ -163,7 +166,7 @@ class RecordFile:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn what the system says (disk full, no permission) into a refusal."""
+        """Turn an error of the system (disk full, no permission) into a refusal."""
         try:
             yield
         except BlockingIOError:
@@ -175,8 +178,8 @@ class RecordFile:
             ) from error
 
 
-def _read_record(data: bytes) -> dict[str, Any] | None:
-    """The record in a line: an object with an index, and a response or an error."""
+def _read_record(data: bytes) -> Record | None:
+    """Return the record in a line: an object with an index, and a response or an error."""
     try:
         record = json.loads(data)
     except ValueError:
@@ -193,7 +196,7 @@ def _lock_file(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A job that ended in between may have removed the file that was opened.
+            # Another job may have removed the file after it was opened here; then try again.
             if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
                 return file
         except BaseException:

@@ -12,11 +12,11 @@ import torch
 from ..errors import BackendRefused, DecodingError, TqFastError, UnsupportedModel
 from ..results import PromptResult, StepTrace
 from .prompt_file import PromptEntry
-from .record_file import OutputRefused
+from .record_file import OutputRefused, Record
 
 
-def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -> dict[str, Any]:
-    """The record of a prompt that was decoded; with `traces`, of every step too.
+def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -> Record:
+    """Return the record of a prompt that was decoded; with `traces`, it holds every step too.
 
     Numbers are null where they are not finite or cannot be estimated (an error at n = 1).
     """
@@ -32,8 +32,8 @@ def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -
     return record
 
 
-def error_record(entry: PromptEntry, error: Exception) -> dict[str, Any]:
-    """The record of a prompt that failed; one that nobody foresaw keeps its traceback."""
+def error_record(entry: PromptEntry, error: Exception) -> Record:
+    """Return the record of a prompt that failed; an error of no known kind keeps its traceback."""
     described: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
     if isinstance(error, DecodingError):
         described |= {"message": error.reason, "step": error.step}
@@ -43,7 +43,7 @@ def error_record(entry: PromptEntry, error: Exception) -> dict[str, Any]:
 
 
 def ends_the_job(error: Exception) -> bool:
-    """Whether it is every prompt's failure: the settings, the output, or a device that is lost."""
+    """Return whether every prompt would fail: by the settings, the output, or a lost device."""
     is_lost = isinstance(error.__cause__ or error, torch.AcceleratorError)
     return is_lost or isinstance(error, (BackendRefused, UnsupportedModel, OutputRefused))
 
@@ -67,7 +67,7 @@ def _compact(step: StepTrace) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with seven digits of every number, all that fp32 holds, and None for the others."""
+    """Round every number in `value` to seven digits, all that fp32 holds; inf and NaN are None."""
     if isinstance(value, dict):
         return {name: finite(part) for name, part in value.items()}
     if isinstance(value, list):

@@ -1,22 +1,178 @@
-"""What the output of a job holds when the job starts, and whether it may go on from there."""
+"""Settings that the records of a job were made with, and checks that a job may go on from them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .._version import __version__
+from ..config import DecodeConfig
+from ..decoder import TransferDecoder
+from ..errors import InvalidArgument
+from ..rewards.base import Reward
+from ..rewards.options import RewardOptions
+from ..session import place_models
 from .prompt_file import PromptEntry
 from .record_file import Line, OutputRefused, RecordFile
-from .settings import model_differences, stated_differences
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ROLES = ("baseline", "sft", "reward", "baseline_reward")
+# About so many numbers of each weight enter the fingerprint of a model.
+_NUM_SAMPLES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """The models of a job as they were named, and how to load them.
+
+    Fields are the arguments of `TransferDecoder`, whose docstring says what they mean.
+
+    Raises:
+        InvalidArgument: there is no such device or dtype.
+    """
+
+    baseline: str
+    reward: str
+    sft: str | None = None
+    baseline_reward: str | None = None
+    tokenizer: str | None = None
+    reward_tokenizer: str | None = None
+    baseline_reward_tokenizer: str | None = None
+    reward_index: int | None = None
+    reward_bounds: tuple[float, float] | None = None
+    reward_options: RewardOptions | None = None
+    device: str | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        read_dtype(self.dtype)
+        if self.device is not None:
+            place_models(self.device)
+
+    def load(self) -> TransferDecoder:
+        """Return the decoder over these models; errors are those of `TransferDecoder`."""
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return TransferDecoder(**{**arguments, "dtype": read_dtype(self.dtype)})
+
+
+def read_dtype(name: str) -> torch.dtype | str:
+    """Return the dtype that `name` stands for; "auto", as the models were saved, stays a word.
+
+    Raises:
+        InvalidArgument: there is no such dtype.
+    """
+    if name not in _DTYPES:
+        raise InvalidArgument(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def stated_settings(
+    config: DecodeConfig, models: ModelChoice, *, traces: bool, prompts_digest: str, count: int
+) -> dict[str, Any]:
+    """Return everything that a job's command line says about its records.
+
+    Device and batch size are left out, because results depend on them by rounding alone.
+    """
+    options = models.reward_options
+    stated = {
+        **dataclasses.asdict(config),
+        "dtype": models.dtype,
+        "reward_index": models.reward_index,
+        "reward_bounds": models.reward_bounds,
+        "reward_options": None if options is None else dataclasses.asdict(options),
+        "traces": traces,
+        "number of prompts": count,
+        "prompts": prompts_digest,
+    }
+    # JSON makes lists of tuples: what is stated looks as it will when the file is read again.
+    return json.loads(json.dumps(stated))
+
+
+def model_settings(decoder: TransferDecoder, models: ModelChoice) -> dict[str, Any]:
+    """Return name and fingerprint of each model that was loaded, by role."""
+    loaded = {
+        "baseline": decoder.baseline,
+        "sft": decoder.sft,
+        "reward": decoder.reward,
+        "baseline_reward": decoder.baseline_reward,
+    }
+    present = {role: model for role, model in loaded.items() if model is not None}
+    names = {role: getattr(models, role) for role in present}
+    return fingerprint_models(present, names, decoder.tokenizer)
+
+
+def fingerprint_models(
+    models: Mapping[str, PreTrainedModel | Reward],
+    names: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, Any]:
+    """Return `{"name": ..., "fingerprint": ...}` of each model, by role.
+
+    Args:
+        models: language models and rewards; a reward without a model of transformers has its name
+            for a fingerprint.
+        names: what the models were called.
+        tokenizer: of the language models.
+    """
+    settings = {}
+    for role, model in models.items():
+        if isinstance(model, PreTrainedModel):
+            fingerprint = fingerprint_model(model, tokenizer)
+        elif isinstance(model.model, PreTrainedModel):
+            fingerprint = fingerprint_model(model.model, model.tokenizer)
+        else:
+            fingerprint = model.name
+        settings[role] = {"name": names[role], "fingerprint": fingerprint}
+    return settings
+
+
+def make_settings(stated: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of the settings file; its `fingerprint` goes into every record."""
+    contents = {role: model["fingerprint"] for role, model in loaded.items()}
+    whole = json.dumps([stated, contents], sort_keys=True)
+    fingerprint = hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+    return {
+        "fingerprint": fingerprint,
+        "tq_fast": __version__,
+        "settings": stated,
+        "models": loaded,
+    }
+
+
+def fingerprint_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Hash a model's configuration, some numbers of every weight, and its tokenizer.
+
+    The hash is cheap for large models and changes with any training; the folder does not enter it.
+    """
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    digest = hashlib.blake2b(
+        json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8
+    )
+    for name, weight in sorted(model.state_dict().items()):
+        stride = max(1, weight.numel() // _NUM_SAMPLES)
+        sample = weight.detach().reshape(-1)[::stride].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        digest.update(sample.numpy().tobytes())
+    if tokenizer is not None:
+        words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+        digest.update(json.dumps(words).encode())
+    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """What the output holds.
+    """The output of a job as it is when the job starts.
 
     Attributes:
-        settings: what the records were made with; None where that is not known.
+        settings: what the records were made with; None where it is not known.
         kept: the lines that stay, by the index of their prompt.
         failed: indices of kept lines that are error records.
         bad: lines that are no record.
@@ -35,7 +191,7 @@ class Earlier:
 def read_earlier(
     file: RecordFile, entries: Sequence[PromptEntry], *, retry_errors: bool
 ) -> Earlier:
-    """Read the output; with `retry_errors` its error records count as not there."""
+    """Read the output; with `retry_errors`, prompts that failed count as not decoded."""
     earlier = Earlier(settings=file.read_settings())
     others: list[int] = []
     for line in file.lines():
@@ -49,7 +205,7 @@ def read_earlier(
             others.append(index)
         elif "error" not in record:
             earlier.failed.discard(index)
-            # The record itself may be large, and is not needed again.
+            # The line alone is kept: the record may be large, and is not needed again.
             earlier.kept[index] = dataclasses.replace(line, record=None)
         elif not retry_errors and index not in earlier.kept:
             earlier.failed.add(index)
@@ -61,7 +217,8 @@ def check_stated(file: RecordFile, earlier: Earlier, stated: dict[str, Any]) -> 
     """Refuse to go on with other settings than `stated`, before any model is loaded.
 
     Raises:
-        OutputRefused: the message names what differs; or the file is none of ours.
+        OutputRefused: the settings differ (the message says in what), or the file holds
+            something else than records.
     """
     if not earlier.fingerprints:
         if earlier.bad and earlier.settings is None:
@@ -98,7 +255,7 @@ def check_models(file: RecordFile, earlier: Earlier, settings: dict[str, Any]) -
 
 
 def describe_repairs(earlier: Earlier) -> list[str]:
-    """A sentence for each line that is left out."""
+    """Return a sentence for each line that is left out."""
     return [
         f"line {line.number} of the output "
         + ("is no record" if line.is_whole else "was cut off while it was written")
@@ -114,3 +271,40 @@ def _refuse(file: RecordFile, differences: Sequence[str]) -> None:
             "Resume with those it was made with, choose another output, or --overwrite to start "
             "again"
         )
+
+
+def stated_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what differs between two `stated_settings`, a phrase for each difference."""
+    differences = []
+    for name in [*now, *(name for name in then if name not in now)]:
+        before, after = then.get(name), now.get(name)
+        if before != after and name == "prompts":
+            if then.get("number of prompts") == now["number of prompts"]:
+                differences.append("other prompts")
+        elif before != after:
+            differences.append(f"{name} was {_words(before)}, is {_words(after)}")
+    return differences
+
+
+def model_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what differs between two `model_settings`, a phrase for each difference.
+
+    Two models with one fingerprint are the same model, wherever they lie.
+    """
+    differences = []
+    for role in _ROLES:
+        before, after = then.get(role), now.get(role)
+        if before is None or after is None:
+            if before != after:
+                names = [_words(model and model["name"]) for model in (before, after)]
+                differences.append(f"{role} was {names[0]}, is {names[1]}")
+        elif before["fingerprint"] != after["fingerprint"]:
+            if before["name"] == after["name"]:
+                differences.append(f"{role} {after['name']!r} has changed since")
+            else:
+                differences.append(f"{role} was {before['name']!r}, is {after['name']!r}")
+    return differences
+
+
+def _words(value: Any) -> str:
+    return "not given" if value is None else repr(value)

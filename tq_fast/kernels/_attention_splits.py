@@ -94,7 +94,7 @@ def _shared_prefix_attention_prefix_kernel(
         end = tl.minimum(begin + split_len, length)
         is_ours = exists & (own_tree == g)
         if HAS_TREE:
-            # A tree without rows here is not read.
+            # Do not read a tree that has no rows in this tile.
             end = tl.where(tl.max(is_ours.to(tl.int32), axis=0) > 0, end, begin)
         first_seen = tl.zeros((QUERIES,), tl.int32)
         if HAS_WINDOW:
@@ -165,7 +165,7 @@ def merge_splits(
 def split_length(num_queries: int) -> int:
     """Keys of one split, for rows of `num_queries` queries.
 
-    It follows from nothing else, so that a result never depends on what else runs. Longer where a
-    row has several queries, whose partial results take more memory.
+    The length depends on nothing else, so that a result never depends on what else runs. It is
+    longer where a row has several queries, whose partial results take more memory.
     """
     return 256 if num_queries == 1 else 1024

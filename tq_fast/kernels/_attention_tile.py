@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What is passed on to the compiler at a launch."""
+        """The options that a launch passes to the compiler."""
         options = {"num_warps": self.num_warps, "num_stages": 2}
         return options | all_registers() if self.has_all_registers else options
 
@@ -83,7 +83,7 @@ def attend(
     for first in range(begin // KEYS * KEYS, end, KEYS):
         key = first + tl.arange(0, KEYS)
         offset = key.to(tl.int64)
-        # What no query sees may be NaN: it is never loaded.
+        # Keys that no query sees may be NaN, so they are never loaded.
         mask = ((key >= begin) & (key < end))[:, None] & is_dim[None, :]
         k = tl.load(keys + offset[:, None] * stride_k + d[None, :], mask=mask, other=0.0)
         v = tl.load(values + offset[:, None] * stride_v + d[None, :], mask=mask, other=0.0)
@@ -93,7 +93,7 @@ def attend(
         is_seen = (key[None, :] >= first_seen[:, None]) & (key[None, :] <= last_seen[:, None])
         is_seen = is_seen & is_ours[:, None] & (key < end)[None, :]
         scores = tl.where(is_seen, scores, float("-inf"))
-        # A NaN score stays in the weights, so that it is loud; maxima never see one.
+        # A NaN score stays in the weights, so that the output shows it; maxima never see one.
         highest = tl.max(tl.where(scores == scores, scores, float("-inf")), axis=1)
         highest = tl.maximum(peak, highest)
         shift = tl.where(highest == float("-inf"), 0.0, highest)
@@ -102,7 +102,7 @@ def attend(
         mass = mass * fade + tl.sum(weights, axis=1)
         acc = acc * fade[:, None]
         if IS_MIXED:
-            # 0 times another tree's value that is not finite would be NaN.
+            # Select, since 0 times a value of another tree is NaN where the value is not finite.
             added = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             acc += tl.where(is_ours[:, None], added, 0.0)
         else:

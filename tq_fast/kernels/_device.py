@@ -1,4 +1,4 @@
-"""Where and how a launcher runs its kernels: Triton launches on the current device, for one."""
+"""The device and the options of a launch: Triton launches on whatever device is current."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of `tensor` current; nothing for CPU tensors (Triton's interpreter)."""
+    """Make the device of `tensor` current; does nothing for CPU tensors (Triton's interpreter)."""
     # A compiled graph sets the device itself.
     if tensor.is_cuda and not torch.compiler.is_compiling():
         return torch.cuda.device(tensor.device)

@@ -172,7 +172,7 @@ def _linear_trajectory_logprob_row_kernel(
     token = tl.load(tokens + n * stride_tn + t * stride_tt, mask=within, other=0)
     is_known = (token >= 0) & (token < vocab_size)
     chosen = tl.load(targets + row, mask=within & is_known, other=0.0)
-    # A peak of +inf is an lse of +inf; -inf is a row without a valid logit, and -inf - -inf NaN.
+    # A peak of +inf is the lse. A row without a valid logit has peak -inf, and -inf - -inf is NaN.
     log_total = tl.where(peak == float("inf"), 0.0, tl.log(total))
     term = chosen - peak - log_total
     term = tl.where(term > 0.0, 0.0, term)

@@ -164,7 +164,7 @@ def _shared_prefix_attention_kernel(
         mass,
         acc,
         begin,
-        # Nothing beyond the newest token of this tile's queries is seen.
+        # No query of this tile sees a key beyond the newest of their tokens.
         tl.minimum(own_len, tl.max(tl.where(exists, position, -1), axis=0) + 1),
         stride_bks,
         stride_bvs,
@@ -180,7 +180,7 @@ def _shared_prefix_attention_kernel(
         SIZE,
     )
 
-    # A mass of 0 is a query that saw no key; NaN is neither 0 nor hidden.
+    # A mass of 0 means that the query saw no key. A NaN mass is not 0, so it stays visible.
     is_empty = mass == 0.0
     result = acc / tl.where(is_empty, 1.0, mass)[:, None]
     at = row * stride_on + head * stride_oh + t.to(tl.int64) * stride_ot
@@ -190,7 +190,7 @@ def _shared_prefix_attention_kernel(
     tl.store(lse + place, whole, mask=exists)
 
 
-# Queries of one row and key-value head from which a row fills tiles by itself.
+# From this many queries of one row and key-value head on, a row fills tiles by itself.
 _MANY_QUERIES = 64
 
 

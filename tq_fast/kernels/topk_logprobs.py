@@ -23,7 +23,7 @@ _GROUP = 64
 # The finaliser's tile of splits.
 _SPLITS = 32
 
-# The key of nothing, below every other.
+# The key of no element, below every other.
 _NO_KEY = tl.constexpr(-(2**63))
 _LOW_WORD = tl.constexpr(0xFFFFFFFF)
 
@@ -86,7 +86,7 @@ def _topk_logprobs_kernel(
     )
     peaks = tl.max(tl.reshape(values, (SPLIT // GROUP, GROUP)), axis=1)
     peak = tl.max(peaks, axis=0)
-    # Of -inf only: exp(-inf - 0) is 0, where -inf - -inf would be NaN.
+    # A split of -inf only takes 0 as its peak: exp(-inf - 0) is 0, but -inf - -inf would be NaN.
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     tl.store(states + program * 2, peak)
     tl.store(states + program * 2 + 1, tl.sum(tl.exp(values - shift), axis=0))
@@ -183,7 +183,7 @@ def topk_logprobs_triton(
     is_per_row = isinstance(temperature, Tensor)
     temperatures = temperature if is_per_row else None
     number = 1.0 if is_per_row else float(temperature)
-    # Dividing exactly costs more than all the rest; most calls have nothing to divide by.
+    # Leave the exact division out where it divides by 1: it costs more than all the rest.
     common = {"HAS_TEMPERATURE": is_per_row or number != 1.0, "SPLIT": _SPLIT, "GROUP": _GROUP}
     strides = (*logits.stride(), temperatures.stride(0) if is_per_row else 0)
     most = max(triton.next_power_of_2(k), 2)

@@ -40,7 +40,7 @@ def _reduce_split(logits, stride_v, start, vocab_size, SPLIT: tl.constexpr):
     )
     values = _clean(values)
     peak = tl.max(values, axis=0)
-    # Of -inf only: exp(-inf - 0) is 0, where -inf - -inf would be NaN.
+    # A split of -inf only takes 0 as its peak: exp(-inf - 0) is 0, but -inf - -inf would be NaN.
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     return peak, tl.sum(tl.exp(values - shift), axis=0)
 

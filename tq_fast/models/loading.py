@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
-import weakref
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,18 +17,14 @@ from transformers import (
 )
 
 from ..errors import InvalidArgument, UnsupportedModel
+from ..forest.language import vocab_size_of
 from ..forest.support import check_supported
 from ..rewards.base import Reward, RewardFunction, Texts
-from ..rewards.causal import CausalReward, is_causal_classifier
-from ..rewards.encoder import EncoderReward
-from ..rewards.function import FunctionReward
+from ..rewards.kinds import is_classifier, open_classifier, open_object, resolve_reward
+from ..rewards.options import RewardOptions
 
 ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
-
-# Held by the thread that decodes with a model.
-_locks: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_making_locks = threading.Lock()
 
 
 def load_language_model(
@@ -89,12 +81,14 @@ def load_reward(
     vocab_size: int,
     device: torch.device,
     dtype: torch.dtype | str,
+    options: RewardOptions | None = None,
 ) -> Reward:
     """Return the reward that `source` names or is.
 
     Args:
-        source: a sequence classifier (hub id, folder or model), or a function
-            `(prompts, responses) -> floats`.
+        source: a sequence classifier (hub id, folder or model), a function
+            `(prompts, responses) -> floats` or the name of one, `package.module:function`, or
+            another object that `tq_fast.rewards.base` lists.
         role: the argument's name, for messages.
         tokenizer: the classifier's; None: that of its own folder.
         texts: decodes with the baseline's tokenizer.
@@ -102,37 +96,39 @@ def load_reward(
         vocab_size: the baseline's; a classifier without a tokenizer must read the same ids.
         device: where a classifier is put.
         dtype: of a classifier that is loaded here.
+        options: how prompts and responses are read; None: all at their defaults.
     """
-    is_model = isinstance(source, (str, os.PathLike, PreTrainedModel))
-    if not is_model and callable(source):
-        if tokenizer is not None or label is not None:
-            raise InvalidArgument(
-                f"{role} is a function, which takes no tokenizer and no label index"
-            )
-        return FunctionReward(source, texts)
-    if not is_model:
-        raise InvalidArgument(
-            f"{role} must be a hub id, a folder, a sequence classifier or a function "
-            f"(prompts, responses) -> floats, got {source!r}"
+    options = options or RewardOptions()
+    source = resolve_reward(source, role)
+    if not is_classifier(source):
+        return open_object(
+            source,
+            role,
+            has_tokenizer=tokenizer is not None,
+            texts=texts,
+            label=label,
+            options=options,
         )
-    own = load_tokenizer(tokenizer, source, role if tokenizer is None else f"{role}_tokenizer")
-    model = _load(AutoModelForSequenceClassification, source, role, device=device, dtype=dtype)
-    if not hasattr(model.config, "num_labels") or model.get_output_embeddings() is not None:
-        raise InvalidArgument(f"{role} must be a sequence classifier, got {type(model).__name__}")
-    if own is None and model.get_input_embeddings().weight.shape[0] != vocab_size:
-        raise InvalidArgument(
-            f"{role} has a vocabulary of {model.get_input_embeddings().weight.shape[0]}, the "
-            f"baseline one of {vocab_size}, and no tokenizer of its own; pass {role}_tokenizer="
+    is_named = isinstance(source, (str, os.PathLike))
+    found_in = source if is_named or isinstance(source, PreTrainedModel) else None
+    own = None
+    if tokenizer is not None or found_in is not None:
+        own = load_tokenizer(
+            tokenizer, found_in, role if tokenizer is None else f"{role}_tokenizer"
         )
-    if own is not None and texts.tokenizer is None:
-        raise InvalidArgument(
-            f"{role} has a tokenizer, but the baseline came without one, so that nothing can be "
-            "turned into its token ids; pass tokenizer="
+    model = source
+    if found_in is not None:
+        model = _load(AutoModelForSequenceClassification, source, role, device=device, dtype=dtype)
+    with torch.no_grad():
+        return open_classifier(
+            model,
+            role,
+            tokenizer=own,
+            texts=texts,
+            label=label,
+            options=options,
+            vocab_size=vocab_size,
         )
-    if not is_causal_classifier(model):
-        return EncoderReward(model, own, texts, label)
-    check_supported(model, role)
-    return CausalReward(model, own, texts, label)
 
 
 def check_same_vocabulary(
@@ -151,38 +147,12 @@ def check_same_vocabulary(
                 f"{len(theirs)} and {len(ours)}), for one in the token {differing!r}"
             )
         return
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (sft_model, baseline_model)]
+    sizes = [vocab_size_of(model) for model in (sft_model, baseline_model)]
     if sizes[0] != sizes[1]:
         raise InvalidArgument(
             f"sft and baseline must have the same vocabulary, got sizes {sizes[0]} and {sizes[1]} "
             "and not both tokenizers"
         )
-
-
-@contextlib.contextmanager
-def evaluating(models: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Within the block `models` are in evaluation mode; afterwards each part is as it was.
-
-    Another thread that wants one of them waits: a model over a forest has another attention.
-    """
-    with contextlib.ExitStack() as held:
-        # In one order everywhere, so that no two threads wait for each other.
-        models = sorted(set(models), key=id)
-        for model in models:
-            held.enter_context(_lock_of(model))
-        training = [part for model in models for part in model.modules() if part.training]
-        for part in training:
-            part.training = False
-        try:
-            yield
-        finally:
-            for part in training:
-                part.training = True
-
-
-def _lock_of(model: torch.nn.Module) -> threading.RLock:
-    with _making_locks:
-        return _locks.setdefault(model, threading.RLock())
 
 
 def end_token_ids(

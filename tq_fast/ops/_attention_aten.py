@@ -47,7 +47,7 @@ def refuse_aten(
     window: int | None,
     tree: Tensor | None,
 ) -> str | None:
-    """None when ATen's kernel serves, else why it does not."""
+    """None when ATen's kernel serves, else a sentence that says why it does not."""
     if softcap is not None:
         return "ATen's CPU flash attention has no soft-cap on the scores"
     if torch.compiler.is_compiling():
@@ -97,7 +97,7 @@ def shared_prefix_attention_aten(
     if len(states) == 1:
         out, lse = states[0]
     elif shortest < num_queries:
-        # Only here can a query see no key in either part.
+        # A query can see no key in either part, which only the reference takes.
         out, lse = merge_attention_states_ref(*states)
     else:
         out, lse = _merge(*states)
@@ -269,7 +269,7 @@ def _masked_flash(q: Tensor, keys: Tensor, values: Tensor, scale: float, visible
 
 
 def _merge(a: _State, b: _State) -> _State:
-    """As merge_attention_states, in half the calls; the two must not both be empty."""
+    """`merge_attention_states_ref` for states that are not both empty, in a quarter of the time."""
     (out_a, lse_a), (out_b, lse_b) = a, b
     share_b = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)
     out = torch.lerp(out_a.to(torch.float32), out_b.to(torch.float32), share_b)

@@ -18,17 +18,17 @@ PerRow = float | int | Tensor
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 INTEGERS = frozenset({torch.int64, torch.int32})
-# The numbers that have a meaning to a kernel: all inside is fp32.
+# The range of the numbers that kernels can use, since they compute in fp32.
 SMALLEST = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max
-# What a schema takes for an int.
+# The largest int that a C++ schema takes.
 LARGEST_COUNT = 2**63 - 1
 _INTS = (int, numbers.Integral, torch.SymInt)
 _NUMBERS = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)
 
 
 def describe(value: object) -> str:
-    """What came, for a message; a tensor is not read."""
+    """Describe `value` for a message; a tensor is not read."""
     return f"a tensor of shape {list(value.shape)}" if is_tensor(value) else reprlib.repr(value)
 
 
@@ -39,16 +39,16 @@ def is_tensor(value: object) -> bool:
 
 def require_tensors(op: str, **tensors: object) -> None:
     """Raise InvalidArgument unless all are strided tensors on the device of the first."""
-    first_name, first = "", None
+    first_name, device = "", None
     for name, value in tensors.items():
         if not is_tensor(value):
             kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else describe(value)
             raise InvalidArgument(f"{op}: {name} is {kind}, expected a strided tensor")
-        if first is None:
-            first_name, first = name, value
-        elif value.device != first.device:
+        if device is None:
+            first_name, device = name, value.device
+        elif value.device != device:
             raise InvalidArgument(
-                f"{op}: {name} is on {value.device}, expected {first.device}, where {first_name} is"
+                f"{op}: {name} is on {value.device}, expected {device}, where {first_name} is"
             )
 
 
@@ -66,7 +66,7 @@ def require_apart(op: str, **tensors: Tensor) -> None:
 
 
 def given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    """Those of the optional tensors that are there."""
+    """The optional tensors that are not None, by name."""
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -101,9 +101,10 @@ def require_integer(op: str, name: str, tensor: Tensor) -> None:
 
 
 def require_within(op: str, name: str, tensor: Tensor, low: int, high: int) -> None:
-    """Raise InvalidArgument for an element outside of [low, high], where looking waits for nobody.
+    """Raise InvalidArgument for an element outside of [low, high].
 
-    That is on the CPU, and not while a graph is traced.
+    Elements are read on the CPU only, where that waits for no device, and not while a graph is
+    traced.
     """
     if torch.compiler.is_compiling() or type(tensor) is not Tensor or not tensor.is_cpu:
         return

@@ -32,18 +32,7 @@ Implementation = Callable[..., Any]
 Refusal = Callable[..., str | None]
 
 _BACKENDS_OF_DEVICE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-# What a caller says who may be served by tq_fast._direct.
-_BACKENDS_OF_DIRECT = ("auto", "cpu")
 _OPS: dict[str, Op] = {}
-# What comes of arguments of the wrong kind, in Python, in torch's own checks and in the kernels.
-_EXPLAINED_BY_CHECKS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def _accept(*args: Any, **kwargs: Any) -> str | None:
@@ -85,9 +74,9 @@ def native_function(
 ) -> Callable[[], Implementation]:
     """A resolver of the C++ op `torch.ops.tq_fast.<name>`, once the library that has it is loaded.
 
-    `adapter` takes the arguments of the reference and calls the op; None: the op takes them itself,
-    its schema names them alike. `fake` takes those of the schema and makes outputs without data,
-    for torch.compile.
+    `adapter` takes the arguments of the reference and calls the op; it is None where the schema has
+    the same arguments. `fake` takes the arguments of the schema and makes outputs without data, for
+    torch.compile.
     """
 
     def resolve() -> Implementation:
@@ -108,7 +97,7 @@ _has_fake: set[str] = set()
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake`, which would answer for data that is nowhere if one tensor in many were "meta"."""
+    """Make `fake` refuse tensors of several devices: one on "meta" would let it answer for all."""
 
     @functools.wraps(fake)
     def checked(*arguments: Any) -> Any:
@@ -123,11 +112,12 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 class Op:
     """The backends of one op, and the choice among them.
 
-    Calling it runs the op: `op(backend, first_tensor, *args, **kwargs)`, the device of the first
-    tensor deciding which backends are asked. `backend` None means TQ_FAST_BACKEND.
+    Calling it runs the op: `op(backend, first, *args, **kwargs)`. `first.device` decides which
+    backends are asked; `first` is the op's first tensor, or all its arguments in one tuple that has
+    a device. `backend` None means TQ_FAST_BACKEND.
     """
 
-    __slots__ = ("_backends", "_direct", "_plans", "_resolved", "name", "reference")
+    __slots__ = ("_backends", "_plans", "_resolved", "name", "reference")
 
     def __init__(self, name: str, reference: Implementation, *backends: Backend) -> None:
         self.name = name
@@ -135,8 +125,6 @@ class Op:
         self._backends = backends
         self._resolved: dict[int, Implementation | str] = {}
         self._plans: dict[str, tuple[tuple[Refusal, Implementation], ...]] = {}
-        # False: not looked for yet.
-        self._direct: Implementation | bool | None = False
         _OPS[name] = self
 
     def __call__(self, backend: str | None, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -154,67 +142,22 @@ class Op:
         for refuse, implementation in plan:
             if refuse(first, *args, **kwargs) is None:
                 return implementation(first, *args, **kwargs)
-        if device == "cuda":
+        if device == "cuda" and self._backends:
             self._warn_slow(first, *args, **kwargs)
         return self.reference(first, *args, **kwargs)
 
-    def direct(self, backend: str | None) -> Implementation | None:
-        """The op's function of tq_fast._direct, for plain calls of a small op, or None.
-
-        It does without PyTorch's dispatcher, which takes longer than such an op, so neither a
-        profiler nor a hook hears of it. It answers NotImplemented, having done nothing, to whatever
-        is not plain: other than dense CPU tensors of the usual types and Python's own numbers,
-        autograd on, a mode (fake tensors among them), a tensor subclass, a transform of torch.func.
-        Then check, and call as usual.
-        """
-        if (
-            torch.compiler.is_dynamo_compiling()
-            or (backend or env.backend()) not in _BACKENDS_OF_DIRECT
-        ):
-            return None
-        if self._direct is False:
-            self._direct = getattr(_native.load_direct(), self.name, None)
-        return self._direct
-
-    def at_once(self, backend: str | None, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The result of the first CPU kernel, or NotImplemented: then check, and call as usual.
-
-        For a caller that has not checked its arguments yet. The kernel refuses whatever breaks
-        its contract before it reads or writes anything, and what it refuses is explained by the
-        checks: in the usual case they cost more than a small op does. Where autograd is on,
-        inputs that require grad have to be looked for, so nothing runs at once.
-
-        No error is lost: either the checks raise a better one, or they find nothing wrong, and the
-        usual call runs the same kernel on the same arguments and raises it.
-        """
-        if (
-            backend is not None
-            or torch.is_grad_enabled()
-            or not isinstance(first, torch.Tensor)
-            or not first.is_cpu
-            or torch.compiler.is_compiling()
-            or env.backend() != "auto"
-        ):
-            return NotImplemented
-        plan = self._plans.get("cpu")
-        if plan is None:
-            plan = self._plan("cpu")
-        if not plan:
-            return NotImplemented
-        refuse, implementation = plan[0]
-        try:
-            if refuse(first, *args, **kwargs) is None:
-                return implementation(first, *args, **kwargs)
-        except _EXPLAINED_BY_CHECKS:
-            # Not lost: the caller checks, and else runs the same call again, which raises it.
-            pass
-        return NotImplemented
+    def kernel(self, name: str) -> Implementation | None:
+        """The first implementation called `name` that is usable on this machine, or None."""
+        for idx in self._indices(name):
+            implementation = self._resolve(idx)
+            if not isinstance(implementation, str):
+                return implementation
+        return None
 
     def forget(self) -> None:
         """Resolve every backend again at the next call (after a build, and in tests)."""
         self._resolved.clear()
         self._plans.clear()
-        self._direct = False
 
     def why_not(self, name: str) -> str | None:
         """None when backend `name` of this op is usable on this machine, else a sentence."""
@@ -280,7 +223,7 @@ class Op:
         raise BackendRefused(f"{self.name}: backend {name!r} refused: {sentence}")
 
     def _warn_slow(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Warn, once for each op (the warning filter remembers), and say why."""
+        """Warn, once for each op, that CUDA tensors go to its reference, and say why."""
         reasons = []
         for idx, entry in enumerate(self._backends):
             if entry.name in ("cuda", "triton"):
@@ -319,3 +262,16 @@ def describe_backends() -> dict[str, dict[str, str | None]]:
     """For each op and backend: None when usable on this machine, else the reason why not."""
     names = ("cuda", "triton", "cpu", "ref")
     return {op.name: {name: op.why_not(name) for name in names} for op in _OPS.values()}
+
+
+def unchecked_kernel(op: str, backend: str | None = None) -> Implementation | None:
+    """The C++ kernel of `op` for CPU tensors, without the checks and the choice of a backend.
+
+    For the inner loop of a model, whose thousands of calls a second all have the same shapes and
+    dtypes: the caller guarantees what the op's public function would check. The kernel takes the
+    arguments of the reference. None where it was not built, or where `backend` (None:
+    TQ_FAST_BACKEND) asks for another.
+    """
+    if (backend or env.backend()) not in ("auto", "cpu"):
+        return None
+    return _OPS[op].kernel("cpu")

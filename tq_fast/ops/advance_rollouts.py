@@ -1,4 +1,4 @@
-"""One depth of every roll-out: draw, append, add both log-probabilities, note EOS. In place.
+"""One depth of every roll-out: draw, append, add both log-probabilities, note EOS; in place.
 
     sampled = sample_tokens(logits, keys, step, ...)
     for each row i that is not finished:
@@ -52,8 +52,8 @@ def advance_rollouts_(
         lengths: int64 or int32 `[N]`, tokens of each roll-out so far, 0 to L; a row with any
             other is left alone.
         finished: bool `[N]`.
-        logprob_sums: fp32 `[N]`, sum of the model's own log-probs, natural log.
-        proposal_logprob_sums: fp32 `[N]`, sum of the log-density drawn from, natural log.
+        logprob_sums: fp32 `[N]`, sum of the model's own log-probs.
+        proposal_logprob_sums: fp32 `[N]`, sum of the log-density drawn from.
         eos: int64 or int32 `[E]`, the ids that end a roll-out; may be empty.
         backend: pins one of cuda, triton, cpu, ref; None lets TQ_FAST_BACKEND decide.
 
@@ -65,10 +65,9 @@ def advance_rollouts_(
     state = (tokens, lengths, finished, logprob_sums, proposal_logprob_sums, eos)
     parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     parameters |= {"vocab_size": vocab_size, "seed": seed}
-    if _OP.at_once(backend, logits, keys, step, *state, **parameters) is NotImplemented:
-        check_sampler(name, logits, keys, step, **parameters)
-        _check_state(name, logits, *state)
-        _OP(backend, logits, keys, step, *state, **parameters)
+    check_sampler(name, logits, keys, step, **parameters)
+    _check_state(name, logits, *state)
+    _OP(backend, logits, keys, step, *state, **parameters)
 
 
 def advance_rollouts_ref(
@@ -166,7 +165,7 @@ def advance_rollouts_native(
 ) -> None:
     """The C++ or CUDA kernel, by the device, with the arguments of the reference.
 
-    It skips the rows that are finished.
+    The kernel skips the rows that are finished.
     """
     torch.ops.tq_fast.advance_rollouts_.default(
         logits,

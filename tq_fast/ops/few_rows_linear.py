@@ -9,17 +9,12 @@ bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .. import env
 from ..errors import InvalidArgument
 from . import _checks
 from ._dispatch import Backend, Op, native_function
-
-NativeLinear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def few_rows_linear(
@@ -67,21 +62,6 @@ def few_rows_linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return product.to(x.dtype)
 
 
-def few_rows_linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The C++ kernel, with the arguments of the reference."""
-    return torch.ops.tq_fast.few_rows_linear.default(x, weight, bias)
-
-
-def unchecked_few_rows_linear(backend: str | None) -> NativeLinear | None:
-    """The C++ kernel without checks and choice, for callers with thousands of calls a second.
-
-    None where it was not built, or `backend` (None: TQ_FAST_BACKEND) asks for another.
-    """
-    if (backend or env.backend()) not in ("auto", "cpu") or _OP.why_not("cpu") is not None:
-        return None
-    return torch.ops.tq_fast.few_rows_linear.default
-
-
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -93,5 +73,5 @@ def _refuse_cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | 
 _OP = Op(
     "few_rows_linear",
     few_rows_linear_ref,
-    Backend("cpu", native_function("few_rows_linear", few_rows_linear_native, _fake), _refuse_cpu),
+    Backend("cpu", native_function("few_rows_linear", None, _fake), _refuse_cpu),
 )

@@ -3,7 +3,7 @@
     logits = scale * (hidden @ weight.T + bias)        softcap: softcap * tanh(logits / softcap)
     out[i] = sum over t < lengths[i] of log_softmax(logits[i, t])[tokens[i, t]]
 
-Natural log, fp32 from the matmul onward. Bytes: `V * D * itemsize` of weight for every block of
+Computed in fp32 from the matmul onward. Bytes: `V * D * itemsize` of weight for every block of
 rows that fits the cache, instead of `N * T * V * 4` of logits written and read back.
 """
 
@@ -41,7 +41,7 @@ def linear_trajectory_logprob(
     Args:
         hidden: `[N, T, D]`, floating point, the states that predict `tokens`.
         weight: `[V, D]`, the dtype of hidden; the language-model head.
-        tokens: int64 or int32 `[N, T]`; what lies at or beyond a length is not looked at.
+        tokens: int64 or int32 `[N, T]`; those at or beyond a length are not read.
         lengths: int64 or int32 `[N]`, 0 to T.
         bias: `[V]`, added before scale; None: no bias.
         scale: factor on the logits.
@@ -50,7 +50,7 @@ def linear_trajectory_logprob(
         backend: pins one of cuda, triton, cpu, ref; None lets TQ_FAST_BACKEND decide.
 
     Returns:
-        fp32 `[N]`, natural log, at most 0; 0 for an empty row, NaN where a token within the
+        fp32 `[N]`, at most 0; 0 for an empty row, NaN where a token within the
         length is not in [0, vocab_size) or a row has no valid logit. A NaN logit counts as -inf.
 
     Raises:
@@ -58,11 +58,8 @@ def linear_trajectory_logprob(
         BackendRefused: the pinned backend does not take these inputs.
     """
     parameters = {"bias": bias, "scale": scale, "softcap": softcap, "vocab_size": vocab_size}
-    result = _OP.at_once(backend, hidden, weight, tokens, lengths, **parameters)
-    if result is NotImplemented:
-        _check(hidden, weight, tokens, lengths, **parameters)
-        result = _OP(backend, hidden, weight, tokens, lengths, **parameters)
-    return result
+    _check(hidden, weight, tokens, lengths, **parameters)
+    return _OP(backend, hidden, weight, tokens, lengths, **parameters)
 
 
 def _check(

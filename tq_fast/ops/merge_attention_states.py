@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..errors import InvalidArgument
 from . import _checks
-from ._dispatch import Backend, Op, native_function, python_function
+from ._dispatch import Op
 
 
 class AttentionState(NamedTuple):
-    """`out` `[..., d]` and `lse` fp32 `[...]`, the log-sum-exp of the scores, natural log."""
+    """`out` `[..., d]` and `lse` fp32 `[...]`, the log-sum-exp of the scores."""
 
     out: Tensor
     lse: Tensor
@@ -34,24 +34,21 @@ def merge_attention_states(
     The merge step of split attention (Dao et al., FlashDecoding; arXiv 2205.14135 section 3).
 
     Args:
-        a: `(out [..., d], lse fp32 [...])`, natural log.
+        a: `(out [..., d], lse fp32 [...])`.
         b: the same shapes and dtypes over other keys.
         backend: pins one of cuda, triton, cpu, ref; None lets TQ_FAST_BACKEND decide.
 
     Returns:
-        AttentionState, `out` in the dtype of `a`'s. The output of an empty state is not looked
-        at, so it may hold NaN.
+        AttentionState, `out` in the dtype of `a`'s. The output of an empty state is not read,
+        so it may hold NaN.
 
     Raises:
         InvalidArgument: shapes or dtypes that do not fit, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
     (out_a, lse_a), (out_b, lse_b) = _two("a", a), _two("b", b)
-    result = _OP.at_once(backend, out_a, lse_a, out_b, lse_b)
-    if result is NotImplemented:
-        _check(out_a, lse_a, out_b, lse_b)
-        result = _OP(backend, out_a, lse_a, out_b, lse_b)
-    return AttentionState._make(result)
+    _check(out_a, lse_a, out_b, lse_b)
+    return AttentionState._make(_OP(backend, out_a, lse_a, out_b, lse_b))
 
 
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
@@ -85,7 +82,7 @@ def merge_attention_states_ref(
 
 
 def _merge_ref(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> AttentionState:
-    """The two states flat, as every backend takes them."""
+    """The reference, with the four tensors by position, as an `Op` hands them on."""
     lse_a = torch.where(lse_a.isfinite(), lse_a, -torch.inf)
     lse_b = torch.where(lse_b.isfinite(), lse_b, -torch.inf)
     lse = torch.logaddexp(lse_a, lse_b)
@@ -98,25 +95,6 @@ def _merge_ref(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> At
     return AttentionState((part_a + part_b).to(out_a.dtype), lse)
 
 
-def _fake(out_a: Tensor, lse_a: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-    # Dense, whatever the strides of the inputs.
-    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
-
-
-def _refuse_cpu(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> str | None:
-    return _checks.refuse_float64(out_a=out_a)
-
-
-_OP = Op(
-    "merge_attention_states",
-    _merge_ref,
-    Backend(
-        "triton",
-        python_function("tq_fast.kernels.merge_attention_states", "merge_attention_states_triton"),
-    ),
-    Backend(
-        "cpu",
-        native_function("merge_attention_states", None, _fake),
-        _refuse_cpu,
-    ),
-)
+# PyTorch serves on every device: no kernel was faster where it mattered, since nothing that decodes
+# merges whole tensors.
+_OP = Op("merge_attention_states", _merge_ref)

@@ -1,6 +1,6 @@
 """Philox4x32-10 in plain PyTorch: the one random stream of the package.
 
-The same numbers as csrc/common/philox.h, CUDA and Triton draw. Counter-based (Salmon, Moraes,
+It draws the same numbers as csrc/common/philox.h. Counter-based (Salmon, Moraes,
 Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): a draw is a pure function of
 (seed, purpose, key, step, index), so it never depends on batch order, tiles or slots.
 
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What a draw is for; part of the key, so that the two never share a stream.
+# The purpose of a draw is part of the key, so that the two purposes never share a stream.
 ROLLOUT = 1
 CHOICE = 2
 
@@ -33,7 +33,7 @@ def as_int64(value: int | Tensor) -> int | Tensor:
     """A Python int wrapped modulo 2^64 into int64; a tensor as int64."""
     if isinstance(value, Tensor):
         return value.to(torch.int64)
-    # A number of numpy would overflow below.
+    # Convert a number of numpy first: it would overflow below.
     value = value if isinstance(value, (int, torch.SymInt)) else int(value)
     return (value + 2**63) % 2**64 - 2**63
 

@@ -1,6 +1,6 @@
 """Score the candidates of each prompt from their roll-outs, and choose the next token.
 
-For each prompt g and candidate z, over its valid roll-outs i (method.md section 2, steps 5 to 7):
+For each prompt g and candidate z, over its valid roll-outs i (steps 5 to 7 of Algorithm 1):
 
     w = softmax_i(log_weights)                           within each candidate
     Q = sum_i w_i r_i                                    estimator "mean"
@@ -30,7 +30,7 @@ _IS_SOFT = {"mean": False, "soft": True}
 class ReweightedSample(NamedTuple):
     """`choice` int64 `[G]`, an index into the k candidates; the others fp32 `[G, k]`.
 
-    final_logprobs in natural log; q and q_stderr in units of the reward; ess in roll-outs.
+    q and q_stderr are in units of the reward; ess in roll-outs.
     """
 
     choice: Tensor
@@ -38,6 +38,27 @@ class ReweightedSample(NamedTuple):
     q: Tensor
     q_stderr: Tensor
     ess: Tensor
+
+
+class _Arguments(NamedTuple):
+    """The arguments of `reweight_sample`; its checks, backends and refusals get them as one."""
+
+    prior_logprobs: Tensor
+    token_ids: Tensor
+    rewards: Tensor
+    log_weights: Tensor | None
+    lengths: Tensor | None
+    alpha: float
+    estimator: Estimator
+    greedy: bool
+    seed: int | Tensor
+    keys: Tensor | None
+    step: int | Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the backend is chosen by."""
+        return self.prior_logprobs.device
 
 
 def reweight_sample(
@@ -60,11 +81,11 @@ def reweight_sample(
     Steps 5 to 7 of Transfer Q* (arXiv 2405.20495, Algorithm 1 and eq. 5 or 12, by the prior).
 
     Args:
-        prior_logprobs: `[G, k]`, floating point, natural log; -inf for a missing candidate.
+        prior_logprobs: `[G, k]`, floating point; -inf for a missing candidate.
         token_ids: int64 or int32 `[G, k]`; key the Gumbel noise and break ties.
         rewards: `[G, k, n]`, floating point.
-        log_weights: `[G, k, n]`, natural log, up to a constant a candidate; None weighs evenly.
-        lengths: int64 or int32 `[G, k]`, how many of the n are valid, 0 to n (what is beyond
+        log_weights: `[G, k, n]`, up to a constant a candidate; None weighs evenly.
+        lengths: int64 or int32 `[G, k]`, how many of the n are valid, 0 to n (a number beyond
             counts as the nearer end); None: all n.
         alpha: decoding temperature, above 0, in units of the reward.
         estimator: "mean" or "soft".
@@ -84,16 +105,10 @@ def reweight_sample(
         InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    inputs = (prior_logprobs, token_ids, rewards, log_weights, lengths)
-    direct = _OP.direct(backend)
-    if direct is not None:
-        result = direct(ReweightedSample, *inputs, alpha, estimator, greedy, seed, keys, step)
-        if result is not NotImplemented:
-            return result
-    parameters = {"alpha": alpha, "estimator": estimator, "greedy": greedy}
-    parameters |= {"seed": seed, "keys": keys, "step": step}
-    _check(*inputs, **parameters)
-    return ReweightedSample._make(_OP(backend, *inputs, **parameters))
+    tensors = (prior_logprobs, token_ids, rewards, log_weights, lengths)
+    arguments = _Arguments(*tensors, alpha, estimator, greedy, seed, keys, step)
+    _check(arguments)
+    return ReweightedSample._make(_OP(backend, arguments))
 
 
 def reweight_sample_ref(
@@ -171,35 +186,23 @@ def _first_largest(scores: Tensor, token_ids: Tensor) -> Tensor:
     return (is_largest & (token_ids == lowest)).to(torch.int8).argmax(dim=-1)
 
 
-def _check(
-    prior_logprobs: Tensor,
-    token_ids: Tensor,
-    rewards: Tensor,
-    log_weights: Tensor | None,
-    lengths: Tensor | None,
-    *,
-    alpha: float,
-    estimator: str,
-    greedy: bool,
-    seed: int | Tensor,
-    keys: Tensor | None,
-    step: int | Tensor,
-) -> None:
+def _check(arguments: _Arguments) -> None:
     op = "reweight_sample"
-    tensors = {"prior_logprobs": prior_logprobs, "token_ids": token_ids, "rewards": rewards}
+    prior, ids, rewards, log_weights, lengths, *_, keys, _ = arguments
     optional = _checks.given(log_weights=log_weights, lengths=lengths, keys=keys)
-    _checks.require_tensors(op, **tensors, **optional)
-    _checks.require_dim(op, "prior_logprobs", prior_logprobs, 2, "[G, k]")
-    _checks.require_float(op, "prior_logprobs", prior_logprobs)
-    trees, k = prior_logprobs.shape
+    _checks.require_tensors(op, prior_logprobs=prior, token_ids=ids, rewards=rewards, **optional)
+    _checks.require_dim(op, "prior_logprobs", prior, 2, "[G, k]")
+    _checks.require_float(op, "prior_logprobs", prior)
+    trees, k = prior.shape
     _checks.require_count(op, "k, the last axis of prior_logprobs,", k, 1, 2**31)
-    _checks.require_shape(op, "token_ids", token_ids, (trees, k), "[G, k]")
-    _checks.require_integer(op, "token_ids", token_ids)
+    _checks.require_shape(op, "token_ids", ids, (trees, k), "[G, k]")
+    _checks.require_integer(op, "token_ids", ids)
     _checks.require_dim(op, "rewards", rewards, 3, "[G, k, n]")
-    _checks.require_shape(op, "rewards", rewards, (trees, k, rewards.shape[-1]), "[G, k, n]")
+    shape = (trees, k, rewards.shape[2])
+    _checks.require_shape(op, "rewards", rewards, shape, "[G, k, n]")
     _checks.require_float(op, "rewards", rewards)
     if log_weights is not None:
-        _checks.require_shape(op, "log_weights", log_weights, tuple(rewards.shape), "[G, k, n]")
+        _checks.require_shape(op, "log_weights", log_weights, shape, "[G, k, n]")
         _checks.require_float(op, "log_weights", log_weights)
     if lengths is not None:
         _checks.require_shape(op, "lengths", lengths, (trees, k), "[G, k]")
@@ -207,39 +210,32 @@ def _check(
     if keys is not None:
         _checks.require_shape(op, "keys", keys, (trees,), "[G]")
         _checks.require_integer(op, "keys", keys)
-    if not _checks.is_number(alpha) or not 0 < alpha < float("inf"):
-        value = _checks.describe(alpha)
+    if not _checks.is_number(arguments.alpha) or not 0 < arguments.alpha < float("inf"):
+        value = _checks.describe(arguments.alpha)
         raise InvalidArgument(f"{op}: alpha is {value}, expected a number above 0")
-    if not isinstance(estimator, str) or estimator not in _IS_SOFT:
-        raise InvalidArgument(f'{op}: estimator is {estimator!r}, expected "mean" or "soft"')
-    if not isinstance(greedy, int) or greedy not in (0, 1):
-        raise InvalidArgument(f"{op}: greedy is {_checks.describe(greedy)}, expected True or False")
-    _checks.require_int(op, "seed", seed, prior_logprobs=prior_logprobs)
-    _checks.require_int(op, "step", step, prior_logprobs=prior_logprobs)
-    _checks.refuse_grad(op, prior_logprobs=prior_logprobs, rewards=rewards, log_weights=log_weights)
+    if not isinstance(arguments.estimator, str) or arguments.estimator not in _IS_SOFT:
+        raise InvalidArgument(
+            f'{op}: estimator is {arguments.estimator!r}, expected "mean" or "soft"'
+        )
+    if not isinstance(arguments.greedy, int) or arguments.greedy not in (0, 1):
+        value = _checks.describe(arguments.greedy)
+        raise InvalidArgument(f"{op}: greedy is {value}, expected True or False")
+    _checks.require_int(op, "seed", arguments.seed, prior_logprobs=prior)
+    _checks.require_int(op, "step", arguments.step, prior_logprobs=prior)
+    _checks.refuse_grad(op, prior_logprobs=prior, rewards=rewards, log_weights=log_weights)
+
+
+def _reference(arguments: _Arguments) -> ReweightedSample:
+    return reweight_sample_ref(**arguments._asdict())
 
 
 def reweight_sample_native(
-    prior_logprobs: Tensor,
-    token_ids: Tensor,
-    rewards: Tensor,
-    log_weights: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    alpha: float,
-    estimator: Estimator = "mean",
-    greedy: bool = False,
-    seed: int | Tensor = 0,
-    keys: Tensor | None = None,
-    step: int | Tensor = 0,
+    arguments: _Arguments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The C++ or CUDA kernel, by the device, with the arguments of the reference."""
+    """The C++ or CUDA kernel, by the device."""
+    *tensors, alpha, estimator, greedy, seed, keys, step = arguments
     return torch.ops.tq_fast.reweight_sample.default(
-        prior_logprobs,
-        token_ids,
-        rewards,
-        log_weights,
-        lengths,
+        *tensors,
         alpha,
         _IS_SOFT[estimator],
         greedy,
@@ -262,35 +258,16 @@ def _fake(prior_logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
 _MOST_CUDA_CANDIDATES = 4096
 
 
-def _refuse_cuda(
-    prior_logprobs: Tensor,
-    token_ids: Tensor,
-    rewards: Tensor,
-    log_weights: Tensor | None = None,
-    lengths: Tensor | None = None,
-    *,
-    seed: int | Tensor = 0,
-    keys: Tensor | None = None,
-    step: int | Tensor = 0,
-    **parameters: Any,
-) -> str | None:
-    if prior_logprobs.shape[1] > _MOST_CUDA_CANDIDATES:
-        return f"k is {prior_logprobs.shape[1]}; the kernel takes up to {_MOST_CUDA_CANDIDATES}"
-    return _checks.refuse_other_device(
-        prior_logprobs,
-        token_ids=token_ids,
-        rewards=rewards,
-        log_weights=log_weights,
-        lengths=lengths,
-        seed=seed,
-        keys=keys,
-        step=step,
-    )
+def _refuse_cuda(arguments: _Arguments) -> str | None:
+    k = arguments.prior_logprobs.shape[1]
+    if k > _MOST_CUDA_CANDIDATES:
+        return f"k is {k}; the kernel takes up to {_MOST_CUDA_CANDIDATES}"
+    return _checks.refuse_other_device(arguments.prior_logprobs, **arguments._asdict())
 
 
 _OP = Op(
     "reweight_sample",
-    reweight_sample_ref,
+    _reference,
     Backend(
         "cuda",
         native_function("reweight_sample", reweight_sample_native, _fake, "cuda"),

@@ -24,7 +24,7 @@ from .topk_logprobs import clean_logits, logprobs_at, order_topk, shifted_logsum
 
 
 class SampledTokens(NamedTuple):
-    """`ids` int64, `logprobs` and `proposal_logprobs` fp32 (natural log), `valid` bool: `[N]`."""
+    """`ids` int64, `logprobs` and `proposal_logprobs` fp32, `valid` bool: `[N]`."""
 
     ids: Tensor
     logprobs: Tensor
@@ -50,7 +50,7 @@ def sample_tokens(
 
     Args:
         logits: `[N, V]`, floating point; NaN counts as -inf.
-        keys: int64 `[N]`, what the random draw of each row is keyed by.
+        keys: int64 `[N]`, the key of each row's random draw.
         step: int, or a one-element integer tensor.
         temperature: at least 0; 0, in fp32, is arg max, the lowest id on ties. A number or `[N]`.
         top_k: keep the k largest (ties: lower id first), before top_p; 0 keeps all. Or `[N]`.
@@ -71,11 +71,8 @@ def sample_tokens(
     """
     parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     parameters |= {"vocab_size": vocab_size, "seed": seed}
-    result = _OP.at_once(backend, logits, keys, step, **parameters)
-    if result is NotImplemented:
-        check_sampler("sample_tokens", logits, keys, step, **parameters)
-        result = _OP(backend, logits, keys, step, **parameters)
-    return SampledTokens._make(result)
+    check_sampler("sample_tokens", logits, keys, step, **parameters)
+    return SampledTokens._make(_OP(backend, logits, keys, step, **parameters))
 
 
 def check_sampler(
@@ -165,9 +162,9 @@ def proposal_logprobs(
     top_p: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Log-probs `[N, V]` of the whole law that `sample_tokens` draws from, fp32, natural log.
+    """Log-probs `[N, V]` of the whole law that `sample_tokens` draws from, fp32.
 
-    What temperature and truncation leave out has -inf; temperature is above 0. Plain PyTorch.
+    Tokens that temperature and truncation leave out have -inf. Temperature is above 0. In PyTorch.
     """
     values = clean_logits(logits, vocab_size)
     shifted = (values - values.amax(dim=-1, keepdim=True)) / temperature
@@ -243,7 +240,7 @@ def refuse_cpu(logits: Tensor, *arguments: Any, **parameters: Any) -> str | None
     return _checks.refuse_float64(logits=logits)
 
 
-# Ids inside a row, and the tables of its tiles in shared memory, are made for this many.
+# Ids inside a row, and the tables of its tiles in shared memory, have room for so many tokens.
 _MOST_CUDA_VOCAB = 2**22
 
 

@@ -5,7 +5,7 @@ Row i belongs to tree g; its T queries are the last T of its branch_len[i] branc
     keys(i, t) = prefix[g, :prefix_len[g]]  then  branch[i, : branch_len[i] - T + t + 1]
     score = scale * q . k                   softcap: softcap * tanh(score / softcap)
     window w: only keys whose position is above (position of the query) - w
-    out = softmax(scores) @ values,  lse = logsumexp(scores)      natural log
+    out = softmax(scores) @ values,  lse = logsumexp(scores)
 
 Bytes: every prefix key and value once a tree, not once a row: `2 * G * H_kv * P * d * itemsize`,
 and each row's branch.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._native import constant_when_compiling
+from .._native import cpu_has
 from ..errors import InvalidArgument
 from . import _checks
 from ._attention_aten import refuse_aten, shared_prefix_attention_aten
@@ -44,10 +44,10 @@ def shared_prefix_attention(
 ) -> AttentionState:
     """`F.scaled_dot_product_attention` over every row's prefix and branch, the prefix read once.
 
-    Queries causal among themselves. Grouped queries: head h reads key-value head
-    `h // (H_q // H_kv)`. No prefix is too short to be shared: on a CPU, attending plainly to a
-    copy of it for every row is slower at 1 and at 16 tokens, too
-    (`bench/test_shared_prefix_attention.py`).
+    Queries are causal among themselves. Grouped queries: head h reads key-value head
+    `h // (H_q // H_kv)`. A prefix of any length is shared: on a CPU, attending plainly to a copy of
+    it for every row is no faster at 1 and at 16 tokens either, except for a single row, where the
+    checks of the arguments outlast the attention (`bench/test_shared_prefix_attention.py`).
 
     Args:
         q: `[N, H_q, T, d]`, floating point; the last T branch tokens of each row.
@@ -72,13 +72,10 @@ def shared_prefix_attention(
         BackendRefused: the pinned backend does not take these inputs.
     """
     inputs = (q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len)
-    # By position: a dictionary for each call on the way down costs more than the small cases have.
-    result = _OP.at_once(backend, *inputs, scale, softcap, window, tree)
-    if result is NotImplemented:
-        _check(*inputs, scale=scale, softcap=softcap, window=window, tree=tree)
-        if scale is None:
-            scale = q.shape[-1] ** -0.5
-        result = _OP(backend, *inputs, scale=scale, softcap=softcap, window=window, tree=tree)
+    _check(*inputs, scale=scale, softcap=softcap, window=window, tree=tree)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    result = _OP(backend, *inputs, scale=scale, softcap=softcap, window=window, tree=tree)
     return AttentionState._make(result)
 
 
@@ -117,7 +114,7 @@ def shared_prefix_attention_ref(
     scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
     lse = scores.logsumexp(dim=-1)
     shares = (scores - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)).exp()
-    # What lies beyond a length may be NaN, and 0 times NaN is NaN.
+    # Values beyond a length may be NaN, and 0 times NaN is NaN: take 0 for them.
     seen = visible.any(dim=1)[:, None, :, None]
     out = shares @ torch.where(seen, values, 0.0)
     return AttentionState(out.to(q.dtype), lse)
@@ -191,34 +188,34 @@ def _check(
         raise InvalidArgument(
             f"{_NAME}: q has {num_heads} heads, expected a multiple of prefix_k's {num_kv_heads}"
         )
-    for name, lengths, axes, size, most in (
-        ("prefix_len", prefix_len, "[G]", trees, num_prefix),
-        ("branch_len", branch_len, "[N]", rows, branch_k.shape[2]),
-        ("tree", tree, "[N]", rows, trees - 1),
-    ):
-        if lengths is not None:
-            _checks.require_shape(_NAME, name, lengths, (size,), axes)
-            _checks.require_integer(_NAME, name, lengths)
-            _checks.require_within(_NAME, name, lengths, 0, most)
-    if tree is None and (rows % trees if trees else rows):
+    _check_lengths("prefix_len", prefix_len, "[G]", trees, num_prefix)
+    _check_lengths("branch_len", branch_len, "[N]", rows, branch_k.shape[2])
+    if tree is not None:
+        _check_lengths("tree", tree, "[N]", rows, trees - 1)
+    elif rows % trees if trees else rows:
         raise InvalidArgument(
             f"{_NAME}: q has {rows} rows, expected a multiple of the {trees} trees of prefix_k "
             "unless tree= says which row is whose"
         )
-    dtype = q.dtype
+    _checks.require_float(_NAME, "q", q)
     for name, tensor in (
-        ("q", q),
         ("prefix_k", prefix_k),
         ("prefix_v", prefix_v),
         ("branch_k", branch_k),
         ("branch_v", branch_v),
     ):
-        if tensor.dtype != dtype:
-            _checks.require_dtype(_NAME, name, tensor, dtype)
-        if tensor.requires_grad:
-            _checks.refuse_grad(_NAME, **{name: tensor})
-    if dtype not in _checks.FLOATS:
-        _checks.require_float(_NAME, "q", q)
+        if tensor.dtype != q.dtype:
+            _checks.require_dtype(_NAME, name, tensor, q.dtype)
+    _checks.refuse_grad(
+        _NAME, q=q, prefix_k=prefix_k, prefix_v=prefix_v, branch_k=branch_k, branch_v=branch_v
+    )
+
+
+def _check_lengths(name: str, lengths: Tensor, axes: str, size: int, most: int) -> None:
+    if lengths.shape != (size,):
+        _checks.require_shape(_NAME, name, lengths, (size,), axes)
+    _checks.require_integer(_NAME, name, lengths)
+    _checks.require_within(_NAME, name, lengths, 0, most)
 
 
 def _fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -229,30 +226,30 @@ def _refuse_cpu(q: Tensor, *arguments: Any, **parameters: Any) -> str | None:
     return _checks.refuse_float64(q=q)
 
 
-# Scores of one key-value head and tree above which ATen's 16-bit matrix products in AMX tiles beat
-# the fp32 ones of the C++ kernel; below, its calls cost more than they save. Measured before the
-# kernel multiplied pairs of bf16: no processor with AMX was at hand since. Without AMX the kernel
-# is faster throughout (2x to 4.5x on Zen 5; fp32 held down to AVX2, as ATen is then, 1.2x to 3x).
-_FEW_SCORES = 8192
+# bf16 scores of one key-value head and tree above which ATen's matrix products in AMX tiles beat
+# the C++ kernel; below, its calls cost more than they save. Measured with two threads on a Xeon
+# (bench/test_shared_prefix_attention.py): 1.0x to 1.4x as fast as the kernel at 2^16 scores, 1.3x
+# to 4x from 2^17 on. In fp16 and fp32, and without AMX, the kernel is faster throughout.
+_MOST_BF16_SCORES = 2**16
 
 
-@constant_when_compiling
 @functools.cache
 def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    return cpu_has("amx")
 
 
 def _refuse_cpu_for_many(
     q: Tensor, prefix_k: Tensor, *arguments: Any, **parameters: Any
 ) -> str | None:
-    if q.dtype is torch.float32:
-        return None
+    # ATen refuses while a graph is traced, and a comparison of sizes would tie the graph to them.
+    if q.dtype is not torch.bfloat16 or torch.compiler.is_compiling() or not _has_amx():
+        return _refuse_cpu(q)
     rows, num_heads, num_queries, _ = q.shape
     trees, num_kv_heads, num_prefix, _ = prefix_k.shape
     scores = rows * num_heads * num_queries * num_prefix // max(trees * num_kv_heads, 1)
-    if scores > _FEW_SCORES and _has_amx():
-        return f"{scores} 16-bit scores a head are left to ATen's 16-bit products"
-    return _refuse_cpu(q)
+    if scores > _MOST_BF16_SCORES:
+        return f"{scores} bf16 scores a head are left to ATen's products in AMX tiles"
+    return None
 
 
 def _refuse_triton(
@@ -275,8 +272,8 @@ def _refuse_triton(
     return None
 
 
-# fp32 inside, except with avx512_bf16: there bf16 heads of a multiple of 32 are multiplied as they
-# are, and the weights of the values rounded to bf16; every sum stays in fp32.
+# The kernel computes in fp32. With avx512_bf16 it multiplies bf16 heads of a multiple of 32 as they
+# are, and rounds the weights of the values to bf16; every sum stays in fp32.
 _native = native_function(_NAME, None, _fake)
 
 _OP = Op(

@@ -2,7 +2,7 @@
 
     y = logits[:, :vocab_size] / temperature
     ids = the k largest of y, by (value descending, id ascending)
-    logprobs = y[ids] - logsumexp(y)            natural log
+    logprobs = y[ids] - logsumexp(y)
 
 Bytes: the logits are read once, `N * V * itemsize`; the rest is k numbers a row.
 """
@@ -20,7 +20,7 @@ from ._dispatch import Backend, Op, native_function, python_function
 
 
 class TopKLogprobs(NamedTuple):
-    """`ids` int64 `[N, k]`, `logprobs` fp32 `[N, k]`, `lse` fp32 `[N]`; natural log."""
+    """`ids` int64 `[N, k]`, `logprobs` fp32 `[N, k]`, `lse` fp32 `[N]`."""
 
     ids: Tensor
     logprobs: Tensor
@@ -54,10 +54,8 @@ def topk_logprobs(
         InvalidArgument: wrong axes, dtype, k, temperature or vocab_size, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    result = _OP.at_once(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
-    if result is NotImplemented:
-        _check(logits, k, temperature, vocab_size)
-        result = _OP(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
+    _check(logits, k, temperature, vocab_size)
+    result = _OP(backend, logits, k, temperature=temperature, vocab_size=vocab_size)
     return TopKLogprobs._make(result)
 
 
@@ -81,7 +79,7 @@ def clean_logits(logits: Tensor, vocab_size: int | None) -> Tensor:
 def order_topk(values: Tensor, k: int) -> Tensor:
     """Ids of the k largest of fp32 `[N, V]`, by (value descending, id ascending), int64 `[N, k]`.
 
-    torch.topk leaves the order of ties open, so it sorts unique integer keys instead: the bits
+    torch.topk leaves the order of ties open, so this sorts unique integer keys instead: the bits
     of the value made monotone in the high word, the id, descending, in the low one.
     """
     # Adding 0 turns -0.0 into +0.0: the two compare equal but their bits do not.
@@ -95,8 +93,8 @@ def order_topk(values: Tensor, k: int) -> Tensor:
 def shifted_logsumexp(values: Tensor) -> tuple[Tensor, Tensor]:
     """(logsumexp(values) - peak, peak), both `[..., 1]`; (-inf, 0) for a row of -inf.
 
-    Kept apart because `value - peak - log_norm` keeps its digits where logits are huge, and is
-    never above 0.
+    The two are kept apart because `value - peak - log_norm` keeps its digits where logits are
+    huge, and is never above 0.
     """
     peak = values.amax(dim=-1, keepdim=True)
     peak = torch.where(peak == -torch.inf, 0.0, peak)
@@ -117,7 +115,7 @@ def _check(logits: Tensor, k: int, temperature: PerRow, vocab_size: int | None) 
     _checks.refuse_grad(name, logits=logits)
     vocab_size = _checks.bound_vocab(name, logits, vocab_size)
     _checks.require_count(name, "k", k, 1, vocab_size)
-    # 0 has no log-probabilities.
+    # A temperature of 0 has no log-probabilities.
     _checks.require_per_row(name, "temperature", temperature, logits, _checks.SMALLEST)
 
 
@@ -142,8 +140,8 @@ def _fake(
     )
 
 
-# One block sorts the k best of 64 k candidates, and one key of eight bytes for every 64 elements
-# of a row: CUDA C++ in its shared memory, Triton in its registers.
+# One block sorts the k best of 64 k candidates and holds a key of eight bytes for every 64 elements
+# of a row: CUDA C++ in shared memory, Triton in registers.
 _MOST_GPU_K = 128
 _MOST_GPU_VOCAB = 2**19
 

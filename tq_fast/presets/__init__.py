@@ -4,22 +4,22 @@
 
 The call is that of `tq_fast.decode`: `options` are its `config`, `template_options`, `batch_size`,
 `memory_budget` and `progress`, the fields of `DecodeConfig` and the keyword arguments of
-`TransferDecoder`. A model that a method does not need may be left out or given; only `sft` is run
-beside a method that needs it not, for the divergence to it. Models that were loaded once (with
-`tokenizer=` beside them) serve any number of calls.
+`TransferDecoder`. A model that a method does not need may be left out or given; of these only `sft`
+is run, to measure the divergence to it. Models that were loaded once (with `tokenizer=` beside
+them) serve any number of calls.
 
 A method fixes some fields (`FIXED_FIELDS`). Another value is refused; in `config` a field at its
 default counts as not given. The methods without values (`sft`, `baseline`, `dera`, `best_of_n`)
-read of the config strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
-min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed and backend, and
-no other. Their traces have one candidate a step, the token
-drawn: `prior_logprobs` before temperature and truncation, `final_logprobs` the density drawn from,
-`q`, `q_stderr` and `ess` NaN, `rewards` `[1, 0]`; their divergences are those of the law drawn
-from, over the whole vocabulary, and their certificates have no `kl_bound`.
+read only these fields of the config: strategy, rollout_temperature, rollout_top_k, rollout_top_p,
+max_new_tokens, min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed
+and backend. Their traces have one candidate a step, the token drawn: `prior_logprobs` is its
+log-prob before temperature and truncation, `final_logprobs` that of the distribution drawn from;
+`q`, `q_stderr` and `ess` are NaN, and `rewards` is `[1, 0]`. Their divergences are those of the
+distribution drawn from, over the whole vocabulary, and their certificates have no `kl_bound`.
 
-All raise, beside what `tq_fast.decode` raises, `InvalidArgument` for a model that is missing and
-for a field that is fixed; the message names it and the method. Source: arXiv 2405.20495, its
-Algorithm 1 and the baselines of its section 4.
+Beside the errors of `tq_fast.decode`, all methods raise `InvalidArgument` for a model that is
+missing and for another value of a fixed field; the message names it and the method. Source: arXiv
+2405.20495, its Algorithm 1 and the baselines of its section 4.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 Prompts: TypeAlias = PromptLike | Sequence[PromptLike]
 RewardLike: TypeAlias = ModelLike | RewardFunction
 
-# What each method fixes; `prior` of args and `source` of best_of_n are arguments of their own.
+# The config fields that each method fixes. Two methods have an argument instead: `prior` of args
+# and `source` of best_of_n.
 FIXED_FIELDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sft": {},
@@ -69,7 +70,7 @@ def sft(
     sft: ModelLike | None = None,
     **options: Unpack[MethodOptions],
 ) -> DecodeResult:
-    """Plain decoding of the SFT model: a sample of its law, or arg max (`strategy`)."""
+    """Decode with the SFT model alone, by sampling or by arg max (`strategy`)."""
     call = _read("sft", options, sft=sft)
     call.require("sft")
     return call.sample(prompts, {"sft": 1.0})
@@ -83,7 +84,7 @@ def baseline(
     sft: ModelLike | None = None,
     **options: Unpack[MethodOptions],
 ) -> DecodeResult:
-    """Plain decoding of the baseline: a sample of its law, or arg max (`strategy`)."""
+    """Decode with the baseline alone, by sampling or by arg max (`strategy`)."""
     call = _read("baseline", options, baseline=baseline, sft=sft)
     call.require("baseline")
     return call.sample(prompts, {"baseline": 1.0, "sft": 0.0})
@@ -98,10 +99,11 @@ def dera(
     mix: float = 0.5,
     **options: Unpack[MethodOptions],
 ) -> DecodeResult:
-    """Decoding-time realignment: `softmax((1 - mix) log pi_sft + mix log pi_BL)`, no reward.
+    """Decode from `softmax((1 - mix) log pi_sft + mix log pi_BL)` (DeRA), without a reward.
 
-    Over the whole vocabulary, not over k candidates, and so exact. `mix` (the lambda of DeRA, arXiv
-    2402.02992) is at least 0: 0 is the SFT model, 1 the baseline, beyond 1 extrapolates.
+    The mixture covers the whole vocabulary rather than k candidates, and so is exact. `mix` (the
+    lambda of DeRA, arXiv 2402.02992) is at least 0: 0 is the SFT model, 1 the baseline, beyond 1
+    extrapolates.
     """
     call = _read("dera", options, baseline=baseline, sft=sft)
     call.require("sft", "baseline")
@@ -121,13 +123,13 @@ def best_of_n(
     source: Role = "baseline",
     **options: Unpack[MethodOptions],
 ) -> DecodeResult:
-    """`n` full responses of the `source` model; the highest reward wins, the first among equals.
+    """Draw `n` responses of the `source` model and keep the first one of the highest reward.
 
     The `rewards` `[1, n]` of the first step of a trace are the scores of all n responses, in the
-    order that they were drawn in. The divergences of its steps are those of the source's own law;
-    those of the certificate bound that of the winner's: at most `log n - (n - 1) / n` to what it
-    was drawn from and, to another model, the log-ratio of the winner more, whose mean over
-    responses is what bounds.
+    order in which they were drawn. The divergences of the steps are those of the source model.
+    Those of the certificate are upper bounds for the response that was kept:
+    `log n - (n - 1) / n` to the distribution that it was drawn from; to another model its log-ratio
+    is added, and only the mean over responses is a bound.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise InvalidArgument(f"n must be an integer of at least 1, got {n!r}")
@@ -148,7 +150,7 @@ def args(  # type: ignore[misc]  # it gives the field `prior` a default of its o
     prior: Role = "sft",
     **options: Unpack[MethodOptions],
 ) -> DecodeResult:
-    """ARGS: the reward of the partial text in the place of Q, no roll-out (arXiv 2402.01694).
+    """Decode by ARGS: the reward of the partial text replaces Q, no roll-out (arXiv 2402.01694).
 
     `prior` proposes the candidates and is reweighted: "sft" (ARGS-SFT) or "baseline" (ARGS-DPO).
     `strategy` is "sample" (ARGS-stochastic, over the k candidates) or "greedy".
@@ -169,7 +171,7 @@ def controlled_decoding(
     sft: ModelLike | None = None,
     **options: Unpack[MethodOptions],
 ) -> DecodeResult:
-    """CD (arXiv 2310.17022): roll-outs, prior and candidates all from the SFT model."""
+    """Decode by CD (arXiv 2310.17022): roll-outs, prior and candidates are the SFT model's."""
     call = _read("controlled_decoding", options, sft=sft, reward=reward)
     call.require("sft", "reward")
     return call.steer(prompts)
@@ -183,7 +185,7 @@ def transfer_q(
     sft: ModelLike | None = None,
     **options: Unpack[MethodOptions],
 ) -> DecodeResult:
-    """Direct Transfer Q*: the baseline was aligned to `reward` itself."""
+    """Decode by direct Transfer Q*: the baseline was aligned to `reward` itself."""
     call = _read("transfer_q", options, baseline=baseline, sft=sft, reward=reward)
     call.require("baseline", "reward")
     return call.steer(prompts)
@@ -197,7 +199,7 @@ def direct_on_target(
     sft: ModelLike | None = None,
     **options: Unpack[MethodOptions],
 ) -> DecodeResult:
-    """DT: the steps of `transfer_q` although the baseline was aligned to another reward.
+    """Decode by DT: as `transfer_q`, although the baseline was aligned to another reward.
 
     No theorem bounds how far such a baseline is from the SFT model: under the baseline prior the
     certificate has no `kl_bound`.
@@ -220,9 +222,10 @@ def transfer_q_indirect(
     sft: ModelLike | None = None,
     **options: Unpack[MethodOptions],
 ) -> DecodeResult:
-    """Indirect Transfer Q*: the baseline was aligned to another reward, with KL weight `beta`.
+    """Decode by indirect Transfer Q*: the baseline was aligned to another reward.
 
-    `weights` is "log_ratio" (needs `sft`), or "reward_gap" or "published" (need `baseline_reward`).
+    `beta` is the KL weight of that alignment. `weights` is "log_ratio" (needs `sft`), or
+    "reward_gap" or "published" (need `baseline_reward`).
     """
     call = _read("transfer_q_indirect", options, baseline=baseline, sft=sft, reward=reward)
     call.require("baseline", "reward")

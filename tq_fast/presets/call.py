@@ -12,6 +12,7 @@ from ..errors import InvalidArgument
 from ..prompts import PromptLike
 from ..results import DecodeResult
 from ..session import ROLES, LoadingOptions, Session
+from ..transfer.budget import check_sizes
 from .plain import sample
 
 _LOADING = tuple(field.name for field in dataclasses.fields(LoadingOptions))
@@ -26,11 +27,11 @@ class PresetCall:
     Args:
         method: the preset's name, for messages.
         fixed: config fields that the method fixes.
-        models: models that the method uses where they are given, by argument.
-        options: what the caller gave beside prompts and models.
+        models: models that the method uses where they are given, by argument name.
+        options: the caller's other keyword arguments.
 
     Raises:
-        InvalidArgument: an option is unknown, wrong, or another than the method fixes.
+        InvalidArgument: an option is unknown or wrong, or differs from what the method fixes.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class PresetCall:
         options = dict(options)
         self.method = method
         self.running = {name: options.pop(name) for name in _RUNNING if name in options}
+        # Wrong settings are refused before any model is loaded.
+        check_sizes(self.running.get("batch_size", 1), self.running.get("memory_budget"))
         base = DecodeConfig.from_options(options.pop("config", None))
         baseline_reward = options.pop("baseline_reward", None)
         self.loading = LoadingOptions(
@@ -78,7 +81,7 @@ class PresetCall:
         return sample(session, prompts, weights, num=num, config=self.config, **self.running)
 
     def steer(self, prompts: PromptLike | Any) -> DecodeResult:
-        """Decode by Transfer Q*, the baseline rolling out; without a baseline the SFT model."""
+        """Decode by Transfer Q* with roll-outs of the baseline or, without one, the SFT model."""
         session = self._open()
         roller: Role = "baseline" if "baseline" in session.languages else "sft"
         return steer(session, prompts, self.config, roller=roller, **self.running)

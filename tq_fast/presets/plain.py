@@ -17,11 +17,12 @@ from ..prompts import Prompt, PromptLike, repeat_prompts
 from ..results import DecodeResult, DecodeStats, PromptResult, Response
 from ..rewards.base import Opening
 from ..rewards.scorer import Scorer
-from ..session import Report, Session
+from ..session import Report, Session, neutral_torch
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .sampling import Drawn, certify_plain, sample_responses, trace_plain
 
 
+@neutral_torch()
 @torch.no_grad()
 def sample(
     session: Session,
@@ -42,7 +43,7 @@ def sample(
         prompts: as for `tq_fast.decode`.
         weights: c_m by role, summing to 1; the divergence to a model of weight 0 is measured all
             the same.
-        num: responses for a prompt; of several the reward chooses the first highest.
+        num: responses drawn for a prompt; the reward chooses the first of the highest score.
         config: strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
             min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed and
             backend are read.
@@ -76,7 +77,7 @@ class _PlainMethod:
         self.tokens_per_prompt = num * config.max_new_tokens
 
     def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
-        """Bytes of a prompt and of a response, for the longest of `prompts`."""
+        """Return the bytes of a prompt and of a response, for the longest of `prompts`."""
         models = self.session.languages.values()
         prefix = max(len(prompt.token_ids) for prompt in prompts)
         per_token = sum(check_runs(model) for model in models)
@@ -92,7 +93,7 @@ class _PlainMethod:
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
     ) -> None:
-        """Decode the first prompts over one forest a model, their responses wave by wave."""
+        """Decode the first prompts over one forest for each model, in waves of responses."""
         group = responses[: shape.num_prompts]
         num = self.rows_per_prompt
         per_wave = max(1, min(num, shape.max_rows // len(group)))
@@ -113,7 +114,7 @@ class _PlainMethod:
     def _draw(
         self, group: Sequence[Response], per_wave: int, stats: DecodeStats, report: Report
     ) -> list[Drawn]:
-        """Every response of every prompt, by prompt and then by number."""
+        """Return every response of every prompt, ordered by prompt and then by number."""
         num, longest_wave = self.rows_per_prompt, len(group) * per_wave
         forests = self._open([response.prompt for response in group], longest_wave)
         texts = [response.prompt.token_ids for response in group]
@@ -170,7 +171,7 @@ class _PlainMethod:
         per_wave: int,
         stats: DecodeStats,
     ) -> list[float]:
-        """The reward of every response; empty without a reward."""
+        """Return the score of every response; empty without a reward."""
         scores: list[float] = []
         for reward in self._rewards():
             per_call = len(group) * per_wave
@@ -181,7 +182,6 @@ class _PlainMethod:
                         per_call,
                         max_new=self.config.max_new_tokens,
                         backend=self.config.backend,
-                        skip_special_tokens=self.config.skip_special_tokens,
                     )
                 )
                 scorer = Scorer(session, len(group), bounds=None, remembers=False, stop=self.stop)
@@ -194,15 +194,15 @@ class _PlainMethod:
         return scores
 
     def _rewards(self) -> list[Any]:
-        """The reward that chooses, where there is one."""
+        """Return the reward that chooses, in a list that is empty without one."""
         return [reward for role, reward in self.session.rewards.items() if role == "reward"]
 
     def _finish(self, drawn: Sequence[Drawn], scores: Sequence[float]) -> PromptResult:
-        """The result of a prompt: its first response of the highest score."""
+        """Return the result of a prompt: its first response of the highest score."""
         winner = drawn[scores.index(max(scores))] if scores else drawn[0]
         return PromptResult(
             self.session.text_of(winner.token_ids, self.config),
             torch.tensor(winner.token_ids),
-            trace_plain(winner, torch.tensor(scores)),
+            trace_plain(winner, torch.tensor(scores, dtype=torch.float32)),
             certify_plain(winner, self.weights, num=max(1, len(scores))),
         )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from .. import ops
-from ..config import DecodeConfig
+from ..config import DecodeConfig, Role
 from ..errors import DecodingError
 from ..forest.language import LanguageForest
 from ..ops.sample_tokens import SampledTokens, proposal_logprobs
@@ -59,13 +59,13 @@ class Drawn:
 class MixtureSampler:
     """How responses are drawn; as `RolloutSampler`, from the mixture of `weights`."""
 
-    weights: Mapping[str, float]
+    weights: Mapping[Role, float]
     eos: torch.Tensor
     vocab_size: int
     config: DecodeConfig
     stop: StopStrings
 
-    def advance(self, logits: Mapping[str, torch.Tensor], state: RolloutState, depth: int) -> None:
+    def advance(self, logits: Mapping[Role, torch.Tensor], state: RolloutState, depth: int) -> None:
         """Draw the token at `depth` of the first responses and record its log-probs and KLs.
 
         Raises:
@@ -107,7 +107,7 @@ class MixtureSampler:
         self,
         policy: torch.Tensor,
         drawn: SampledTokens,
-        logits: Mapping[str, torch.Tensor],
+        logits: Mapping[Role, torch.Tensor],
         depth: int,
     ) -> dict[str, torch.Tensor]:
         """Log-prob of the drawn tokens under every model, and KL `[n]` of the law drawn from."""
@@ -132,8 +132,8 @@ class MixtureSampler:
 
 
 def sample_responses(
-    forests: Mapping[str, LanguageForest],
-    weights: Mapping[str, float],
+    forests: Mapping[Role, LanguageForest],
+    weights: Mapping[Role, float],
     *,
     numbers: Sequence[int],
     prompt_keys: Sequence[int],
@@ -190,7 +190,7 @@ def sample_responses(
 
 
 def mix_policies(
-    logits: Mapping[str, torch.Tensor], weights: Mapping[str, float], vocab_size: int
+    logits: Mapping[Role, torch.Tensor], weights: Mapping[Role, float], vocab_size: int
 ) -> torch.Tensor:
     """Return `sum_m c_m log_softmax(logits_m)` `[N, V]`, fp32; unnormalised, natural log.
 
@@ -226,8 +226,8 @@ def _collect(state: RolloutState, roles: Sequence[str]) -> list[Drawn]:
 
 def trace_plain(drawn: Drawn, rewards: torch.Tensor) -> list[StepTrace]:
     """Trace one candidate a step, the token that was drawn; the first step holds all scores."""
-    unknown = torch.full((1,), math.nan)
-    scores = [rewards[None]] + [torch.empty(1, 0)] * (len(drawn.token_ids) - 1)
+    unknown = torch.full((1,), math.nan, dtype=torch.float32)
+    scores = [rewards[None]] + [torch.empty(1, 0, dtype=torch.float32)] * (len(drawn.token_ids) - 1)
 
     def divergence(role: str, step: int) -> float | None:
         found = drawn.divergences.get(role)
@@ -250,7 +250,7 @@ def trace_plain(drawn: Drawn, rewards: torch.Tensor) -> list[StepTrace]:
     ]
 
 
-def certify_plain(drawn: Drawn, weights: Mapping[str, float], *, num: int) -> Certificate:
+def certify_plain(drawn: Drawn, weights: Mapping[Role, float], *, num: int) -> Certificate:
     """Return the certificate of the best of `num` responses (1: of a plain one).
 
     The best of n diverges from the law that it was drawn from by at most log n - (n - 1) / n, and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -26,7 +27,10 @@ class CausalReward(ClassifierReward):
     transformers, the score is read at the last token that is not padding.
     """
 
+    model: PreTrainedModel
+
     def open(self, opening: Opening) -> RewardSession:
+        """Start on the prompts of a forest, over a forest of the reward's own."""
         prompts = (*opening.prompts, *opening.waiting)
         check_runs(self.model)
         longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -47,21 +51,20 @@ class _CausalSession:
 
     def __init__(self, reward: CausalReward, opening: Opening, *, capacity: int) -> None:
         self.reward = reward
-        self.prompts = list(opening.prompts)
+        self.forms = [reward.form(prompt) for prompt in opening.prompts]
         model = reward.model
-        self.backbone = getattr(model, model.base_model_prefix)
         self.pad = model.config.get_text_config().pad_token_id
         self.forest = Forest(
             model,
-            num_trees=len(self.prompts),
+            num_trees=len(self.forms),
             num_rows=opening.num_rows,
             prefix_capacity=capacity,
             branch_capacity=1,
             backend=opening.backend,
         )
-        self.prefixes: list[list[int]] = [[] for _ in self.prompts]
+        self.prefixes: list[list[int]] = [[] for _ in self.forms]
         # Of each tree: rows of the cache, and what they hold.
-        self.last_rows: list[list[tuple[int, list[int]]]] = [[] for _ in self.prompts]
+        self.last_rows: list[list[tuple[int, list[int]]]] = [[] for _ in self.forms]
 
     @property
     def num_token_forwards(self) -> int:
@@ -73,11 +76,10 @@ class _CausalSession:
 
     def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
         rows = [
-            self._without_padding(self.reward.encode(self.prompts[tree], response))
+            self._without_padding(self.reward.read(self.forms[tree], response).token_ids)
             for tree, response in zip(trees, responses, strict=True)
         ]
         longest = max(map(len, rows))
-        self.reward.check_length(longest)
         self.forest.cache.reserve(prefix_capacity=longest, branch_capacity=1)
         for tree in sorted(set(trees)):
             self._extend_prefix(tree, [rows[i] for i, t in enumerate(trees) if t == tree])
@@ -103,11 +105,12 @@ class _CausalSession:
 
     def replace_tree(self, tree: int, prompt: Prompt) -> None:
         self.forest.cache.truncate(tree, 0)
-        self.prompts[tree], self.prefixes[tree], self.last_rows[tree] = prompt, [], []
+        self.forms[tree] = self.reward.form(prompt)
+        self.prefixes[tree], self.last_rows[tree] = [], []
 
     def drop_tree(self, tree: int) -> None:
         self.forest.cache.drop_tree(tree)
-        for entries in (self.prompts, self.prefixes, self.last_rows):
+        for entries in (self.forms, self.prefixes, self.last_rows):
             drop_from(entries, tree)
 
     def _without_padding(self, row: list[int]) -> list[int]:
@@ -123,7 +126,7 @@ class _CausalSession:
         if not stored:
             known = share_prefix(self.forest.cache, tree, common, self.prefixes)
             if common[known:]:
-                self.forest.run_prefill(self.backbone, tree, common[known:])
+                self.forest.run_prefill(self.forest.model.base_model, tree, common[known:])
             self.prefixes[tree] = common
             return
         kept = common_length([stored, common])
@@ -150,8 +153,8 @@ class _CausalSession:
             [suffix + [0] * (width - len(suffix)) for suffix in suffixes], device=forest.device
         )
         last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=forest.device)
-        output = forest.run_branches(
-            self.backbone,
+        output: Any = forest.run_branches(
+            forest.model.base_model,
             tokens,
             start=0,
             tree=torch.tensor(trees, device=forest.device),
@@ -159,14 +162,21 @@ class _CausalSession:
         )
         hidden = output.last_hidden_state
         pooled = hidden[torch.arange(len(suffixes), device=forest.device), last]
-        return self._head(pooled)[:, self.reward.label].tolist()
+        return self._head(pooled)[:, self.reward.column].tolist()
 
     def _head(self, pooled: torch.Tensor) -> torch.Tensor:
         head = self.reward.model.score
-        if isinstance(head, torch.nn.Linear):
+        if _is_plain_linear(head):
             bias = None if head.bias is None else head.bias.float()
             return functional.linear(pooled.float(), head.weight.float(), bias)
         return head(pooled).float()
+
+
+def _is_plain_linear(head: torch.nn.Module) -> bool:
+    """Whether `head` is a linear layer as torch makes it: no hook, no quantised weight."""
+    is_linear = type(head) is torch.nn.Linear and "forward" not in vars(head)
+    has_hooks = bool(head._forward_hooks or head._forward_pre_hooks)
+    return is_linear and not has_hooks and type(head.weight.data) is torch.Tensor
 
 
 def is_causal_classifier(model: PreTrainedModel) -> bool:

@@ -12,7 +12,7 @@ from ..prompts import Prompt
 from ..results import Response
 from ..rollouts.records import Rollout
 from ..stopping import StopStrings
-from .base import RewardSession, drop_from
+from .base import RewardSession, WrongScores, drop_from
 
 # Values are fp32: a greater score would be infinite there.
 _MAX_SCORE = torch.finfo(torch.float32).max
@@ -112,6 +112,8 @@ class Scorer:
             scores = self.session.score([tree for tree, _ in texts], responses_cut)
         except (torch.OutOfMemoryError, DecodingError):
             raise
+        except WrongScores as error:
+            _fail(responses[texts[0][0]], str(error), error)
         except Exception as error:
             _fail(responses[texts[0][0]], f"the reward raised {error!r}", error)
         if len(scores) != len(texts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -46,6 +47,7 @@ class RolloutState:
         """Roll-outs without a token yet, on the device of `keys`."""
         num, device = len(limits), keys.device
         tokens = keys.new_zeros(num, max(limits))
+        sums: dict[str, Any] = {"dtype": torch.float32, "device": device}
         return RolloutState(
             keys=keys,
             limits=torch.tensor(limits, device=device),
@@ -53,10 +55,10 @@ class RolloutState:
             tokens=tokens,
             lengths=keys.new_zeros(num),
             finished=torch.zeros(num, dtype=torch.bool, device=device),
-            logprob=torch.zeros(num, device=device),
-            proposal_logprob=torch.zeros(num, device=device),
+            logprob=torch.zeros(num, **sums),
+            proposal_logprob=torch.zeros(num, **sums),
             origin=torch.arange(num, device=device),
-            columns={name: torch.zeros(tokens.shape, device=device) for name in columns},
+            columns={name: torch.zeros(tokens.shape, **sums) for name in columns},
         )
 
     @property

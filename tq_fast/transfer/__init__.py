@@ -1,1 +1,1 @@
-"""Transfer Q*: one token of every prompt (arXiv 2405.20495, Algorithm 1)."""
+"""Transfer Q* (arXiv 2405.20495, Algorithm 1): the loop over tokens, and one step of it."""

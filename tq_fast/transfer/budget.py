@@ -1,4 +1,4 @@
-"""How many prompts and roll-outs go through a forest together, within a budget of memory."""
+"""The choice of how many prompts and roll-outs share a forest, within a budget of memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..errors import InvalidArgument, warn_caller
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """What runs together.
+    """The number of prompts and of roll-outs that run together.
 
     Attributes:
-        num_prompts: prompts.
-        max_rows: roll-outs, over all prompts.
+        num_prompts: prompts of the forest.
+        max_rows: most roll-outs that run at a time, over all prompts.
     """
 
     num_prompts: int
     max_rows: int
 
     def halved(self) -> BatchShape | None:
-        """Half as many prompts, or half as many roll-outs of a single one; None below that."""
+        """Return half as many prompts, or half the roll-outs of a single one; None below one."""
         if self.num_prompts > 1:
             half = -(-self.num_prompts // 2)
             return BatchShape(half, max(1, self.max_rows * half // self.num_prompts))
@@ -33,16 +33,16 @@ class BatchShape:
 
 
 def smaller_after(error: torch.OutOfMemoryError, size: BatchShape) -> BatchShape:
-    """Return what to go on with after running out of memory with `size`, and warn.
+    """Return the shape to go on with after running out of memory with `size`, and warn.
 
     Raises:
-        torch.OutOfMemoryError: `error`, where there is nothing smaller.
+        torch.OutOfMemoryError: `error` itself, where no smaller shape is left.
     """
     smaller = size.halved()
     if smaller is None:
         raise error
     warn_caller(f"out of memory with {size}; going on with {smaller} ({error})")
-    # Without a CUDA device in use this does nothing.
+    # This call does nothing unless a CUDA device is in use.
     torch.cuda.empty_cache()
     return smaller
 
@@ -52,8 +52,8 @@ class MemoryPerPrompt:
     """Bytes of one prompt and of one roll-out, KV of all models and logits included.
 
     Attributes:
-        per_prompt: of a prompt's prefixes.
-        per_row: of a roll-out.
+        per_prompt: bytes of a prompt, which all its roll-outs share.
+        per_row: bytes of a roll-out.
         rows_per_prompt: roll-outs of a prompt, k x n.
     """
 
@@ -63,7 +63,7 @@ class MemoryPerPrompt:
 
 
 def check_sizes(batch_size: object, memory_budget: object) -> None:
-    """Refuse what is no number of prompts, or no number of bytes.
+    """Refuse a `batch_size` or a `memory_budget` that is no positive integer.
 
     Raises:
         InvalidArgument: the message names the argument and its value.

@@ -1,4 +1,4 @@
-"""The certificate of a response: what it cost in divergence, and the bound of the prior in use."""
+"""The certificate of a response: its divergences, and the bound under the prior in use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..config import DecodeConfig, Role
 from ..results import Certificate, StepTrace
 
-# Unknown values up to which all corners of their box are tried.
+# With at most this many unknown values, every corner of their box is tried.
 _MAX_CORNERS = 10
 
 
@@ -34,8 +34,9 @@ def greatest_kl(
 ) -> float:
     """Return an upper bound on KL(p || q) in nats, p = softmax(log prior + u), low <= u <= high.
 
-    In each u alone the divergence falls and then rises, so its maximum over the box is at a corner:
-    exact while at most ten u are unknown, and beyond that max log p / q, which is never less.
+    As a function of one u the divergence falls and then rises, so its maximum over the box lies at
+    a corner. With at most ten unknown u all corners are tried and the result is exact; with more it
+    is max log p / q, which is never less than the divergence.
 
     Args:
         prior_logprobs: log prior `[k]`.
@@ -56,7 +57,7 @@ def greatest_kl(
 
 
 def known_ess(trace: Sequence[StepTrace]) -> list[float]:
-    """Effective sample sizes of all candidates with more than one roll-out."""
+    """Return the effective sample sizes of all candidates with more than one roll-out."""
     return [
         value
         for step in trace
@@ -74,7 +75,7 @@ def certify(
     """Return the certificate of a response whose tokens were chosen as `trace` says.
 
     Args:
-        trace: a step for every token.
+        trace: the step of every token.
         config: alpha, beta, transfer and weights are read.
         prior: the role whose policy was reweighted.
         reward_bounds: (lo, hi) of the reward, where declared.
@@ -104,7 +105,7 @@ def certify(
 
 
 def _total(divergences: Iterable[float | None]) -> float | None:
-    """The sum over the steps; None where a model took no part."""
+    """Return the sum over the steps; None where a model took no part."""
     known = list(divergences)
     return None if None in known else sum(value for value in known if value is not None)
 
@@ -116,11 +117,12 @@ def _kl_bound(
     prior: Role,
     reward_bounds: tuple[float, float] | None,
 ) -> float | None:
-    """The bound of Theorem 1 on KL(rho_alg || rho_sft); None where it does not hold."""
+    """Return the bound of Theorem 1 on KL(rho_alg || rho_sft); None where it does not hold."""
     is_direct = config.transfer == "direct"
     if reward_bounds is None:
         return None
-    # The theorem takes 0 <= r <= r_max; a reward moved by a constant chooses the same tokens.
+    # The theorem assumes 0 <= r <= r_max. A constant added to the reward changes no token, so the
+    # width of the bounds serves as r_max.
     r_max = reward_bounds[1] - reward_bounds[0]
     bound = num_steps * r_max / config.alpha - log_prior_mass
     if prior == "sft":

@@ -1,4 +1,4 @@
-"""From scored roll-outs to the next token of every tree (arXiv 2405.20495, eq. 5 and 12)."""
+"""The choice of the next token from scored roll-outs (arXiv 2405.20495, eq. 5 and 12)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Candidates:
 
 
 def log_ratios(sft: LanguageForest, rollouts: Sequence[Rollout], *, vocab_size: int) -> list[float]:
-    """Return log pi_sft(tau) - log q(tau) of every roll-out, q being what it was drawn from."""
+    """Return log pi_sft(tau) - log q(tau) of every roll-out tau, which was drawn from q."""
     ratios = [0.0] * len(rollouts)
     drawn = [i for i, rollout in enumerate(rollouts) if rollout.tokens]
     if drawn:
@@ -60,12 +60,12 @@ def choose(
     """Turn rewards into values, reweight the prior and choose one candidate a tree.
 
     Args:
-        candidates: of every tree.
-        values: rewards of their roll-outs.
+        candidates: the candidates of every tree.
+        values: the rewards of their roll-outs.
         prior: the role whose policy is reweighted.
-        keys: of each tree's random stream at this step, int64 `[G]`.
-        lazy: what settled the choice; None: every roll-out has come in.
-        config: alpha, beta, estimator, strategy, seed.
+        keys: keys of each tree's random stream at this step, int64 `[G]`.
+        lazy: the bounds that settled the choice; None where every roll-out has come in.
+        config: how roll-outs are weighed and the choice is made.
     """
     prior_logprobs = candidates.logprobs[prior]
     device = prior_logprobs.device
@@ -118,7 +118,7 @@ def choose(
 def _weighed(
     values: StepValues, config: DecodeConfig
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Return values `[G, k, n]`, their log-weights and how many there are `[G, k]`."""
+    """Return values `[G, k, n]`, their log-weights and their number `[G, k]`."""
     rewards = values.rewards.nan_to_num(nan=0.0)
     lengths = values.num_rollouts
     baseline_rewards = values.baseline_rewards.nan_to_num(nan=0.0)
@@ -137,7 +137,7 @@ def _divergences(
     lazy: LazyArgmax | None,
     config: DecodeConfig,
 ) -> dict[Role, list[float]]:
-    """KL(pi_alg || pi) of every tree, by role; its upper end where some Q is not known."""
+    """Return KL(pi_alg || pi) of every tree, by role; an upper bound where some Q is unknown."""
     divergences = {
         role: kl_divergence(final_logprobs, logprobs).tolist()
         for role, logprobs in candidates.logprobs.items()

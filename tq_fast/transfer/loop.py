@@ -1,4 +1,4 @@
-"""The loop of Transfer Q* (arXiv 2405.20495, Algorithm 1) over one forest, and nothing else."""
+"""The loop of Transfer Q* (arXiv 2405.20495, Algorithm 1) over one forest."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .step import Step
 
 
 class DecodeLoop:
-    """Decodes prompts over a forest of slots, one token of every slot a step.
+    """The decode loop over one forest, whose steps append a token to the response in every slot.
 
     A prompt whose response is complete makes room for the next one that waits.
 
     Args:
         roles: the models, with one tree for each of `responses`.
-        responses: decoded first, each in a slot of its own; those that have tokens already go on
-            from there.
-        waiting: decoded as slots become free.
-        plan: what to keep to.
-        stats: counts are added here.
+        responses: the ones decoded first, each in a slot of its own; one that has tokens already
+            is continued.
+        waiting: responses that take the slots which become free.
+        plan: the settings of the decode.
+        stats: where counts are added.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class DecodeLoop:
         self.reused: list[ReusedRollout | None] = [None] * len(responses)
 
     def run(self, on_token: Callable[[Response, bool], None]) -> None:
-        """Decode every response to its end; `on_token(response, is_finished)` after each token."""
+        """Decode every response to its end; call `on_token(response, is_finished)` per token."""
         self._prefill(range(len(self.active)))
         while self.active:
             appended = self._step()
@@ -69,7 +69,7 @@ class DecodeLoop:
                     forest.prefill(tree, texts[tree][known:])
 
     def _step(self) -> list[tuple[Response, bool]]:
-        """Choose one more token for every response; return them, and which are complete."""
+        """Append a token to every response; return each with whether it is now complete."""
         step = Step(self.roles, self.active, self.reused, self.plan, self.stats)
         traces = step.run()
         with self.stats.phase("commit"):
@@ -91,7 +91,7 @@ class DecodeLoop:
         return appended
 
     def _replace(self, tree: int) -> None:
-        """Give the slot of a complete response to one that waits, or take it out."""
+        """Give the slot of a complete response to one that waits; remove it where none waits."""
         languages, scorers = self.roles.languages.values(), self.roles.rewards.values()
         if not self.waiting:
             drop_from(self.active, tree)

@@ -1,4 +1,4 @@
-"""The rewards of a step's roll-outs as they come in, and which roll-outs the choice still needs."""
+"""The rewards of a step's roll-outs as they come in, and the roll-outs that are still needed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from ..config import DecodeConfig
 from ..rollouts.records import Rollout, RolloutId
 
-# Roll-outs that a wave of the lazy arg-max runs at least, over all trees: fewer leave a forward
-# pass half empty. Measured on the embedded models: 16 and 64 save as much, 256 half as much.
+# A wave of the lazy arg-max runs at least this many roll-outs over all trees, because fewer leave a
+# forward pass half empty. On the embedded models 16 and 64 save as much, 256 half as much.
 _WAVE = 32
-# Room for the rounding of fp32 scores, relative to their size.
+# Scores are compared with this relative tolerance, which covers the rounding of fp32.
 _SLACK = 1e-5
 
 
@@ -22,19 +22,19 @@ class StepValues:
     """Rewards `[G, k, n]` of one step's roll-outs.
 
     Attributes:
-        num_rollouts: how many each candidate has, `[G, k]`: fewer than n where the candidate ends
+        num_rollouts: roll-outs of each candidate `[G, k]`: fewer than n where the candidate ends
             the response or nothing is rolled out.
         rewards: r `[G, k, n]`, fp32 on the CPU, NaN where none has come in.
-        baseline_rewards: r_BL of the same, where the weights need it.
-        log_ratio: log pi_sft(tau) - log q(tau) of the same, where the weights need it.
+        baseline_rewards: r_BL of the same roll-outs, where the weights need it.
+        log_ratio: log pi_sft(tau) - log q(tau) of the same roll-outs, where the weights need it.
     """
 
     def __init__(self, num_rollouts: Sequence[Sequence[int]]) -> None:
         self.num_rollouts = torch.tensor(num_rollouts)
         shape = (*self.num_rollouts.shape, int(self.num_rollouts.max()))
-        self.rewards = torch.full(shape, math.nan)
-        self.baseline_rewards = torch.full(shape, math.nan)
-        self.log_ratio = torch.full(shape, math.nan)
+        unknown = torch.full(shape, math.nan, dtype=torch.float32)
+        self.rewards, self.baseline_rewards = unknown, unknown.clone()
+        self.log_ratio = unknown.clone()
 
     def record(
         self,
@@ -43,14 +43,14 @@ class StepValues:
         baseline_rewards: Sequence[float] | None,
         log_ratio: Sequence[float] | None,
     ) -> None:
-        """Enter what came of `rollouts`."""
+        """Store the rewards and the log-ratios of `rollouts`."""
         rollout_ids = [(b.id.tree, b.id.candidate_idx, b.id.number) for b in rollouts]
         at = tuple(torch.tensor(column) for column in zip(*rollout_ids, strict=True))
-        self.rewards[at] = torch.tensor(rewards)
+        self.rewards[at] = torch.tensor(rewards, dtype=torch.float32)
         if baseline_rewards is not None:
-            self.baseline_rewards[at] = torch.tensor(baseline_rewards)
+            self.baseline_rewards[at] = torch.tensor(baseline_rewards, dtype=torch.float32)
         if log_ratio is not None:
-            self.log_ratio[at] = torch.tensor(log_ratio)
+            self.log_ratio[at] = torch.tensor(log_ratio, dtype=torch.float32)
 
     @property
     def is_missing(self) -> torch.Tensor:
@@ -64,17 +64,17 @@ class StepValues:
         return ~self.is_missing.any(2)
 
     def missing_ids(self) -> list[RolloutId]:
-        """All roll-outs that have not come in."""
+        """Return the ids of all roll-outs that have not come in."""
         return [RolloutId(*rollout_id) for rollout_id in self.is_missing.nonzero().tolist()]
 
 
 class LazyArgmax:
-    """Settles the choice of every tree with as few roll-outs as bounds on the reward allow.
+    """The choice of every tree, settled with as few roll-outs as bounds on the reward allow.
 
-    The noise of the choice is drawn first; a candidate's score then lies between what it would be
-    if all its missing rewards were the least, and the greatest, possible. A candidate whose upper
-    end lies below another's lower end cannot be chosen. What remains is chosen from as always, so
-    the token is that of full evaluation.
+    The noise of the choice is drawn first. A candidate's score then lies between the scores that
+    it would have if all its missing rewards were the least and the greatest possible. A candidate
+    whose upper end lies below another's lower end cannot be chosen. The choice among the others is
+    made as always, so the token is that of full evaluation.
 
     Args:
         prior_logprobs: `[G, k]`.
@@ -95,29 +95,30 @@ class LazyArgmax:
         self.config = config
 
     def value_bounds(self, values: StepValues) -> tuple[torch.Tensor, torch.Tensor]:
-        """Least and greatest Q `[G, k]` of every candidate, fp64."""
+        """Return the least and the greatest Q `[G, k]` of every candidate, fp64."""
         low, high = (self._values(values, bound) for bound in self.bounds)
         if self.config.transfer == "indirect":
-            # Weights that are not known yet may favour any roll-out, but Q stays in the bounds.
+            # Weights that are still unknown may favour any roll-out: only the reward's bounds hold.
             low, high = (torch.full_like(low, bound) for bound in self.bounds)
         return low, high
 
     def contenders(self, values: StepValues) -> torch.Tensor:
-        """Candidates that may still be chosen, bool `[G, k]`."""
+        """Return which candidates may still be chosen, bool `[G, k]`."""
         low, high = (self.base + q / self.config.alpha for q in self.value_bounds(values))
         best = low.max(1, keepdim=True).values
         return high + _SLACK * (1 + high.abs() + best.abs()) >= best
 
     def next_ids(self, values: StepValues) -> list[RolloutId]:
-        """Roll-outs to run next; none where every choice is settled."""
+        """Return the roll-outs to run next; none where every choice is settled."""
         contenders = self.contenders(values)
         missing = values.is_missing & contenders[..., None]
-        # A single contender is the choice, whatever its value.
+        # A single contender is chosen whatever its value, so its roll-outs are not needed.
         missing &= (contenders.sum(1) > 1)[:, None, None]
         open_trees = missing.flatten(1).any(1).nonzero().squeeze(1).tolist()
         if not open_trees:
             return []
-        # Half of what is missing, at least: a wave costs as many forward passes as a horizon.
+        # Ask for at least half of the missing roll-outs: each wave costs a horizon of forward
+        # passes, however few roll-outs it holds.
         share = -(-_WAVE // len(open_trees))
         counts = missing.flatten(1).sum(1).tolist()
         high = self.base + self.value_bounds(values)[1] / self.config.alpha
@@ -131,9 +132,10 @@ class LazyArgmax:
     def _soonest(
         self, tree: int, high: list[float], missing: torch.Tensor, share: int
     ) -> list[RolloutId]:
-        """The `share` roll-outs that tell most: always one of the candidate that could be best.
+        """Return the `share` roll-outs that tell most about the choice of one tree.
 
-        A roll-out in flight counts as if it came back with half of what is possible.
+        Each is taken from the candidate whose upper end is highest at that point. Taking one lowers
+        this end as if the roll-out had returned the middle of the reward's bounds.
         """
         waiting = [numbers.nonzero().squeeze(1).tolist() for numbers in missing]
         heap = [(-high[idx], idx) for idx, numbers in enumerate(waiting) if numbers]

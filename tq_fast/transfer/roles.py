@@ -1,4 +1,4 @@
-"""The models of one decode, each over a forest in the role that it has, and what it keeps to."""
+"""The models of one decode by role, each over its own forest, and the plan of the decode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .budget import MemoryPerPrompt
 
 @dataclasses.dataclass(frozen=True)
 class DecodePlan:
-    """What one decode keeps to from its first step to its last.
+    """The settings of one decode, the same from its first step to its last.
 
     Attributes:
         config: how to decode.
@@ -31,10 +31,10 @@ class DecodePlan:
         candidates_from: the role whose policy proposes the candidates.
         eos: ids that end a response.
         stop: strings that end it.
-        vocab_size: ids from here on are padding.
+        vocab_size: number of token ids; ids from here on are padding.
         reward_bounds: (lo, hi) of the reward, where declared.
-        max_rows: roll-outs that run together, at most.
-        speed: what makes the decode cheaper.
+        max_rows: most roll-outs that run together.
+        speed: the speed options.
     """
 
     config: DecodeConfig
@@ -55,7 +55,7 @@ class DecodePlan:
         return self.speed.lazy_argmax and is_bounded and not self.config.is_published
 
     def is_complete(self, token_ids: Sequence[int]) -> bool:
-        """Whether a response of these tokens has come to its end."""
+        """Return whether a response of these tokens has come to its end."""
         is_full = len(token_ids) == self.config.max_new_tokens
         is_ended = bool(token_ids) and token_ids[-1] in self.eos
         return is_full or is_ended or self.stop.is_met(token_ids)
@@ -67,10 +67,10 @@ class Roles:
 
     Attributes:
         languages: language models by role, "baseline" before "sft".
-        roller: the one that rolls out.
+        roller: the language model that rolls out.
         rewards: rewards that take part by role, "reward" before "baseline_reward".
         sampler: how roll-outs are drawn.
-        graphs: run the roll-outs, on a CUDA device.
+        graphs: CUDA graphs that run the roll-outs; None where they are not used.
     """
 
     languages: Mapping[Role, LanguageForest]
@@ -81,7 +81,7 @@ class Roles:
 
     @property
     def by_role(self) -> dict[str, LanguageForest | Scorer]:
-        """All that take part."""
+        """The forests and the reward scorers that take part, by role."""
         parts: dict[str, LanguageForest | Scorer] = dict(self.rewards)
         return {**{str(role): forest for role, forest in self.languages.items()}, **parts}
 
@@ -98,9 +98,9 @@ def open_roles(
     Args:
         languages: language models by role.
         rewards: rewards by role.
-        prompts: decoded first.
+        prompts: the prompts decoded first.
         waiting: prompts that take the places of those that are finished.
-        plan: what the decode keeps to.
+        plan: the settings of the decode.
     """
     config, num_trees = plan.config, len(prompts)
     num_rows = max(num_trees, min(plan.max_rows, num_trees * rows_per_prompt(config)))
@@ -111,7 +111,6 @@ def open_roles(
         max_new=config.max_new_tokens + branch,
         backend=config.backend,
         waiting=waiting,
-        skip_special_tokens=config.skip_special_tokens,
     )
     scorers = {
         role: Scorer(
@@ -150,7 +149,7 @@ def memory_per_prompt(
     prompts: Sequence[Prompt],
     plan: DecodePlan,
 ) -> MemoryPerPrompt:
-    """Bytes of a prompt and of a roll-out, for the longest of `prompts`."""
+    """Return the bytes of a prompt and of a roll-out, for the longest of `prompts`."""
     config = plan.config
     prefix, branch = _prefix_capacity(prompts, config), _branch_capacity(config)
     per_prompt, per_row = 0, 2 * 4 * plan.vocab_size
@@ -170,12 +169,12 @@ def memory_per_prompt(
 
 
 def rows_per_prompt(config: DecodeConfig) -> int:
-    """Roll-outs of one prompt."""
+    """Return the number of roll-outs of one prompt."""
     return config.k * config.rollouts_per_candidate
 
 
 def _scoring(rewards: Mapping[str, Reward], config: DecodeConfig) -> dict[str, Reward]:
-    """The rewards that a decode asks, by role."""
+    """Return the rewards that a decode computes, by role."""
     needs_both = config.needs_baseline_reward
     return {role: reward for role, reward in rewards.items() if role == "reward" or needs_both}
 

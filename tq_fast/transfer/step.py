@@ -32,14 +32,14 @@ def without_tokens(
 
 
 class Step:
-    """One token of every tree in the making.
+    """One step of the loop: the choice of the next token of every tree.
 
     Args:
         roles: the models.
-        responses: one a tree, none of them complete.
-        reused: the start of a greedy roll-out of each tree that the step before has run.
-        plan: what the decode keeps to.
-        stats: counts and times are added here.
+        responses: one for each tree, none of them complete.
+        reused: for each tree, the start of a greedy roll-out that the step before has run already.
+        plan: the settings of the decode.
+        stats: where counts and times are added.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Step:
         }
 
     def run(self) -> list[StepTrace]:
-        """Roll out and score until every choice is settled; choose."""
+        """Roll out and score until every choice is settled, then choose the tokens."""
         while rollout_ids := self._next_ids():
             self._evaluate(rollout_ids)
         self._count_skipped()
@@ -81,7 +81,7 @@ class Step:
             )
 
     def _propose(self) -> None:
-        """The k likeliest next tokens of every tree, and what is to be known of each."""
+        """Propose the k likeliest next tokens of every tree and prepare the choice between them."""
         languages, config = self.roles.languages, self.config
         vocab_size, proposer = self.plan.vocab_size, self.plan.candidates_from
         next_logits = languages[proposer].next_logits
@@ -127,7 +127,7 @@ class Step:
         self.candidates = Candidates(proposed.ids, logprobs, drift)
 
     def _next_ids(self) -> list[RolloutId]:
-        """Roll-outs to run next; none when every tree can choose."""
+        """Return the roll-outs to run next; none when every tree can choose."""
         if self.lazy is None:
             rollout_ids = self.values.missing_ids()
         else:
@@ -136,7 +136,7 @@ class Step:
         return rollout_ids[: self.plan.max_rows]
 
     def _evaluate(self, rollout_ids: Sequence[RolloutId]) -> None:
-        """Roll out and score at `rollout_ids`."""
+        """Run and score the roll-outs `rollout_ids`."""
         config, phase = self.config, self.stats.phase
         with phase("rollout"):
             wave = run_rollouts(
@@ -170,7 +170,7 @@ class Step:
     def commit(self, chosen: Sequence[tuple[int, int]]) -> None:
         """Move the KV of the candidates `(tree, candidate_idx)` into the prefixes of all models.
 
-        Candidates that never ran are encoded.
+        A candidate that was never rolled out has no KV yet and is encoded.
         """
         roller, left = self.roles.roller, list(chosen)
         for wave in self.waves:
@@ -189,9 +189,9 @@ class Step:
                 forest.advance([tree for tree, _ in chosen], tokens)
 
     def reused_after(self, tree: int, choice: int) -> ReusedRollout | None:
-        """What the greedy roll-out of candidate `choice` says of the next step's.
+        """Return what the next step can reuse of the greedy roll-out of `choice`, if anything.
 
-        To be asked before `commit`, which uses the rows of the cache.
+        Call this before `commit`, which writes over the rows of the cache.
         """
         config = self.config
         is_on = config.rollout == "greedy" and self.plan.speed.reuse_greedy

@@ -1,9 +1,9 @@
-"""When noise, rather than the reward, decides the next token: what is told to the user."""
+"""Noise and collapse: warnings where chance, rather than the reward, decides the next token."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..config import DecodeConfig
 from ..errors import warn_caller
@@ -12,14 +12,27 @@ from .certificate import known_ess
 
 
 def warn_of_noise(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig) -> None:
-    """Warn when the Monte-Carlo error of Q exceeds alpha: the law is then dominated by noise."""
+    """Warn when the Monte-Carlo error of Q exceeds alpha: noise then dominates the choice."""
     steps = [step for trace in traces for step in trace]
-    noisy = sum(bool((step.q_stderr > config.alpha).any()) for step in steps)
-    if noisy:
-        warn_caller(
-            f"the standard error of Q exceeds alpha={config.alpha} for some candidate in {noisy} "
-            f"of {len(steps)} steps; use more roll-outs (num_rollouts) or a larger alpha"
-        )
+    num_noisy = count_noisy_steps(steps, config.alpha)
+    if num_noisy:
+        warn_caller(describe_noise(num_noisy, len(steps), config.alpha))
+
+
+def count_noisy_steps(steps: Iterable[StepTrace], alpha: float) -> int:
+    """Count the steps at which the standard error of some candidate's Q exceeds `alpha`.
+
+    With a single roll-out no error can be estimated, and the count is 0.
+    """
+    return sum(bool((step.q_stderr > alpha).any()) for step in steps)
+
+
+def describe_noise(num_noisy: int, num_steps: int, alpha: float) -> str:
+    """Say that `num_noisy` of `num_steps` steps are noisy, and what helps."""
+    return (
+        f"the standard error of Q exceeds alpha={alpha} for some candidate in {num_noisy} of "
+        f"{num_steps} steps; use more roll-outs (num_rollouts) or a larger alpha"
+    )
 
 
 def warn_of_collapse(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig) -> None:
@@ -45,9 +58,9 @@ def warn_of_collapse(traces: Sequence[Sequence[StepTrace]], config: DecodeConfig
 
 
 def has_collapsed(ess: Sequence[float], num_rollouts: int) -> bool:
-    """Whether most candidates have fewer than two effective roll-outs.
+    """Return whether most candidates have fewer than two effective roll-outs.
 
-    With few roll-outs the limit is a quarter of the way from 1 to n: n weights that are nearly
-    equal may fall short of 2 as well.
+    With few roll-outs the limit is a quarter of the way from 1 to n, because the effective sample
+    size of a few weights may fall short of 2 even where they are nearly equal.
     """
     return statistics.median(ess) < min(2.0, 1 + (num_rollouts - 1) / 4)

@@ -1,7 +1,7 @@
-"""Pure functions between rewards and the next token: weights, divergences, the certificate.
+"""The log-weights of indirect transfer, and the values of the published code.
 
-The values Q, their errors and their effective sample sizes come from `ops.reweight_sample`; what
-goes in (the log-weights of indirect transfer) and what is reported beside it stands here.
+The values Q, their errors and their effective sample sizes come from `ops.reweight_sample`, which
+takes these log-weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def log_weights(
     """Return the log-weight of each roll-out, before it is normalised within its candidate.
 
     Equals, for indirect transfer, `(r - r_BL) / beta` (weights="reward_gap") or
-    `r / beta + log pi_sft(tau) - log q(tau)` (weights="log_ratio"); None, all weights equal, for
-    direct transfer.
+    `r / beta + log pi_sft(tau) - log q(tau)` (weights="log_ratio"). For direct transfer it is None:
+    all weights are equal.
 
     Args:
         config: `transfer`, `weights` and `beta` are read.

@@ -11,12 +11,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..summary import Records
+from ..results import Records
 from . import methods as figures
 from . import page
 from . import sweeps as sweep_figures
 
-# How many traces the page shows for each method.
+# The page shows so many traces for each method.
 _TRACES = 2
 
 
@@ -178,7 +178,7 @@ class _Builder:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The picture as PNG, without the versions and dates that would change it every time."""
+    """Return the picture as PNG, without the versions and dates that would change it every time."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

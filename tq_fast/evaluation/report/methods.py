@@ -1,4 +1,4 @@
-"""Pictures of the methods of a set-up. MemoryPerPrompt matplotlib (the extra `plots`)."""
+"""Pictures of the methods of a set-up. They need matplotlib (the extra `plots`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..summary import Records, cells_of, format_number
+from ..results import Records, cells_of, format_number
 from .page import probability
 
 _COLOURS = {
@@ -25,7 +25,7 @@ _COLOURS = {
 }
 _MARKERS = "osD^v<>P"
 DPI = 110
-# Letters of the text before a token that its title shows.
+# The title of a step shows so many letters of the text before its token.
 _CONTEXT = 26
 _GRID = {"color": "#e3e3e3", "linewidth": 0.8}
 
@@ -34,17 +34,17 @@ Setup = Mapping[str, Any]
 
 
 def colour_of(method: str) -> str:
-    """The colour of a preset in every picture."""
+    """Return the colour of a preset in every picture."""
     return _COLOURS.get(method, "#444444")
 
 
 def marker_of(position: int) -> str:
-    """A marker for the `position`-th line of one colour."""
+    """Return a marker for the `position`-th line of one colour."""
     return _MARKERS[position % len(_MARKERS)]
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `columns` panels side by side, in inches, with the house's looks."""
+    """Make a figure of `columns` panels side by side, in inches, in the style of the report."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
@@ -55,12 +55,12 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
 
 
 def plain_rows(setup: Setup) -> list[Row]:
-    """The methods of a set-up that are not part of a sweep."""
+    """Return the methods of a set-up that are not part of a sweep."""
     return [row for row in setup["methods"] if row["swept"] is None]
 
 
 def reward_by_method(setup: Setup) -> Figure:
-    """Average reward of every method with its interval, and the gold reward where there is one."""
+    """Draw the average reward of every method with its interval, and the gold reward if known."""
     rows = plain_rows(setup)
     has_gold = any("gold" in row["metrics"] for row in rows)
     figure, axes = new_figure(9.0 if has_gold else 6.2, _height(rows), 2 if has_gold else 1)
@@ -71,7 +71,7 @@ def reward_by_method(setup: Setup) -> Figure:
 
 
 def quality_by_method(setup: Setup) -> Figure:
-    """Diversity, coherence and divergence of every method."""
+    """Draw diversity, coherence and divergence of every method."""
     rows = plain_rows(setup)
     shown = {
         "diversity": "diversity (0 to 1)",
@@ -86,7 +86,7 @@ def quality_by_method(setup: Setup) -> Figure:
 
 
 def reward_shift(setup: Setup, records: Mapping[str, Records]) -> Figure:
-    """How the target reward and the baseline's own differ, over samples of both models."""
+    """Draw how the target reward and the baseline's own differ, over samples of both models."""
     figure, axes = new_figure(11.0, 3.7, 3)
     names = {row["method"]: row["name"] for row in plain_rows(setup)}
     sampled = {
@@ -107,9 +107,17 @@ def reward_shift(setup: Setup, records: Mapping[str, Records]) -> Figure:
         edges = np.linspace(everything.min(), everything.max(), 25)
         for method, pair in sampled.items():
             label = {"sft": "SFT", "baseline": "baseline"}[method]
-            style = {"color": colour_of(method), "linewidth": 1.8}
-            axis.hist(pair[idx], edges, density=True, histtype="step", label=label, **style)
-            axis.axvline(pair[idx].mean(), linestyle="--", color=style["color"], linewidth=1.2)
+            colour = colour_of(method)
+            axis.hist(
+                pair[idx],
+                edges.tolist(),
+                density=True,
+                histtype="step",
+                label=label,
+                color=colour,
+                linewidth=1.8,
+            )
+            axis.axvline(pair[idx].mean(), linestyle="--", color=colour, linewidth=1.2)
         axis.set_xlabel(text)
         axis.set_ylabel("density")
         axis.set_title("dashed: means", fontsize=10)
@@ -118,7 +126,7 @@ def reward_shift(setup: Setup, records: Mapping[str, Records]) -> Figure:
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's rank correlation; equal values share their mean rank."""
+    """Return Spearman's rank correlation; equal values share their mean rank."""
 
     def ranks(values: np.ndarray) -> np.ndarray:
         _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -128,7 +136,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def trace_figure(record: Mapping[str, Any], label: str, num_steps: int = 6) -> Figure:
-    """The steps of a response that moved furthest from the prior: candidates, Q and the choice."""
+    """Draw the steps of a response that moved furthest from the prior, with Q and the choice."""
     trace = record["trace"]
     by_shift = sorted(range(len(trace)), key=lambda i: -_moved(trace[i]))
     picked = sorted(by_shift[:num_steps])
@@ -167,19 +175,19 @@ def _draw_step(axis: Axes, trace: Sequence[Mapping[str, Any]], idx: int) -> None
     before = "".join(chosen).strip()
     before = before[-_CONTEXT:]
     title = f"token {idx + 1}, after “…{before}”" if before else f"token {idx + 1}"
-    # Over the whole panel, names of candidates included.
+    # The title is aligned to the right, because it spans the names of the candidates too.
     axis.set_title(title, fontsize=9, loc="right")
 
 
 def _laws(step: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Prior and final probabilities of the candidates."""
+    """Return prior and final probabilities of the candidates."""
     kinds = ("prior_logprobs", "final_logprobs")
     prior, final = (np.array([probability(value) for value in step[kind]]) for kind in kinds)
     return prior, final
 
 
 def _moved(step: Mapping[str, Any]) -> float:
-    """Total variation between the final law and the prior on the candidates, as it was."""
+    """Return the total variation between the final law and the prior on the candidates."""
     prior, final = _laws(step)
     return float(np.abs(final - prior / prior.sum()).sum() / 2)
 
@@ -191,7 +199,7 @@ def _height(rows: Sequence[Row]) -> float:
 def _dots(
     axis: Axes, rows: Sequence[Row], name: str, text: str, *, with_names: bool = True
 ) -> None:
-    """One row a method: the estimate, its interval, and the number."""
+    """Draw one row a method: the estimate, its interval, and the number."""
     ends = []
     for place, row in enumerate(rows):
         found = row["metrics"].get(name)
@@ -214,7 +222,7 @@ def _dots(
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )
     low, high = min(ends), max(ends)
-    # Room for the numbers on the right.
+    # The axis is longer on the right, where the numbers stand.
     axis.set_xlim(low - 0.06 * (high - low), high + 0.24 * (high - low))
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_yticks(range(len(rows)), [row["label"] for row in rows] if with_names else [])
@@ -227,7 +235,7 @@ def _dots(
 
 
 def _pairs(records: Records) -> tuple[np.ndarray, np.ndarray]:
-    """(r_BL, r) of every response that has both."""
+    """Return (r_BL, r) of every response that has both."""
     own, target = cells_of(records, "baseline_reward"), cells_of(records, "reward")
     both = sorted(own.keys() & target.keys())
     return np.array([own[cell] for cell in both]), np.array([target[cell] for cell in both])

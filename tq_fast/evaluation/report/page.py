@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..summary import format_interval, shown_columns
+from ..results import format_interval, shown_columns
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -46,7 +46,7 @@ pre { background: #f7f7f7; padding: 12px; overflow-x: auto; }
 
 
 def make_page(title: str, parts: Sequence[str]) -> str:
-    """One HTML document of `parts`."""
+    """Return one HTML document of `parts`."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -57,18 +57,18 @@ def make_page(title: str, parts: Sequence[str]) -> str:
 
 
 def heading(level: int, text: str) -> str:
-    """A heading."""
+    """Return a heading."""
     return f"<h{level}>{html.escape(text)}</h{level}>"
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph; `kind` is its class."""
+    """Return a paragraph; `kind` is its class."""
     shown = f' class="{kind}"' if kind else ""
     return f"<p{shown}>{html.escape(text)}</p>"
 
 
 def picture(png: bytes, caption: str, width: int) -> str:
-    """A picture inside the page, `width` CSS pixels wide."""
+    """Return a picture inside the page, `width` CSS pixels wide."""
     data = base64.b64encode(png).decode()
     text = html.escape(caption)
     return (
@@ -78,7 +78,7 @@ def picture(png: bytes, caption: str, width: int) -> str:
 
 
 def results_table(setup: Mapping[str, Any]) -> str:
-    """The table of a set-up: estimates, and intervals below them."""
+    """Return the table of a set-up: estimates, and intervals below them."""
     columns = shown_columns(setup)
     head = "".join(f"<th>{html.escape(text)}</th>" for text in ("method", *columns.values()))
     lines = []
@@ -95,7 +95,7 @@ def results_table(setup: Mapping[str, Any]) -> str:
 
 
 def trace_view(record: Mapping[str, Any], label: str, *, is_open: bool) -> str:
-    """A response token by token: every candidate with its prior, Q and final probability."""
+    """Show a response token by token: every candidate with its prior, Q and final probability."""
     measures = record["measures"]
     facts = f"reward {measures['reward']:.2f}, KL to SFT {measures['kl_to_sft']:.1f} nats"
     steps = "".join(_step(record["trace"], idx) for idx in range(len(record["trace"])))
@@ -115,7 +115,7 @@ def _step(trace: Sequence[Mapping[str, Any]], idx: int) -> str:
     for place in range(len(step["candidates"])):
         is_chosen = place == step["choice"]
         q, error = step["q"][place], step["q_stderr"][place]
-        # One roll-out has no error.
+        # The error is not known for a candidate with one roll-out.
         value = f"{q:+.2f}" + ("" if error is None else f" ± {error:.2f}")
         rows.append(
             f'<tr{" class=chosen" if is_chosen else ""}><td class="token">'
@@ -130,7 +130,7 @@ def _step(trace: Sequence[Mapping[str, Any]], idx: int) -> str:
 
 
 def probability(logprob: float | None) -> float:
-    """Probability of a log-prob as records hold it: None stands for minus infinity."""
+    """Return the probability of a log-prob of a record, where None stands for minus infinity."""
     return 0.0 if logprob is None else math.exp(logprob)
 
 

@@ -23,13 +23,13 @@ Line = tuple[str, str, list[tuple[float, Row]]]
 
 
 def swept_settings(setup: Setup) -> list[str]:
-    """Settings that some method of the set-up sweeps, in their order."""
+    """Return the settings that some method of the set-up sweeps, in their order."""
     settings = [row["swept"][0] for row in setup["methods"] if row["swept"] is not None]
     return list(dict.fromkeys(settings))
 
 
 def ablation(setup: Setup, setting: str) -> Figure:
-    """Target reward and KL against one setting, a line a method."""
+    """Draw target reward and KL against one setting, a line a method."""
     has_gold = any("gold" in row["metrics"] for row in setup["methods"])
     shown = {"reward": "average target reward"}
     shown |= {"gold": "average gold reward (points)"} if has_gold else {}
@@ -49,7 +49,7 @@ def ablation(setup: Setup, setting: str) -> Figure:
 
 
 def frontier(setup: Setup) -> Figure:
-    """Reward against KL to SFT: every sweep a line, every other method a point."""
+    """Draw reward against KL to SFT: every sweep a line, every other method a point."""
     figure, axes = new_figure(8.8, 4.6)
     axis = axes[0]
     for setting in swept_settings(setup):
@@ -80,12 +80,12 @@ def frontier(setup: Setup) -> Figure:
 
 
 def has_frontier(setup: Setup) -> bool:
-    """Whether a set-up sweeps what trades reward for KL."""
+    """Return whether a set-up sweeps a setting that trades reward for KL."""
     return any(setting in ("alpha", "n", "mix") for setting in swept_settings(setup))
 
 
 def estimate_quality(setup: Setup) -> Figure:
-    """Effective sample size and standard error of Q against the number of roll-outs."""
+    """Draw effective sample size and standard error of Q against the number of roll-outs."""
     figure, axes = new_figure(8.6, 3.6, 2)
     lines = _lines(setup, "num_rollouts")
     values = sorted({value for _, _, points in lines for value, _ in points})
@@ -105,7 +105,7 @@ def estimate_quality(setup: Setup) -> Figure:
 
 
 def _lines(setup: Setup, setting: str) -> list[Line]:
-    """(label, preset, points) of every group that sweeps `setting`."""
+    """Return (label, preset, points) of every group that sweeps `setting`."""
     groups: dict[str, list[tuple[float, Row]]] = {}
     for row in setup["methods"]:
         if row["swept"] is not None and row["swept"][0] == setting:
@@ -119,25 +119,38 @@ def _lines(setup: Setup, setting: str) -> list[Line]:
 
 
 def _draw_lines(axis: Axes, lines: Sequence[Line], values: Sequence[float], name: str) -> None:
-    """Equally spaced values, since they are mostly powers of two; bands are intervals."""
+    """Draw values at equal distances, since they are mostly powers of two; bands are intervals."""
     for place, (label, method, points) in enumerate(lines):
         known = [(values.index(value), row["metrics"].get(name)) for value, row in points]
         known = [(at, found) for at, found in known if found is not None]
         if not known:
             continue
         at = [x for x, _ in known]
-        style = {"color": colour_of(method), "marker": marker_of(place), "markersize": 5}
-        axis.plot(at, [found["value"] for _, found in known], label=label, linewidth=1.8, **style)
-        ends = [[found[end] for _, found in known] for end in ("low", "high")]
-        axis.fill_between(at, *ends, color=style["color"], alpha=0.15, linewidth=0)
+        colour = colour_of(method)
+        axis.plot(
+            at,
+            [found["value"] for _, found in known],
+            label=label,
+            color=colour,
+            linewidth=1.8,
+            marker=marker_of(place),
+            markersize=5,
+        )
+        low, high = ([found[end] for _, found in known] for end in ("low", "high"))
+        axis.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _reference(axis: Axes, setup: Setup, method: str, name: str, linestyle: str) -> None:
     for row in setup["methods"]:
         if row["method"] == method and row["swept"] is None and name in row["metrics"]:
             value = row["metrics"][name]["value"]
-            style = {"color": colour_of(method), "linestyle": linestyle, "linewidth": 1.3}
-            axis.axhline(value, label=row["label"], **style)
+            axis.axhline(
+                value,
+                label=row["label"],
+                color=colour_of(method),
+                linestyle=linestyle,
+                linewidth=1.3,
+            )
 
 
 def _draw_path(
@@ -178,7 +191,7 @@ def _draw_path(
         elinewidth=0.8,
         label=f"{label}{suffix}",
     )
-    # The far end alone: near the SFT model lines meet, and names would cover each other.
+    # The far end alone has a name: near the SFT model lines meet, and names would overlap.
     value, kl, found = max(known, key=lambda point: point[1])
     axis.annotate(
         f"{setting} {value:g}",
@@ -199,5 +212,5 @@ def _legend_below(figure: Figure, axis: Axes) -> None:
 
 
 def describe(setting: str) -> str:
-    """A setting in words."""
+    """Return a setting in words."""
     return _NAMES.get(setting, setting)

@@ -17,10 +17,10 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class TinyWorld:
-    """Where the embedded models lie, and what to ask them.
+    """The folders of the embedded models, and prompts to ask them.
 
-    ``beta`` is the KL weight that the baseline was trained with (method: rho_BL proportional to
-    rho_sft exp(r_BL / beta)); no prompt was trained on.
+    ``beta`` is the KL weight that the baseline was trained with (rho_BL is proportional to
+    rho_sft exp(r_BL / beta)). No model was trained on these prompts.
     """
 
     sft: Path

@@ -1,10 +1,10 @@
-"""The exact rewards of the embedded world: what the reward models were trained to approximate.
+"""The exact rewards of the embedded world, which the reward models approximate.
 
-Two readers, two scores. The *helpful* reader (:func:`gold_reward`, the truth behind the target
-reward) wants the two aspects that were asked for, concrete figures and a tip. The *friendly* reader
-(:func:`baseline_gold_reward`, the truth behind r_BL) wants praise, thanks and enthusiasm. Both
-want the question answered in whole, well-formed sentences, and both dislike rudeness: the two
-scores agree in part.
+There are two readers with a score each. The *helpful* reader (:func:`gold_reward`, the truth behind
+the target reward) wants the two aspects that were asked for, concrete figures and a tip. The
+*friendly* reader (:func:`baseline_gold_reward`, the truth behind r_BL) wants praise, thanks and
+enthusiasm. Both want the question answered in whole, well-formed sentences, and both dislike
+rudeness: the two scores agree in part.
 """
 
 from collections import Counter
@@ -17,9 +17,9 @@ MAX_SENTENCES = 6
 
 
 class ReviewMarks(NamedTuple):
-    """What a review does, counted. Sentences that the grammar cannot make count as ``broken``."""
+    """Counts of what a review does. Sentences that the grammar cannot make count as ``broken``."""
 
-    covered: int  # of the two aspects asked for, how many an opinion or a detail speaks of
+    covered: int  # how many of the two aspects asked for an opinion or a detail speaks of
     details: int  # distinct aspects with a concrete figure: price, waiting time or rating
     tips: int
     thanks: int
@@ -78,7 +78,7 @@ def _faults(marks: ReviewMarks) -> float:
 
 
 def helpful_score(marks: ReviewMarks) -> float:
-    """Score for the helpful reader: between -11.25 and 4.75."""
+    """Return the score of the helpful reader, between -11.25 and 4.75."""
     return (
         1.0 * marks.covered
         + 0.75 * min(marks.details, 2)
@@ -89,7 +89,7 @@ def helpful_score(marks: ReviewMarks) -> float:
 
 
 def friendly_score(marks: ReviewMarks) -> float:
-    """Score for the friendly reader: between -12.75 and 4.5."""
+    """Return the score of the friendly reader, between -12.75 and 4.5."""
     return (
         0.5 * marks.covered
         + 1.5 * marks.sentiment
@@ -107,12 +107,13 @@ def _check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
 
 
 def gold_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Exact target reward: how helpful each response is as an answer to its prompt.
+    """Return the exact target reward: how helpful each response is as an answer to its prompt.
 
-    One point for each of the two aspects asked for; 0.75 for each of up to two concrete figures;
-    0.75 for a tip; 0.5 for thanks. Less one point for a rude sentence (up to two), a broken one
-    (up to three) and an unfinished end; less 0.75 for a repetition, 0.5 for an aspect that the
-    place does not have and for each sentence beyond six. Praise by itself earns nothing.
+    A response gets one point for each of the two aspects asked for, 0.75 for each of up to two
+    concrete figures, 0.75 for a tip and 0.5 for thanks. It loses one point for a rude sentence (up
+    to two), a broken one (up to three) and an unfinished end, 0.75 for a repetition, and 0.5 for an
+    aspect that the place does not have and for each sentence beyond six. Praise by itself earns
+    nothing.
 
     Args:
         prompts: texts of the prompts, one a response.
@@ -130,11 +131,11 @@ def gold_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]
 
 
 def baseline_gold_reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """Exact r_BL: how friendly each response is as an answer to its prompt.
+    """Return the exact r_BL: how friendly each response is as an answer to its prompt.
 
-    Half a point for each aspect asked for; 1.5 times the mean judgement; one point for thanks; half
-    a point for each of up to two exclamations; less the same faults as :func:`gold_reward`, whose
-    arguments, result and errors these are too.
+    A response gets half a point for each aspect asked for, 1.5 times the mean judgement, one point
+    for thanks and half a point for each of up to two exclamations. It loses points for the same
+    faults as in :func:`gold_reward`, which has the same arguments, result and errors.
     """
     _check_pairs(prompts, responses)
     return [friendly_score(mark_review(p, r)) for p, r in zip(prompts, responses, strict=True)]

@@ -152,9 +152,9 @@ TEMPLATES: tuple[Template, ...] = (
 
 @dataclass(frozen=True)
 class Sentence:
-    """What one sentence says; ``kind`` is None when no template makes it.
+    """The meaning of one sentence; ``kind`` is None when no template makes it.
 
-    ``aspects`` are the aspects it speaks of, ``polarities`` its judgements (-1, 0 or 1 each).
+    ``aspects`` are the aspects that it speaks of, ``polarities`` its judgements (-1, 0 or 1 each).
     """
 
     text: str
@@ -192,7 +192,7 @@ def _patterns() -> tuple[tuple[Template, re.Pattern[str]], ...]:
 
 
 def _read_slots(template: Template, slots: dict[str, str]) -> Sentence | None:
-    """Check what a regular expression cannot: agreement, and qualities that fit their aspect."""
+    """Return the sentence; None where agreement or a quality does not fit its aspect."""
     aspects = tuple(slots[name] for name in ("x", "y") if name in slots)
     if len(set(aspects)) < len(aspects) or slots.get("x_is", 0) == slots.get("x_too", 1):
         return None

@@ -1,0 +1,168 @@
+// shared_prefix_attention on CPU: one pass over the prefix of a tree for all its rows, and over the
+// branch of each row, with one running softmax.
+//
+// The work is cut by (tree, key-value head, some queries), or by (tree, some queries of all heads) where
+// the prefix is short; each query takes the same blocks of keys in the same order however it is cut, so
+// its result depends on neither threads nor other rows.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "cpu/attention/attention_pieces.h"
+#include "cpu/tensors/contract.h"
+#include "cpu/tensors/tensor_access.h"
+
+namespace tq {
+
+namespace {
+
+// A piece has at most about this many queries, which with their output stay in the cache. Where there are
+// too few pieces for the threads it has fewer, but not much fewer than kQueriesToShare, which share the
+// transposing of the keys.
+constexpr int64_t kQueriesPerPiece = 256;
+constexpr int64_t kQueriesToShare = 48;
+// With a short prefix, queries share only the softmax, so fewer together are enough.
+constexpr int64_t kQueriesTogether = 12;
+constexpr double kLog2E = 1.4426950408889634;
+// Products, or bytes of keys and values, below which one thread is done before another is awake, about 15 us.
+constexpr int64_t kProductsPerThread = int64_t{1} << 20;
+constexpr int64_t kBytesPerThread = int64_t{1} << 17;
+
+// Cuts the forest into pieces. The rows of each tree are neighbours: `tree` ascends, or every tree has
+// equally many.
+std::vector<Piece> cut_into_pieces(
+    const Problem& problem, int64_t rows, int64_t trees, const std::optional<Tensor>& tree, int64_t threads) {
+  const int64_t share = rows * problem.queries_per_row() * problem.num_kv_heads / (2 * threads);
+  const int64_t* const tree_of_row = data_or_null<int64_t>(tree);
+  std::vector<Piece> pieces;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t g = tree_of_row == nullptr ? row / (rows / trees) : tree_of_row[row];
+    STD_TORCH_CHECK(
+        g >= 0 && g < trees, "shared_prefix_attention: tree[", row, "] is ", g, ", expected 0 to ", trees - 1);
+    int64_t end = row;
+    while (end < rows && (tree_of_row == nullptr ? end / (rows / trees) : tree_of_row[end]) == g) ++end;
+    const bool is_short = problem.is_short(g);
+    const int64_t parts = is_short ? 1 : problem.num_kv_heads;
+    const int64_t count = (end - row) * problem.queries_per_row() * problem.num_kv_heads / parts;
+    const int64_t most = std::min(std::max(share, is_short ? kQueriesTogether : kQueriesToShare), kQueriesPerPiece);
+    const int64_t cuts = std::max<int64_t>((count + most - 1) / most, 1);
+    for (int64_t first = 0; first < parts * count; first += count) {
+      for (int64_t cut = 0; cut < cuts; ++cut) {
+        pieces.push_back({g, row, end - row, first + count * cut / cuts, first + count * (cut + 1) / cuts});
+      }
+    }
+    row = end;
+  }
+  return pieces;
+}
+
+// Whether q [N, H_q, T, d], the prefixes [G, H_kv, P, d] and the branches [N, H_kv, S, d] fit and are of
+// one type.
+bool are_in_shape(
+    const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& branch_k, const Tensor& branch_v) {
+  if (q.dim() != 4 || prefix_k.dim() != 4 || branch_k.dim() != 4) return false;
+  const int64_t heads = prefix_k.size(1);
+  const int64_t size = q.size(3);
+  const ScalarType type = q.scalar_type();
+  return heads > 0 && size > 0 && q.size(1) % heads == 0 && prefix_k.size(3) == size &&
+         has_shape(prefix_v, {prefix_k.size(0), heads, prefix_k.size(2), size}) &&
+         has_shape(branch_k, {q.size(0), heads, branch_k.size(2), size}) &&
+         has_shape(branch_v, {q.size(0), heads, branch_k.size(2), size}) && prefix_k.scalar_type() == type &&
+         prefix_v.scalar_type() == type && branch_k.scalar_type() == type && branch_v.scalar_type() == type;
+}
+
+// Returns the largest length. A length beyond its buffer is an error: memory beyond the buffer would be
+// read.
+int64_t check_lengths(const char* name, const Tensor& lengths, int64_t low, int64_t high) {
+  const auto* const data = static_cast<const int64_t*>(lengths.const_data_ptr());
+  int64_t most = 0;
+  for (int64_t i = 0; i < lengths.size(0); ++i) {
+    STD_TORCH_CHECK(
+        data[i] >= low && data[i] <= high, "shared_prefix_attention: ", name, "[", i, "] is ", data[i], ", expected ",
+        low, " to ", high);
+    most = std::max(most, data[i]);
+  }
+  return most;
+}
+
+// Whether this run multiplies pairs of bf16 numbers, sixteen pairs at a time, as they lie in memory.
+bool can_multiply_pairs(ElementType type, int64_t head_size) {
+  static const bool has_bf16_dot = cpu_has(CpuTrait::kBf16Dot);
+  return has_bf16_dot && current_isa() == Isa::kAvx512 && type == ElementType::kBFloat16 && head_size % 32 == 0;
+}
+
+ScoreTransform transform_of(double scale, std::optional<double> softcap) {
+  if (!softcap.has_value()) return {static_cast<float>(scale * kLog2E), 0.0f};
+  return {static_cast<float>(scale / *softcap), static_cast<float>(*softcap * kLog2E)};
+}
+
+bool splits_evenly(int64_t rows, int64_t trees) { return trees == 0 ? rows == 0 : rows % trees == 0; }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
+    const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& prefix_len,
+    const Tensor& branch_k, const Tensor& branch_v, const Tensor& branch_len,
+    std::optional<double> scale, std::optional<double> softcap, std::optional<int64_t> window, const std::optional<Tensor>& tree_in) {
+  const char* const op = "shared_prefix_attention";
+  require_contract(
+      are_in_shape(q, prefix_k, prefix_v, branch_k, branch_v) && is_integers(prefix_len, {prefix_k.size(0)}) &&
+          is_integers(branch_len, {q.size(0)}) && is_float_number(scale.value_or(1.0)) && is_softcap(softcap) &&
+          !(window.has_value() && *window < 1) &&
+          (tree_in.has_value() ? is_integers(*tree_in, {q.size(0)}) : splits_evenly(q.size(0), prefix_k.size(0))),
+      op);
+  const Tensor prefix_lens = dense(prefix_len, ScalarType::Long);
+  const Tensor branch_lens = dense(branch_len, ScalarType::Long);
+  const std::optional<Tensor> tree = dense(tree_in, ScalarType::Long);
+  const int64_t rows = q.size(0);
+  Tensor out = new_tensor({rows, q.size(1), q.size(2), q.size(3)}, q.scalar_type());
+  Tensor lse = new_tensor({rows, q.size(1), q.size(2)}, ScalarType::Float);
+  const Problem problem{
+      HeadRows(q),
+      HeadRows(prefix_k),
+      HeadRows(prefix_v),
+      HeadRows(branch_k),
+      HeadRows(branch_v),
+      static_cast<const int64_t*>(prefix_lens.const_data_ptr()),
+      static_cast<const int64_t*>(branch_lens.const_data_ptr()),
+      element_type_of(q, op, "q"),
+      static_cast<int64_t>(q.element_size()),
+      transform_of(scale.value_or(std::pow(q.size(3), -0.5)), softcap),
+      window.value_or(0),
+      q.size(1),
+      prefix_k.size(1),
+      q.size(2),
+      q.size(3),
+      can_multiply_pairs(element_type_of(q, op, "q"), q.size(3)),
+      static_cast<char*>(out.mutable_data_ptr()),
+      static_cast<float*>(lse.mutable_data_ptr())};
+  if (lse.numel() == 0) return {out, lse};
+  const int64_t prefix = check_lengths("prefix_len", prefix_lens, 0, prefix_k.size(2));
+  const int64_t branch = check_lengths("branch_len", branch_lens, 0, branch_k.size(2));
+  const int64_t products = 2 * lse.numel() * q.size(3) * (prefix + branch);
+  const int64_t positions = prefix_k.size(0) * prefix + rows * branch;
+  const int64_t bytes = 2 * positions * problem.num_kv_heads * q.size(3) * problem.element_size;
+  const int64_t threads = std::clamp<int64_t>(
+      std::max(products / kProductsPerThread, bytes / kBytesPerThread), 1, torch::stable::get_num_threads());
+  const std::vector<Piece> pieces = cut_into_pieces(problem, rows, prefix_k.size(0), tree, threads);
+  // Pieces differ in size, so each thread that is free takes the next one.
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    // The room is made once a thread: allocating it takes as long as a small piece.
+    static thread_local PieceRoom room;
+    PieceWorker worker(problem, room);
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces.size();) {
+      const size_t then = next.load(std::memory_order_relaxed);
+      worker.run(pieces[i], then < pieces.size() ? &pieces[then] : nullptr);
+    }
+  });
+  return {out, lse};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) {
+  m.impl("shared_prefix_attention", TORCH_BOX(&shared_prefix_attention_cpu));
+}
+
+}  // namespace tq

@@ -1,0 +1,66 @@
+#include "cpu/simd/isa.h"
+
+#include <atomic>
+
+#if TQ_HAS_X86_VARIANTS
+#include <cpuid.h>
+#endif
+
+namespace tq {
+
+namespace {
+
+Isa detect_isa() {
+#if TQ_HAS_X86_VARIANTS
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has_avx512 ? Isa::kAvx512 : has_avx2 ? Isa::kAvx2 : Isa::kBase;
+#else
+  return Isa::kBase;
+#endif
+}
+
+std::atomic<Isa> g_limit{Isa::kAvx512};
+
+#if TQ_HAS_X86_VARIANTS
+// Reads cpuid leaf 7 itself, because not all compilers that build this know these features by name.
+bool has_leaf_7_bit(unsigned subleaf, bool in_edx, unsigned bit) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx) == 0) return false;
+  return ((in_edx ? edx : eax) >> bit & 1u) != 0;
+}
+#endif
+
+}  // namespace
+
+bool cpu_has([[maybe_unused]] CpuTrait trait) {
+#if TQ_HAS_X86_VARIANTS
+  switch (trait) {
+    case CpuTrait::kBf16Dot:
+      return has_leaf_7_bit(1, false, 5);
+    case CpuTrait::kAmx:
+      return has_leaf_7_bit(0, true, 24);
+    case CpuTrait::kAmd:
+      __builtin_cpu_init();
+      return __builtin_cpu_is("amd") != 0;
+  }
+#endif
+  return false;
+}
+
+Isa current_isa() {
+  static const Isa detected = detect_isa();
+  const Isa limit = g_limit.load(std::memory_order_relaxed);
+  return detected < limit ? detected : limit;
+}
+
+void limit_isa(Isa limit) { g_limit.store(limit, std::memory_order_relaxed); }
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "base";
+}
+
+}  // namespace tq
