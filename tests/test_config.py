@@ -31,6 +31,13 @@ from tq_fast.session import LoadingOptions, MethodOptions
         ("horizon", -1),
         ("horizon", 1.5),
         ("max_new_tokens", 0),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 129),
+        ("stop", ("a", "")),
+        ("stop", ("a", 3)),
+        ("stop", 3),
+        ("num_return_sequences", 0),
+        ("skip_special_tokens", 1),
         ("strategy", "beam"),
         ("rollout", "argmax"),
         ("rollout_temperature", 0.0),
@@ -66,6 +73,25 @@ def test_an_unknown_option_names_the_nearest_known_one() -> None:
 def test_an_option_like_no_other_lists_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match="known: k, alpha"):
         DecodeConfig.from_options(zzz=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("stop_strings", "stop"),
+        ("temperature", "rollout_temperature"),
+        ("n", "num_return_sequences"),
+        ("enable_thinking", "template_options"),
+    ],
+)
+def test_what_other_libraries_call_an_option_names_ours(name: str, ours: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"'{name}'; did you mean '{ours}'"):
+        DecodeConfig.from_options(None, ("template_options",), **{name: 1})
+
+
+def test_one_stop_string_and_several_are_kept_as_a_tuple() -> None:
+    for given, kept in (("a", ("a",)), (["a", "b"], ("a", "b")), ((), ()), (None, ())):
+        assert DecodeConfig(stop=given).stop == DecodeConfig(stop=given).stop_strings == kept
 
 
 def test_options_replace_fields_of_a_base() -> None:

@@ -17,6 +17,26 @@ Weights = Literal["log_ratio", "reward_gap", "published"]
 Estimator = Literal["mean", "soft"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "ref"]
 
+# What other libraries call a field, or where they have it.
+_ELSEWHERE = {
+    "chat_template": "template_options",
+    "chat_template_kwargs": "template_options",
+    "continue_final_message": "template_options",
+    "do_sample": "strategy",
+    "documents": "template_options",
+    "enable_thinking": "template_options",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "min_length": "min_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "n": "num_return_sequences",
+    "stop_strings": "stop",
+    "temperature": "rollout_temperature",
+    "tools": "template_options",
+    "top_k": "rollout_top_k",
+    "top_p": "rollout_top_p",
+}
+
 # Beyond these, rewards or logits of ordinary size that are divided by a scale leave fp32.
 _SCALES = (1e-30, 1e30)
 
@@ -34,6 +54,13 @@ class DecodeConfig:
         horizon: tokens per roll-out (L) after the candidate; 0 scores the partial text; None
             rolls out until the response would reach `max_new_tokens`.
         max_new_tokens: response length (T), the EOS token included.
+        min_new_tokens: no EOS is chosen before the response has this many tokens; the next
+            likeliest token is a candidate in its place. Roll-outs keep to the model's own law, and
+            a stop string ends a response all the same.
+        stop: a string or several that end the response as soon as its text holds one: the text
+            ends before it, the token sequence with the token that completed it. A reward scores a
+            roll-out up to there, the token included in which the string begins; roll-outs are
+            drawn to their horizon all the same, so that a stop string saves no time there.
         strategy: how the next token is chosen from pi_alg.
         rollout: how roll-outs are drawn: from the baseline's law (the paper's expectation) or
             by arg max (the published code).
@@ -50,6 +77,10 @@ class DecodeConfig:
             than one roll-out is needed; "published" as the paper's code does, for comparison.
         estimator: "mean" of the weighed rewards, or "soft", alpha log mean exp(r / alpha).
         eos_token_id: ids that end a response; None: the baseline's own; (): never stop.
+        num_return_sequences: responses to each prompt, each with a random stream of its own; they
+            are listed prompt by prompt. Where nothing is sampled they are all the same.
+        skip_special_tokens: whether special tokens are left out of result texts; False keeps all of
+            them, an EOS too. What a reward reads is settled by `RewardOptions`.
         seed: of every random draw; the same seed gives the same responses.
         backend: the one backend that every op must use; None: TQ_FAST_BACKEND, else "auto", the
             first of cuda, triton, cpu and ref that accepts the inputs.
@@ -64,6 +95,8 @@ class DecodeConfig:
     num_rollouts: int = 1
     horizon: int | None = 20
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    stop: str | Sequence[str] = ()
     strategy: Strategy = "sample"
     rollout: Rollout = "sample"
     rollout_temperature: float = 1.0
@@ -75,12 +108,15 @@ class DecodeConfig:
     weights: Weights = "log_ratio"
     estimator: Estimator = "mean"
     eos_token_id: int | tuple[int, ...] | None = None
+    num_return_sequences: int = 1
+    skip_special_tokens: bool = True
     seed: int = 0
     backend: Backend | None = None
 
     def __post_init__(self) -> None:
-        for name in ("k", "num_rollouts", "max_new_tokens"):
+        for name in ("k", "num_rollouts", "max_new_tokens", "num_return_sequences"):
             _require_int(name, getattr(self, name), low=1)
+        self._check_response()
         if self.horizon is not None:
             _require_int("horizon", self.horizon, low=0)
         _require_int("rollout_top_k", self.rollout_top_k, low=0)
@@ -98,15 +134,6 @@ class DecodeConfig:
             if value not in choices:
                 expected = ", ".join(repr(choice) for choice in choices)
                 raise InvalidArgument(f"{name} must be one of {expected}, got {value!r}")
-        if self.eos_token_id is not None:
-            given: object = self.eos_token_id
-            ids = (given,) if _is_int(given) else given
-            if not isinstance(ids, (tuple, list)) or not all(_is_int(i) and i >= 0 for i in ids):
-                raise InvalidArgument(
-                    "eos_token_id must be a token id, a tuple of token ids or None, "
-                    f"got {self.eos_token_id!r}"
-                )
-            object.__setattr__(self, "eos_token_id", tuple(ids))
         if self.transfer == "indirect" and self.beta is None:
             raise InvalidArgument(
                 "beta must be given for transfer='indirect': the KL weight that the baseline was "
@@ -117,6 +144,35 @@ class DecodeConfig:
                 "rollout='greedy' draws from no density, which weights='log_ratio' weighs against; "
                 "use rollout='sample', or weights='reward_gap'"
             )
+
+    def _check_response(self) -> None:
+        """Check what ends a response and how it is shown; bring ids and strings into tuples."""
+        _require_int("min_new_tokens", self.min_new_tokens, low=0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InvalidArgument(
+                f"min_new_tokens must be at most max_new_tokens={self.max_new_tokens}, "
+                f"got {self.min_new_tokens}"
+            )
+        if not isinstance(self.skip_special_tokens, bool):
+            raise InvalidArgument(
+                f"skip_special_tokens must be True or False, got {self.skip_special_tokens!r}"
+            )
+        stop: Any = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        is_list = isinstance(stop, (tuple, list))
+        if not is_list or not all(isinstance(string, str) and string for string in stop):
+            raise InvalidArgument(
+                f"stop must be a string that is not empty, or several, got {self.stop!r}"
+            )
+        object.__setattr__(self, "stop", tuple(stop))
+        if self.eos_token_id is not None:
+            given: object = self.eos_token_id
+            ids = (given,) if _is_int(given) else given
+            if not isinstance(ids, (tuple, list)) or not all(_is_int(i) and i >= 0 for i in ids):
+                raise InvalidArgument(
+                    "eos_token_id must be a token id, a tuple of token ids or None, "
+                    f"got {self.eos_token_id!r}"
+                )
+            object.__setattr__(self, "eos_token_id", tuple(ids))
 
     @classmethod
     def from_options(
@@ -138,7 +194,11 @@ class DecodeConfig:
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in fields:
-                hint = nearest(name, [*fields, *others])
+                known = [*fields, *others]
+                elsewhere = _ELSEWHERE.get(name)
+                hint = (
+                    f"did you mean {elsewhere!r}?" if elsewhere in known else nearest(name, known)
+                )
                 raise InvalidArgument(f"unknown option {name!r}; {hint}")
         return dataclasses.replace(base or cls(), **options)
 
@@ -146,6 +206,11 @@ class DecodeConfig:
     def end_ids(self) -> tuple[int, ...] | None:
         """`eos_token_id` as it is after checking: a tuple, or None for the model's own."""
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as it is after checking: a tuple."""
+        return tuple(self.stop)
 
     @property
     def kl_weight(self) -> float:
@@ -225,6 +290,8 @@ class DecodeOptions(TypedDict, total=False):
     num_rollouts: int
     horizon: int | None
     max_new_tokens: int
+    min_new_tokens: int
+    stop: str | Sequence[str]
     strategy: Strategy
     rollout: Rollout
     rollout_temperature: float
@@ -236,6 +303,8 @@ class DecodeOptions(TypedDict, total=False):
     weights: Weights
     estimator: Estimator
     eos_token_id: int | tuple[int, ...] | None
+    num_return_sequences: int
+    skip_special_tokens: bool
     seed: int
     backend: Backend | None
 

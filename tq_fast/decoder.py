@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .chats import TemplateOptions, check_template_options
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
 from .errors import InvalidArgument
 from .models.loading import ModelLike, TokenizerLike
-from .prompts import Prompt, PromptLike, PromptReader
+from .prompts import Prompt, PromptLike, PromptReader, repeat_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
 from .rewards.options import RewardOptions
@@ -26,7 +27,7 @@ from .transfer.warnings import warn_of_collapse, warn_of_noise
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_RUN_ARGUMENTS = ("config", "batch_size", "memory_budget", "progress")
+_RUN_ARGUMENTS = ("config", "template_options", "batch_size", "memory_budget", "progress")
 
 
 def decode(
@@ -46,6 +47,7 @@ def decode(
     dtype: torch.dtype | str = "auto",
     speed: SpeedOptions | None = None,
     config: DecodeConfig | None = None,
+    template_options: TemplateOptions | None = None,
     batch_size: int = 8,
     memory_budget: int | None = None,
     progress: bool = False,
@@ -57,8 +59,9 @@ def decode(
     score the whole texts with `reward`, and sample from `softmax(log pi_prior + Q / alpha)`.
 
     Args:
-        prompts: text, chat messages or token ids (a tensor or a list of integers), or a list of
-            any of these.
+        prompts: text, chat messages or token ids (a tensor or a list of integers), or a list or
+            column of these, or what a tokenizer returned for several texts, with its mask. A chat
+            that ends with the assistant's message is continued there.
         baseline: the aligned model that rolls out: a hub id, a local folder or a loaded model.
         reward: a sequence classifier (hub id, folder or model; any tokenizer), a function
             `(prompts, responses) -> floats` or the name of one, `package.module:function`; or a
@@ -66,6 +69,8 @@ def decode(
             or a module that takes `input_ids` (with `reward_tokenizer`). What is handed out is a
             copy.
         config: settings to start from; `options` replace its fields.
+        template_options: further arguments of `apply_chat_template` for prompts that are chats:
+            tools, documents, chat_template, or what the template reads, such as enable_thinking.
         batch_size: prompts that are decoded together, at most; one that is finished makes room
             for the next. Results do not depend on it.
         memory_budget: bytes of KV and logits at most, over all models (weights not counted);
@@ -77,7 +82,9 @@ def decode(
     All other keyword arguments are those of `TransferDecoder`.
 
     Returns:
-        Responses, traces, certificates and counts, in the order of the prompts.
+        Responses, traces, certificates and counts, in the order of the prompts; with
+        `num_return_sequences` several in a row for each. Positions in errors and callbacks are
+        positions in that list.
 
     Raises:
         InvalidArgument: an argument is wrong; raised before any forward pass.
@@ -100,11 +107,13 @@ def decode(
     # Wrong settings are refused before any model is loaded.
     others = ("sft", "baseline_reward", *loading, *_RUN_ARGUMENTS)
     config = DecodeConfig.from_options(config, others, **options)
+    check_template_options(template_options)
     check_sizes(batch_size, memory_budget)
     decoder = TransferDecoder(baseline, reward, sft=sft, baseline_reward=baseline_reward, **loading)
     return decoder.decode(
         prompts,
         config=config,
+        template_options=template_options,
         batch_size=batch_size,
         memory_budget=memory_budget,
         progress=progress,
@@ -203,6 +212,7 @@ class TransferDecoder:
         prompts: PromptLike | Sequence[PromptLike],
         *,
         config: DecodeConfig | None = None,
+        template_options: TemplateOptions | None = None,
         batch_size: int = 8,
         memory_budget: int | None = None,
         progress: bool = False,
@@ -225,6 +235,7 @@ class TransferDecoder:
             self.session,
             prompts,
             config,
+            template_options=template_options,
             batch_size=batch_size,
             memory_budget=memory_budget,
             progress=progress,
@@ -232,12 +243,13 @@ class TransferDecoder:
             on_finished=on_finished,
         )
 
-    def prompt_reader(self) -> PromptReader:
+    def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
         """Return a reader that turns one prompt at a time into the form that `decode` takes.
 
         Use it to decode prompts in several calls with the random streams of a single one.
+        `template_options` are those of `decode`.
         """
-        return self.session.prompt_reader()
+        return self.session.prompt_reader(template_options)
 
     def check_length(self, idx: int, prompt: Prompt, config: DecodeConfig) -> None:
         """Refuse a prompt that is too long for a model; `decode` does this by itself.
@@ -257,6 +269,7 @@ def steer(
     config: DecodeConfig,
     *,
     roller: Role = "baseline",
+    template_options: TemplateOptions | None = None,
     **running: Any,
 ) -> DecodeResult:
     """Decode `prompts` by Transfer Q* over the models of `session`.
@@ -266,13 +279,15 @@ def steer(
         prompts: as for `decode`.
         config: settings.
         roller: the role whose model rolls out; with "sft" that model plays every part.
+        template_options: as for `decode`.
         **running: the keyword arguments of `Session.run`.
     """
     plan = _make_plan(session, config, roller)
-    read = session.read(prompts)
+    read = session.read(prompts, template_options)
     for idx, prompt in enumerate(read):
         _check_length(session, idx, prompt, config)
-    result = session.run(read, _TransferMethod(session, plan), **running)
+    repeated = repeat_prompts(read, config.num_return_sequences)
+    result = session.run(repeated, _TransferMethod(session, plan), **running)
     warn_of_noise(result.traces, config)
     warn_of_collapse(result.traces, config)
     return result
@@ -289,16 +304,18 @@ def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePl
         raise InvalidArgument("weights='log_ratio' needs an sft model, got sft=None")
     if config.needs_baseline_reward and "baseline_reward" not in session.rewards:
         raise InvalidArgument(f"weights={config.weights!r} needs baseline_reward, got None")
-    if config.k > session.vocab_size:
-        raise InvalidArgument(
-            f"k must be at most the vocabulary, {session.vocab_size}, got {config.k}"
-        )
+    eos = session.end_ids(config)
+    num_usable = session.vocab_size - (len(set(eos)) if config.min_new_tokens else 0)
+    if config.k > num_usable:
+        what = "the vocabulary" if num_usable == session.vocab_size else "the tokens but for EOS"
+        raise InvalidArgument(f"k must be at most {what}, {num_usable}, got {config.k}")
     return DecodePlan(
         config,
         roller=roller,
         prior=config.prior or ("sft" if has_sft else "baseline"),
         candidates_from=config.candidates_from,
-        eos=session.end_ids(config),
+        eos=eos,
+        stop=session.stop_strings(config),
         vocab_size=session.vocab_size,
         reward_bounds=session.reward_bounds,
         max_rows=0,
@@ -369,5 +386,5 @@ class _TransferMethod:
             prior=self.plan.prior,
             reward_bounds=self.session.reward_bounds,
         )
-        text = self.session.text_of(response.token_ids)
+        text = self.session.text_of(response.token_ids, self.plan.config)
         return PromptResult(text, torch.tensor(response.token_ids), response.trace, certificate)

@@ -4,12 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import math
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from .errors import InvalidArgument
 from .prompts import Prompt
+
+
+class _ByValue:
+    """Dataclasses that hold tensors: equal where every field is, NaN being equal to NaN."""
+
+    def __eq__(self, other: object) -> bool:
+        return _is_same(self, other) if type(other) is type(self) else NotImplemented
+
+    # What holds lists and tensors has no hash.
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return bool(one == other)
+    if isinstance(one, torch.Tensor):
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+    if dataclasses.is_dataclass(one):
+        names = [field.name for field in dataclasses.fields(one) if field.compare]
+        return all(_is_same(getattr(one, name), getattr(other, name)) for name in names)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return bool(one == other or (one != one and other != other))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +83,8 @@ class Certificate:
     min_ess: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class StepTrace:
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepTrace(_ByValue):
     """The record of how one token was chosen. Tensors are on the CPU, log-probs in fp32.
 
     Attributes:
@@ -168,8 +199,8 @@ class DecodeStats:
             self.peak_kv_bytes[role] = max(self.peak_kv_bytes.get(role, 0), num_bytes)
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptResult:
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptResult(_ByValue):
     """The response to one prompt: one entry of every list of `DecodeResult`."""
 
     text: str | None
@@ -189,12 +220,16 @@ def carry_finished(results: Mapping[int, PromptResult]) -> Iterator[None]:
         raise
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeResult:
-    """Responses of one call, one entry a prompt, in the order of the prompts.
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecodeResult(_ByValue):
+    """Responses of one call, in the order of the prompts.
+
+    There is one entry a prompt, or `num_return_sequences` of them in a row. Two results are equal
+    where texts, tokens, traces and certificates are; `stats`, which holds times, does not count.
 
     Attributes:
-        texts: responses as text, special tokens left out; None where there is no tokenizer.
+        texts: responses as text, special tokens left out (`skip_special_tokens`) and the stop
+            string too; None where there is no tokenizer.
         sequences: new token ids, int64 `[T]` on the CPU, the EOS token included.
         traces: a `StepTrace` for every token of every response.
         certificates: divergence and bound of every response.
@@ -205,7 +240,7 @@ class DecodeResult:
     sequences: list[torch.Tensor]
     traces: list[list[StepTrace]]
     certificates: list[Certificate]
-    stats: DecodeStats
+    stats: DecodeStats = dataclasses.field(compare=False)
 
     @staticmethod
     def collect(
@@ -219,3 +254,82 @@ class DecodeResult:
             certificates=[result.certificate for result in results],
             stats=stats,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as lists, dicts and numbers, ready for JSON.
+
+        A number that is not finite becomes None; `save` keeps it.
+        """
+        result: dict[str, Any] = _as_json(self, lambda number: None)
+        return result
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file that `load` reads; numbers that are not finite are texts in it."""
+        result = {"format": _FORMAT, **_as_json(self, str)}
+        text = json.dumps(result, ensure_ascii=False, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> DecodeResult:
+        """Return the result that `save` wrote, with equal values and dtypes.
+
+        Raises:
+            InvalidArgument: the file holds something else.
+            OSError: it cannot be read.
+        """
+        try:
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+            if saved.pop("format") != _FORMAT:
+                raise ValueError("another format")
+            return DecodeResult(
+                texts=saved["texts"],
+                sequences=[torch.tensor(ids, dtype=torch.int64) for ids in saved["sequences"]],
+                traces=[[_read_step(step) for step in trace] for trace in saved["traces"]],
+                certificates=[Certificate(**_numbers(entry)) for entry in saved["certificates"]],
+                stats=DecodeStats(**saved["stats"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidArgument(
+                f"{os.fspath(path)!r} must be a file that DecodeResult.save wrote: {error}"
+            ) from error
+
+
+_FORMAT = "tq_fast.DecodeResult 1"
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
+def _as_json(value: Any, not_finite: Callable[[float], Any]) -> Any:
+    """`value` as JSON has it, with `not_finite` of a number that is NaN or infinite."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: _as_json(getattr(value, name), not_finite) for name in names}
+    if isinstance(value, torch.Tensor):
+        return _as_json(value.tolist(), not_finite)
+    if isinstance(value, dict):
+        return {name: _as_json(part, not_finite) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_as_json(part, not_finite) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return not_finite(value)
+    return value
+
+
+def _read_step(saved: dict[str, Any]) -> StepTrace:
+    """The step that `_as_json` described."""
+    types = {"candidates": torch.int64} | dict.fromkeys(_FLOAT_FIELDS, torch.float32)
+    fields: dict[str, Any] = {name: _numbers(value) for name, value in saved.items()}
+    for name, dtype in types.items():
+        fields[name] = torch.tensor(fields[name], dtype=dtype)
+    return StepTrace(**fields)
+
+
+_FLOAT_FIELDS = ("rewards", "q", "q_stderr", "ess", "prior_logprobs", "final_logprobs")
+
+
+def _numbers(value: Any) -> Any:
+    """`value` with numbers in the place of the texts that stand for those that are not finite."""
+    if isinstance(value, dict):
+        return {name: _numbers(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    return float(value) if value in _NOT_FINITE else value

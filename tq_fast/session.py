@@ -20,9 +20,11 @@ from rich.progress import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .chats import TemplateOptions
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
 from .forest.language import vocab_size_of
+from .models.generation import warn_of_ignored
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -37,6 +39,7 @@ from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_fi
 from .rewards.base import Reward, RewardFunction, Texts
 from .rewards.lengths import check_room, positions_of
 from .rewards.options import RewardOptions
+from .stopping import StopStrings
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 
 ROLES: tuple[Role, ...] = ("baseline", "sft")
@@ -93,6 +96,7 @@ class MethodOptions(DecodeOptions, RunOptions, total=False):
     """The keyword arguments of every preset, beside prompts and models."""
 
     config: DecodeConfig | None
+    template_options: TemplateOptions | None
     baseline_reward: ModelLike | RewardFunction | None
     tokenizer: TokenizerLike | None
     reward_tokenizer: TokenizerLike | None
@@ -236,6 +240,7 @@ class Session:
             role: load_language_model(model, role, device=place, dtype=dtype)
             for role, model in given.items()
         }
+        warn_of_ignored(self.languages)
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(
             loading.tokenizer, next(iter(given.values())), "tokenizer"
         )
@@ -260,13 +265,20 @@ class Session:
             if reward is not None
         }
 
-    def prompt_reader(self) -> PromptReader:
+    def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
         """Return a reader of one prompt at a time, with the random streams of a single call."""
-        return PromptReader(self.tokenizer, vocab_size=self.vocab_size)
+        return PromptReader(
+            self.tokenizer, vocab_size=self.vocab_size, template_options=template_options
+        )
 
-    def read(self, prompts: Any) -> list[Prompt]:
+    def read(self, prompts: Any, template_options: TemplateOptions | None = None) -> list[Prompt]:
         """Read `prompts` in any of the forms that `tq_fast.prompts.read_prompts` lists."""
-        return read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
+        return read_prompts(
+            prompts,
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            template_options=template_options,
+        )
 
     def check_fits(self, idx: int, prompt: Prompt, num_new: int, settings: str) -> None:
         """Refuse a prompt that is too long, with `num_new` tokens after it, for some model.
@@ -299,11 +311,25 @@ class Session:
                 )
         return config.end_ids
 
-    def text_of(self, token_ids: Sequence[int]) -> str | None:
-        """Return a response as text, special tokens left out; None without a tokenizer."""
+    def stop_strings(self, config: DecodeConfig) -> StopStrings:
+        """Return what ends a response beside an EOS.
+
+        Raises:
+            InvalidArgument: there is no tokenizer, and so no text to look for a string in.
+        """
+        if config.stop_strings and self.tokenizer is None:
+            raise InvalidArgument(
+                f"stop={config.stop!r} is looked for in text, but the baseline came without a "
+                "tokenizer; pass tokenizer="
+            )
+        return StopStrings(config.stop_strings, self.tokenizer)
+
+    def text_of(self, token_ids: Sequence[int], config: DecodeConfig) -> str | None:
+        """Return a response as text, which ends before a stop string; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        stop = self.stop_strings(config)
+        return stop.text(token_ids, skip_special_tokens=config.skip_special_tokens)
 
     def run(
         self,

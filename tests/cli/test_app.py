@@ -64,6 +64,8 @@ OTHER_VALUES: dict[str, Any] = {
     "num_rollouts": 5,
     "horizon": 0,
     "max_new_tokens": 7,
+    "min_new_tokens": 2,
+    "stop": ("END",),
     "strategy": "greedy",
     "rollout": "greedy",
     "rollout_temperature": 0.7,
@@ -75,6 +77,8 @@ OTHER_VALUES: dict[str, Any] = {
     "weights": "reward_gap",
     "estimator": "soft",
     "eos_token_id": (4,),
+    "num_return_sequences": 2,
+    "skip_special_tokens": False,
     "seed": -3,
     "backend": "ref",
 }
@@ -91,7 +95,9 @@ def test_every_option_reaches_its_field(seen: dict, name: str) -> None:
     word = str(value[0] if isinstance(value, tuple) else value)
     more = {"transfer": {"beta": 1.0}}.get(name, {})
     words = [part for key, other in more.items() for part in (f"--{key}", str(other))]
-    result = invoke(*NEEDED, f"--{name.replace('_', '-')}", word, *words)
+    option = name.replace("_", "-")
+    given = [f"--no-{option}"] if value is False else [f"--{option}", word]
+    result = invoke(*NEEDED, *given, *words)
     assert result.exit_code == 0, result.output
     assert seen["config"] == DecodeConfig(**{name: value}, **more)
 
@@ -101,6 +107,7 @@ def test_every_option_reaches_its_field(seen: dict, name: str) -> None:
     [
         (["--horizon", "none"], {"horizon": None}),
         (["--eos-token-id", "never"], {"eos_token_id": ()}),
+        (["--stop", "a b", "--stop", "c"], {"stop": ("a b", "c")}),
         (["--eos-token-id", "4", "--eos-token-id", "9"], {"eos_token_id": (4, 9)}),
     ],
 )

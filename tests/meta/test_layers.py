@@ -17,9 +17,9 @@ REPOSITORY = ROOT.parent
 # its own folder. docs/develop/architecture.md says what lives where.
 FLOORS = (
     {"_version", "errors"},
-    {"config", "env", "kernels", "prompts"},
-    {"_native", "results"},
-    {"ops"},
+    {"chats", "config", "env", "kernels"},
+    {"_native", "prompts", "stopping"},
+    {"ops", "results"},
     {"forest"},
     {"rollouts"},
     {"rewards"},

@@ -97,13 +97,25 @@ def test_only_what_follows_the_last_marker_is_made_into_tokens_again() -> None:
 def test_a_last_turn_that_is_continued_stays_one_turn() -> None:
     ours = marked(TEMPLATES["chatml"])
     chat = [*CHAT, {"role": "assistant", "content": "The fastest"}]
-    text = ours.apply_chat_template(chat, continue_final_message=True, tokenize=False)
-    ids = tuple(ours(text)["input_ids"])
     reward = CausalReward(scorer(ours), ours, Texts(ours), None)
-    row = reward.encode(Prompt(ids, chat, key=0), ours(" way is")["input_ids"])
+    row = reward.encode(read(chat, ours), ours(" way is")["input_ids"])
     assert row == card(ours, CHAT, "The fastest way is")
-    new_turn = reward.encode(read(chat, ours), ours("way")["input_ids"])
-    assert new_turn == card(ours, chat, "way")
+    (answered,) = read_prompts(
+        chat, ours, vocab_size=len(ours), template_options={"continue_final_message": False}
+    )
+    assert reward.encode(answered, ours("way")["input_ids"]) == card(ours, chat, "way")
+
+
+def test_a_template_of_a_reward_gets_the_options_of_the_prompt() -> None:
+    ours = marked(TEMPLATES["chatml"])
+    theirs = marked("{% if thinks %}thinks {% endif %}" + TEMPLATES["chatml"])
+    with pytest.warns(UserWarning, match="does not read 'thinks'"):
+        (prompt,) = read_prompts(
+            CHAT, ours, vocab_size=len(ours), template_options={"thinks": True}
+        )
+    reward = CausalReward(scorer(theirs), theirs, Texts(ours), None)
+    row = reward.encode(prompt, ours("way")["input_ids"])
+    assert theirs.decode(row).startswith("thinks ")
 
 
 def test_a_rendered_chat_that_cannot_be_read_is_warned_about_by_index_and_once() -> None:

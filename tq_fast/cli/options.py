@@ -20,6 +20,8 @@ _HELP: dict[str, str] = {
     "num_rollouts": "Roll-outs per candidate.",
     "horizon": "Tokens per roll-out; 0 scores the partial text, 'none' rolls out to the end.",
     "max_new_tokens": "Response length, the EOS token included.",
+    "min_new_tokens": "No EOS is chosen before the response has this many tokens.",
+    "stop": "A string that ends the response; repeat for several. The text ends before it.",
     "strategy": "How the next token is chosen.",
     "rollout": "How roll-outs are drawn.",
     "rollout_temperature": "Temperature of sampled roll-outs.",
@@ -32,6 +34,8 @@ _HELP: dict[str, str] = {
     "estimator": "Mean of the rewards, or alpha log mean exp(reward / alpha).",
     "eos_token_id": "A token that ends a response, or 'never'; repeat for several; "
     "not given: the baseline's own.",
+    "num_return_sequences": "Responses to each prompt.",
+    "skip_special_tokens": "Leave special tokens out of the texts.",
     "seed": "Seed of every random draw; the same seed gives the same responses.",
     "backend": "The one backend that every op must use; not given: the fastest that accepts.",
 }
@@ -65,7 +69,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     """Return the option of one field as the parameter that typer expects."""
     settings: dict[str, Any] = {"help": _HELP[field.name], "rich_help_panel": "Decoding"}
     choices = _choices(hint)
-    default = field.default
+    default, name = field.default, "--" + field.name.replace("_", "-")
     if field.name == "horizon":
         kind: Any = str
         settings |= {"parser": _horizon, "metavar": "N"}
@@ -73,6 +77,11 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     elif field.name == "eos_token_id":
         kind = list[str]
         settings["metavar"] = "N"
+    elif field.name == "stop":
+        kind, default = list[str], []
+        settings["metavar"] = "TEXT"
+    elif hint is bool:
+        kind, name = bool, f"{name}/--no-{name.removeprefix('--')}"
     elif choices:
         kind = str
         settings["metavar"] = "WORD"
@@ -86,7 +95,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, typer.Option("--" + field.name.replace("_", "-"), **settings)],
+        annotation=Annotated[kind, typer.Option(name, **settings)],
     )
 
 

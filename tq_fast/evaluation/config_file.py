@@ -44,7 +44,9 @@ _PROMPTS = (*_PROMPT_KINDS, "limit", "chat", "split", "subset", "column", "remov
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]*")
 # Arguments that every preset has; the others are its own settings.
 _COMMON = ("prompts", "baseline", "reward", "sft", "options")
-_DECODE = tuple(field.name for field in dataclasses.fields(DecodeConfig) if field.name != "seed")
+# A run has its own seed, and one response to each prompt.
+_FIXED = ("seed", "num_return_sequences")
+_DECODE = tuple(f.name for f in dataclasses.fields(DecodeConfig) if f.name not in _FIXED)
 # Models that a preset cannot do without; `_with_settings` adds those that its settings ask for.
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "sft": ("sft",),

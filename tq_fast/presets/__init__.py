@@ -2,20 +2,20 @@
 
     presets.METHOD(prompts, baseline, reward, sft=sft, **options) -> DecodeResult
 
-The call is that of `tq_fast.decode`: `options` are its `config`, `batch_size`, `memory_budget` and
-`progress`, the fields of `DecodeConfig` and the keyword arguments of `TransferDecoder`. A model
-that a method does not need may be left out or given; of these only `sft` is run, to measure the
-divergence to it. Models that were loaded once (with `tokenizer=` beside them) serve any number of
-calls.
+The call is that of `tq_fast.decode`: `options` are its `config`, `template_options`, `batch_size`,
+`memory_budget` and `progress`, the fields of `DecodeConfig` and the keyword arguments of
+`TransferDecoder`. A model that a method does not need may be left out or given; of these only `sft`
+is run, to measure the divergence to it. Models that were loaded once (with `tokenizer=` beside
+them) serve any number of calls.
 
 A method fixes some fields (`FIXED_FIELDS`). Another value is refused; in `config` a field at its
 default counts as not given. The methods without values (`sft`, `baseline`, `dera`, `best_of_n`)
 read only these fields of the config: strategy, rollout_temperature, rollout_top_k, rollout_top_p,
-max_new_tokens, eos_token_id, seed and backend. Their traces have one candidate a step, the token
-drawn: `prior_logprobs` is its log-prob before temperature and truncation, `final_logprobs` that of
-the distribution drawn from; `q`, `q_stderr` and `ess` are NaN, and `rewards` is `[1, 0]`. Their
-divergences are those of the distribution drawn from, over the whole vocabulary, and their
-certificates have no `kl_bound`.
+max_new_tokens, min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed
+and backend. Their traces have one candidate a step, the token drawn: `prior_logprobs` is its
+log-prob before temperature and truncation, `final_logprobs` that of the distribution drawn from;
+`q`, `q_stderr` and `ess` are NaN, and `rewards` is `[1, 0]`. Their divergences are those of the
+distribution drawn from, over the whole vocabulary, and their certificates have no `kl_bound`.
 
 Beside the errors of `tq_fast.decode`, all methods raise `InvalidArgument` for a model that is
 missing and for another value of a fixed field; the message names it and the method. Source: arXiv

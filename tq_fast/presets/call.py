@@ -16,7 +16,7 @@ from ..transfer.budget import check_sizes
 from .plain import sample
 
 _LOADING = tuple(field.name for field in dataclasses.fields(LoadingOptions))
-_RUNNING = ("batch_size", "memory_budget", "progress")
+_RUNNING = ("template_options", "batch_size", "memory_budget", "progress")
 _MODELS = ("baseline", "reward", "sft", "baseline_reward")
 _OTHERS = ("config", *_RUNNING, *_MODELS, *_LOADING)
 

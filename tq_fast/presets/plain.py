@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from ..chats import TemplateOptions
 from ..config import DecodeConfig, Role
 from ..errors import DecodingError
 from ..forest import share_prefix
 from ..forest.language import LanguageForest
 from ..forest.support import check_runs
-from ..prompts import Prompt, PromptLike
+from ..prompts import Prompt, PromptLike, repeat_prompts
 from ..results import DecodeResult, DecodeStats, PromptResult, Response
 from ..rewards.base import Opening
 from ..rewards.scorer import Scorer
@@ -30,6 +31,7 @@ def sample(
     *,
     num: int = 1,
     config: DecodeConfig,
+    template_options: TemplateOptions | None = None,
     **running: Any,
 ) -> DecodeResult:
     """Draw a response from `softmax(sum_m c_m log pi_m)` for each prompt.
@@ -43,7 +45,9 @@ def sample(
             the same.
         num: responses drawn for a prompt; the reward chooses the first of the highest score.
         config: strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
-            eos_token_id, seed and backend are read.
+            min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed and
+            backend are read.
+        template_options: as for `tq_fast.decode`.
         **running: the keyword arguments of `Session.run`.
 
     Raises:
@@ -51,11 +55,11 @@ def sample(
         DecodingError: a prompt failed; `finished` holds the responses of earlier batches.
     """
     method = _PlainMethod(session, weights, num, config)
-    read = session.read(prompts)
+    read = session.read(prompts, template_options)
     for idx, prompt in enumerate(read):
         settings = f"max_new_tokens={config.max_new_tokens}"
         session.check_fits(idx, prompt, config.max_new_tokens, settings)
-    return session.run(read, method, **running)
+    return session.run(repeat_prompts(read, config.num_return_sequences), method, **running)
 
 
 class _PlainMethod:
@@ -68,6 +72,7 @@ class _PlainMethod:
         self.weights = weights
         self.config = config
         self.eos = session.end_ids(config)
+        self.stop = session.stop_strings(config)
         self.rows_per_prompt = num
         self.tokens_per_prompt = num * config.max_new_tokens
 
@@ -129,6 +134,7 @@ class _PlainMethod:
                         numbers=range(start, min(start + per_wave, num)),
                         prompt_keys=[response.prompt.key for response in group],
                         eos=self.eos,
+                        stop=self.stop,
                         config=self.config,
                         on_depth=report.bar.advance,
                     )
@@ -178,7 +184,7 @@ class _PlainMethod:
                         backend=self.config.backend,
                     )
                 )
-                scorer = Scorer(session, len(group), bounds=None, remembers=False)
+                scorer = Scorer(session, len(group), bounds=None, remembers=False, stop=self.stop)
                 texts = [(response.tree, tuple(response.token_ids)) for response in drawn]
                 for start in range(0, len(texts), per_call):
                     scores += scorer.score_texts(texts[start : start + per_call], group)
@@ -195,7 +201,7 @@ class _PlainMethod:
         """Return the result of a prompt: its first response of the highest score."""
         winner = drawn[scores.index(max(scores))] if scores else drawn[0]
         return PromptResult(
-            self.session.text_of(winner.token_ids),
+            self.session.text_of(winner.token_ids, self.config),
             torch.tensor(winner.token_ids),
             trace_plain(winner, torch.tensor(scores, dtype=torch.float32)),
             certify_plain(winner, self.weights, num=max(1, len(scores))),

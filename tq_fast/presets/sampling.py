@@ -27,6 +27,7 @@ from ..results import Certificate, StepTrace
 from ..rollouts.rows import RowMap
 from ..rollouts.state import RolloutState
 from ..rollouts.streams import stream_keys
+from ..stopping import StopStrings
 from ..transfer.certificate import kl_divergence
 
 # Takes the place of the candidate in the key of a random stream; no token has this id.
@@ -62,6 +63,7 @@ class MixtureSampler:
     eos: torch.Tensor
     vocab_size: int
     config: DecodeConfig
+    stop: StopStrings
 
     def advance(self, logits: Mapping[Role, torch.Tensor], state: RolloutState, depth: int) -> None:
         """Draw the token at `depth` of the first responses and record its log-probs and KLs.
@@ -71,6 +73,8 @@ class MixtureSampler:
         """
         config = self.config
         policy = mix_policies(logits, self.weights, self.vocab_size)
+        if depth < config.min_new_tokens:
+            policy = policy.index_fill(1, self.eos, -math.inf)
         num = policy.shape[0]
         drawn = ops.sample_tokens(
             policy,
@@ -90,19 +94,28 @@ class MixtureSampler:
         state.tokens[:num, depth] = drawn.ids
         state.lengths[:num] += ~finished
         finished |= torch.isin(drawn.ids, self.eos) | (state.lengths[:num] >= state.limits[:num])
+        if self.stop:
+            responses = state.tokens[:num, : depth + 1].tolist()
+            is_met = [self.stop.is_met(token_ids) for token_ids in responses]
+            finished |= torch.tensor(is_met, device=finished.device)
         recorded = {"policy": drawn.logprobs, "drawn": drawn.proposal_logprobs}
-        recorded |= self._compare(policy, drawn, logits)
+        recorded |= self._compare(policy, drawn, logits, depth)
         for name, values in recorded.items():
             state.columns[name][:num, depth] = values
 
     def _compare(
-        self, policy: torch.Tensor, drawn: SampledTokens, logits: Mapping[Role, torch.Tensor]
+        self,
+        policy: torch.Tensor,
+        drawn: SampledTokens,
+        logits: Mapping[Role, torch.Tensor],
+        depth: int,
     ) -> dict[str, torch.Tensor]:
         """Log-prob of the drawn tokens under every model, and KL `[n]` of the law drawn from."""
         config = self.config
         is_greedy = config.strategy == "greedy"
         top_k, top_p = config.rollout_top_k, config.rollout_top_p
         is_plain = (config.rollout_temperature, top_k, top_p) == (1.0, 0, 1.0) and not is_greedy
+        is_plain = is_plain and depth >= config.min_new_tokens
         # A model that is itself the law drawn from has no divergence, and its log-prob is known.
         others = [role for role in logits if not (is_plain and self.weights[role] == 1.0)]
         recorded = {f"logprob:{role}": drawn.logprobs for role in logits}
@@ -125,6 +138,7 @@ def sample_responses(
     numbers: Sequence[int],
     prompt_keys: Sequence[int],
     eos: tuple[int, ...],
+    stop: StopStrings,
     config: DecodeConfig,
     on_depth: Callable[[int], None],
 ) -> list[Drawn]:
@@ -139,7 +153,9 @@ def sample_responses(
         numbers: of the responses of a prompt; each has a random stream of its own.
         prompt_keys: one key a tree, of its random stream.
         eos: ids that end a response.
-        config: strategy, temperature and truncation of roll-outs, max_new_tokens, seed.
+        stop: strings that end it.
+        config: strategy, temperature and truncation of roll-outs, min_new_tokens, max_new_tokens,
+            seed.
         on_depth: called after every token of all responses, with their number.
 
     Raises:
@@ -148,7 +164,7 @@ def sample_responses(
     device = next(iter(forests.values())).device
     vocab_size = min(forest.vocab_size for forest in forests.values())
     end_ids = torch.tensor(eos, dtype=torch.int64, device=device)
-    sampler = MixtureSampler(weights, end_ids, vocab_size, config)
+    sampler = MixtureSampler(weights, end_ids, vocab_size, config, stop)
     trees = [tree for tree in range(len(prompt_keys)) for _ in numbers]
     keys = stream_keys([(key, 0, _NO_CANDIDATE, i) for key in prompt_keys for i in numbers])
     limits = [config.max_new_tokens] * len(trees)

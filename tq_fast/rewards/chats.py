@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..prompts import Messages, Prompt
+from ..chats import Messages, TemplateOptions
+from ..prompts import Prompt
 
 # Contents of a trial chat, which no template prints by itself.
 _SYSTEM, _FIRST, _ANSWER, _SECOND = (
@@ -19,11 +20,17 @@ _SYSTEM, _FIRST, _ANSWER, _SECOND = (
 )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, opens_answer: bool) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    opens_answer: bool,
+    options: TemplateOptions | None = None,
+) -> str:
     """The text of a chat under the tokenizer's template; `opens_answer`: up to a new answer."""
     return str(
         tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=opens_answer
+            list(messages), **(options or {}), tokenize=False, add_generation_prompt=opens_answer
         )
     )
 

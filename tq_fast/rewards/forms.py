@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from ..prompts import Messages, Prompt, chat_token_ids
+from ..chats import Messages
+from ..prompts import Prompt
 from .base import Texts
 from .chats import render
 
@@ -152,7 +153,7 @@ class ChatForm:
         self._tokenizer = tokenizer
         self._messages = list(messages)
         self._begun: Mapping[str, Any] | None = None
-        if _is_continued(prompt, messages, texts.tokenizer):
+        if prompt.is_continued:
             self._begun = self._messages.pop()
         self._start, self._start_ids = self._common_start()
 
@@ -173,7 +174,8 @@ class ChatForm:
             is_text = isinstance(begun, str)
             content = begun + text if is_text else [*begun, {"type": "text", "text": text}]
             answer = {**self._begun, "content": content}
-        return render(self._tokenizer, [*self._messages, answer], opens_answer=False)
+        chat, options = [*self._messages, answer], self._prompt.template_options
+        return render(self._tokenizer, chat, opens_answer=False, options=options)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -228,16 +230,3 @@ def _common_text(texts: Sequence[str]) -> str:
     while length < min(len(low), len(high)) and low[length] == high[length]:
         length += 1
     return low[:length]
-
-
-def _is_continued(
-    prompt: Prompt, messages: Messages, language: PreTrainedTokenizerBase | None
-) -> bool:
-    """Whether the response goes on with the chat's last message, instead of answering it."""
-    if not messages or messages[-1]["role"] != "assistant" or language is None:
-        return False
-    try:
-        answered = chat_token_ids(language, messages, add_generation_prompt=True)
-    except Exception:
-        return True
-    return tuple(answered) != tuple(prompt.token_ids)

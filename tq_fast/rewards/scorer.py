@@ -11,6 +11,7 @@ from ..errors import DecodingError, RewardError
 from ..prompts import Prompt
 from ..results import Response
 from ..rollouts.records import Rollout
+from ..stopping import StopStrings
 from .base import RewardSession, WrongScores, drop_from
 
 # Values are fp32: a greater score would be infinite there.
@@ -25,6 +26,7 @@ class Scorer:
         num_trees: trees of the forest.
         bounds: (lo, hi) where the reward is declared bounded.
         remembers: texts of this and the last call are not scored again.
+        stop: strings that end what is scored.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class Scorer:
         *,
         bounds: tuple[float, float] | None,
         remembers: bool,
+        stop: StopStrings | None = None,
     ) -> None:
         self.session = session
         self.bounds = bounds
         self.remembers = remembers
+        self.stop = stop or StopStrings()
         self._known: list[dict[tuple[int, ...], float]] = [{} for _ in range(num_trees)]
 
     @property
@@ -104,7 +108,8 @@ class Scorer:
             RewardError: as `score` does.
         """
         try:
-            scores = self.session.score([tree for tree, _ in texts], [list(t) for _, t in texts])
+            responses_cut = [self.stop.cut(token_ids) for _, token_ids in texts]
+            scores = self.session.score([tree for tree, _ in texts], responses_cut)
         except (torch.OutOfMemoryError, DecodingError):
             raise
         except WrongScores as error:

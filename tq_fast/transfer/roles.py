@@ -16,6 +16,7 @@ from ..rewards.base import Opening, Reward
 from ..rewards.scorer import Scorer
 from ..rollouts.graphs import RolloutGraphs
 from ..rollouts.state import RolloutSampler
+from ..stopping import StopStrings
 from .budget import MemoryPerPrompt
 
 
@@ -29,6 +30,7 @@ class DecodePlan:
         prior: the role whose policy is reweighted.
         candidates_from: the role whose policy proposes the candidates.
         eos: ids that end a response.
+        stop: strings that end it.
         vocab_size: number of token ids; ids from here on are padding.
         reward_bounds: (lo, hi) of the reward, where declared.
         max_rows: most roll-outs that run together.
@@ -40,6 +42,7 @@ class DecodePlan:
     prior: Role
     candidates_from: Role
     eos: tuple[int, ...]
+    stop: StopStrings
     vocab_size: int
     reward_bounds: tuple[float, float] | None
     max_rows: int
@@ -54,7 +57,8 @@ class DecodePlan:
     def is_complete(self, token_ids: Sequence[int]) -> bool:
         """Return whether a response of these tokens has come to its end."""
         is_full = len(token_ids) == self.config.max_new_tokens
-        return is_full or (bool(token_ids) and token_ids[-1] in self.eos)
+        is_ended = bool(token_ids) and token_ids[-1] in self.eos
+        return is_full or is_ended or self.stop.is_met(token_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,7 @@ def open_roles(
             num_trees,
             bounds=plan.reward_bounds if role == "reward" else None,
             remembers=plan.speed.score_once,
+            stop=plan.stop,
         )
         for role, reward in _scoring(rewards, config).items()
     }

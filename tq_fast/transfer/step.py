@@ -21,6 +21,16 @@ from .pruning import LazyArgmax, StepValues
 from .roles import DecodePlan, Roles
 
 
+def without_tokens(
+    logits: torch.Tensor, token_ids: Sequence[int], rows: Sequence[bool]
+) -> torch.Tensor:
+    """Return `logits` `[G, V]` with -inf at `token_ids` where `rows` is true; they stay as are."""
+    at = torch.tensor(rows, device=logits.device)[:, None]
+    columns = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    columns[list(token_ids)] = True
+    return logits.masked_fill(at & columns, -math.inf)
+
+
 class Step:
     """One step of the loop: the choice of the next token of every tree.
 
@@ -75,6 +85,9 @@ class Step:
         languages, config = self.roles.languages, self.config
         vocab_size, proposer = self.plan.vocab_size, self.plan.candidates_from
         next_logits = languages[proposer].next_logits
+        is_early = [response.step < config.min_new_tokens for response in self.responses]
+        if any(is_early):
+            next_logits = without_tokens(next_logits, self.plan.eos, is_early)
         proposed = ops.topk_logprobs(
             next_logits, config.k, vocab_size=vocab_size, backend=config.backend
         )
@@ -83,11 +96,15 @@ class Step:
                 self._fail(tree, f"the logits sum to {lse}")
         logprobs = {}
         for role, forest in languages.items():
-            if role == proposer:
+            if role == proposer and not any(is_early):
                 logprobs[role] = proposed.logprobs
-            else:
-                logits = forest.next_logits[:, :vocab_size].float()
-                logprobs[role] = logits.gather(1, proposed.ids) - logits.logsumexp(1, keepdim=True)
+                continue
+            logits = forest.next_logits[:, :vocab_size].float()
+            logprobs[role] = logits.gather(1, proposed.ids) - logits.logsumexp(1, keepdim=True)
+            if role == proposer:
+                # Only where tokens were taken out: no tree depends on how far the others are.
+                early = torch.tensor(is_early, device=logits.device)[:, None]
+                logprobs[role] = torch.where(early, logprobs[role], proposed.logprobs)
         drift = None
         if len(languages) == 2:
             forests = (languages["baseline"], languages["sft"])
