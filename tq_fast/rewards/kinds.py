@@ -190,6 +190,7 @@ def _check_vocabulary(
         )
     if texts.tokenizer is None:
         return
+    # A model that was made in memory, without a name, was made for the ids at hand.
     name = getattr(model, "name_or_path", "")
     if name or not has_embedding:
         kind = type(model).__name__
@@ -198,10 +199,6 @@ def _check_vocabulary(
             f"{role} {origin} no tokenizer is found; vocabularies of one size need not be one "
             f"vocabulary: pass {role}_tokenizer="
         )
-    warn_caller(
-        f"{role} came without a tokenizer and without a name to find one by: it is taken to read "
-        f"the baseline's token ids; {role}_tokenizer= says so for certain"
-    )
 
 
 def _tokenizer_by_name(model: torch.nn.Module) -> PreTrainedTokenizerBase | None:
