@@ -283,11 +283,16 @@ def report(
 
 
 @app.command()
-def info() -> None:
+def info(
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Say, too, how the layers of this model run."),
+    ] = None,
+) -> None:
     """Show what is installed and built, which backend each op uses, and why not the others."""
     from .info import show_info
 
-    show_info(Console())
+    show_info(Console(), model)
 
 
 if __name__ == "__main__":

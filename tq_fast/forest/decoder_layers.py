@@ -35,6 +35,9 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 # Why the formula may not stand in for a layer that was tried; None: it may.
 _verdicts: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+# Models whose layers were told of.
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_OTHER_PARTS = "have other parts than the formula"
 _DISAGREES = "compute something else than the fused formula, by a trial on a few tokens"
 
 
@@ -74,9 +77,6 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
             if original not in _verdicts:
                 agrees = rotary is not None and _agrees(layer, forward, rotary, backend)
                 _verdicts[original] = None if agrees else _DISAGREES
-                if not agrees and _DISAGREES not in found.reasons:
-                    kind = type(layer).__name__
-                    warn_caller(f"layers of kind {kind} {_DISAGREES}: they run as they are")
             reason = _verdicts[original]
         if reason is None:
             found.forwards.append((layer, forward, layer.self_attn.q_proj.weight.dtype))
@@ -84,7 +84,10 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
             found.reasons[reason] += 1
     left = found.num_layers - len(found.forwards) - found.reasons.total()
     if left > 0:
-        found.reasons["have other parts than the formula"] += left
+        found.reasons[_OTHER_PARTS] += left
+    if found.reasons.keys() - {_OTHER_PARTS} and source not in _warned:
+        _warned.add(source)
+        warn_caller(f"{type(source).__name__}: {found}; the others run as they are, more slowly")
     return found
 
 
@@ -108,7 +111,7 @@ def _refusal(layer: Any) -> str | None:
     is_silu = type(activation) is nn.SiLU or type(activation).__name__ == "SiLUActivation"
     has_parts = None not in (*linears, *eps, getattr(attention, "layer_idx", None))
     if not has_parts or not is_silu or not isinstance(attention.scaling, float):
-        return "have other parts than the formula"
+        return _OTHER_PARTS
     for linear in linears:
         if not is_plain_linear(linear):
             return f"have weights that are no plain linear layer on the CPU ({_kind(linear)})"

@@ -51,7 +51,8 @@ class Forest:
             branch_capacity=branch_capacity,
         )
         self.num_token_forwards = 0
-        self.cpu_layers = CpuLayers(self.model, model, backend) if cpu_layers else None
+        has_layers = cpu_layers and self.device.type == "cpu"
+        self.cpu_layers = CpuLayers(self.model, model, backend) if has_layers else None
         self._cache_argument = cache_argument(model)
 
     @property
