@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
 from .forest.language import vocab_size_of
+from .models.loader import Loader
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -30,6 +31,7 @@ from .models.loading import (
     load_language_model,
     load_reward,
     load_tokenizer,
+    num_token_ids,
 )
 from .prompts import Prompt, PromptReader, read_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
@@ -205,20 +207,28 @@ class Session:
     ) -> None:
         self.reward_bounds = loading.reward_bounds
         self.speed = loading.speed or SpeedOptions()
-        place, dtype = place_models(loading.device), loading.dtype
+        dtype = loading.dtype
         given = {role: model for role in ROLES if (model := languages.get(role)) is not None}
+        sources = {**given, **{role: r for role, r in rewards.items() if r is not None}}
+        places = {role: place_models(loading.device) for role in sources}
+        loader = Loader(sources, devices=places, dtype=dtype)
         self.languages: dict[Role, PreTrainedModel] = {
-            role: load_language_model(model, role, device=place, dtype=dtype)
+            role: load_language_model(model, role, device=places[role], dtype=dtype, loader=loader)
             for role, model in given.items()
         }
+        first = next(iter(given))
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(
-            loading.tokenizer, next(iter(given.values())), "tokenizer"
+            loading.tokenizer, given[first], "tokenizer", loader.options_of(first)
         )
+        tokenizers = [self.tokenizer]
         if len(given) == 2:
-            own = load_tokenizer(None, given["sft"], "sft")
-            check_same_vocabulary(self.tokenizer, own, *self.languages.values())
+            tokenizers.append(load_tokenizer(None, given["sft"], "sft", loader.options_of("sft")))
+            check_same_vocabulary(*tokenizers, *self.languages.values())
         sizes = [vocab_size_of(model) for model in self.languages.values()]
-        self.vocab_size = min(sizes)
+        # Prompts may have any id that all models embed; what is chosen is a token to everybody.
+        self._num_embedded = min(sizes)
+        known = [num_token_ids(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
+        self.vocab_size = min([*sizes, *known])
         self.rewards: dict[str, Reward] = {
             role: load_reward(
                 reward,
@@ -227,8 +237,9 @@ class Session:
                 label=loading.reward_index if role == "reward" else None,
                 texts=Texts(self.tokenizer),
                 vocab_size=sizes[0],
-                device=place,
+                device=places[role],
                 dtype=dtype,
+                loader=loader,
             )
             for role, reward in rewards.items()
             if reward is not None
@@ -236,11 +247,11 @@ class Session:
 
     def prompt_reader(self) -> PromptReader:
         """Return a reader of one prompt at a time, with the random streams of a single call."""
-        return PromptReader(self.tokenizer, vocab_size=self.vocab_size)
+        return PromptReader(self.tokenizer, vocab_size=self._num_embedded)
 
     def read(self, prompts: Any) -> list[Prompt]:
         """Read `prompts` in any of the forms that `tq_fast.prompts.read_prompts` lists."""
-        return read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
+        return read_prompts(prompts, self.tokenizer, vocab_size=self._num_embedded)
 
     def check_fits(self, idx: int, prompt: Prompt, num_new: int, settings: str) -> None:
         """Refuse a prompt that is too long, with `num_new` tokens after it, for some model.

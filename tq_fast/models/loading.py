@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InvalidArgument, UnsupportedModel
+from ..errors import InvalidArgument
 from ..forest.language import vocab_size_of
 from ..forest.support import check_supported
 from ..rewards.base import Reward, RewardFunction, Texts
 from ..rewards.causal import CausalReward, is_causal_classifier
 from ..rewards.encoder import EncoderReward
 from ..rewards.function import FunctionReward
+from .adapters import read_adapter_folder, short, unwrap
+from .checkpoints import existing, tokenizer_options
+from .loader import Loader
 
 ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 
 
 def load_language_model(
-    source: ModelLike, role: str, *, device: torch.device, dtype: torch.dtype | str
+    source: ModelLike,
+    role: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    loader: Loader | None = None,
 ) -> PreTrainedModel:
     """Return the causal LM of `role`, in evaluation mode; refuse what the forest cannot run.
+
+    Args:
+        source: a hub id, a folder (an adapter's too), or a model in whatever wrapper.
+        role: the argument's name, for messages.
+        device: where a model given by name is put.
+        dtype: of a model given by name.
+        loader: loads for all roles what they have in common; None: this role is alone.
 
     Raises:
         InvalidArgument: there is no such folder, or nothing loadable in it.
         UnsupportedModel: the architecture uses something that the forest does not honour.
     """
-    model = _load(AutoModelForCausalLM, source, role, device=device, dtype=dtype)
+    loader = loader or Loader({role: source}, devices={role: device}, dtype=dtype)
+    model = loader.language_model(source, role)
     if model.get_output_embeddings() is None:
         raise InvalidArgument(
             f"{role} must be a causal language model, got {type(model).__name__}, which has no "
@@ -48,28 +58,41 @@ def load_language_model(
 
 
 def load_tokenizer(
-    source: TokenizerLike | None, model: ModelLike | None, role: str
+    source: TokenizerLike | None,
+    model: ModelLike | None,
+    role: str,
+    options: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer given as `source`, else the one in the model's own folder.
+    """Return the tokenizer given as `source`, else the one that lies beside the model.
 
-    None where a model object comes from no folder, or its folder holds no tokenizer.
+    The tokenizer of a model object is looked for under its name, in its folder or in what the hub
+    left on this machine. None where there is none.
+
+    Args:
+        source: a hub id, a folder or a tokenizer.
+        model: the model that it belongs to.
+        role: the argument's name, for messages.
+        options: keyword arguments that the model was loaded with.
     """
+    found = tokenizer_options(options or {})
     if isinstance(source, (str, os.PathLike)):
-        return _tokenizer_from(_existing(source, role), role)
+        return _tokenizer_from(existing(source, role), role, {})
     if source is not None:
         if not callable(source) or not hasattr(source, "decode"):
             raise InvalidArgument(
-                f"{role} must be a hub id, a folder or a tokenizer of transformers, got {source!r}"
+                f"{role} must be a hub id, a folder or a tokenizer of transformers, got "
+                f"{type(source).__name__}"
             )
         return source
-    if isinstance(model, PreTrainedModel):
-        folder = model.name_or_path
-        if not folder or not Path(folder).is_dir():
-            return None
-        model = folder
-    if Path(model).is_dir() and not _holds_tokenizer(Path(model)):
-        return None
-    return _tokenizer_from(_existing(model, role), role)
+    if not isinstance(model, (str, os.PathLike)):
+        name = getattr(unwrap(model, role).model, "name_or_path", None)
+        return _tokenizer_by_name(name, role)
+    name = existing(model, role)
+    if Path(name).is_dir() and not _holds_tokenizer(Path(name), found):
+        adapter = read_adapter_folder(name, role, options or {})
+        # An adapter without a tokenizer reads the one of its base.
+        return None if adapter is None else load_tokenizer(None, adapter.base, role)
+    return _tokenizer_from(name, role, found)
 
 
 def load_reward(
@@ -82,6 +105,7 @@ def load_reward(
     vocab_size: int,
     device: torch.device,
     dtype: torch.dtype | str,
+    loader: Loader | None = None,
 ) -> Reward:
     """Return the reward that `source` names or is.
 
@@ -95,7 +119,10 @@ def load_reward(
         vocab_size: the baseline's; a classifier without a tokenizer must read the same ids.
         device: where a classifier is put.
         dtype: of a classifier that is loaded here.
+        loader: loads for all roles what they have in common; None: this role is alone.
     """
+    loader = loader or Loader({role: source}, devices={role: device}, dtype=dtype)
+    source = loader.object_of(source, role)
     is_model = isinstance(source, (str, os.PathLike, PreTrainedModel))
     if not is_model and callable(source):
         if tokenizer is not None or label is not None:
@@ -106,10 +133,15 @@ def load_reward(
     if not is_model:
         raise InvalidArgument(
             f"{role} must be a hub id, a folder, a sequence classifier or a function "
-            f"(prompts, responses) -> floats, got {source!r}"
+            f"(prompts, responses) -> floats, got {type(source).__name__}"
         )
-    own = load_tokenizer(tokenizer, source, role if tokenizer is None else f"{role}_tokenizer")
-    model = _load(AutoModelForSequenceClassification, source, role, device=device, dtype=dtype)
+    own = load_tokenizer(
+        tokenizer,
+        source,
+        role if tokenizer is None else f"{role}_tokenizer",
+        loader.options_of(role),
+    )
+    model = loader.classifier(source, role)
     if not hasattr(model.config, "num_labels") or model.get_output_embeddings() is not None:
         raise InvalidArgument(f"{role} must be a sequence classifier, got {type(model).__name__}")
     if own is None and model.get_input_embeddings().weight.shape[0] != vocab_size:
@@ -134,11 +166,16 @@ def check_same_vocabulary(
     baseline_model: PreTrainedModel,
     sft_model: PreTrainedModel,
 ) -> None:
-    """Refuse an SFT model whose token ids mean something else than the baseline's."""
+    """Refuse an SFT model whose token ids mean something else than the baseline's.
+
+    One of them may know more tokens than the other, as after a training run that added one.
+    """
     if baseline is not None and sft is not None:
         ours, theirs = baseline.get_vocab(), sft.get_vocab()
-        if ours != theirs:
-            differing = sorted(ours.items() ^ theirs.items())[0][0]
+        if ours == theirs:
+            return
+        differing = _first_difference(ours, theirs)
+        if differing is not None:
             raise InvalidArgument(
                 "sft and baseline must have the same tokenizer vocabulary; they differ (sizes "
                 f"{len(theirs)} and {len(ours)}), for one in the token {differing!r}"
@@ -150,6 +187,22 @@ def check_same_vocabulary(
             f"sft and baseline must have the same vocabulary, got sizes {sizes[0]} and {sizes[1]} "
             "and not both tokenizers"
         )
+
+
+def _first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
+    """A token that has another id in one vocabulary, or whose id is another token's there."""
+    meanings = {token_id: token for token, token_id in theirs.items()}
+    differing = [
+        token
+        for token, token_id in ours.items()
+        if theirs.get(token, token_id) != token_id or meanings.get(token_id, token) != token
+    ]
+    return min(differing, default=None)
+
+
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the least number above every id that is a token, added tokens included."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def end_token_ids(
@@ -164,50 +217,27 @@ def end_token_ids(
     return ()
 
 
-def _load(
-    auto_class: Any, source: ModelLike, role: str, *, device: torch.device, dtype: Any
-) -> PreTrainedModel:
-    if isinstance(source, PreTrainedModel):
-        return source
-    if not isinstance(source, (str, os.PathLike)):
-        raise InvalidArgument(
-            f"{role} must be a hub id, a folder or a model of transformers, got {source!r}"
-        )
-    name = _existing(source, role)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
-            raise UnsupportedModel(
-                f"{role}: model type {config.model_type!r} is no causal language model"
-            )
-        model = auto_class.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UnsupportedModel):
-            raise
-        raise InvalidArgument(f"{role}={os.fspath(source)!r} cannot be loaded: {error}") from error
-    return model.to(device).eval()
-
-
-def _tokenizer_from(name: str, role: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(f"{role}: no tokenizer in {name!r}: {error}") from error
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    return any((folder / name).is_file() for name in names)
-
-
-def _existing(source: str | os.PathLike[str], role: str) -> str:
-    """Return `source` if it is a folder that exists or may be a hub id."""
-    name = os.fspath(source)
+def _tokenizer_by_name(name: str | None, role: str) -> PreTrainedTokenizerBase | None:
+    if not name:
+        return None
     if Path(name).is_dir():
-        return name
-    is_path = isinstance(source, os.PathLike) or name.startswith((".", "/", "~"))
-    # "models/nope" beside a folder "models" is a slip of the pen, not an organisation's model.
-    is_path = is_path or ("/" in name and Path(name).parent.is_dir())
-    if not name or is_path or name.count("/") > 1:
-        raise InvalidArgument(f"{role}={name!r}: there is no such folder")
-    return name
+        return _tokenizer_from(name, role, {}) if _holds_tokenizer(Path(name), {}) else None
+    try:
+        # A model object was loaded already: its name is no order to download anything.
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def _tokenizer_from(name: str, role: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise InvalidArgument(f"{role}: no tokenizer in {name!r}: {short(error)}") from error
+
+
+def _holds_tokenizer(folder: Path, options: Mapping[str, Any]) -> bool:
+    if "gguf_file" in options:
+        return True
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((folder / (options.get("subfolder") or "") / name).is_file() for name in names)
