@@ -277,9 +277,9 @@ def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePl
         raise InvalidArgument("weights='log_ratio' needs an sft model, got sft=None")
     if config.needs_baseline_reward and "baseline_reward" not in session.rewards:
         raise InvalidArgument(f"weights={config.weights!r} needs baseline_reward, got None")
-    if config.k > session.vocab_size:
+    if config.k > session.num_tokens:
         raise InvalidArgument(
-            f"k must be at most the vocabulary, {session.vocab_size}, got {config.k}"
+            f"k must be at most the vocabulary, {session.num_tokens}, got {config.k}"
         )
     return DecodePlan(
         config,
@@ -288,6 +288,7 @@ def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePl
         candidates_from=config.candidates_from,
         eos=session.end_ids(config),
         vocab_size=session.vocab_size,
+        num_tokens=session.num_tokens,
         reward_bounds=session.reward_bounds,
         max_rows=0,
         speed=session.speed,

@@ -194,6 +194,12 @@ class Session:
         rewards: rewards by role ("reward", "baseline_reward"); one that is None takes no part.
         loading: options for loading both.
 
+    Attributes:
+        vocab_size: number of ids that every language model embeds and predicts.
+        num_tokens: number of ids that may be chosen. Models have embeddings for more than their
+            tokenizer has tokens, so that sizes are round, and one of two models may know a token
+            that the other does not.
+
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
         UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
@@ -225,10 +231,10 @@ class Session:
             tokenizers.append(load_tokenizer(None, given["sft"], "sft", loader.options_of("sft")))
             check_same_vocabulary(*tokenizers, *self.languages.values())
         sizes = [vocab_size_of(model) for model in self.languages.values()]
-        # Prompts may have any id that all models embed; what is chosen is a token to everybody.
-        self._num_embedded = min(sizes)
         known = [num_token_ids(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
-        self.vocab_size = min([*sizes, *known])
+        self.vocab_size = min(sizes)
+        # Prompts may have any id that all models embed; what is chosen is a token to everybody.
+        self.num_tokens = min([*sizes, *known])
         self.rewards: dict[str, Reward] = {
             role: load_reward(
                 reward,
@@ -247,11 +253,11 @@ class Session:
 
     def prompt_reader(self) -> PromptReader:
         """Return a reader of one prompt at a time, with the random streams of a single call."""
-        return PromptReader(self.tokenizer, vocab_size=self._num_embedded)
+        return PromptReader(self.tokenizer, vocab_size=self.vocab_size)
 
     def read(self, prompts: Any) -> list[Prompt]:
         """Read `prompts` in any of the forms that `tq_fast.prompts.read_prompts` lists."""
-        return read_prompts(prompts, self.tokenizer, vocab_size=self._num_embedded)
+        return read_prompts(prompts, self.tokenizer, vocab_size=self.vocab_size)
 
     def check_fits(self, idx: int, prompt: Prompt, num_new: int, settings: str) -> None:
         """Refuse a prompt that is too long, with `num_new` tokens after it, for some model.
