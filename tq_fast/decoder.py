@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,9 +40,10 @@ def decode(
     baseline_reward_tokenizer: TokenizerLike | None = None,
     reward_index: int | None = None,
     reward_bounds: tuple[float, float] | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | Mapping[str, torch.device | str] | None = None,
     dtype: torch.dtype | str = "auto",
     speed: SpeedOptions | None = None,
+    model_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     config: DecodeConfig | None = None,
     batch_size: int = 8,
     memory_budget: int | None = None,
@@ -90,6 +91,7 @@ def decode(
         "device": device,
         "dtype": dtype,
         "speed": speed,
+        "model_kwargs": model_kwargs,
     }
     # Wrong settings are refused before any model is loaded.
     others = ("sft", "baseline_reward", *loading, *_RUN_ARGUMENTS)
@@ -108,10 +110,15 @@ class TransferDecoder:
     """Models that are loaded once, for many calls of `decode`.
 
     Args:
-        baseline: as for `decode`.
+        baseline: as for `decode`. An adapter folder, a PeftModel and a compiled model are taken
+            too, here and for the other models. Models that are named alike are loaded once, and
+            share their weights with the adapters on top of them. A model object that is given
+            both by itself and inside of a PeftModel is, by itself, the base with its adapters off;
+            any other object runs with adapters as it says.
         reward: as for `decode`.
         sft: the SFT model: the prior pi_sft and, for indirect transfer, the trajectory log-ratio.
-            Must have the baseline's vocabulary.
+            Must have the baseline's vocabulary, but for added tokens. Where it is the baseline's
+            own model, the two are run once and counted as the baseline.
         baseline_reward: the reward that the baseline was aligned to (indirect transfer with
             weights="reward_gap" or "published").
         tokenizer: tokenizer of the language models; None: the one in the baseline's folder.
@@ -121,9 +128,14 @@ class TransferDecoder:
         reward_bounds: (lo, hi) between which the reward always lies. The certificate's bound needs
             them, and with them candidates that can no longer be chosen are not rolled out (their Q
             is NaN in the traces).
-        device: where models given by name are put; None: a GPU if there is one.
+        device: where models given by name are put, one device or a dict of them by role; None: a
+            GPU if there is one.
         dtype: dtype of models given by name, a `torch.dtype` or "auto" (as they were saved).
         speed: the speed options, each of which can be switched off to measure it; None: all on.
+        model_kwargs: more keyword arguments of `from_pretrained` by role ("baseline", "sft",
+            "reward", "baseline_reward"), such as quantization_config, device_map, gguf_file,
+            revision or trust_remote_code. With device_map or quantization_config `device` is not
+            applied.
 
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
@@ -142,9 +154,10 @@ class TransferDecoder:
         baseline_reward_tokenizer: TokenizerLike | None = None,
         reward_index: int | None = None,
         reward_bounds: tuple[float, float] | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | Mapping[str, torch.device | str] | None = None,
         dtype: torch.dtype | str = "auto",
         speed: SpeedOptions | None = None,
+        model_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         loading = LoadingOptions(
             tokenizer=tokenizer,
@@ -155,6 +168,7 @@ class TransferDecoder:
             device=device,
             dtype=dtype,
             speed=speed,
+            model_kwargs=model_kwargs,
         )
         self.session = Session(
             {"baseline": baseline, "sft": sft},

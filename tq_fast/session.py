@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -40,6 +41,8 @@ from .rewards.lengths import check_fits
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 
 ROLES: tuple[Role, ...] = ("baseline", "sft")
+# Every role whose model can be named.
+LOADED_ROLES = (*ROLES, "reward", "baseline_reward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +61,10 @@ class LoadingOptions:
     baseline_reward_tokenizer: TokenizerLike | None = None
     reward_index: int | None = None
     reward_bounds: tuple[float, float] | None = None
-    device: torch.device | str | None = None
+    device: torch.device | str | Mapping[str, torch.device | str] | None = None
     dtype: torch.dtype | str = "auto"
     speed: SpeedOptions | None = None
+    model_kwargs: Mapping[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward_bounds", _checked_bounds(self.reward_bounds))
@@ -74,6 +78,9 @@ class LoadingOptions:
             raise InvalidArgument(f"dtype must be 'auto' or a floating-point dtype, got {dtype!r}")
         if not isinstance(self.speed, (SpeedOptions, type(None))):
             raise InvalidArgument(f"speed must be tq_fast.SpeedOptions or None, got {self.speed!r}")
+        _check_model_kwargs(self.model_kwargs)
+        if isinstance(self.device, Mapping):
+            _check_roles("device", self.device)
 
 
 class RunOptions(TypedDict, total=False):
@@ -94,9 +101,36 @@ class MethodOptions(DecodeOptions, RunOptions, total=False):
     baseline_reward_tokenizer: TokenizerLike | None
     reward_index: int | None
     reward_bounds: tuple[float, float] | None
-    device: torch.device | str | None
+    device: torch.device | str | Mapping[str, torch.device | str] | None
     dtype: torch.dtype | str
     speed: SpeedOptions | None
+    model_kwargs: Mapping[str, Mapping[str, Any]] | None
+
+
+def _check_roles(name: str, by_role: Mapping[str, Any]) -> None:
+    for role in by_role:
+        if role not in LOADED_ROLES:
+            raise InvalidArgument(
+                f"{name} must be by role ({', '.join(LOADED_ROLES)}), got {role!r}"
+            )
+
+
+def _check_model_kwargs(model_kwargs: Any) -> None:
+    """Refuse what is not keyword arguments by role."""
+    if model_kwargs is None:
+        return
+    if not isinstance(model_kwargs, Mapping):
+        raise InvalidArgument(
+            "model_kwargs must be a dict of keyword arguments by role or None, got "
+            f"{type(model_kwargs).__name__}"
+        )
+    _check_roles("model_kwargs", model_kwargs)
+    for role, options in model_kwargs.items():
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+            raise InvalidArgument(
+                f"model_kwargs of {role} must be a dict of keyword arguments of from_pretrained, "
+                f"got {type(options).__name__}"
+            )
 
 
 def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
@@ -112,12 +146,20 @@ def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
     return float(bounds[0]), float(bounds[1])
 
 
-def place_models(device: torch.device | str | None) -> torch.device:
+def place_models(
+    device: torch.device | str | Mapping[str, torch.device | str] | None, role: str = ""
+) -> torch.device:
     """Return the device for models given by name: `device`, else a GPU if there is one.
+
+    Args:
+        device: one device, or a device by role.
+        role: whose device; a role that `device` leaves out is placed as with None.
 
     Raises:
         InvalidArgument: there is no such device.
     """
+    if isinstance(device, Mapping):
+        device = device.get(role)
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -215,9 +257,16 @@ class Session:
         self.speed = loading.speed or SpeedOptions()
         dtype = loading.dtype
         given = {role: model for role in ROLES if (model := languages.get(role)) is not None}
-        sources = {**given, **{role: r for role, r in rewards.items() if r is not None}}
-        places = {role: place_models(loading.device) for role in sources}
-        loader = Loader(sources, devices=places, dtype=dtype)
+        sources: dict[str, Any] = {str(role): model for role, model in given.items()}
+        sources |= {role: reward for role, reward in rewards.items() if reward is not None}
+        places = {role: place_models(loading.device, role) for role in sources}
+        model_kwargs = loading.model_kwargs or {}
+        for role in model_kwargs:
+            if role in sources and not isinstance(sources[role], (str, os.PathLike)):
+                raise InvalidArgument(
+                    f"model_kwargs of {role} cannot be honoured: {role} is loaded already"
+                )
+        loader = Loader(sources, devices=places, dtype=dtype, model_kwargs=model_kwargs)
         self.languages: dict[Role, PreTrainedModel] = {
             role: load_language_model(model, role, device=places[role], dtype=dtype, loader=loader)
             for role, model in given.items()

@@ -127,6 +127,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "reward_bounds": (-1.0, 2.5),
         "device": "cpu",
         "dtype": "bfloat16",
+        "model_kwargs": {"sft": {"revision": "v2"}, "baseline": {"trust_remote_code": True}},
     }
     assert seen["prompts"] == "p" and seen["output"] == Path("o")
     assert dataclasses.asdict(seen["options"]) == {

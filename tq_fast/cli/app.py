@@ -17,7 +17,7 @@ from rich.console import Console
 from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import TqFastError
-from .options import takes_decode_options
+from .options import read_model_kwargs, takes_decode_options
 from .terminal import one_line, say
 
 app = typer.Typer(
@@ -94,6 +94,14 @@ RewardBounds = Annotated[
 Device = Annotated[
     str | None, _model("Where the models run; not given: a GPU if there is one.", "NAME")
 ]
+ModelKwargs = Annotated[
+    list[str] | None,
+    _model(
+        "More arguments of from_pretrained for one model, such as "
+        '\'baseline={"revision": "v2"}\'; repeat for several.',
+        "ROLE=JSON",
+    ),
+]
 Dtype = Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", "WORD")]
 Prompts = Annotated[
     str,
@@ -142,6 +150,7 @@ def decode(
     reward_bounds: RewardBounds = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    model_kwargs: ModelKwargs = None,
     prompts: Prompts,
     output: Output,
     traces: Traces = False,
@@ -174,6 +183,7 @@ def decode(
         reward_bounds=reward_bounds,
         device=device,
         dtype=dtype,
+        model_kwargs=read_model_kwargs(model_kwargs or ()),
     )
     options = JobOptions(
         batch_size=batch_size,

@@ -21,7 +21,8 @@ from .adapters import read_adapter_folder, short, unwrap
 from .checkpoints import existing, tokenizer_options
 from .loader import Loader
 
-ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
+# A module is a model of transformers, or what torch.compile or peft made of one.
+ModelLike: TypeAlias = str | os.PathLike[str] | torch.nn.Module
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 
 

@@ -135,8 +135,8 @@ def sample_responses(
     The prefixes and their next-token logits stay as they were: further responses may follow.
 
     Args:
-        forests: one a role (the same one where two roles have one model), prompts encoded, with a row for every response and room for
-            `max_new_tokens - 1` tokens a branch.
+        forests: one a role (the same one where two roles have one model), prompts encoded, with a
+            row for every response and room for `max_new_tokens - 1` tokens a branch.
         weights: c_m of each role.
         numbers: of the responses of a prompt; each has a random stream of its own.
         prompt_keys: one key a tree, of its random stream.
