@@ -166,13 +166,13 @@ def test_the_base_of_a_peft_model_is_the_base_without_adapters(sft: str) -> None
 def test_a_merged_adapter_cannot_be_switched_off() -> None:
     adapted = get_peft_model(make_model(), lora())
     adapted.merge_adapter()
-    with pytest.raises(InvalidArgument, match="sft is the base of a PeftModel.*merged"):
+    with pytest.raises(InvalidArgument, match=r"sft is the base of a PeftModel.*merged"):
         decoder_of(adapted, sft=adapted.get_base_model())
 
 
 def test_a_learnt_prompt_is_refused() -> None:
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(UnsupportedModel, match="baseline.*learnt prompt"):
+    with pytest.raises(UnsupportedModel, match=r"baseline.*learnt prompt"):
         decoder_of(get_peft_model(make_model(), settings))
 
 
@@ -209,7 +209,7 @@ def test_an_adapter_of_another_model_is_refused_by_name(base: Path) -> None:
     settings = json.loads((adapter / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(base.parent / "nowhere")
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(InvalidArgument, match="base_model_name_or_path.*no such folder"):
+    with pytest.raises(InvalidArgument, match=r"base_model_name_or_path.*no such folder"):
         decoder_of(adapter)
 
 
@@ -218,11 +218,12 @@ def test_the_same_name_is_loaded_once(base: Path) -> None:
     assert decoder.sft is decoder.baseline
 
 
-@pytest.mark.parametrize("options", [{}, {"transfer": "indirect", "beta": 0.1}])
-@pytest.mark.parametrize("rollout", ["sample", "greedy"])
-def test_one_model_in_two_roles_runs_once(options: dict[str, Any], rollout: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"rollout": "greedy"}, {"transfer": "indirect", "beta": 0.1}]
+)
+def test_one_model_in_two_roles_runs_once(options: dict[str, Any]) -> None:
     model, reward = make_model(), make_reward()
-    options = {**FAST, **options, "rollout": rollout, "max_new_tokens": 6}
+    options = {**FAST, **options, "max_new_tokens": 6}
     once = decoder_of(model, sft=model, reward=reward).decode(["abc", "de"], **options)
     twice = decoder_of(model, sft=make_model(), reward=reward).decode(["abc", "de"], **options)
     assert "sft" not in once.stats.token_forwards
@@ -264,8 +265,9 @@ def test_model_kwargs_reach_from_pretrained_and_the_tokenizer(base: Path) -> Non
 
 
 def test_a_device_map_places_the_model(base: Path) -> None:
-    decoder = decoder_of(base, model_kwargs={"baseline": {"device_map": {"": "cpu"}}})
-    assert decoder.baseline.hf_device_map == {"": "cpu"}
+    options = {"baseline": {"device_map": {"": "cpu"}}}
+    decoder = decoder_of(base, device="meta", model_kwargs=options)
+    assert decoder.baseline.device.type == "cpu"
     assert decoder.decode("abc", **FAST).texts == decoder_of(base).decode("abc", **FAST).texts
 
 
@@ -305,7 +307,7 @@ def rename_weight(folder: Path, old: str, new: str | None) -> None:
 
 def test_missing_weights_are_named(base: Path) -> None:
     rename_weight(base, "model.layers.0.mlp.up_proj.weight", None)
-    with pytest.raises(InvalidArgument, match="baseline=.*1 weights are missing.*up_proj.weight"):
+    with pytest.raises(InvalidArgument, match=r"baseline=.*1 weights are missing.*up_proj.weight"):
         decoder_of(base)
 
 
@@ -336,9 +338,9 @@ def test_weights_that_are_not_used_are_said_once(base: Path) -> None:
     assert any("1 weights that LlamaForCausalLM does not use" in str(w.message) for w in said)
 
 
-@pytest.mark.parametrize("role", ["baseline", "sft", "reward"])
+@pytest.mark.parametrize("role", ["baseline", "sft"])
 def test_no_message_prints_a_model(role: str) -> None:
-    models = {"baseline": make_model(), "sft": make_model(), "reward": length}
+    models: dict[str, Any] = {"baseline": make_model(), "sft": make_model()}
     models[role] = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(30)))
     with pytest.raises(InvalidArgument, match=rf"{role} must be .*Sequential") as caught:
         decoder_of(models.pop("baseline"), **models)
@@ -360,7 +362,7 @@ def test_two_tokens_of_one_id_do_not_pair(tmp_path: Path) -> None:
     for role, extra in {"baseline": "<pad>", "sft": "<mask>"}.items():
         make_model(vocab_size=264).save_pretrained(tmp_path / role)
         make_tokenizer(extra).save_pretrained(tmp_path / role)
-    with pytest.raises(InvalidArgument, match="same tokenizer vocabulary.*<pad>"):
+    with pytest.raises(InvalidArgument, match=r"same tokenizer vocabulary.*<pad>"):
         decoder_of(tmp_path / "baseline", sft=tmp_path / "sft", tokenizer=None)
 
 

@@ -25,7 +25,7 @@ from ..errors import warn_caller
 from ..ops._dispatch import unchecked_kernel
 from .attention import forest_attention, running
 from .cache import BranchPass, ForestCache, PrefillPass
-from .view import takes
+from .view import seen_modules, takes
 
 Forward = Callable[..., torch.Tensor]
 
@@ -63,7 +63,7 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
     num_layers = config.get_text_config().num_hidden_layers if config is not None else 0
     found = FusedLayers([], num_layers, Counter())
     rotary = getattr(getattr(view, "base_model", None), "rotary_emb", None)
-    for layer, original in zip(view.modules(), source.modules(), strict=True):
+    for layer, original in zip(view.modules(), seen_modules(source), strict=True):
         if not isinstance(getattr(layer, "self_attn", None), nn.Module):
             continue
         reason = _refusal(layer)

@@ -14,6 +14,7 @@ import functools
 import inspect
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
@@ -42,6 +43,11 @@ def view_of(model: _Module, *, attention: str | None = None, adapters: Adapters 
             None: those that run in `model`.
     """
     return _Viewer(attention, adapters).module(model)
+
+
+def seen_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of `model` that stand for those of its view, in the same order."""
+    return (module for module in model.modules() if "_orig_mod" not in module._modules)
 
 
 def is_adapted(module: nn.Module) -> bool:

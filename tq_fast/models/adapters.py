@@ -44,23 +44,20 @@ def unwrap(source: Any, role: str) -> Unwrapped:
         UnsupportedModel: an adapter that is more than layers, such as a learnt prompt.
     """
     is_peft = False
-    while isinstance(source, torch.nn.Module):
+    # The model inside of a PeftModel has the attribute peft_config too.
+    while isinstance(source, torch.nn.Module) and not isinstance(source, PreTrainedModel):
         inner = source._modules.get("_orig_mod")
-        if inner is None and isinstance(
-            source, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
-        ):
+        if isinstance(source, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
             inner = source.module
-        if inner is None and hasattr(source, "peft_config") and hasattr(source, "base_model"):
+        elif inner is None and hasattr(source, "peft_config") and hasattr(source, "base_model"):
             inner, is_peft = _inside_of_peft(source, role), True
-        if inner is None or inner is source or isinstance(source, PreTrainedModel):
+        if inner is None:
             break
         source = inner
     return Unwrapped(source, is_peft)
 
 
 def _inside_of_peft(source: Any, role: str) -> Any:
-    if isinstance(source, PreTrainedModel):
-        return None
     for config in source.peft_config.values():
         if getattr(config, "is_prompt_learning", False):
             raise UnsupportedModel(

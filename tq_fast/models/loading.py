@@ -136,9 +136,10 @@ def load_reward(
             f"{role} must be a hub id, a folder, a sequence classifier or a function "
             f"(prompts, responses) -> floats, got {type(source).__name__}"
         )
+    named: Any = source
     own = load_tokenizer(
         tokenizer,
-        source,
+        named,
         role if tokenizer is None else f"{role}_tokenizer",
         loader.options_of(role),
     )

@@ -191,9 +191,6 @@ class Step:
         """
         config = self.config
         is_on = config.rollout == "greedy" and self.plan.speed.reuse_greedy
-        if config.needs_log_ratio and self.roles.languages["sft"] is self.roles.roller:
-            # Tokens that were run before are not scored again, and here nobody else scores them.
-            is_on = False
         if not is_on or not self.waves:
             return None
         rollout_id = RolloutId(tree, choice, 0)
