@@ -89,11 +89,16 @@ def load_tokenizer(
         name = getattr(unwrap(model, role).model, "name_or_path", None)
         return _tokenizer_by_name(name, role)
     name = existing(model, role)
-    if Path(name).is_dir() and not _holds_tokenizer(Path(name), found):
-        adapter = read_adapter_folder(name, role, options or {})
-        # An adapter without a tokenizer reads the one of its base.
-        return None if adapter is None else load_tokenizer(None, adapter.base, role)
-    return _tokenizer_from(name, role, found)
+    is_folder = Path(name).is_dir()
+    if not is_folder or _holds_tokenizer(Path(name), found):
+        try:
+            return _tokenizer_from(name, role, found)
+        except InvalidArgument:
+            if is_folder or read_adapter_folder(name, role, options or {}) is None:
+                raise
+    adapter = read_adapter_folder(name, role, options or {})
+    # An adapter without a tokenizer reads the one of its base.
+    return None if adapter is None else load_tokenizer(None, adapter.base, role)
 
 
 def load_reward(
