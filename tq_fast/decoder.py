@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,9 +43,10 @@ def decode(
     reward_index: int | None = None,
     reward_bounds: tuple[float, float] | None = None,
     reward_options: RewardOptions | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | Mapping[str, torch.device | str] | None = None,
     dtype: torch.dtype | str = "auto",
     speed: SpeedOptions | None = None,
+    model_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     config: DecodeConfig | None = None,
     template_options: TemplateOptions | None = None,
     batch_size: int = 8,
@@ -64,18 +65,14 @@ def decode(
             that ends with the assistant's message is continued there.
         baseline: the aligned model that rolls out: a hub id, a local folder or a loaded model.
         reward: a sequence classifier (hub id, folder or model; any tokenizer), a function
-            `(prompts, responses) -> floats` or the name of one, `package.module:function`; or a
-            text-classification pipeline, an object with `predict(pairs)`, a reward function of TRL,
-            or a module that takes `input_ids` (with `reward_tokenizer`). What is handed out is a
-            copy.
+            `(prompts, responses) -> floats`, the name of one, `package.module:function`, or another
+            kind that `tq_fast.rewards.base` lists.
         config: settings to start from; `options` replace its fields.
         template_options: further arguments of `apply_chat_template` for prompts that are chats:
             tools, documents, chat_template, or what the template reads, such as enable_thinking.
-        batch_size: prompts that are decoded together, at most; one that is finished makes room
-            for the next. Results do not depend on it.
-        memory_budget: bytes of KV and logits at most, over all models (weights not counted);
-            prompts, and then roll-outs, that do not fit together run one after the other, with
-            the same results. None: as much as batch_size takes.
+        batch_size: prompts that are decoded together, at most. Results do not depend on it.
+        memory_budget: bytes of KV and logits at most, weights not counted; what does not fit
+            together runs in turn, with the same results. None: as much as batch_size takes.
         progress: show a progress bar.
         **options: every field of `DecodeConfig`.
 
@@ -89,9 +86,8 @@ def decode(
     Raises:
         InvalidArgument: an argument is wrong; raised before any forward pass.
         UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
-        DecodingError: one prompt failed; `finished` holds the responses that were complete. Any
-            other exception that ends the call midway (no memory for a single roll-out, an
-            interrupt, an error in a callback) has the same attribute.
+        DecodingError: one prompt failed; `finished` holds the responses that were complete, as it
+            does on any other exception that ends the call midway.
     """
     loading: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -103,6 +99,7 @@ def decode(
         "device": device,
         "dtype": dtype,
         "speed": speed,
+        "model_kwargs": model_kwargs,
     }
     # Wrong settings are refused before any model is loaded.
     others = ("sft", "baseline_reward", *loading, *_RUN_ARGUMENTS)
@@ -124,10 +121,15 @@ class TransferDecoder:
     """Models that are loaded once, for many calls of `decode`.
 
     Args:
-        baseline: as for `decode`.
+        baseline: as for `decode`. An adapter folder, a PeftModel and a compiled model are taken
+            too, here and for the other models. Models that are named alike are loaded once, and
+            share their weights with the adapters on top of them. A model object that is given
+            both by itself and inside of a PeftModel is, by itself, the base with its adapters off;
+            any other object runs with adapters as it says.
         reward: as for `decode`.
         sft: the SFT model: the prior pi_sft and, for indirect transfer, the trajectory log-ratio.
-            Must have the baseline's vocabulary.
+            Must have the baseline's vocabulary, but for added tokens. Where it is the baseline's
+            own model, the two are run once and counted as the baseline.
         baseline_reward: the reward that the baseline was aligned to (indirect transfer with
             weights="reward_gap" or "published").
         tokenizer: tokenizer of the language models; None: the one in the baseline's folder.
@@ -139,9 +141,14 @@ class TransferDecoder:
             is NaN in the traces).
         reward_options: how the reward reads prompts and responses: pairs, truncation, special
             tokens; None: one text, refused where it is too long.
-        device: where models given by name are put; None: a GPU if there is one.
+        device: where models given by name are put, one device or a dict of them by role; None: a
+            GPU if there is one.
         dtype: dtype of models given by name, a `torch.dtype` or "auto" (as they were saved).
         speed: the speed options, each of which can be switched off to measure it; None: all on.
+        model_kwargs: more keyword arguments of `from_pretrained` by role ("baseline", "sft",
+            "reward", "baseline_reward"), such as quantization_config, device_map, gguf_file,
+            revision or trust_remote_code. With device_map or quantization_config `device` is not
+            applied.
 
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
@@ -161,9 +168,10 @@ class TransferDecoder:
         reward_index: int | None = None,
         reward_bounds: tuple[float, float] | None = None,
         reward_options: RewardOptions | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | Mapping[str, torch.device | str] | None = None,
         dtype: torch.dtype | str = "auto",
         speed: SpeedOptions | None = None,
+        model_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         loading = LoadingOptions(
             tokenizer=tokenizer,
@@ -175,6 +183,7 @@ class TransferDecoder:
             device=device,
             dtype=dtype,
             speed=speed,
+            model_kwargs=model_kwargs,
         )
         self.session = Session(
             {"baseline": baseline, "sft": sft},
@@ -305,9 +314,9 @@ def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePl
     if config.needs_baseline_reward and "baseline_reward" not in session.rewards:
         raise InvalidArgument(f"weights={config.weights!r} needs baseline_reward, got None")
     eos = session.end_ids(config)
-    num_usable = session.vocab_size - (len(set(eos)) if config.min_new_tokens else 0)
+    num_usable = session.num_tokens - (len(set(eos)) if config.min_new_tokens else 0)
     if config.k > num_usable:
-        what = "the vocabulary" if num_usable == session.vocab_size else "the tokens but for EOS"
+        what = "the vocabulary" if num_usable == session.num_tokens else "the tokens but for EOS"
         raise InvalidArgument(f"k must be at most {what}, {num_usable}, got {config.k}")
     return DecodePlan(
         config,
@@ -317,6 +326,7 @@ def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePl
         eos=eos,
         stop=session.stop_strings(config),
         vocab_size=session.vocab_size,
+        num_tokens=session.num_tokens,
         reward_bounds=session.reward_bounds,
         max_rows=0,
         speed=session.speed,

@@ -18,7 +18,7 @@ from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import TqFastError
 from ..rewards.options import RewardOptions
-from .options import takes_decode_options
+from .options import read_model_kwargs, takes_decode_options
 from .terminal import one_line, say
 
 app = typer.Typer(
@@ -116,6 +116,14 @@ RewardKeepSpecialTokens = Annotated[
 Device = Annotated[
     str | None, _model("Where the models run; not given: a GPU if there is one.", "NAME")
 ]
+ModelKwargs = Annotated[
+    list[str] | None,
+    _model(
+        "More arguments of from_pretrained for one model, such as "
+        '\'baseline={"revision": "v2"}\'; repeat for several.',
+        "ROLE=JSON",
+    ),
+]
 Dtype = Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", "WORD")]
 Prompts = Annotated[
     str,
@@ -167,6 +175,7 @@ def decode(
     reward_keep_special_tokens: RewardKeepSpecialTokens = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    model_kwargs: ModelKwargs = None,
     prompts: Prompts,
     output: Output,
     traces: Traces = False,
@@ -205,6 +214,7 @@ def decode(
         reward_options=None if reading == RewardOptions() else reading,
         device=device,
         dtype=dtype,
+        model_kwargs=read_model_kwargs(model_kwargs or ()),
     )
     options = JobOptions(
         batch_size=batch_size,

@@ -26,7 +26,7 @@ from ..errors import warn_caller
 from ..ops._dispatch import unchecked_kernel
 from .attention import forest_attention, running
 from .cache import BranchPass, ForestCache, PrefillPass
-from .view import takes
+from .view import seen_modules, takes
 
 Forward = Callable[..., torch.Tensor]
 
@@ -68,7 +68,7 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
     found = FusedLayers([], num_layers, Counter())
     rotary = getattr(getattr(view, "base_model", None), "rotary_emb", None)
     layer: Any
-    for layer, original in zip(view.modules(), source.modules(), strict=True):
+    for layer, original in zip(view.modules(), seen_modules(source), strict=True):
         if not isinstance(getattr(layer, "self_attn", None), nn.Module):
             continue
         reason = _refusal(layer)
