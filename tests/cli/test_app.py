@@ -122,7 +122,8 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
     words += " --reward-pair --reward-truncate left --reward-keep-special-tokens"
     words += " --device cpu --dtype bfloat16 --batch-size 3 --traces"
     words += " --overwrite --retry-errors --memory-budget 1000"
-    assert invoke(*NEEDED, *words.split()).exit_code == 0
+    template = ["--template-options", '{"enable_thinking": false}']
+    assert invoke(*NEEDED, *words.split(), *template).exit_code == 0
     assert dataclasses.asdict(seen["models"]) == {
         "baseline": "b",
         "reward": "r",
@@ -144,7 +145,14 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "traces": True,
         "overwrite": True,
         "retry_errors": True,
+        "template_options": {"enable_thinking": False},
     }
+
+
+@pytest.mark.parametrize(("word", "reason"), [("{1}", "is not JSON"), ("[1]", "a JSON object")])
+def test_template_options_must_be_a_json_object(seen: dict, word: str, reason: str) -> None:
+    result = invoke(*NEEDED, "--template-options", word)
+    assert result.exit_code == 2 and reason in result.output and not seen
 
 
 def test_every_argument_of_the_decoder_can_be_given() -> None:
