@@ -60,34 +60,29 @@ def decode(
     score the whole texts with `reward`, and sample from `softmax(log pi_prior + Q / alpha)`.
 
     Args:
-        prompts: text, chat messages or token ids (a tensor or a list of integers), or a list or
-            column of these, or what a tokenizer returned for several texts, with its mask. A chat
-            that ends with the assistant's message is continued there.
+        prompts: text, chat messages or token ids, a list or a column of these, or what a tokenizer
+            returned. A last turn of the assistant's goes on.
         baseline: the aligned model that rolls out: a hub id, a local folder or a loaded model.
         reward: a sequence classifier (hub id, folder or model; any tokenizer), a function
-            `(prompts, responses) -> floats`, the name of one, `package.module:function`, or another
-            kind that `tq_fast.rewards.base` lists.
+            `(prompts, responses) -> floats`, or another kind that `tq_fast.rewards.base` lists.
         config: settings to start from; `options` replace its fields.
-        template_options: further arguments of `apply_chat_template` for prompts that are chats:
-            tools, documents, chat_template, or what the template reads, such as enable_thinking.
-        batch_size: prompts that are decoded together, at most. Results do not depend on it.
-        memory_budget: bytes of KV and logits at most, weights not counted; what does not fit
-            together runs in turn, with the same results. None: as much as batch_size takes.
+        template_options: what chat templates get beside messages: tools, enable_thinking, ...
+        batch_size: prompts that are decoded together, at most; results do not depend on it.
+        memory_budget: most bytes of KV and logits, over all models; the rest waits its turn.
         progress: show a progress bar.
         **options: every field of `DecodeConfig`.
 
     All other keyword arguments are those of `TransferDecoder`.
 
     Returns:
-        Responses, traces, certificates and counts, in the order of the prompts; with
-        `num_return_sequences` several in a row for each. Positions in errors and callbacks are
-        positions in that list.
+        Responses, traces, certificates and counts by prompt, `num_return_sequences` of each in a
+        row; errors and callbacks count as that list does.
 
     Raises:
         InvalidArgument: an argument is wrong; raised before any forward pass.
         UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
-        DecodingError: one prompt failed; `finished` holds the responses that were complete, as it
-            does on any other exception that ends the call midway.
+        DecodingError: one prompt failed; `finished` holds the complete responses, as on any other
+            exception that ends the call midway.
     """
     loading: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -101,8 +96,8 @@ def decode(
         "speed": speed,
         "model_kwargs": model_kwargs,
     }
-    # Wrong settings are refused before any model is loaded.
     others = ("sft", "baseline_reward", *loading, *_RUN_ARGUMENTS)
+    # Wrong settings are refused before any model is loaded.
     config = DecodeConfig.from_options(config, others, **options)
     check_template_options(template_options)
     check_sizes(batch_size, memory_budget)

@@ -124,7 +124,8 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
     words += " --overwrite --retry-errors --memory-budget 1000"
     kwargs = ['sft={"revision":"v2"}', 'baseline={"trust_remote_code":true}']
     words += "".join(f" --model-kwargs {word}" for word in kwargs)
-    assert invoke(*NEEDED, *words.split()).exit_code == 0
+    template = ["--template-options", '{"enable_thinking": false}']
+    assert invoke(*NEEDED, *words.split(), *template).exit_code == 0
     assert dataclasses.asdict(seen["models"]) == {
         "baseline": "b",
         "reward": "r",
@@ -147,6 +148,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "traces": True,
         "overwrite": True,
         "retry_errors": True,
+        "template_options": {"enable_thinking": False},
     }
 
 
@@ -154,6 +156,12 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
 def test_model_kwargs_that_are_no_json_object_are_refused(seen: dict, word: str) -> None:
     result = invoke(*NEEDED, "--model-kwargs", word)
     assert result.exit_code == 2 and "--model-kwargs" in result.output
+
+
+@pytest.mark.parametrize(("word", "reason"), [("{1}", "is not JSON"), ("[1]", "a JSON object")])
+def test_template_options_must_be_a_json_object(seen: dict, word: str, reason: str) -> None:
+    result = invoke(*NEEDED, "--template-options", word)
+    assert result.exit_code == 2 and reason in result.output and not seen
 
 
 def test_every_argument_of_the_decoder_can_be_given() -> None:

@@ -135,7 +135,7 @@ def test_a_model_that_was_trained_on_is_refused(job: Job, trio: Trio, tmp_path: 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([*TEXTS, "g"], "number of prompts was 6, is 7"),
+        (["g", *TEXTS], "number of prompts was 6, is 7; the prompt with index 0 is another"),
         (TEXTS[:4], "number of prompts was 6, is 4"),
         ([*TEXTS[:3], "g", *TEXTS[4:]], "the prompt with index 3 is another"),
         (list(reversed(TEXTS)), "the prompt with index 0 is another"),
@@ -207,3 +207,72 @@ def test_many_rollouts_that_are_too_noisy_are_said_once(job: Job) -> None:
     assert job.run(noisy, batch_size=2) == 0
     assert job.said.count("the standard error of Q exceeds alpha=0.01") == 1
     assert "of 36 steps" in job.said
+
+
+def test_prompts_may_be_appended_and_the_job_goes_on(job: Job) -> None:
+    appended = [*TEXTS, "g", "a b"]
+    job.write_prompts(appended)
+    assert job.run() == 0
+    expected = job.responses()
+    job.output.unlink()
+    job.write_prompts(TEXTS)
+    assert job.run() == 0
+    before = job.output.read_text()
+    job.write_prompts(appended)
+    assert job.run() == 0
+    assert "resuming: 6 of 8 prompts are done" in job.said
+    assert job.output.read_text().startswith(before)
+    assert job.responses() == expected
+    # What was appended belongs to the job from now on.
+    job.write_prompts(TEXTS)
+    with pytest.raises(OutputRefused, match="number of prompts was 8, is 6"):
+        job.run()
+
+
+def test_other_keys_of_the_file_come_back(job: Job) -> None:
+    row = {"prompt": "a", "gold": 4, "tags": [None, 0.123456789], "response": "theirs", "id": "x"}
+    chat = {"messages": [{"role": "user", "content": "a"}], "prompt": "b", "steps": 1}
+    job.prompts.write_text(json.dumps(row) + "\n" + json.dumps(chat) + "\n")
+    assert job.run() == 0
+    first, second = job.records()[0], job.records()[1]
+    assert first["gold"] == 4 and first["tags"] == [None, 0.123456789]
+    assert first["extra"] == {"response": "theirs"} and first["response"] != "theirs"
+    assert second["messages"] == chat["messages"] and second["extra"] == {"steps": 1}
+    assert second["prompt"] == "b"
+
+
+def test_an_error_record_holds_other_keys_too(job: Job) -> None:
+    job.prompts.write_text('{"prompt": "", "gold": 4, "error": "theirs"}\n')
+    assert job.run() == 1
+    (record,) = job.records().values()
+    assert record["gold"] == 4 and record["extra"] == {"error": "theirs"}
+    assert record["error"]["type"] == "InvalidArgument"
+
+
+def test_several_responses_make_one_record(job: Job, whole: Job) -> None:
+    config = dataclasses.replace(CONFIG, num_return_sequences=3)
+    assert job.run(config, batch_size=2) == 0
+    assert job.responses() == whole.responses()
+    for record in job.records().values():
+        assert len(record["other_responses"]) == 2
+        for other in record["other_responses"]:
+            assert set(other) == {"response", "token_ids", "steps", "certificate"}
+    assert "6 of 6 prompts have a response" in job.said
+    assert job.run(config) == 0 and "nothing was left to do" in job.said
+
+
+REFUSES = "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}a"
+
+
+def test_a_chat_that_the_template_refuses_is_an_error_record(job: Job) -> None:
+    chat = [{"role": "user", "content": "a"}]
+    rows = [{"prompt": chat}, {"prompt": chat * 2}]
+    job.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"template_options": {"chat_template": REFUSES}}
+    assert job.run(**options) == 1
+    assert "response" in job.records()[0]
+    error = job.records()[1]["error"]
+    assert error["type"] == "InvalidArgument"
+    assert "prompts[1]: the chat template" in error["message"]
+    with pytest.raises(OutputRefused, match=r"template_options was .*, is not given"):
+        job.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,37 @@ def test_json_lines_may_hold_text_messages_or_token_ids(tmp_path: Path) -> None:
     ]
 
 
+CHAT = [{"role": "user", "content": "c"}]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_holds_objects_texts_chats_or_token_ids(
+    tmp_path: Path, indent: int | None
+) -> None:
+    rows = [{"prompt": "a", "id": 1}, "b", CHAT, [3, 4], {"messages": CHAT}, {"prompt": CHAT}]
+    entries = read_prompt_file(write(tmp_path, json.dumps(rows, indent=indent)))
+    assert [entry.prompt for entry in entries] == ["a", "b", CHAT, [3, 4], CHAT, CHAT]
+    assert [entry.id for entry in entries] == [1, None, None, None, None, None]
+    (entry,) = read_prompt_file(write(tmp_path, json.dumps(rows[0], indent=indent)))
+    assert (entry.prompt, entry.id) == ("a", 1)
+
+
+def test_what_else_a_line_holds_is_kept(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "messages": CHAT, "gold": float("nan")}, {"token_ids": [1], "x": {}}]
+    source = write(tmp_path, "\n".join(map(json.dumps, rows)))
+    first, second = read_prompt_file(source)
+    assert first.prompt == "a" and first.extra == {"messages": CHAT, "gold": None}
+    assert second.extra == {"x": {}}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_file_that_is_called_json_is_json(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text("Name a fruit.\n")
+    with pytest.raises(InvalidArgument, match="line 1 is not JSON"):
+        read_prompt_file(str(path))
+
+
 @pytest.mark.parametrize(
     ("text", "prompts"),
     [
@@ -40,8 +72,11 @@ def test_json_lines_may_hold_text_messages_or_token_ids(tmp_path: Path) -> None:
         ("\ufeffa\nb", ["a", "b"]),
         # A line separator of Unicode is part of a prompt.
         ("a\u2028b\n", ["a\u2028b"]),
-        # The lines are JSON, but no objects, so that they are texts.
-        ("[1, 2]\n5\n", ["[1, 2]", "5"]),
+        # Text may look a little like JSON.
+        ("5\nnull\n", ["5", "null"]),
+        ("[1] See there.\n", ["[1] See there."]),
+        ("[INST] hi [/INST]\n{{ x }}", ["[INST] hi [/INST]", "{{ x }}"]),
+        ('"Hello," she said.\n', ['"Hello," she said.']),
     ],
 )
 def test_other_files_hold_one_text_a_line(tmp_path: Path, text: str, prompts: list[str]) -> None:
@@ -69,8 +104,19 @@ GOOD = '{"prompt": "a"}\n'
         (GOOD + '{"promt": "a"}', "line 2 must have one of the keys .* its keys are 'promt'"),
         (GOOD + '{"prompt": "a", "token_ids": [1]}', "line 2 must have one of the keys"),
         (GOOD + "{}", "its keys are none"),
-        (GOOD + '{"prompt": 5}', "'prompt' must be text, got 5"),
-        (GOOD + '{"prompt": ["a"]}', "'prompt' must be text"),
+        (GOOD + '{"prompt": 5}', "'prompt' must be text or a list of messages .* got 5"),
+        (GOOD + '{"prompt": ["a"]}', "'prompt' must be text or a list of messages"),
+        (GOOD + '{"prompt": [1, 2]}', "'prompt' must be text or a list of messages"),
+        ('{"prompt": "a",}\n' + GOOD, "line 1 is not JSON"),
+        ("{'prompt': 'a'}\n", "line 1 is not JSON"),
+        ("# mine\n" + GOOD, "line 1 is not JSON, but line 2 is"),
+        ('"a"\n"b"\n', "line 1 must be a JSON object"),
+        ("[1, 2]\n5\n", "line 1 must be a JSON object"),
+        ('[\n  {"prompt": "a"},\n  {"prompt": b}\n]', "line 3 is not JSON"),
+        ('[{"prompt": "a"}, 7]', "item 1 must be a JSON object, got '7'"),
+        ('[{"prompt": "a"}, {"x": 7}]', "item 1 must have one of the keys"),
+        ("[]", "holds no prompt"),
+        ("[[1, true]]", "item 0: 'token_ids' must be a list of integers"),
         (GOOD + '{"token_ids": "a"}', "'token_ids' must be a list, got 'a'"),
         (GOOD + '{"token_ids": [1.5]}', "'token_ids' must be a list of integers"),
         (GOOD + '{"token_ids": [true]}', "'token_ids' must be a list of integers"),

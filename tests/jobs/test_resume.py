@@ -26,7 +26,7 @@ def test_a_function_is_stored_by_its_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_reward_options_are_stated_only_where_they_are_given() -> None:
-    more = {"traces": False, "prompts_digest": "x", "count": 1}
+    more = {"traces": False, "entries": []}
     plain = stated_settings(DecodeConfig(), ModelChoice("b", "r"), **more)
     assert plain["reward_options"] is None
     pairs = ModelChoice("b", "r", reward_options=RewardOptions(pair=True))

@@ -18,7 +18,7 @@ from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import TqFastError
 from ..rewards.options import RewardOptions
-from .options import read_model_kwargs, takes_decode_options
+from .options import read_model_kwargs, read_template_options, takes_decode_options
 from .terminal import one_line, say
 
 app = typer.Typer(
@@ -128,8 +128,9 @@ Dtype = Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", 
 Prompts = Annotated[
     str,
     _output(
-        help="Prompts: JSON lines with 'prompt' (text), 'messages' (chat) or 'token_ids', and "
-        "perhaps 'id'; or one text a line. '-' is standard input.",
+        help="Prompts: JSON lines, or a JSON array, with 'prompt' (text or messages), 'messages' "
+        "or 'token_ids', and perhaps 'id'; other keys come back in the records. Or one text a "
+        "line. '-' is standard input.",
         metavar="FILE",
     ),
 ]
@@ -137,6 +138,15 @@ Output = Annotated[
     Path,
     _output(
         help="JSON lines, one record a prompt, in the order in which they finish.", metavar="FILE"
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--template-options",
+        help="What chat templates get beside the messages: tools, enable_thinking and the like.",
+        metavar="JSON",
+        rich_help_panel="Prompts and output",
     ),
 ]
 Traces = Annotated[bool, _output("--traces/--no-traces", help="Put every step into the records.")]
@@ -178,6 +188,7 @@ def decode(
     model_kwargs: ModelKwargs = None,
     prompts: Prompts,
     output: Output,
+    template_options: Template = None,
     traces: Traces = False,
     batch_size: BatchSize = 8,
     memory_budget: MemoryBudget = None,
@@ -222,6 +233,7 @@ def decode(
         traces=traces,
         overwrite=overwrite,
         retry_errors=retry_errors,
+        template_options=read_template_options(template_options),
     )
     raise typer.Exit(run_decode(config, models, prompts, output, options, Console(stderr=True)))
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
-from ..jobs.prompt_file import PromptEntry, digest_prompts, read_prompt_file
+from ..jobs.prompt_file import PromptEntry, read_prompt_file
 from ..jobs.record_file import OutputRefused, Record, RecordFile
 from ..jobs.records import ends_the_job, error_record, response_record
 from ..jobs.resume import (
@@ -43,6 +44,7 @@ class JobOptions:
         traces: whether records hold a trace of every step.
         overwrite: start again, whatever the output holds.
         retry_errors: decode again the prompts that failed.
+        template_options: those of `TransferDecoder.decode`.
     """
 
     batch_size: int = 8
@@ -50,6 +52,7 @@ class JobOptions:
     traces: bool = False
     overwrite: bool = False
     retry_errors: bool = False
+    template_options: Mapping[str, Any] | None = None
 
 
 def run_decode(
@@ -85,20 +88,21 @@ def run_decode(
         config,
         models,
         traces=options.traces,
-        prompts_digest=digest_prompts(entries),
-        count=len(entries),
+        entries=entries,
+        template_options=options.template_options,
     )
     with RecordFile(output) as file:
         earlier = Earlier()
         if not options.overwrite:
             earlier = read_earlier(file, entries, retry_errors=options.retry_errors)
-            check_stated(file, earlier, stated)
+            check_stated(file, earlier, stated, entries)
         with loading_models(console):
             decoder = models.load()
         # A call without prompts checks the settings against the models before the output changes.
         decoder.decode(
             [],
             config=config,
+            template_options=options.template_options,
             batch_size=options.batch_size,
             memory_budget=options.memory_budget,
         )
@@ -131,6 +135,7 @@ class DecodeJob:
         self.config = config
         self.entries = entries
         self.traces = options.traces
+        self.template_options = options.template_options
         self.batch_size = options.batch_size
         self.memory_budget = options.memory_budget
         self.file = file
@@ -145,7 +150,7 @@ class DecodeJob:
         self.progress = JobProgress(
             console,
             "prompts",
-            dict.fromkeys(pending, config.max_new_tokens),
+            dict.fromkeys(pending, config.max_new_tokens * config.num_return_sequences),
             num_before=len(self.done),
         )
 
@@ -175,7 +180,7 @@ class DecodeJob:
     def _decode_all(self) -> None:
         # The reader counts equal prompts, so it reads those that are done too: every prompt then
         # has the random stream of an uninterrupted run.
-        reader = self.decoder.prompt_reader()
+        reader = self.decoder.prompt_reader(self.template_options)
         waiting: list[tuple[int, Prompt]] = []
         for index, entry in enumerate(self.entries):
             try:
@@ -225,19 +230,30 @@ class DecodeJob:
 
     def _decode(self, prompts: list[tuple[int, Prompt]]) -> None:
         indices = [index for index, _ in prompts]
+        num = self.config.num_return_sequences
+        results: dict[int, PromptResult] = {}
+
+        def on_finished(idx: int, result: PromptResult) -> None:
+            results[idx] = result
+            # The responses to one prompt stand in a row, and make one record.
+            mine = range(idx - idx % num, idx - idx % num + num)
+            if all(other in results for other in mine):
+                self._write_response(indices[idx // num], [results.pop(i) for i in mine])
+
         self.decoder.decode(
             [prompt for _, prompt in prompts],
             config=self.config,
             batch_size=self.batch_size,
             memory_budget=self.memory_budget,
-            on_token=lambda idx: self.progress.token(indices[idx]),
-            on_finished=lambda idx, result: self._write_response(indices[idx], result),
+            on_token=lambda idx: self.progress.token(indices[idx // num]),
+            on_finished=on_finished,
         )
 
-    def _write_response(self, index: int, result: PromptResult) -> None:
-        self._write(index, response_record(self.entries[index], result, traces=self.traces))
-        self.num_steps += len(result.trace)
-        self.num_noisy_steps += count_noisy_steps(result.trace, self.config.alpha)
+    def _write_response(self, index: int, results: Sequence[PromptResult]) -> None:
+        self._write(index, response_record(self.entries[index], results, traces=self.traces))
+        for result in results:
+            self.num_steps += len(result.trace)
+            self.num_noisy_steps += count_noisy_steps(result.trace, self.config.alpha)
 
     def _write_error(self, index: int, error: Exception) -> None:
         record = error_record(self.entries[index], error)

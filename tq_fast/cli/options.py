@@ -146,3 +146,19 @@ def _end_tokens(words: list[str]) -> tuple[int, ...] | None:
             f"expected token ids or the one word 'never', got {' '.join(words)!r}.",
             param_hint="'--eos-token-id'",
         ) from None
+
+
+def read_template_options(text: str | None) -> dict[str, Any] | None:
+    """The object of `--template-options`; a word that is no JSON object is refused."""
+    try:
+        options = None if text is None else json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not JSON: {error}.", param_hint="'--template-options'"
+        ) from None
+    if not isinstance(options, (dict, type(None))):
+        raise typer.BadParameter(
+            f"expected a JSON object such as '{{\"enable_thinking\": false}}', got {text!r}.",
+            param_hint="'--template-options'",
+        )
+    return options

@@ -146,7 +146,7 @@ class EvalWorker:
             # Methods without values choose among one candidate: their traces say nothing more than
             # the response.
             keeps_trace = is_first and len(trace[0].candidates) > 1
-            record = response_record(self._entry(task, idx), one, traces=keeps_trace)
+            record = response_record(self._entry(task, idx), [one], traces=keeps_trace)
             if keeps_trace and models.tokenizer is not None:
                 for step in record["trace"]:
                     step["texts"] = [models.tokenizer.decode([z]) for z in step["candidates"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +15,26 @@ from ..results import PromptResult, StepTrace
 from .prompt_file import PromptEntry
 from .record_file import OutputRefused, Record
 
+# Keys that a record has of its own; what the prompt file says under one of them goes into `extra`.
+_OWN_KEYS = (
+    *("index", "id", "prompt", "response", "token_ids", "steps", "certificate", "trace"),
+    *("other_responses", "error", "settings", "extra"),
+)
 
-def response_record(entry: PromptEntry, result: PromptResult, *, traces: bool) -> Record:
+
+def response_record(entry: PromptEntry, results: Sequence[PromptResult], *, traces: bool) -> Record:
     """Return the record of a prompt that was decoded; with `traces`, it holds every step too.
 
+    Of several responses the first stands in the record itself, the rest in `other_responses`.
     Numbers are null where they are not finite or cannot be estimated (an error at n = 1).
     """
-    record = {
-        **_head(entry),
+    first, *others = [_response(result, traces=traces) for result in results]
+    record = {**_head(entry), **first}
+    return {**record, "other_responses": others} if others else record
+
+
+def _response(result: PromptResult, *, traces: bool) -> Record:
+    record: Record = {
         "response": result.text,
         "token_ids": result.sequence.tolist(),
         "steps": len(result.trace),
@@ -49,7 +62,10 @@ def ends_the_job(error: Exception) -> bool:
 
 
 def _head(entry: PromptEntry) -> dict[str, Any]:
-    return {"index": entry.index, "id": entry.id, "prompt": entry.prompt}
+    own = {"index": entry.index, "id": entry.id, "prompt": entry.prompt}
+    extra = {key: value for key, value in entry.extra.items() if key not in _OWN_KEYS}
+    taken = {key: value for key, value in entry.extra.items() if key in _OWN_KEYS}
+    return {**own, **extra, **({"extra": taken} if taken else {})}
 
 
 def _compact(step: StepTrace) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from ..forest.view import is_adapted
 from ..rewards.base import Reward
 from ..rewards.options import RewardOptions
 from ..session import place_models
-from .prompt_file import PromptEntry
+from .prompt_file import PromptEntry, digest_prompts
 from .record_file import Line, OutputRefused, RecordFile
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_OF_PROMPTS = ("number of prompts", "prompts")
 _ROLES = ("baseline", "sft", "reward", "baseline_reward")
 # About so many numbers of each weight enter the fingerprint of a model.
 _NUM_SAMPLES = 64
@@ -76,7 +77,12 @@ def read_dtype(name: str) -> torch.dtype | str:
 
 
 def stated_settings(
-    config: DecodeConfig, models: ModelChoice, *, traces: bool, prompts_digest: str, count: int
+    config: DecodeConfig,
+    models: ModelChoice,
+    *,
+    traces: bool,
+    entries: Sequence[PromptEntry],
+    template_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return everything that a job's command line says about its records.
 
@@ -89,9 +95,10 @@ def stated_settings(
         "reward_index": models.reward_index,
         "reward_bounds": models.reward_bounds,
         "reward_options": None if options is None else dataclasses.asdict(options),
+        "template_options": template_options,
         "traces": traces,
-        "number of prompts": count,
-        "prompts": prompts_digest,
+        "number of prompts": len(entries),
+        "prompts": digest_prompts(entries),
     }
     # A job of an earlier version states none.
     if models.model_kwargs:
@@ -141,7 +148,9 @@ def fingerprint_models(
 def make_settings(stated: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
     """Return the content of the settings file; its `fingerprint` goes into every record."""
     contents = {role: model["fingerprint"] for role, model in loaded.items()}
-    whole = json.dumps([stated, contents], sort_keys=True)
+    # Prompts may be appended later, which leaves the records that are there as they are.
+    lasting = {name: value for name, value in stated.items() if name not in _OF_PROMPTS}
+    whole = json.dumps([lasting, contents], sort_keys=True)
     fingerprint = hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
     return {
         "fingerprint": fingerprint,
@@ -256,8 +265,15 @@ def read_earlier(
     return dataclasses.replace(earlier, first_other=min(others, default=None))
 
 
-def check_stated(file: RecordFile, earlier: Earlier, stated: dict[str, Any]) -> None:
+def check_stated(
+    file: RecordFile,
+    earlier: Earlier,
+    stated: dict[str, Any],
+    entries: Sequence[PromptEntry] = (),
+) -> None:
     """Refuse to go on with other settings than `stated`, before any model is loaded.
+
+    Prompts may have been appended to `entries` since.
 
     Raises:
         OutputRefused: the settings differ (the message says in what), or the file holds
@@ -272,10 +288,14 @@ def check_stated(file: RecordFile, earlier: Earlier, stated: dict[str, Any]) -> 
         return
     differences = []
     if earlier.settings is not None:
-        differences = stated_differences(earlier.settings.get("settings", {}), stated)
+        then = dict(earlier.settings.get("settings", {}))
+        count = then.get("number of prompts")
+        if isinstance(count, int) and then.get("prompts") == digest_prompts(entries[:count]):
+            then |= {name: stated[name] for name in _OF_PROMPTS}
+        differences = stated_differences(then, stated)
     if earlier.first_other is not None:
         other = f"the prompt with index {earlier.first_other} is another"
-        differences = [text for text in differences if text != "other prompts"] or [other]
+        differences = [*(text for text in differences if text != "other prompts"), other]
     _refuse(file, differences)
 
 
@@ -322,7 +342,7 @@ def stated_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for name in [*now, *(name for name in then if name not in now)]:
         before, after = then.get(name), now.get(name)
         if before != after and name == "prompts":
-            if then.get("number of prompts") == now["number of prompts"]:
+            if then.get("number of prompts", 0) <= now["number of prompts"]:
                 differences.append("other prompts")
         elif before != after:
             differences.append(f"{name} was {_words(before)}, is {_words(after)}")
