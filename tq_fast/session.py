@@ -26,7 +26,6 @@ from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
 from .forest.language import vocab_size_of
 from .models.generation import warn_of_ignored
-from .models.loader import Loader
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -37,6 +36,7 @@ from .models.loading import (
     load_tokenizer,
     num_token_ids,
 )
+from .models.shared_weights import Loader
 from .prompts import Prompt, PromptReader, read_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .rewards.base import Reward, RewardFunction, Texts

@@ -21,7 +21,7 @@ from ..rewards.scorer import Scorer
 from ..session import Report, Session, neutral_torch
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from ..transfer.roles import distinct
-from .sampling import Drawn, certify_plain, sample_responses, trace_plain
+from .whole_responses import Drawn, certify_plain, sample_responses, trace_plain
 
 
 @neutral_torch()
