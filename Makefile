@@ -39,13 +39,15 @@ NEWEST_TRANSFORMERS := transformers>=5.24,<6
 RELEASE_TESTS := tests/forest tests/rewards tests/models tests/test_equivalence.py
 
 test-transformers: $(INSTALLED)
-	$(MAKE) --no-print-directory test-release RELEASE="$(OLDEST_TRANSFORMERS)" FOLDER=build/transformers-oldest
-	$(MAKE) --no-print-directory test-release RELEASE="$(NEWEST_TRANSFORMERS)" FOLDER=build/transformers-newest
+	$(MAKE) --no-print-directory test-release FOLDER=build/transformers-oldest RELEASE="$(OLDEST_TRANSFORMERS)" \
+	  HUB="huggingface-hub<2"
+	$(MAKE) --no-print-directory test-release FOLDER=build/transformers-newest RELEASE="$(NEWEST_TRANSFORMERS)"
 
 .PHONY: test-release
 test-release: $(INSTALLED)
 	rm -rf $(FOLDER)
 	$(PIP) --no-deps --target $(FOLDER) "$(RELEASE)"
+	$(if $(HUB),$(PIP) --target $(FOLDER) "$(HUB)")
 	PYTHONPATH=$(FOLDER) $(VENV_PYTHON) -c "import transformers; print('transformers', transformers.__version__)"
 	PYTHONPATH=$(FOLDER) $(TEST_ENV) $(VENV_PYTHON) -m pytest $(RELEASE_TESTS) -n $(PYTEST_WORKERS) --benchmark-disable
 

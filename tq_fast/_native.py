@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, TypeVar
@@ -18,11 +19,13 @@ import torch
 LibraryName = Literal["cpu", "cuda"]
 _Function = TypeVar("_Function")
 _PACKAGE_FOLDER = Path(__file__).resolve().parent
+# torch leaves this function without types.
+_load_library: Callable[[str], None] = torch.ops.load_library
 
 
 def constant_when_compiling(function: _Function) -> _Function:
     """As torch.compiler.assume_constant_result, which would import torch._dynamo, a second, now."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -34,7 +37,7 @@ def _load(name: LibraryName) -> str | None:
             "reinstall with a C++ compiler and torch present and TQ_FAST_BUILD=" + name
         )
     try:
-        torch.ops.load_library(str(path))
+        _load_library(str(path))
     except OSError as error:
         return f"{path.name} could not be loaded: {error}"
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,9 +43,10 @@ def decode(
     reward_index: int | None = None,
     reward_bounds: tuple[float, float] | None = None,
     reward_options: RewardOptions | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | Mapping[str, torch.device | str] | None = None,
     dtype: torch.dtype | str = "auto",
     speed: SpeedOptions | None = None,
+    model_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     config: DecodeConfig | None = None,
     template_options: TemplateOptions | None = None,
     batch_size: int = 8,
@@ -63,9 +64,7 @@ def decode(
             returned. A last turn of the assistant's goes on.
         baseline: the aligned model that rolls out: a hub id, a local folder or a loaded model.
         reward: a sequence classifier (hub id, folder or model; any tokenizer), a function
-            `(prompts, responses) -> floats` or its name, `package.module:function`; or a pipeline,
-            an object with `predict(pairs)`, a reward function of TRL, or a module that takes
-            `input_ids` (with `reward_tokenizer`). It gets copies.
+            `(prompts, responses) -> floats`, or another kind that `tq_fast.rewards.base` lists.
         config: settings to start from; `options` replace its fields.
         template_options: what chat templates get beside messages: tools, enable_thinking, ...
         batch_size: prompts that are decoded together, at most; results do not depend on it.
@@ -82,8 +81,8 @@ def decode(
     Raises:
         InvalidArgument: an argument is wrong; raised before any forward pass.
         UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
-        DecodingError: a prompt failed on the way. Its `finished` holds the responses that were
-            complete, as that of any other exception does which ends the call on the way.
+        DecodingError: one prompt failed; `finished` holds the complete responses, as on any other
+            exception that ends the call midway.
     """
     loading: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -95,6 +94,7 @@ def decode(
         "device": device,
         "dtype": dtype,
         "speed": speed,
+        "model_kwargs": model_kwargs,
     }
     others = ("sft", "baseline_reward", *loading, *_RUN_ARGUMENTS)
     # Wrong settings are refused before any model is loaded.
@@ -116,10 +116,15 @@ class TransferDecoder:
     """Models that are loaded once, for many calls of `decode`.
 
     Args:
-        baseline: as for `decode`.
+        baseline: as for `decode`. An adapter folder, a PeftModel and a compiled model are taken
+            too, here and for the other models. Models that are named alike are loaded once, and
+            share their weights with the adapters on top of them. A model object that is given
+            both by itself and inside of a PeftModel is, by itself, the base with its adapters off;
+            any other object runs with adapters as it says.
         reward: as for `decode`.
         sft: the SFT model: the prior pi_sft and, for indirect transfer, the trajectory log-ratio.
-            Must have the baseline's vocabulary.
+            Must have the baseline's vocabulary, but for added tokens. Where it is the baseline's
+            own model, the two are run once and counted as the baseline.
         baseline_reward: the reward that the baseline was aligned to (indirect transfer with
             weights="reward_gap" or "published").
         tokenizer: tokenizer of the language models; None: the one in the baseline's folder.
@@ -131,9 +136,14 @@ class TransferDecoder:
             is NaN in the traces).
         reward_options: how the reward reads prompts and responses: pairs, truncation, special
             tokens; None: one text, refused where it is too long.
-        device: where models given by name are put; None: a GPU if there is one.
+        device: where models given by name are put, one device or a dict of them by role; None: a
+            GPU if there is one.
         dtype: dtype of models given by name, a `torch.dtype` or "auto" (as they were saved).
         speed: the speed options, each of which can be switched off to measure it; None: all on.
+        model_kwargs: more keyword arguments of `from_pretrained` by role ("baseline", "sft",
+            "reward", "baseline_reward"), such as quantization_config, device_map, gguf_file,
+            revision or trust_remote_code. With device_map or quantization_config `device` is not
+            applied.
 
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
@@ -153,9 +163,10 @@ class TransferDecoder:
         reward_index: int | None = None,
         reward_bounds: tuple[float, float] | None = None,
         reward_options: RewardOptions | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | Mapping[str, torch.device | str] | None = None,
         dtype: torch.dtype | str = "auto",
         speed: SpeedOptions | None = None,
+        model_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         loading = LoadingOptions(
             tokenizer=tokenizer,
@@ -167,6 +178,7 @@ class TransferDecoder:
             device=device,
             dtype=dtype,
             speed=speed,
+            model_kwargs=model_kwargs,
         )
         self.session = Session(
             {"baseline": baseline, "sft": sft},
@@ -297,9 +309,9 @@ def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePl
     if config.needs_baseline_reward and "baseline_reward" not in session.rewards:
         raise InvalidArgument(f"weights={config.weights!r} needs baseline_reward, got None")
     eos = session.end_ids(config)
-    num_usable = session.vocab_size - (len(set(eos)) if config.min_new_tokens else 0)
+    num_usable = session.num_tokens - (len(set(eos)) if config.min_new_tokens else 0)
     if config.k > num_usable:
-        what = "the vocabulary" if num_usable == session.vocab_size else "the tokens but for EOS"
+        what = "the vocabulary" if num_usable == session.num_tokens else "the tokens but for EOS"
         raise InvalidArgument(f"k must be at most {what}, {num_usable}, got {config.k}")
     return DecodePlan(
         config,
@@ -309,6 +321,7 @@ def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePl
         eos=eos,
         stop=session.stop_strings(config),
         vocab_size=session.vocab_size,
+        num_tokens=session.num_tokens,
         reward_bounds=session.reward_bounds,
         max_rows=0,
         speed=session.speed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -25,6 +26,7 @@ from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
 from .forest.language import vocab_size_of
 from .models.generation import warn_of_ignored
+from .models.loader import Loader
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -33,6 +35,7 @@ from .models.loading import (
     load_language_model,
     load_reward,
     load_tokenizer,
+    num_token_ids,
 )
 from .prompts import Prompt, PromptReader, read_prompts
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
@@ -43,6 +46,8 @@ from .stopping import StopStrings
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 
 ROLES: tuple[Role, ...] = ("baseline", "sft")
+# Every role whose model can be named.
+LOADED_ROLES = (*ROLES, "reward", "baseline_reward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +67,10 @@ class LoadingOptions:
     reward_index: int | None = None
     reward_bounds: tuple[float, float] | None = None
     reward_options: RewardOptions | None = None
-    device: torch.device | str | None = None
+    device: torch.device | str | Mapping[str, torch.device | str] | None = None
     dtype: torch.dtype | str = "auto"
     speed: SpeedOptions | None = None
+    model_kwargs: Mapping[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward_bounds", _checked_bounds(self.reward_bounds))
@@ -82,6 +88,9 @@ class LoadingOptions:
             )
         if not isinstance(self.speed, (SpeedOptions, type(None))):
             raise InvalidArgument(f"speed must be tq_fast.SpeedOptions or None, got {self.speed!r}")
+        _check_model_kwargs(self.model_kwargs)
+        if isinstance(self.device, Mapping):
+            _check_roles("device", self.device)
 
 
 class RunOptions(TypedDict, total=False):
@@ -104,9 +113,36 @@ class MethodOptions(DecodeOptions, RunOptions, total=False):
     reward_index: int | None
     reward_bounds: tuple[float, float] | None
     reward_options: RewardOptions | None
-    device: torch.device | str | None
+    device: torch.device | str | Mapping[str, torch.device | str] | None
     dtype: torch.dtype | str
     speed: SpeedOptions | None
+    model_kwargs: Mapping[str, Mapping[str, Any]] | None
+
+
+def _check_roles(name: str, by_role: Mapping[str, Any]) -> None:
+    for role in by_role:
+        if role not in LOADED_ROLES:
+            raise InvalidArgument(
+                f"{name} must be by role ({', '.join(LOADED_ROLES)}), got {role!r}"
+            )
+
+
+def _check_model_kwargs(model_kwargs: Any) -> None:
+    """Refuse what is not keyword arguments by role."""
+    if model_kwargs is None:
+        return
+    if not isinstance(model_kwargs, Mapping):
+        raise InvalidArgument(
+            "model_kwargs must be a dict of keyword arguments by role or None, got "
+            f"{type(model_kwargs).__name__}"
+        )
+    _check_roles("model_kwargs", model_kwargs)
+    for role, options in model_kwargs.items():
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+            raise InvalidArgument(
+                f"model_kwargs of {role} must be a dict of keyword arguments of from_pretrained, "
+                f"got {type(options).__name__}"
+            )
 
 
 def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
@@ -122,12 +158,20 @@ def _checked_bounds(bounds: Any) -> tuple[float, float] | None:
     return float(bounds[0]), float(bounds[1])
 
 
-def place_models(device: torch.device | str | None) -> torch.device:
+def place_models(
+    device: torch.device | str | Mapping[str, torch.device | str] | None, role: str = ""
+) -> torch.device:
     """Return the device for models given by name: `device`, else a GPU if there is one.
+
+    Args:
+        device: one device, or a device by role.
+        role: whose device; a role that `device` leaves out is placed as with None.
 
     Raises:
         InvalidArgument: there is no such device.
     """
+    if isinstance(device, Mapping):
+        device = device.get(role)
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -220,6 +264,12 @@ class Session:
         rewards: rewards by role ("reward", "baseline_reward"); one that is None takes no part.
         loading: options for loading both.
 
+    Attributes:
+        vocab_size: number of ids that every language model embeds and predicts.
+        num_tokens: number of ids that may be chosen. Models have embeddings for more than their
+            tokenizer has tokens, so that sizes are round, and one of two models may know a token
+            that the other does not.
+
     Raises:
         InvalidArgument: an argument is wrong; the message names it.
         UnsupportedModel: a model uses a feature that the shared-prefix cache does not honour.
@@ -234,21 +284,36 @@ class Session:
     ) -> None:
         self.reward_bounds = loading.reward_bounds
         self.speed = loading.speed or SpeedOptions()
-        place, dtype = place_models(loading.device), loading.dtype
+        dtype = loading.dtype
         given = {role: model for role in ROLES if (model := languages.get(role)) is not None}
+        sources: dict[str, Any] = {str(role): model for role, model in given.items()}
+        sources |= {role: reward for role, reward in rewards.items() if reward is not None}
+        places = {role: place_models(loading.device, role) for role in sources}
+        model_kwargs = loading.model_kwargs or {}
+        for role in model_kwargs:
+            if role in sources and not isinstance(sources[role], (str, os.PathLike)):
+                raise InvalidArgument(
+                    f"model_kwargs of {role} cannot be honoured: {role} is loaded already"
+                )
+        loader = Loader(sources, devices=places, dtype=dtype, model_kwargs=model_kwargs)
         self.languages: dict[Role, PreTrainedModel] = {
-            role: load_language_model(model, role, device=place, dtype=dtype)
+            role: load_language_model(model, role, device=places[role], dtype=dtype, loader=loader)
             for role, model in given.items()
         }
         warn_of_ignored(self.languages)
+        first = next(iter(given))
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(
-            loading.tokenizer, next(iter(given.values())), "tokenizer"
+            loading.tokenizer, given[first], "tokenizer", loader.options_of(first)
         )
+        tokenizers = [self.tokenizer]
         if len(given) == 2:
-            own = load_tokenizer(None, given["sft"], "sft")
-            check_same_vocabulary(self.tokenizer, own, *self.languages.values())
+            tokenizers.append(load_tokenizer(None, given["sft"], "sft", loader.options_of("sft")))
+            check_same_vocabulary(*tokenizers, *self.languages.values())
         sizes = [vocab_size_of(model) for model in self.languages.values()]
+        known = [num_token_ids(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
         self.vocab_size = min(sizes)
+        # Prompts may have any id that all models embed; what is chosen is a token to everybody.
+        self.num_tokens = min([*sizes, *known])
         self.rewards: dict[str, Reward] = {
             role: load_reward(
                 reward,
@@ -258,8 +323,9 @@ class Session:
                 options=loading.reward_options if role == "reward" else None,
                 texts=Texts(self.tokenizer),
                 vocab_size=sizes[0],
-                device=place,
+                device=places[role],
                 dtype=dtype,
+                loader=loader,
             )
             for role, reward in rewards.items()
             if reward is not None

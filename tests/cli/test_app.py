@@ -122,6 +122,8 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
     words += " --reward-pair --reward-truncate left --reward-keep-special-tokens"
     words += " --device cpu --dtype bfloat16 --batch-size 3 --traces"
     words += " --overwrite --retry-errors --memory-budget 1000"
+    kwargs = ['sft={"revision":"v2"}', 'baseline={"trust_remote_code":true}']
+    words += "".join(f" --model-kwargs {word}" for word in kwargs)
     template = ["--template-options", '{"enable_thinking": false}']
     assert invoke(*NEEDED, *words.split(), *template).exit_code == 0
     assert dataclasses.asdict(seen["models"]) == {
@@ -137,6 +139,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "reward_options": {"pair": True, "truncate": "left", "keep_special_tokens": True},
         "device": "cpu",
         "dtype": "bfloat16",
+        "model_kwargs": {"sft": {"revision": "v2"}, "baseline": {"trust_remote_code": True}},
     }
     assert seen["prompts"] == "p" and seen["output"] == Path("o")
     assert dataclasses.asdict(seen["options"]) == {
@@ -153,6 +156,12 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
 def test_template_options_must_be_a_json_object(seen: dict, word: str, reason: str) -> None:
     result = invoke(*NEEDED, "--template-options", word)
     assert result.exit_code == 2 and reason in result.output and not seen
+
+
+@pytest.mark.parametrize("word", ["baseline", "baseline={", "baseline=[1]"])
+def test_model_kwargs_that_are_no_json_object_are_refused(seen: dict, word: str) -> None:
+    result = invoke(*NEEDED, "--model-kwargs", word)
+    assert result.exit_code == 2 and "--model-kwargs" in result.output
 
 
 def test_every_argument_of_the_decoder_can_be_given() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tq_fast import _native
 from tq_fast.cli import info
+from tq_fast.models.tiny import load_tiny_world
 from tq_fast.ops._dispatch import describe_backends
 
 MISSING = "the cpu library was not built"
@@ -90,3 +91,11 @@ def test_on_a_gpu_the_gpu_backends_count(monkeypatch: pytest.MonkeyPatch, on_cpu
     shown = show()
     assert "one_op  triton  no (1)  yes     yes" in shown
     assert "No CUDA library" in shown and "No GPU" not in shown
+
+
+def test_a_model_is_told_of_its_layers_and_of_its_cache(on_cpu: None) -> None:
+    heard = io.StringIO()
+    info.show_info(Console(file=heard, width=100), str(load_tiny_world().baseline))
+    shown = heard.getvalue()
+    layers = "layers run fused" if _native.cpu_refusal() is None else "no decoder layer runs fused"
+    assert "bytes of KV" in shown and layers in shown

@@ -66,7 +66,11 @@ def test_a_pattern_that_transformers_cannot_index_is_refused() -> None:
 
 def test_a_padding_mask_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="padding mask"):
-        mask_of(causal_mask_function, attention_mask=torch.ones(1, 3))
+        mask_of(causal_mask_function, attention_mask=torch.tensor([[0, 1, 1]]))
+
+
+def test_a_padding_mask_that_masks_nothing_is_none() -> None:
+    assert mask_of(causal_mask_function, attention_mask=torch.ones(1, 3)) is None
 
 
 def test_an_argument_that_is_not_honoured_is_refused_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -113,7 +114,7 @@ def fused(model: PreTrainedModel) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma", "olmo2", "phi3", "granite", "gpt2"])
-@pytest.mark.filterwarnings("ignore:layers of kind")
+@pytest.mark.filterwarnings("ignore:.*decoder layers run fused")
 def test_other_formulas_are_left_to_their_own_code(kind) -> None:
     if kind == "gpt2":
         config = CONFIG_MAPPING[kind](vocab_size=50, n_embd=48, n_layer=2, n_head=4)
@@ -139,6 +140,7 @@ class Packed(nn.Module):
         return nn.functional.linear(x, self.packed)
 
 
+@pytest.mark.filterwarnings("ignore:.*decoder layers run fused")
 def test_a_layer_that_somebody_changed_is_left_alone() -> None:
     def derive(layer: nn.Module) -> None:
         layer.mlp.up_proj = DerivedLinear(48, 88)
@@ -219,8 +221,11 @@ def test_an_impostor_with_all_the_parts_is_found_by_the_trial(impostor, dtype) -
     first = model.model.layers[0]
     part = next(m for m in first.modules() if type(m) in impostor.__mro__)
     part.__class__ = impostor
-    with pytest.warns(UserWarning, match="something else than the fused formula"):
+    with pytest.warns(UserWarning, match="1 of 2 decoder layers run fused .*by a trial"):
         assert fused(model) == [1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused(model) == [1], "what was said once is not said again"
     expected = rolled_out(model, cpu_layers=False)
     tolerance = 10 * TOLERANCE[dtype]
     torch.testing.assert_close(rolled_out(model), expected, rtol=tolerance, atol=tolerance)

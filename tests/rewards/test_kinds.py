@@ -267,7 +267,8 @@ def test_a_reward_whose_tokenizer_is_not_known_is_refused(
 ) -> None:
     ours = tokenizers["bytes"]
     baseline, reward = zoo.language_model("llama", vocab_size=len(ours)), scorer(ours)
-    with pytest.warns(UserWarning, match="without a tokenizer and without a name"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         tq_fast.TransferDecoder(baseline, reward, tokenizer=ours)
     reward.config.name_or_path = reward.name_or_path = "someone/some-reward"
     with pytest.raises(InvalidArgument, match=r"someone/some-reward.*pass reward_tokenizer="):

@@ -18,7 +18,7 @@ from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import TqFastError
 from ..rewards.options import RewardOptions
-from .options import read_template_options, takes_decode_options
+from .options import read_model_kwargs, read_template_options, takes_decode_options
 from .terminal import one_line, say
 
 app = typer.Typer(
@@ -116,6 +116,14 @@ RewardKeepSpecialTokens = Annotated[
 Device = Annotated[
     str | None, _model("Where the models run; not given: a GPU if there is one.", "NAME")
 ]
+ModelKwargs = Annotated[
+    list[str] | None,
+    _model(
+        "More arguments of from_pretrained for one model, such as "
+        '\'baseline={"revision": "v2"}\'; repeat for several.',
+        "ROLE=JSON",
+    ),
+]
 Dtype = Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", "WORD")]
 Prompts = Annotated[
     str,
@@ -177,6 +185,7 @@ def decode(
     reward_keep_special_tokens: RewardKeepSpecialTokens = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    model_kwargs: ModelKwargs = None,
     prompts: Prompts,
     output: Output,
     template_options: Template = None,
@@ -216,6 +225,7 @@ def decode(
         reward_options=None if reading == RewardOptions() else reading,
         device=device,
         dtype=dtype,
+        model_kwargs=read_model_kwargs(model_kwargs or ()),
     )
     options = JobOptions(
         batch_size=batch_size,
@@ -295,11 +305,16 @@ def report(
 
 
 @app.command()
-def info() -> None:
+def info(
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Say, too, how the layers of this model run."),
+    ] = None,
+) -> None:
     """Show what is installed and built, which backend each op uses, and why not the others."""
     from .info import show_info
 
-    show_info(Console())
+    show_info(Console(), model)
 
 
 if __name__ == "__main__":

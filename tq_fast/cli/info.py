@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import warnings
 
 import torch
 import transformers
@@ -21,8 +22,13 @@ _ORDER = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref")}
 _KERNELS = ("cuda", "triton", "cpu")
 
 
-def show_info(console: Console) -> None:
-    """Print versions, hardware, native libraries and the backends of every op."""
+def show_info(console: Console, model: str | None = None) -> None:
+    """Print versions, hardware, native libraries and the backends of every op.
+
+    Args:
+        console: where to print.
+        model: a language model, a folder or a hub id, of which to say how its layers run.
+    """
     facts = [*_versions(), *_hardware(), *_libraries()]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -38,6 +44,24 @@ def show_info(console: Console) -> None:
         say(console, "\nWhat is missing, and what that costs:")
         for cost in costs:
             explain(console, f"- {cost}")
+    if model is not None:
+        _show_model(console, model)
+
+
+def _show_model(console: Console, name: str) -> None:
+    """Print whether the forest takes a model, and how many of its layers run fused."""
+    from ..forest.cpu_layers import describe_layers
+    from ..forest.support import check_runs
+    from ..models.loading import load_language_model
+
+    model = load_language_model(name, "model", device=torch.device("cpu"), dtype="auto")
+    num_bytes = check_runs(model)
+    say(console, f"\n{name} ({type(model).__name__}):")
+    explain(console, f"- it runs over shared prefixes; a token takes {num_bytes:,} bytes of KV")
+    with warnings.catch_warnings():
+        # The same sentence stands in the next line.
+        warnings.simplefilter("ignore")
+        explain(console, f"- on a CPU, {describe_layers(model)}")
 
 
 def _versions() -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -64,6 +64,23 @@ def takes_decode_options(command: Callable[..., Any]) -> Callable[..., Any]:
     described: Any = wrapper
     described.__signature__ = signature.replace(parameters=[*others, *options])
     return wrapper
+
+
+def read_model_kwargs(words: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+    """Return what `--model-kwargs` says by role, every word `ROLE={"name": value, ...}`."""
+    by_role: dict[str, dict[str, Any]] = {}
+    for word in words:
+        role, _, text = word.partition("=")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise typer.BadParameter(
+                f'expected ROLE={{"name": value}}, got {word!r}.', param_hint="'--model-kwargs'"
+            )
+        by_role.setdefault(role, {}).update(value)
+    return by_role or None
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:

@@ -160,7 +160,8 @@ def _forest_mask(
     A model makes the masks of all patterns that it knows, those of no layer among them: only a
     mask that a layer attends with is refused.
     """
-    if attention_mask is not None:
+    # Some models make a mask of their own that masks nothing.
+    if attention_mask is not None and not bool(attention_mask.all()):
         raise UnsupportedModel("a padding mask reached the shared-prefix cache, which takes none")
     if mask_function is causal_mask_function:
         return None

@@ -136,6 +136,7 @@ def _native_forward(layer: nn.Linear, native: Forward) -> Forward:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight, bias = parameters["weight"], parameters["bias"]
+        assert weight is not None, "a linear layer has a weight"
         if x.dtype is not weight.dtype or x.dim() not in (2, 3):
             return nn.functional.linear(x, weight, bias)
         return native(x, weight, bias)

@@ -17,6 +17,7 @@ import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from ..errors import warn_caller
 from ..ops._dispatch import unchecked_kernel
 from .attention import forest_attention, running
 from .cache import BranchPass, ForestCache, PrefillPass
-from .view import takes
+from .view import seen_modules, takes
 
 Forward = Callable[..., torch.Tensor]
 
@@ -34,6 +35,9 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 # Why the formula may not stand in for a layer that was tried; None: it may.
 _verdicts: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+# Models whose layers were told of.
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_OTHER_PARTS = "have other parts than the formula"
 _DISAGREES = "compute something else than the fused formula, by a trial on a few tokens"
 
 
@@ -63,7 +67,8 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
     num_layers = config.get_text_config().num_hidden_layers if config is not None else 0
     found = FusedLayers([], num_layers, Counter())
     rotary = getattr(getattr(view, "base_model", None), "rotary_emb", None)
-    for layer, original in zip(view.modules(), source.modules(), strict=True):
+    layer: Any
+    for layer, original in zip(view.modules(), seen_modules(source), strict=True):
         if not isinstance(getattr(layer, "self_attn", None), nn.Module):
             continue
         reason = _refusal(layer)
@@ -72,9 +77,6 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
             if original not in _verdicts:
                 agrees = rotary is not None and _agrees(layer, forward, rotary, backend)
                 _verdicts[original] = None if agrees else _DISAGREES
-                if not agrees and _DISAGREES not in found.reasons:
-                    kind = type(layer).__name__
-                    warn_caller(f"layers of kind {kind} {_DISAGREES}: they run as they are")
             reason = _verdicts[original]
         if reason is None:
             found.forwards.append((layer, forward, layer.self_attn.q_proj.weight.dtype))
@@ -82,11 +84,14 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
             found.reasons[reason] += 1
     left = found.num_layers - len(found.forwards) - found.reasons.total()
     if left > 0:
-        found.reasons["have other parts than the formula"] += left
+        found.reasons[_OTHER_PARTS] += left
+    if found.reasons.keys() - {_OTHER_PARTS} and source not in _warned:
+        _warned.add(source)
+        warn_caller(f"{type(source).__name__}: {found}; the others run as they are, more slowly")
     return found
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
     """Whether `module` is a linear layer itself, none derived from it, its weights on the CPU."""
     return (
         type(module) is nn.Linear
@@ -95,7 +100,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def _refusal(layer: nn.Module) -> str | None:
+def _refusal(layer: Any) -> str | None:
     """Why a layer cannot be of the formula, from its parts; None: it is to be tried."""
     attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
     linears, norms = [], [getattr(layer, name, None) for name in _NORMS]
@@ -106,7 +111,7 @@ def _refusal(layer: nn.Module) -> str | None:
     is_silu = type(activation) is nn.SiLU or type(activation).__name__ == "SiLUActivation"
     has_parts = None not in (*linears, *eps, getattr(attention, "layer_idx", None))
     if not has_parts or not is_silu or not isinstance(attention.scaling, float):
-        return "have other parts than the formula"
+        return _OTHER_PARTS
     for linear in linears:
         if not is_plain_linear(linear):
             return f"have weights that are no plain linear layer on the CPU ({_kind(linear)})"
@@ -118,7 +123,7 @@ def _refusal(layer: nn.Module) -> str | None:
     return None
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: object) -> str:
     weight = getattr(module, "weight", None)
     is_special = type(module) is nn.Linear and type(weight) is not nn.Parameter
     return type(weight if is_special else module).__name__
@@ -130,7 +135,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agrees(layer: nn.Module, forward: Forward, rotary: nn.Module, backend: str | None) -> bool:
+def _agrees(layer: Any, forward: Forward, rotary: nn.Module, backend: str | None) -> bool:
     """Whether `forward` gives what `layer` gives, over a prefix and two rows of two tokens."""
     weight = layer.self_attn.q_proj.weight
     generator = torch.Generator().manual_seed(0)
@@ -194,7 +199,7 @@ def _close(ours: object, truth: object) -> bool:
     return True
 
 
-def _forward_of(layer: nn.Module) -> Forward:
+def _forward_of(layer: Any) -> Forward:
     attention, mlp = layer.self_attn, layer.mlp
     first_norm, second_norm = (getattr(layer, name) for name in _NORMS)
     layer_idx, scaling = attention.layer_idx, attention.scaling
@@ -214,13 +219,13 @@ def _forward_of(layer: nn.Module) -> Forward:
 
     def forward(
         hidden_states: torch.Tensor,
-        attention_mask: object = None,
+        attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: ForestCache | None = None,
+        past_key_values: Any = None,
         use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        cache: ForestCache | None = None,
-        **kwargs: object,
+        position_embeddings: Any = None,
+        cache: Any = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         q, k, v = project_qkv(
             hidden_states,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -50,7 +51,8 @@ class Forest:
             branch_capacity=branch_capacity,
         )
         self.num_token_forwards = 0
-        self.cpu_layers = CpuLayers(self.model, model, backend) if cpu_layers else None
+        has_layers = cpu_layers and self.device.type == "cpu"
+        self.cpu_layers = CpuLayers(self.model, model, backend) if has_layers else None
         self._cache_argument = cache_argument(model)
 
     @property
@@ -59,8 +61,8 @@ class Forest:
         return self.cache.num_bytes
 
     def run_prefill(
-        self, module: PreTrainedModel, tree: int, token_ids: Sequence[int], **options: object
-    ) -> object:
+        self, module: PreTrainedModel, tree: int, token_ids: Sequence[int], **options: Any
+    ) -> Any:
         """Append `token_ids` to the prefix of `tree` with `module`; return its output."""
         start = self.cache.prefix_len[tree]
         tokens = torch.tensor([token_ids], device=self.device)
@@ -77,8 +79,8 @@ class Forest:
         start: int,
         tree: torch.Tensor,
         first_row: int = 0,
-        **options: object,
-    ) -> object:
+        **options: Any,
+    ) -> Any:
         """Push `tokens` `[n, T]` through n rows, which hold `start` tokens already.
 
         `tree` is the tree of each row, int64 `[n]`, ascending.
@@ -100,8 +102,8 @@ class Forest:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         forward_pass: PrefillPass | BranchPass,
-        options: dict[str, object],
-    ) -> object:
+        options: dict[str, Any],
+    ) -> Any:
         self.num_token_forwards += tokens.numel()
         if self.cpu_layers is not None:
             self.cpu_layers.install(tokens.numel())
@@ -123,7 +125,7 @@ class LanguageForest(Forest):
         next_logits: logits `[G, V]` of the token after each tree's prefix.
     """
 
-    def __init__(self, model: PreTrainedModel, **sizes: object) -> None:
+    def __init__(self, model: PreTrainedModel, **sizes: Any) -> None:
         super().__init__(model, **sizes)
         self.vocab_size = vocab_size_of(model)
         self.next_logits = torch.empty(
@@ -196,7 +198,7 @@ class LanguageForest(Forest):
         self.next_logits = self.next_logits[:last]
 
     @functools.cached_property
-    def _last_only(self) -> dict[str, object]:
+    def _last_only(self) -> dict[str, Any]:
         """Options that ask the model for the logits of the last token alone."""
         return {"logits_to_keep": 1} if takes(self.source, "logits_to_keep") else {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -166,13 +167,14 @@ def split_by_length(lengths: Sequence[int], *, device_type: str, max_rows: int) 
     distinct = sorted(counts, reverse=True)
     per_pass = _CPU_PASS if device_type == "cpu" else _OTHER_PASS
     # costs[i]: of the i greatest lengths; cuts[i]: where the last of their passes begins.
-    costs, cuts = [0], [0]
+    costs: list[float] = [0]
+    cuts = [0]
     for end in range(1, len(distinct) + 1):
-        best, num_rows = None, 0
+        best, num_rows = (math.inf, 0), 0
         for begin in reversed(range(end)):
             num_rows += counts[distinct[begin]]
             cost = costs[begin] + per_pass + num_rows * distinct[begin]
-            if best is None or cost < best[0]:
+            if cost < best[0]:
                 best = (cost, begin)
         costs.append(best[0])
         cuts.append(best[1])

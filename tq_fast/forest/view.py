@@ -14,10 +14,14 @@ import functools
 import inspect
 import types
 from collections import OrderedDict
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+# Which adapters of peft run: none (False), the one of this name, or as the model says (None).
+Adapters: TypeAlias = Literal[False] | str | None
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -25,7 +29,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 _SHARED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
 
 
-def view_of(model: _Module, *, attention: str | None = None) -> _Module:
+def view_of(model: _Module, *, attention: str | None = None, adapters: Adapters = None) -> _Module:
     """Return a view of `model` in evaluation mode.
 
     Everything in a module's attributes that is bound to a module of the tree (methods, partial
@@ -35,19 +39,38 @@ def view_of(model: _Module, *, attention: str | None = None) -> _Module:
         model: any module.
         attention: name of the attention that the view's configurations ask for; None: that of
             `model`.
+        adapters: the adapters of peft that run in the view: False for none, or the name of one;
+            None: those that run in `model`.
     """
-    return _Viewer(attention).module(model)
+    return _Viewer(attention, adapters).module(model)
+
+
+def seen_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of `model` that stand for those of its view, in the same order."""
+    return (module for module in model.modules() if "_orig_mod" not in module._modules)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether `module` is a layer that peft put around one of the model's own."""
+    # Looked up without the module's own __getattr__, which peft's wrappers pass on to the layer.
+    return "_disable_adapters" in module.__dict__ or hasattr(type(module), "_disable_adapters")
 
 
 class _Viewer:
     """Copies one tree of modules; what stands in several places is copied once."""
 
-    def __init__(self, attention: str | None) -> None:
+    def __init__(self, attention: str | None, adapters: Adapters) -> None:
         self._attention = attention
+        self._adapters = adapters
         self._views: dict[int, Any] = {}
 
     def module(self, original: _Module) -> _Module:
         if id(original) in self._views:
+            return self._views[id(original)]
+        compiled = original.__dict__["_modules"].get("_orig_mod")
+        if compiled is not None:
+            # Compiled code is bound to the original's own modules.
+            self._views[id(original)] = self.module(compiled)
             return self._views[id(original)]
         view = original.__class__.__new__(original.__class__)
         # Known before its parts are copied, since some of them refer to it.
@@ -59,6 +82,13 @@ class _Viewer:
                 own[name] = self._value(value)
         own["_modules"] = dict(own["_modules"])
         own["training"] = False
+        # This is what Module.compile() leaves.
+        if "_compiled_call_impl" in own:
+            own["_compiled_call_impl"] = None
+        if self._adapters is not None and is_adapted(original):
+            own["_disable_adapters"] = self._adapters is False
+            if self._adapters is not False:
+                own["_active_adapter"] = [self._adapters]
         return view
 
     def _value(self, value: Any) -> Any:
@@ -71,6 +101,8 @@ class _Viewer:
             return types.MethodType(value.__func__, self.module(value.__self__))
         if type(value) is functools.partial:
             return self._partial(value)
+        if isinstance(value, types.FunctionType) and "_torchdynamo_orig_callable" in vars(value):
+            return self._value(vars(value)["_torchdynamo_orig_callable"])
         if type(value) in (list, tuple):
             parts = [self._value(part) for part in value]
             is_same = all(new is old for new, old in zip(parts, value, strict=True))
@@ -108,9 +140,10 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether the forward of `module` has a parameter of this name."""
-    return name in _parameters_of(type(module))
+    kind: Any = type(module)
+    return name in _parameters_of(kind)
 
 
 @functools.cache
-def _parameters_of(kind: type[nn.Module]) -> frozenset[str]:
+def _parameters_of(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)

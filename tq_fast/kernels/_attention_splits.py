@@ -11,49 +11,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._attention_tile import COUNTS, attend
+from ._attention_tile import COUNTS, attend, empty_state, load_rows, skip_unseen, store_rows
+
+
+@triton.jit
+def _trees_of_tile(tree, stride_tree, row, unit, HAS_TREE: tl.constexpr):
+    """(tree of each query, the first of them, the last) of the queries of these rows."""
+    if HAS_TREE:
+        own_tree = tl.load(tree + row * stride_tree).to(tl.int32)
+        first_tree = tl.min(own_tree, axis=0)
+        last_tree = tl.max(own_tree, axis=0)
+    else:
+        own_tree = tl.zeros(row.shape, tl.int32) + unit
+        first_tree = unit
+        last_tree = unit
+    return own_tree, first_tree, last_tree
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _shared_prefix_attention_prefix_kernel(
-    q,
-    prefix_k,
-    prefix_v,
-    prefix_len,
-    branch_len,
-    tree,
-    partial_state,
-    partial_out,
-    stride_qn,
-    stride_qh,
-    stride_qt,
-    stride_kg,
-    stride_kh,
-    stride_kp,
-    stride_vg,
-    stride_vh,
-    stride_vp,
-    stride_prefix_len,
-    stride_branch_len,
-    stride_tree,
-    scale,
-    softcap,
-    rows_per_unit,
-    num_queries,
-    num_prefix,
-    num_folded,
-    split_len,
-    blocks,
-    window,
-    group,
-    head_size,
-    HAS_TREE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    SIZE: tl.constexpr,
-):
+    q, prefix_k, prefix_v, prefix_len, branch_len, tree, partial_state, partial_out,
+    stride_qn, stride_qh, stride_qt,
+    stride_kg, stride_kh, stride_kp,
+    stride_vg, stride_vh, stride_vp,
+    stride_prefix_len, stride_branch_len, stride_tree,
+    scale, softcap,
+    rows_per_unit, num_queries, num_prefix, num_folded, split_len, blocks, window,
+    group, head_size,
+    HAS_TREE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """One tile of folded queries over one split of the prefix of its trees.
 
     Programs: [units * blocks, H_kv, splits]. A unit is a tree, or with `tree` all rows at once,
@@ -69,24 +56,12 @@ def _shared_prefix_attention_prefix_kernel(
     row = row.to(tl.int64)
     head = kv_head * group + folded // num_queries % group
     t = folded % num_queries
-    d = tl.arange(0, SIZE)
     at = row * stride_qn + head * stride_qh + t.to(tl.int64) * stride_qt
-    mask = exists[:, None] & (d < head_size)[None, :]
-    queries = tl.load(q + at[:, None] + d[None, :], mask=mask, other=0.0)
+    queries = load_rows(q, at, exists, head_size, SIZE)
     own_len = tl.load(branch_len + row * stride_branch_len).to(tl.int32)
+    own_tree, first_tree, last_tree = _trees_of_tile(tree, stride_tree, row, unit, HAS_TREE)
 
-    if HAS_TREE:
-        own_tree = tl.load(tree + row * stride_tree).to(tl.int32)
-        first_tree = tl.min(own_tree, axis=0)
-        last_tree = tl.max(own_tree, axis=0)
-    else:
-        own_tree = tl.zeros((QUERIES,), tl.int32) + unit
-        first_tree = unit
-        last_tree = unit
-
-    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
-    mass = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, SIZE), tl.float32)
+    state = empty_state(QUERIES, SIZE)
     for g in range(first_tree, last_tree + 1):
         length = tl.load(prefix_len + g * stride_prefix_len).to(tl.int32)
         length = tl.minimum(length, num_prefix)
@@ -99,24 +74,20 @@ def _shared_prefix_attention_prefix_kernel(
         first_seen = tl.zeros((QUERIES,), tl.int32)
         if HAS_WINDOW:
             first_seen = length + own_len - num_queries + t - window + 1
-            begin = tl.maximum(begin, tl.min(tl.where(is_ours, first_seen, end), axis=0))
+            begin = skip_unseen(begin, end, first_seen, is_ours)
         place = tl.zeros((), tl.int64) + g
-        peak, mass, acc = attend(
+        keys = prefix_k + place * stride_kg + kv_head * stride_kh
+        values = prefix_v + place * stride_vg + kv_head * stride_vh
+        source = (keys, values, stride_kp, stride_vp)
+        seen = (first_seen, tl.zeros((QUERIES,), tl.int32) + (length - 1), is_ours)
+        span, scoring = (begin, end), (scale, softcap)
+        state = attend(
             queries,
-            prefix_k + place * stride_kg + kv_head * stride_kh,
-            prefix_v + place * stride_vg + kv_head * stride_vh,
-            peak,
-            mass,
-            acc,
-            begin,
-            end,
-            stride_kp,
-            stride_vp,
-            first_seen,
-            tl.zeros((QUERIES,), tl.int32) + (length - 1),
-            is_ours,
-            scale,
-            softcap,
+            source,
+            state,
+            span,
+            seen,
+            scoring,
             head_size,
             HAS_SOFTCAP,
             HAS_TREE,
@@ -124,10 +95,11 @@ def _shared_prefix_attention_prefix_kernel(
             SIZE,
         )
 
+    peak, mass, acc = state
     place = (split * tl.num_programs(1) + kv_head) * num_folded + row * per_row + folded % per_row
     tl.store(partial_state + place * 2, peak, mask=exists)
     tl.store(partial_state + place * 2 + 1, mass, mask=exists)
-    tl.store(partial_out + place[:, None] * head_size + d[None, :], acc, mask=mask)
+    store_rows(partial_out, place * head_size, acc, exists, head_size, SIZE)
 
 
 @triton.jit
@@ -138,20 +110,17 @@ def merge_splits(
     stride_split,
     num_splits,
     exists,
-    peak,
-    mass,
-    acc,
+    state,
     head_size,
     SIZE: tl.constexpr,
 ):
-    """The state after all splits, in the order of the prefix, whichever program came first."""
-    d = tl.arange(0, SIZE)
-    mask = exists[:, None] & (d < head_size)[None, :]
+    """`state` after all splits, in the order of the prefix, whichever program came first."""
+    peak, mass, acc = state
     for split in range(0, num_splits):
         at = place + split * stride_split
         part_peak = tl.load(partial_state + at * 2, mask=exists, other=float("-inf"))
         part_mass = tl.load(partial_state + at * 2 + 1, mask=exists, other=0.0)
-        part = tl.load(partial_out + at[:, None] * head_size + d[None, :], mask=mask, other=0.0)
+        part = load_rows(partial_out, at * head_size, exists, head_size, SIZE)
         highest = tl.maximum(peak, part_peak)
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         fade = tl.exp2(peak - shift)

@@ -16,8 +16,16 @@ from ._device import all_registers
 from ._softcap import LOG2_E, soften
 
 # Sizes that follow the batch, the caches and the step: never specialised.
-COUNTS = ("rows_per_unit", "num_queries", "num_prefix", "num_folded", "split_len", "blocks")
-COUNTS += ("window", "num_branch")
+COUNTS = (
+    "rows_per_unit",
+    "num_queries",
+    "num_prefix",
+    "num_branch",
+    "num_folded",
+    "split_len",
+    "blocks",
+    "window",
+)
 
 
 class Tiles(NamedTuple):
@@ -51,33 +59,61 @@ def choose_tiles(queries: int, size: int, dtype: torch.dtype, folds: bool) -> Ti
 
 
 @triton.jit
+def load_rows(start, offset, exists, head_size, SIZE: tl.constexpr):
+    """The rows [Q, SIZE] at these offsets from `start`, 0 where there is none."""
+    d = tl.arange(0, SIZE)
+    mask = exists[:, None] & (d < head_size)[None, :]
+    return tl.load(start + offset[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(start, offset, rows, exists, head_size, SIZE: tl.constexpr):
+    """Write the rows [Q, SIZE] that exist to these offsets from `start`."""
+    d = tl.arange(0, SIZE)
+    mask = exists[:, None] & (d < head_size)[None, :]
+    tl.store(start + offset[:, None] + d[None, :], rows.to(start.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def empty_state(QUERIES: tl.constexpr, SIZE: tl.constexpr):
+    """(peak, mass, acc) of queries that saw no key yet."""
+    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
+    mass = tl.zeros((QUERIES,), tl.float32)
+    return peak, mass, tl.zeros((QUERIES, SIZE), tl.float32)
+
+
+@triton.jit
+def skip_unseen(begin, end, first_seen, exists):
+    """The first key of [begin, end) that one of the queries sees, by `first_seen` of each."""
+    return tl.maximum(begin, tl.min(tl.where(exists, first_seen, end), axis=0))
+
+
+@triton.jit
 def attend(
     q,
-    keys,
-    values,
-    peak,
-    mass,
-    acc,
-    begin,
-    end,
-    stride_k,
-    stride_v,
-    first_seen,
-    last_seen,
-    is_ours,
-    scale,
-    softcap,
+    source,
+    state,
+    span,
+    seen,
+    scoring,
     head_size,
     HAS_SOFTCAP: tl.constexpr,
     IS_MIXED: tl.constexpr,
     KEYS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """(peak, mass, acc) of the queries `q` [Q, SIZE] after the keys in [begin, end).
+    """(peak, mass, acc) of the queries `q` [Q, SIZE], `state` before, after the keys of a span.
 
-    Query i sees the keys first_seen[i] .. last_seen[i]. Where IS_MIXED, a query that is not ours
-    keeps its state. Tiles start at multiples of KEYS, wherever the first key is.
+    `source` is (keys, values, stride of keys, stride of values), `span` (begin, end) and `scoring`
+    (scale, softcap). `seen` is (first_seen, last_seen, is_ours): query i sees the keys
+    first_seen[i] .. last_seen[i]. Where IS_MIXED, a query that is not ours keeps its state. Tiles
+    start at multiples of KEYS, wherever the first key is.
     """
+    keys, values, stride_k, stride_v = source
+    peak, mass, acc = state
+    begin, end = span
+    first_seen, last_seen, is_ours = seen
+    scale, softcap = scoring
     d = tl.arange(0, SIZE)
     is_dim = d < head_size
     for first in range(begin // KEYS * KEYS, end, KEYS):

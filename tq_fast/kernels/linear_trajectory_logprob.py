@@ -31,6 +31,54 @@ _TILES = 64
 _COUNTS = ("first_row", "num_rows", "max_length", "num_row_tiles", "num_tiles")
 
 
+@triton.jit
+def _choose_tile(num_row_tiles, num_tiles, ROW_TILES: tl.constexpr):
+    """(tile of rows, tile of the vocabulary) of this program, ROW_TILES tiles of rows at a time."""
+    band = tl.program_id(0) // (ROW_TILES * num_tiles)
+    within_band = tl.program_id(0) % (ROW_TILES * num_tiles)
+    height = tl.minimum(num_row_tiles - band * ROW_TILES, ROW_TILES)
+    return band * ROW_TILES + within_band % height, within_band // height
+
+
+@triton.jit
+def _add_products(
+    acc,
+    states,
+    weights,
+    exists,
+    is_token,
+    stride_hd,
+    stride_wd,
+    num_dims,
+    IS_EVEN: tl.constexpr,
+    DIMS: tl.constexpr,
+):
+    """acc [ROWS, VOCAB] plus the products of the rows at `states` and those at `weights`."""
+    dim = tl.arange(0, DIMS)
+    states = states[:, None] + dim[None, :] * stride_hd
+    weights = weights[None, :] + dim[:, None] * stride_wd
+    for first in range(0, num_dims, DIMS):
+        mask_h = exists[:, None]
+        mask_w = is_token[None, :]
+        if not IS_EVEN:
+            mask_h = mask_h & (first + dim < num_dims)[None, :]
+            mask_w = mask_w & (first + dim < num_dims)[:, None]
+        h = tl.load(states, mask=mask_h, other=0.0)
+        w = tl.load(weights, mask=mask_w, other=0.0)
+        acc = tl.dot(h, w, acc, input_precision="ieee")
+        states += DIMS * stride_hd
+        weights += DIMS * stride_wd
+    return acc
+
+
+@triton.jit
+def _reduce_tile(logits):
+    """(peak, sum of exp(x - peak)) of each row of a tile; (-inf, 0) if all are -inf."""
+    peak = tl.max(logits, axis=1)
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    return peak, tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+
+
 @triton.jit(do_not_specialize=_COUNTS)
 def _linear_trajectory_logprob_kernel(
     hidden,
@@ -71,12 +119,7 @@ def _linear_trajectory_logprob_kernel(
 
     Programs: [num_row_tiles * num_tiles], ROW_TILES tiles of rows at a time over the vocabulary.
     """
-    band = tl.program_id(0) // (ROW_TILES * num_tiles)
-    within_band = tl.program_id(0) % (ROW_TILES * num_tiles)
-    height = tl.minimum(num_row_tiles - band * ROW_TILES, ROW_TILES)
-    row_tile = band * ROW_TILES + within_band % height
-    tile = within_band // height
-
+    row_tile, tile = _choose_tile(num_row_tiles, num_tiles, ROW_TILES)
     local = row_tile * ROWS + tl.arange(0, ROWS)
     exists = local < num_rows
     row = first_row.to(tl.int64) + local
@@ -87,24 +130,18 @@ def _linear_trajectory_logprob_kernel(
     if tl.max(exists.to(tl.int32), axis=0) > 0:
         column = tile * VOCAB + tl.arange(0, VOCAB)
         is_token = column < vocab_size
-        dim = tl.arange(0, DIMS)
-        states = hidden + n[:, None] * stride_hn + t[:, None] * stride_ht + dim[None, :] * stride_hd
-        rows_of_weight = (
-            weight + column.to(tl.int64)[None, :] * stride_wv + dim[:, None] * stride_wd
+        acc = _add_products(
+            tl.zeros((ROWS, VOCAB), tl.float32),
+            hidden + n * stride_hn + t * stride_ht,
+            weight + column.to(tl.int64) * stride_wv,
+            exists,
+            is_token,
+            stride_hd,
+            stride_wd,
+            num_dims,
+            IS_EVEN,
+            DIMS,
         )
-        acc = tl.zeros((ROWS, VOCAB), tl.float32)
-        for first in range(0, num_dims, DIMS):
-            mask_h = exists[:, None]
-            mask_w = is_token[None, :]
-            if not IS_EVEN:
-                mask_h = mask_h & (first + dim < num_dims)[None, :]
-                mask_w = mask_w & (first + dim < num_dims)[:, None]
-            h = tl.load(states, mask=mask_h, other=0.0)
-            w = tl.load(rows_of_weight, mask=mask_w, other=0.0)
-            acc = tl.dot(h, w, acc, input_precision="ieee")
-            states += DIMS * stride_hd
-            rows_of_weight += DIMS * stride_wd
-
         if HAS_BIAS:
             b = tl.load(bias + column.to(tl.int64) * stride_b, mask=is_token, other=0.0)
             acc += b.to(tl.float32)[None, :]
@@ -113,9 +150,7 @@ def _linear_trajectory_logprob_kernel(
             acc = soften(acc, softcap)
         # Padding and NaN are no logits; compiled and interpreted maxima treat NaN differently.
         acc = tl.where(is_token[None, :] & (acc == acc), acc, float("-inf"))
-        peak = tl.max(acc, axis=1)
-        shift = tl.where(peak == float("-inf"), 0.0, peak)
-        total = tl.sum(tl.exp(acc - shift[:, None]), axis=1)
+        peak, total = _reduce_tile(acc)
         place = local.to(tl.int64) * num_tiles + tile
         tl.store(peaks + place, peak, mask=exists)
         tl.store(sums + place, total, mask=exists)

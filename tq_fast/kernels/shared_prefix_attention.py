@@ -14,88 +14,57 @@ Scores are in base 2 inside: exp2 is one instruction. The lse that leaves is nat
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._attention_splits import _shared_prefix_attention_prefix_kernel, merge_splits, split_length
-from ._attention_tile import COUNTS, attend, choose_tiles
+from ._attention_tile import (
+    COUNTS,
+    attend,
+    choose_tiles,
+    empty_state,
+    load_rows,
+    skip_unseen,
+    store_rows,
+)
 from ._device import device_of
 from ._softcap import LN_2, LOG2_E
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _shared_prefix_attention_kernel(
-    q,
-    prefix_k,
-    prefix_v,
-    prefix_len,
-    branch_k,
-    branch_v,
-    branch_len,
-    tree,
-    partial_state,
-    partial_out,
-    out,
-    lse,
-    stride_qn,
-    stride_qh,
-    stride_qt,
-    stride_pkg,
-    stride_pkh,
-    stride_pkp,
-    stride_pvg,
-    stride_pvh,
-    stride_pvp,
-    stride_bkn,
-    stride_bkh,
-    stride_bks,
-    stride_bvn,
-    stride_bvh,
-    stride_bvs,
-    stride_on,
-    stride_oh,
-    stride_ot,
-    stride_prefix_len,
-    stride_branch_len,
-    stride_tree,
-    scale,
-    softcap,
-    rows_per_unit,
-    num_queries,
-    num_prefix,
-    num_branch,
-    num_folded,
-    split_len,
-    blocks,
-    window,
-    group,
-    head_size,
-    HAS_TREE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WALKS_PREFIX: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    SIZE: tl.constexpr,
-):
+    q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len, tree,
+    partial_state, partial_out, out, lse,
+    stride_qn, stride_qh, stride_qt,
+    stride_pkg, stride_pkh, stride_pkp,
+    stride_pvg, stride_pvh, stride_pvp,
+    stride_bkn, stride_bkh, stride_bks,
+    stride_bvn, stride_bvh, stride_bvs,
+    stride_on, stride_oh, stride_ot,
+    stride_prefix_len, stride_branch_len, stride_tree,
+    scale, softcap,
+    rows_per_unit, num_queries, num_prefix, num_branch, num_folded, split_len, blocks, window,
+    group, head_size,
+    HAS_TREE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    WALKS_PREFIX: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """A row's queries over its branch, and over its prefix or the partial results of it.
 
     Programs: [N * blocks, H_kv].
     """
     kv_head = tl.program_id(1).to(tl.int64)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    folded = block * QUERIES + tl.arange(0, QUERIES)
+    folded = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
     per_row = group * num_queries
     exists = folded < per_row
     head = kv_head * group + folded // num_queries
     t = folded % num_queries
-    d = tl.arange(0, SIZE)
-    mask = exists[:, None] & (d < head_size)[None, :]
     at = row * stride_qn + head * stride_qh + t.to(tl.int64) * stride_qt
-    queries = tl.load(q + at[:, None] + d[None, :], mask=mask, other=0.0)
+    queries = load_rows(q, at, exists, head_size, SIZE)
 
     own_tree = row // rows_per_unit
     if HAS_TREE:
@@ -106,92 +75,79 @@ def _shared_prefix_attention_kernel(
     shared_len = tl.minimum(shared_len, num_prefix)
     position = own_len - num_queries + t
 
-    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
-    mass = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, SIZE), tl.float32)
+    state = empty_state(QUERIES, SIZE)
+    scoring = (scale, softcap)
     first_seen = tl.zeros((QUERIES,), tl.int32)
     if WALKS_PREFIX:
         begin = 0
         if HAS_WINDOW:
             first_seen = shared_len + position - window + 1
-            begin = tl.maximum(tl.min(tl.where(exists, first_seen, shared_len), axis=0), 0)
-        peak, mass, acc = attend(
-            queries,
-            prefix_k + own_tree * stride_pkg + kv_head * stride_pkh,
-            prefix_v + own_tree * stride_pvg + kv_head * stride_pvh,
-            peak,
-            mass,
-            acc,
-            begin,
-            shared_len,
-            stride_pkp,
-            stride_pvp,
-            first_seen,
-            tl.zeros((QUERIES,), tl.int32) + (shared_len - 1),
-            exists,
-            scale,
-            softcap,
-            head_size,
-            HAS_SOFTCAP,
-            False,
-            KEYS,
-            SIZE,
+            begin = skip_unseen(begin, shared_len, first_seen, exists)
+        keys = prefix_k + own_tree * stride_pkg + kv_head * stride_pkh
+        values = prefix_v + own_tree * stride_pvg + kv_head * stride_pvh
+        source, span = (keys, values, stride_pkp, stride_pvp), (begin, shared_len)
+        seen = (first_seen, tl.zeros((QUERIES,), tl.int32) + (shared_len - 1), exists)
+        state = attend(
+            queries, source, state, span, seen, scoring, head_size, HAS_SOFTCAP, False, KEYS, SIZE
         )
     else:
-        peak, mass, acc = merge_splits(
-            partial_state,
-            partial_out,
-            kv_head * num_folded + row * per_row + folded,
-            tl.num_programs(1).to(tl.int64) * num_folded,
-            tl.cdiv(shared_len, split_len),
-            exists,
-            peak,
-            mass,
-            acc,
-            head_size,
-            SIZE,
+        place = kv_head * num_folded + row * per_row + folded
+        stride_split = tl.num_programs(1).to(tl.int64) * num_folded
+        splits = tl.cdiv(shared_len, split_len)
+        state = merge_splits(
+            partial_state, partial_out, place, stride_split, splits, exists, state, head_size, SIZE
         )
 
     begin = 0
     if HAS_WINDOW:
         first_seen = position - window + 1
-        begin = tl.maximum(tl.min(tl.where(exists, first_seen, own_len), axis=0), 0)
+        begin = skip_unseen(begin, own_len, first_seen, exists)
+    keys = branch_k + row * stride_bkn + kv_head * stride_bkh
+    values = branch_v + row * stride_bvn + kv_head * stride_bvh
+    # No query of this tile sees a key beyond the newest of their tokens.
+    end = tl.minimum(own_len, tl.max(tl.where(exists, position, -1), axis=0) + 1)
+    source, span = (keys, values, stride_bks, stride_bvs), (begin, end)
+    seen = (first_seen, position, exists)
     peak, mass, acc = attend(
-        queries,
-        branch_k + row * stride_bkn + kv_head * stride_bkh,
-        branch_v + row * stride_bvn + kv_head * stride_bvh,
-        peak,
-        mass,
-        acc,
-        begin,
-        # No query of this tile sees a key beyond the newest of their tokens.
-        tl.minimum(own_len, tl.max(tl.where(exists, position, -1), axis=0) + 1),
-        stride_bks,
-        stride_bvs,
-        first_seen,
-        position,
-        exists,
-        scale,
-        softcap,
-        head_size,
-        HAS_SOFTCAP,
-        False,
-        KEYS,
-        SIZE,
+        queries, source, state, span, seen, scoring, head_size, HAS_SOFTCAP, False, KEYS, SIZE
     )
+    at = row * stride_on + head * stride_oh + t.to(tl.int64) * stride_ot
+    place = (row * tl.num_programs(1) * group + head) * num_queries + t
+    _store_result(out, lse, at, place, peak, mass, acc, exists, head_size, SIZE)
 
+
+@triton.jit
+def _store_result(out, lse, at, place, peak, mass, acc, exists, head_size, SIZE: tl.constexpr):
+    """The normalised output at the offsets `at`, and the natural lse at `place`."""
     # A mass of 0 means that the query saw no key. A NaN mass is not 0, so it stays visible.
     is_empty = mass == 0.0
     result = acc / tl.where(is_empty, 1.0, mass)[:, None]
-    at = row * stride_on + head * stride_oh + t.to(tl.int64) * stride_ot
-    tl.store(out + at[:, None] + d[None, :], result.to(out.dtype.element_ty), mask=mask)
+    store_rows(out, at, result, exists, head_size, SIZE)
     whole = tl.where(is_empty, float("-inf"), (peak + tl.log2(mass)) * LN_2)
-    place = (row * tl.num_programs(1) * group + head) * num_queries + t
     tl.store(lse + place, whole, mask=exists)
 
 
 # From this many queries of one row and key-value head on, a row fills tiles by itself.
 _MANY_QUERIES = 64
+
+
+class _Common(TypedDict):
+    """The arguments by name that both kernels take."""
+
+    scale: float
+    softcap: float
+    rows_per_unit: int
+    num_queries: int
+    num_prefix: int
+    num_folded: int
+    split_len: int
+    window: int
+    group: int
+    head_size: int
+    HAS_TREE: bool
+    HAS_WINDOW: bool
+    HAS_SOFTCAP: bool
+    SIZE: int
 
 
 def shared_prefix_attention_triton(
@@ -219,7 +175,7 @@ def shared_prefix_attention_triton(
     walks_prefix = per_row >= _MANY_QUERIES or num_prefix == 0
     split_len = split_length(num_queries)
     num_splits = 0 if walks_prefix else triton.cdiv(num_prefix, split_len)
-    common = {
+    common: _Common = {
         "scale": scale if softcap else scale * LOG2_E.value,
         "softcap": softcap or 0.0,
         "rows_per_unit": rows // trees if tree is None else rows,
@@ -238,59 +194,91 @@ def shared_prefix_attention_triton(
     parts = (num_splits, num_kv_heads, rows * per_row)
     partial_state = q.new_empty((*parts, 2), dtype=torch.float32)
     partial_out = q.new_empty((*parts, head_size), dtype=torch.float32)
-    lengths = (prefix_len.stride(0), branch_len.stride(0), 0 if tree is None else tree.stride(0))
+    partial = (partial_state, partial_out)
+    prefix = (prefix_k, prefix_v, prefix_len)
+    branch = (branch_k, branch_v, branch_len)
     with device_of(q):
         if num_splits > 0:
-            tiles = choose_tiles(64, common["SIZE"], q.dtype, folds=True)
-            blocks = triton.cdiv(common["rows_per_unit"] * per_row, tiles.queries)
-            units = trees if tree is None else 1
-            _shared_prefix_attention_prefix_kernel[(units * blocks, num_kv_heads, num_splits)](
-                q,
-                prefix_k,
-                prefix_v,
-                prefix_len,
-                branch_len,
-                tree,
-                partial_state,
-                partial_out,
-                *q.stride()[:3],
-                *prefix_k.stride()[:3],
-                *prefix_v.stride()[:3],
-                *lengths,
-                blocks=blocks,
-                QUERIES=tiles.queries,
-                KEYS=tiles.keys,
-                **tiles.options,
-                **common,
-            )
-        tiles = choose_tiles(min(per_row, 64), common["SIZE"], q.dtype, folds=False)
-        blocks = triton.cdiv(per_row, tiles.queries)
-        _shared_prefix_attention_kernel[(rows * blocks, num_kv_heads)](
-            q,
-            prefix_k,
-            prefix_v,
-            prefix_len,
-            branch_k,
-            branch_v,
-            branch_len,
-            tree,
-            partial_state,
-            partial_out,
-            out,
-            lse,
-            *q.stride()[:3],
-            *prefix_k.stride()[:3],
-            *prefix_v.stride()[:3],
-            *branch_k.stride()[:3],
-            *branch_v.stride()[:3],
-            *out.stride()[:3],
-            *lengths,
-            num_branch=branch_k.shape[2],
-            blocks=blocks,
-            WALKS_PREFIX=walks_prefix,
-            QUERIES=tiles.queries,
-            KEYS=tiles.keys,
-            **tiles.options,
-            **common,
-        )
+            _launch_splits(q, prefix, branch_len, tree, partial, num_splits, common)
+        _launch_rows(q, prefix, branch, tree, partial, (out, lse), walks_prefix, common)
     return out, lse
+
+
+_Keys = tuple[Tensor, Tensor, Tensor]
+
+
+def _launch_splits(
+    q: Tensor,
+    prefix: _Keys,
+    branch_len: Tensor,
+    tree: Tensor | None,
+    partial: tuple[Tensor, Tensor],
+    num_splits: int,
+    common: _Common,
+) -> None:
+    """Leave the partial results of the prefix, split by split, in `partial`."""
+    prefix_k, prefix_v, prefix_len = prefix
+    tiles = choose_tiles(64, common["SIZE"], q.dtype, folds=True)
+    per_row = common["group"] * common["num_queries"]
+    blocks = triton.cdiv(common["rows_per_unit"] * per_row, tiles.queries)
+    units = prefix_k.shape[0] if tree is None else 1
+    _shared_prefix_attention_prefix_kernel[(units * blocks, prefix_k.shape[1], num_splits)](
+        q,
+        *prefix,
+        branch_len,
+        tree,
+        *partial,
+        *q.stride()[:3],
+        *prefix_k.stride()[:3],
+        *prefix_v.stride()[:3],
+        prefix_len.stride(0),
+        branch_len.stride(0),
+        0 if tree is None else tree.stride(0),
+        blocks=blocks,
+        QUERIES=tiles.queries,
+        KEYS=tiles.keys,
+        **tiles.options,
+        **common,
+    )
+
+
+def _launch_rows(
+    q: Tensor,
+    prefix: _Keys,
+    branch: _Keys,
+    tree: Tensor | None,
+    partial: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+    walks_prefix: bool,
+    common: _Common,
+) -> None:
+    """Attend from each row to its branch, and to its prefix or the partial results of it."""
+    prefix_k, prefix_v, prefix_len = prefix
+    branch_k, branch_v, branch_len = branch
+    per_row = common["group"] * common["num_queries"]
+    tiles = choose_tiles(min(per_row, 64), common["SIZE"], q.dtype, folds=False)
+    blocks = triton.cdiv(per_row, tiles.queries)
+    _shared_prefix_attention_kernel[(q.shape[0] * blocks, prefix_k.shape[1])](
+        q,
+        *prefix,
+        *branch,
+        tree,
+        *partial,
+        *results,
+        *q.stride()[:3],
+        *prefix_k.stride()[:3],
+        *prefix_v.stride()[:3],
+        *branch_k.stride()[:3],
+        *branch_v.stride()[:3],
+        *results[0].stride()[:3],
+        prefix_len.stride(0),
+        branch_len.stride(0),
+        0 if tree is None else tree.stride(0),
+        num_branch=branch_k.shape[2],
+        blocks=blocks,
+        WALKS_PREFIX=walks_prefix,
+        QUERIES=tiles.queries,
+        KEYS=tiles.keys,
+        **tiles.options,
+        **common,
+    )

@@ -180,12 +180,15 @@ def topk_logprobs_triton(
     num_splits = triton.cdiv(vocab_size, _SPLIT)
     states = logits.new_empty((rows, num_splits, 2), dtype=torch.float32)
     group_peaks = logits.new_empty((rows, num_splits, _SPLIT // _GROUP), dtype=torch.float32)
-    is_per_row = isinstance(temperature, Tensor)
-    temperatures = temperature if is_per_row else None
-    number = 1.0 if is_per_row else float(temperature)
+    temperatures, number = None, 1.0
+    if isinstance(temperature, Tensor):
+        temperatures = temperature
+    else:
+        number = float(temperature)
+    divides = temperatures is not None or number != 1.0
     # Leave the exact division out where it divides by 1: it costs more than all the rest.
-    common = {"HAS_TEMPERATURE": is_per_row or number != 1.0, "SPLIT": _SPLIT, "GROUP": _GROUP}
-    strides = (*logits.stride(), temperatures.stride(0) if is_per_row else 0)
+    common = {"HAS_TEMPERATURE": divides, "SPLIT": _SPLIT, "GROUP": _GROUP}
+    strides = (*logits.stride(), 0 if temperatures is None else temperatures.stride(0))
     most = max(triton.next_power_of_2(k), 2)
     groups = triton.next_power_of_2(triton.cdiv(vocab_size, _GROUP))
     with device_of(logits):

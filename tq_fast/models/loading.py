@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InvalidArgument, UnsupportedModel
+from ..errors import InvalidArgument
 from ..forest.language import vocab_size_of
 from ..forest.support import check_supported
 from ..rewards.base import Reward, RewardFunction, Texts
 from ..rewards.kinds import is_classifier, open_classifier, open_object, resolve_reward
 from ..rewards.options import RewardOptions
+from .adapters import read_adapter_folder, short, unwrap
+from .checkpoints import existing, tokenizer_options
+from .loader import Loader
 
-ModelLike: TypeAlias = str | os.PathLike[str] | PreTrainedModel
+# A module is a model of transformers, or what torch.compile or peft made of one.
+ModelLike: TypeAlias = str | os.PathLike[str] | torch.nn.Module
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 
 
 def load_language_model(
-    source: ModelLike, role: str, *, device: torch.device, dtype: torch.dtype | str
+    source: ModelLike,
+    role: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    loader: Loader | None = None,
 ) -> PreTrainedModel:
     """Return the causal LM of `role`, in evaluation mode; refuse what the forest cannot run.
+
+    Args:
+        source: a hub id, a folder (an adapter's too), or a model in whatever wrapper.
+        role: the argument's name, for messages.
+        device: where a model given by name is put.
+        dtype: of a model given by name.
+        loader: loads for all roles what they have in common; None: this role is alone.
 
     Raises:
         InvalidArgument: there is no such folder, or nothing loadable in it.
         UnsupportedModel: the architecture uses something that the forest does not honour.
     """
-    model = _load(AutoModelForCausalLM, source, role, device=device, dtype=dtype)
+    loader = loader or Loader({role: source}, devices={role: device}, dtype=dtype)
+    model = loader.language_model(source, role)
     if model.get_output_embeddings() is None:
         raise InvalidArgument(
             f"{role} must be a causal language model, got {type(model).__name__}, which has no "
@@ -47,28 +58,46 @@ def load_language_model(
 
 
 def load_tokenizer(
-    source: TokenizerLike | None, model: ModelLike | None, role: str
+    source: TokenizerLike | None,
+    model: ModelLike | None,
+    role: str,
+    options: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer given as `source`, else the one in the model's own folder.
+    """Return the tokenizer given as `source`, else the one that lies beside the model.
 
-    None where a model object comes from no folder, or its folder holds no tokenizer.
+    The tokenizer of a model object is looked for under its name, in its folder or in what the hub
+    left on this machine. None where there is none.
+
+    Args:
+        source: a hub id, a folder or a tokenizer.
+        model: the model that it belongs to.
+        role: the argument's name, for messages.
+        options: keyword arguments that the model was loaded with.
     """
+    found = tokenizer_options(options or {})
     if isinstance(source, (str, os.PathLike)):
-        return _tokenizer_from(_existing(source, role), role)
+        return _tokenizer_from(existing(source, role), role, {})
     if source is not None:
         if not callable(source) or not hasattr(source, "decode"):
             raise InvalidArgument(
-                f"{role} must be a hub id, a folder or a tokenizer of transformers, got {source!r}"
+                f"{role} must be a hub id, a folder or a tokenizer of transformers, got "
+                f"{type(source).__name__}"
             )
         return source
-    if isinstance(model, PreTrainedModel):
-        folder = model.name_or_path
-        if not folder or not Path(folder).is_dir():
-            return None
-        model = folder
-    if Path(model).is_dir() and not _holds_tokenizer(Path(model)):
-        return None
-    return _tokenizer_from(_existing(model, role), role)
+    if not isinstance(model, (str, os.PathLike)):
+        name = getattr(unwrap(model, role).model, "name_or_path", None)
+        return _tokenizer_by_name(name, role)
+    name = existing(model, role)
+    is_folder = Path(name).is_dir()
+    if not is_folder or _holds_tokenizer(Path(name), found):
+        try:
+            return _tokenizer_from(name, role, found)
+        except InvalidArgument:
+            if is_folder or read_adapter_folder(name, role, options or {}) is None:
+                raise
+    adapter = read_adapter_folder(name, role, options or {})
+    # An adapter without a tokenizer reads the one of its base.
+    return None if adapter is None else load_tokenizer(None, adapter.base, role)
 
 
 def load_reward(
@@ -82,6 +111,7 @@ def load_reward(
     device: torch.device,
     dtype: torch.dtype | str,
     options: RewardOptions | None = None,
+    loader: Loader | None = None,
 ) -> Reward:
     """Return the reward that `source` names or is.
 
@@ -97,28 +127,31 @@ def load_reward(
         device: where a classifier is put.
         dtype: of a classifier that is loaded here.
         options: how prompts and responses are read; None: all at their defaults.
+        loader: loads for all roles what they have in common; None: this role is alone.
     """
     options = options or RewardOptions()
-    source = resolve_reward(source, role)
-    if not is_classifier(source):
+    loader = loader or Loader({role: source}, devices={role: device}, dtype=dtype)
+    resolved: Any = resolve_reward(loader.object_of(source, role), role)
+    if not is_classifier(resolved):
         return open_object(
-            source,
+            resolved,
             role,
             has_tokenizer=tokenizer is not None,
             texts=texts,
             label=label,
             options=options,
         )
-    is_named = isinstance(source, (str, os.PathLike))
-    found_in = source if is_named or isinstance(source, PreTrainedModel) else None
+    is_found = isinstance(resolved, (str, os.PathLike, PreTrainedModel))
+    found_in = resolved if is_found else None
     own = None
     if tokenizer is not None or found_in is not None:
         own = load_tokenizer(
-            tokenizer, found_in, role if tokenizer is None else f"{role}_tokenizer"
+            tokenizer,
+            found_in,
+            role if tokenizer is None else f"{role}_tokenizer",
+            loader.options_of(role),
         )
-    model = source
-    if found_in is not None:
-        model = _load(AutoModelForSequenceClassification, source, role, device=device, dtype=dtype)
+    model = resolved if found_in is None else loader.classifier(resolved, role)
     with torch.no_grad():
         return open_classifier(
             model,
@@ -137,11 +170,16 @@ def check_same_vocabulary(
     baseline_model: PreTrainedModel,
     sft_model: PreTrainedModel,
 ) -> None:
-    """Refuse an SFT model whose token ids mean something else than the baseline's."""
+    """Refuse an SFT model whose token ids mean something else than the baseline's.
+
+    One of them may know more tokens than the other, as after a training run that added one.
+    """
     if baseline is not None and sft is not None:
         ours, theirs = baseline.get_vocab(), sft.get_vocab()
-        if ours != theirs:
-            differing = sorted(ours.items() ^ theirs.items())[0][0]
+        if ours == theirs:
+            return
+        differing = _first_difference(ours, theirs)
+        if differing is not None:
             raise InvalidArgument(
                 "sft and baseline must have the same tokenizer vocabulary; they differ (sizes "
                 f"{len(theirs)} and {len(ours)}), for one in the token {differing!r}"
@@ -153,6 +191,22 @@ def check_same_vocabulary(
             f"sft and baseline must have the same vocabulary, got sizes {sizes[0]} and {sizes[1]} "
             "and not both tokenizers"
         )
+
+
+def _first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
+    """A token that has another id in one vocabulary, or whose id is another token's there."""
+    meanings = {token_id: token for token, token_id in theirs.items()}
+    differing = [
+        token
+        for token, token_id in ours.items()
+        if theirs.get(token, token_id) != token_id or meanings.get(token_id, token) != token
+    ]
+    return min(differing, default=None)
+
+
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the least number above every id that is a token, added tokens included."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def end_token_ids(
@@ -167,50 +221,27 @@ def end_token_ids(
     return ()
 
 
-def _load(
-    auto_class: Any, source: ModelLike, role: str, *, device: torch.device, dtype: Any
-) -> PreTrainedModel:
-    if isinstance(source, PreTrainedModel):
-        return source
-    if not isinstance(source, (str, os.PathLike)):
-        raise InvalidArgument(
-            f"{role} must be a hub id, a folder or a model of transformers, got {source!r}"
-        )
-    name = _existing(source, role)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if auto_class is AutoModelForCausalLM and type(config) not in auto_class._model_mapping:
-            raise UnsupportedModel(
-                f"{role}: model type {config.model_type!r} is no causal language model"
-            )
-        model = auto_class.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UnsupportedModel):
-            raise
-        raise InvalidArgument(f"{role}={os.fspath(source)!r} cannot be loaded: {error}") from error
-    return model.to(device).eval()
-
-
-def _tokenizer_from(name: str, role: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InvalidArgument(f"{role}: no tokenizer in {name!r}: {error}") from error
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    return any((folder / name).is_file() for name in names)
-
-
-def _existing(source: str | os.PathLike[str], role: str) -> str:
-    """Return `source` if it is a folder that exists or may be a hub id."""
-    name = os.fspath(source)
+def _tokenizer_by_name(name: str | None, role: str) -> PreTrainedTokenizerBase | None:
+    if not name:
+        return None
     if Path(name).is_dir():
-        return name
-    is_path = isinstance(source, os.PathLike) or name.startswith((".", "/", "~"))
-    # "models/nope" beside a folder "models" is a slip of the pen, not an organisation's model.
-    is_path = is_path or ("/" in name and Path(name).parent.is_dir())
-    if not name or is_path or name.count("/") > 1:
-        raise InvalidArgument(f"{role}={name!r}: there is no such folder")
-    return name
+        return _tokenizer_from(name, role, {}) if _holds_tokenizer(Path(name), {}) else None
+    try:
+        # A model object was loaded already: its name is no order to download anything.
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def _tokenizer_from(name: str, role: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise InvalidArgument(f"{role}: no tokenizer in {name!r}: {short(error)}") from error
+
+
+def _holds_tokenizer(folder: Path, options: Mapping[str, Any]) -> bool:
+    if "gguf_file" in options:
+        return True
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((folder / (options.get("subfolder") or "") / name).is_file() for name in names)

@@ -16,11 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import KERNEL_FLOATS
 from .merge_attention_states import merge_attention_states_ref
 
 _State = tuple[Tensor, Tensor]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Run(NamedTuple):
@@ -52,7 +51,7 @@ def refuse_aten(
         return "ATen's CPU flash attention has no soft-cap on the scores"
     if torch.compiler.is_compiling():
         return "the calls are laid out by the values of the lengths, which torch.compile hides"
-    if q.dtype not in _DTYPES:
+    if q.dtype not in KERNEL_FLOATS:
         return f"q is {q.dtype}, and ATen's log-sum-exp would not be fp32"
     for tensor in (q, prefix_k, prefix_v, branch_k, branch_v):
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -234,10 +233,10 @@ def _run_part(
         out, lse = _masked_flash(folded, keys, values, scale, visible)
     if per_tree == 1:
         return out, lse
-    shape = (trees, num_kv_heads, per_tree, width)
+    unfolded = (trees, num_kv_heads, per_tree, width)
     return (
-        out.view(*shape, head_size).transpose(1, 2).flatten(0, 1),
-        lse.view(shape).transpose(1, 2).flatten(0, 1),
+        out.view(*unfolded, head_size).transpose(1, 2).flatten(0, 1),
+        lse.view(unfolded).transpose(1, 2).flatten(0, 1),
     )
 
 

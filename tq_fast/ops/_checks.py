@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 import reprlib
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from ..errors import InvalidArgument
 
 PerRow = float | int | Tensor
 
-FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+# The dtypes that kernels compute from; the references take fp64 too.
+KERNEL_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+FLOATS = KERNEL_FLOATS | {torch.float64}
 INTEGERS = frozenset({torch.int64, torch.int32})
 # The range of the numbers that kernels can use, since they compute in fp32.
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -32,14 +35,15 @@ def describe(value: object) -> str:
     return f"a tensor of shape {list(value.shape)}" if is_tensor(value) else reprlib.repr(value)
 
 
-def is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> TypeGuard[Tensor]:
     """Whether `value` is a tensor of rows that a kernel can read, neither sparse nor nested."""
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
 
 
 def require_tensors(op: str, **tensors: object) -> None:
     """Raise InvalidArgument unless all are strided tensors on the device of the first."""
-    first_name, device = "", None
+    first_name = ""
+    device: torch.device | None = None
     for name, value in tensors.items():
         if not is_tensor(value):
             kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else describe(value)
@@ -226,10 +230,10 @@ def split_per_row(value: PerRow) -> tuple[float | int, Tensor | None]:
 
 
 def refuse_float64(**tensors: Tensor | None) -> str | None:
-    """The refusal of the C++ kernels, which take fp32, bf16 and fp16 only; None when they do."""
+    """The refusal of the kernels, which take fp32, bf16 and fp16 only; None when they do."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype == torch.float64:
-            return f"{name} is float64; the C++ kernel takes float32, bfloat16 and float16"
+            return f"{name} is float64; the kernel takes float32, bfloat16 and float16"
     return None
 
 

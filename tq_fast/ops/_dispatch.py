@@ -20,7 +20,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -33,6 +33,13 @@ Refusal = Callable[..., str | None]
 
 _BACKENDS_OF_DEVICE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 _OPS: dict[str, Op] = {}
+
+
+class _OnDevice(Protocol):
+    """A tensor, or the arguments of an op in one tuple that knows where they are."""
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 def _accept(*args: Any, **kwargs: Any) -> str | None:
@@ -127,7 +134,7 @@ class Op:
         self._plans: dict[str, tuple[tuple[Refusal, Implementation], ...]] = {}
         _OPS[name] = self
 
-    def __call__(self, backend: str | None, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, backend: str | None, first: _OnDevice, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             self._resolve_all()
         pinned = backend or env.backend()
@@ -201,7 +208,7 @@ class Op:
         self._plans[device] = tuple(plan)
         return self._plans[device]
 
-    def _pinned(self, name: str, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _pinned(self, name: str, first: _OnDevice, *args: Any, **kwargs: Any) -> Any:
         if name not in env.BACKEND_CHOICES:
             choices = ", ".join(env.BACKEND_CHOICES)
             raise InvalidArgument(f"{self.name}: backend={name!r} is not one of {choices}")
@@ -222,7 +229,7 @@ class Op:
         sentence = "; ".join(reasons) or f"{self.name} has no {name} kernel"
         raise BackendRefused(f"{self.name}: backend {name!r} refused: {sentence}")
 
-    def _warn_slow(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def _warn_slow(self, first: _OnDevice, *args: Any, **kwargs: Any) -> None:
         """Warn, once for each op, that CUDA tensors go to its reference, and say why."""
         reasons = []
         for idx, entry in enumerate(self._backends):

@@ -19,7 +19,14 @@ from torch import Tensor
 from . import _checks, philox
 from ._checks import PerRow
 from ._dispatch import Backend, Op, native_function
-from .sample_tokens import check_sampler, refuse_cpu, refuse_cuda, sample_tokens_ref, split_sampler
+from .sample_tokens import (
+    SamplerParameters,
+    check_sampler,
+    refuse_cpu,
+    refuse_cuda,
+    sample_tokens_ref,
+    split_sampler,
+)
 
 
 def advance_rollouts_(
@@ -63,8 +70,13 @@ def advance_rollouts_(
     """
     name = "advance_rollouts_"
     state = (tokens, lengths, finished, logprob_sums, proposal_logprob_sums, eos)
-    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    parameters |= {"vocab_size": vocab_size, "seed": seed}
+    parameters: SamplerParameters = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "vocab_size": vocab_size,
+        "seed": seed,
+    }
     check_sampler(name, logits, keys, step, **parameters)
     _check_state(name, logits, *state)
     _OP(backend, logits, keys, step, *state, **parameters)

@@ -9,7 +9,7 @@ rows that fits the cache, instead of `N * T * V * 4` of logits written and read 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from .trajectory_log_ratio import check_trajectories, sum_within
 
 # Rows of weight per block of the reference: at N * T = 1024 its logits take 32 MB.
 _BLOCK = 8192
+
+
+class _Parameters(TypedDict):
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    vocab_size: int | None
 
 
 def linear_trajectory_logprob(
@@ -57,7 +64,12 @@ def linear_trajectory_logprob(
         InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    parameters = {"bias": bias, "scale": scale, "softcap": softcap, "vocab_size": vocab_size}
+    parameters: _Parameters = {
+        "bias": bias,
+        "scale": scale,
+        "softcap": softcap,
+        "vocab_size": vocab_size,
+    }
     _check(hidden, weight, tokens, lengths, **parameters)
     return _OP(backend, hidden, weight, tokens, lengths, **parameters)
 
@@ -157,14 +169,8 @@ def _fake(hidden: Tensor, *arguments: Any) -> Tensor:
     return hidden.new_empty((hidden.shape[0],), dtype=torch.float32)
 
 
-def _refuse_cpu(hidden: Tensor, *arguments: Any, **parameters: Any) -> str | None:
+def _refuse_float64(hidden: Tensor, *arguments: Any, **parameters: Any) -> str | None:
     return _checks.refuse_float64(hidden=hidden)
-
-
-def _refuse_triton(hidden: Tensor, *arguments: Any, **parameters: Any) -> str | None:
-    if hidden.dtype == torch.float64:
-        return "hidden is float64; the Triton kernel takes float32, bfloat16 and float16"
-    return None
 
 
 _OP = Op(
@@ -175,11 +181,11 @@ _OP = Op(
         python_function(
             "tq_fast.kernels.linear_trajectory_logprob", "linear_trajectory_logprob_triton"
         ),
-        _refuse_triton,
+        _refuse_float64,
     ),
     Backend(
         "cpu",
         native_function("linear_trajectory_logprob", linear_trajectory_logprob_cpu, _fake),
-        _refuse_cpu,
+        _refuse_float64,
     ),
 )

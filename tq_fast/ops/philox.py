@@ -13,7 +13,7 @@ Known answer for counter 0, key 0: 6627e8d5 e169c58d bc57ac4c 9b00dbd8.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _BELOW_ONE = 1.0 - 2.0**-53
+# torch leaves this function without types.
+_broadcast: Callable[..., Sequence[Tensor]] = torch.broadcast_tensors
 
 
 def as_int64(value: int | Tensor) -> int | Tensor:
@@ -93,9 +95,7 @@ def uniform(
     keys = keys.to(torch.int64)
     device = keys.device
     seed, step, index = (_on_device(value, device) for value in (seed, step, index))
-    words = torch.broadcast_tensors(
-        index & _WORD, step.reshape(()) & _WORD, keys & _WORD, (keys >> 32) & _WORD
-    )
+    words = _broadcast(index & _WORD, step.reshape(()) & _WORD, keys & _WORD, (keys >> 32) & _WORD)
     seed = seed.reshape(())
     bits = philox4x32(words, (seed & _WORD, ((seed >> 32) & _WORD) ^ purpose))
     # 53 bits: the low word's top 21 below the whole high word.

@@ -99,8 +99,9 @@ def project_qkv_ref(
 ) -> QueriesKeysValues:
     """The reference of `project_qkv`: plain PyTorch, rounded to the dtype of x between steps."""
     normed = rms_norm_ref(x, norm_weight, eps)
+    heads, size = x.shape[:2], cos.shape[2]
     q, k, v = (
-        few_rows_linear_ref(normed, *linear).unflatten(-1, (-1, cos.shape[2]))
+        few_rows_linear_ref(normed, *linear).view(*heads, linear[0].shape[0] // size, size)
         for linear in (q_linear, k_linear, v_linear)
     )
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)

@@ -12,7 +12,7 @@ Bytes: the logits are read once to twice, `N * V * itemsize`; the rest is a few 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,6 +30,16 @@ class SampledTokens(NamedTuple):
     logprobs: Tensor
     proposal_logprobs: Tensor
     valid: Tensor
+
+
+class SamplerParameters(TypedDict):
+    """The keyword arguments that sample_tokens and advance_rollouts_ share."""
+
+    temperature: PerRow
+    top_k: PerRow
+    top_p: PerRow
+    vocab_size: int | None
+    seed: int | Tensor
 
 
 def sample_tokens(
@@ -69,8 +79,13 @@ def sample_tokens(
         InvalidArgument: wrong shapes, dtypes or parameters, or an input with grad.
         BackendRefused: the pinned backend does not take these inputs.
     """
-    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    parameters |= {"vocab_size": vocab_size, "seed": seed}
+    parameters: SamplerParameters = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "vocab_size": vocab_size,
+        "seed": seed,
+    }
     check_sampler("sample_tokens", logits, keys, step, **parameters)
     return SampledTokens._make(_OP(backend, logits, keys, step, **parameters))
 
@@ -125,7 +140,7 @@ def sample_tokens_ref(
         uniform = philox.uniform(seed, philox.ROLLOUT, keys, step)
         heat = _checks.as_column(temperature, torch.float32)
         ids, proposal = _draw(values, peak, uniform, heat, top_k, top_p)
-        if isinstance(temperature, Tensor):
+        if isinstance(heat, Tensor):
             greedy = heat.squeeze(-1) == 0
             ids = torch.where(greedy, greedy_ids, ids)
             proposal = torch.where(greedy, 0.0, proposal)
@@ -242,6 +257,17 @@ def refuse_cpu(logits: Tensor, *arguments: Any, **parameters: Any) -> str | None
 
 # Ids inside a row, and the tables of its tiles in shared memory, have room for so many tokens.
 _MOST_CUDA_VOCAB = 2**22
+# The arguments between the logits and the parameters: sample_tokens takes the first two.
+_STATE = (
+    "keys",
+    "step",
+    "tokens",
+    "lengths",
+    "finished",
+    "logprob_sums",
+    "proposal_logprob_sums",
+    "eos",
+)
 
 
 def refuse_cuda(
@@ -251,9 +277,7 @@ def refuse_cuda(
     width = logits.shape[-1] if vocab_size is None else vocab_size
     if width > _MOST_CUDA_VOCAB:
         return f"vocab_size is {width}; the kernel takes up to {_MOST_CUDA_VOCAB}"
-    names = ("keys", "step", "tokens", "lengths", "finished", "logprob_sums")
-    names = (*names, "proposal_logprob_sums", "eos")
-    tensors = dict(zip(names, state, strict=False))
+    tensors = dict(zip(_STATE, state, strict=False))
     return _checks.refuse_float64(logits=logits) or _checks.refuse_other_device(
         logits, **tensors, **parameters
     )

@@ -262,14 +262,12 @@ def _refuse_triton(
     *arguments: Any,
     **parameters: Any,
 ) -> str | None:
-    if q.dtype == torch.float64:
-        return "q is float64; the Triton kernel takes float32, bfloat16 and float16"
     if q.shape[-1] > 256:
         return f"the head size is {q.shape[-1]}; the Triton kernel takes at most 256"
     for tensor in (q, prefix_k, prefix_v, branch_k, branch_v):
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return "the last axis of an input is strided"
-    return None
+    return _checks.refuse_float64(q=q)
 
 
 # The kernel computes in fp32. With avx512_bf16 it multiplies bf16 heads of a multiple of 32 as they

@@ -154,9 +154,9 @@ def _refuse_gpu(
         return f"k is {k}; the kernel takes up to {_MOST_GPU_K}"
     if width > _MOST_GPU_VOCAB:
         return f"vocab_size is {width}; the kernel takes up to {_MOST_GPU_VOCAB}"
-    if logits.dtype == torch.float64:
-        return "logits is float64; the kernel takes float32, bfloat16 and float16"
-    return _checks.refuse_other_device(logits, temperature=temperature)
+    return _checks.refuse_float64(logits=logits) or _checks.refuse_other_device(
+        logits, temperature=temperature
+    )
 
 
 def _refuse_cpu(logits: Tensor, k: int, **parameters: Any) -> str | None:

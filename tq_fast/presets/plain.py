@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..chats import TemplateOptions
 from ..config import DecodeConfig, Role
@@ -19,6 +20,7 @@ from ..rewards.base import Opening
 from ..rewards.scorer import Scorer
 from ..session import Report, Session, neutral_torch
 from ..transfer.budget import BatchShape, MemoryPerPrompt
+from ..transfer.roles import distinct
 from .sampling import Drawn, certify_plain, sample_responses, trace_plain
 
 
@@ -78,7 +80,7 @@ class _PlainMethod:
 
     def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
         """Return the bytes of a prompt and of a response, for the longest of `prompts`."""
-        models = self.session.languages.values()
+        models = distinct(self.session.languages).values()
         prefix = max(len(prompt.token_ids) for prompt in prompts)
         per_token = sum(check_runs(model) for model in models)
         logits = 2 * 4 * self.session.vocab_size * len(models)
@@ -119,7 +121,7 @@ class _PlainMethod:
         forests = self._open([response.prompt for response in group], longest_wave)
         texts = [response.prompt.token_ids for response in group]
         with stats.phase("prefill"):
-            for forest in forests.values():
+            for forest in distinct(forests).values():
                 for tree, text in enumerate(texts):
                     # Leave the last token to be encoded: its logits are the next-token logits.
                     known = share_prefix(forest.cache, tree, text[:-1], texts)
@@ -135,6 +137,7 @@ class _PlainMethod:
                         prompt_keys=[response.prompt.key for response in group],
                         eos=self.eos,
                         stop=self.stop,
+                        vocab_size=self.session.num_tokens,
                         config=self.config,
                         on_depth=report.bar.advance,
                     )
@@ -145,16 +148,17 @@ class _PlainMethod:
                 report.bar.advance(len(new) * (self.config.max_new_tokens - longest))
                 stats.rollout_steps += longest - 1
                 drawn += new
-        for role, forest in forests.items():
+        for role, forest in distinct(forests).items():
             stats.token_forwards[role] = forest.num_token_forwards
             stats.peak_kv_bytes[role] = forest.peak_kv_bytes
         return sorted(drawn, key=lambda response: response.tree)
 
     def _open(self, prompts: Sequence[Prompt], num_rows: int) -> dict[Role, LanguageForest]:
-        forests = {}
-        for role, model in self.session.languages.items():
+        languages = self.session.languages
+        by_model: dict[PreTrainedModel, LanguageForest] = {}
+        for model in distinct(languages).values():
             check_runs(model)
-            forests[role] = LanguageForest(
+            by_model[model] = LanguageForest(
                 model,
                 num_trees=len(prompts),
                 num_rows=num_rows,
@@ -162,7 +166,7 @@ class _PlainMethod:
                 branch_capacity=max(1, self.config.max_new_tokens - 1),
                 backend=self.config.backend,
             )
-        return forests
+        return {role: by_model[model] for role, model in languages.items()}
 
     def _score(
         self,

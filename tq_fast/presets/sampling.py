@@ -29,6 +29,7 @@ from ..rollouts.state import RolloutState
 from ..rollouts.streams import stream_keys
 from ..stopping import StopStrings
 from ..transfer.certificate import kl_divergence
+from ..transfer.roles import distinct
 
 # Takes the place of the candidate in the key of a random stream; no token has this id.
 _NO_CANDIDATE = 0xFFFFFFFF
@@ -139,6 +140,7 @@ def sample_responses(
     prompt_keys: Sequence[int],
     eos: tuple[int, ...],
     stop: StopStrings,
+    vocab_size: int,
     config: DecodeConfig,
     on_depth: Callable[[int], None],
 ) -> list[Drawn]:
@@ -147,13 +149,14 @@ def sample_responses(
     The prefixes and their next-token logits stay as they were: further responses may follow.
 
     Args:
-        forests: one a role, prompts encoded, with a row for every response and room for
-            `max_new_tokens - 1` tokens a branch.
+        forests: one a role (the same one where two roles have one model), prompts encoded, with a
+            row for every response and room for `max_new_tokens - 1` tokens a branch.
         weights: c_m of each role.
         numbers: of the responses of a prompt; each has a random stream of its own.
         prompt_keys: one key a tree, of its random stream.
         eos: ids that end a response.
         stop: strings that end it.
+        vocab_size: ids from here on are never drawn.
         config: strategy, temperature and truncation of roll-outs, min_new_tokens, max_new_tokens,
             seed.
         on_depth: called after every token of all responses, with their number.
@@ -161,8 +164,8 @@ def sample_responses(
     Raises:
         DecodingError: logits that are no law; prompt_idx is the tree.
     """
+    unique = distinct(forests)
     device = next(iter(forests.values())).device
-    vocab_size = min(forest.vocab_size for forest in forests.values())
     end_ids = torch.tensor(eos, dtype=torch.int64, device=device)
     sampler = MixtureSampler(weights, end_ids, vocab_size, config, stop)
     trees = [tree for tree in range(len(prompt_keys)) for _ in numbers]
@@ -179,13 +182,14 @@ def sample_responses(
         if not rows.num_active:
             break
         if order is not None:
-            for forest in forests.values():
+            for forest in unique.values():
                 forest.cache.take_rows(order, depth)
         tokens = rows.tokens(depth)
-        logits = {
-            role: forest.forward_rows(tokens, start=depth, tree=rows.tree)
-            for role, forest in forests.items()
+        found = {
+            forest: forest.forward_rows(tokens, start=depth, tree=rows.tree)
+            for forest in unique.values()
         }
+        logits = {role: found[forest] for role, forest in forests.items()}
     return _collect(state, list(forests))
 
 

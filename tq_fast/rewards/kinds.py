@@ -24,31 +24,14 @@ _EXPECTED = f"a hub id, a folder, a sequence classifier or a function {SIGNATURE
 
 
 def resolve_reward(source: Any, role: str) -> Any:
-    """Return what `source` stands for: `module:function` is imported, wrapped models unwrapped.
+    """Return `source`, or the function that it names as `module:function`.
 
     Raises:
         InvalidArgument: there is no such module or function.
     """
     if isinstance(source, str) and names_a_function(source):
-        source = load_function(source, role)
-    while isinstance(source, torch.nn.Module) and not isinstance(source, PreTrainedModel):
-        inner = _wrapped(source)
-        if inner is None:
-            break
-        source = inner
+        return load_function(source, role)
     return source
-
-
-def _wrapped(module: Any) -> torch.nn.Module | None:
-    """The model inside of what torch.compile, data parallelism or PEFT made of it."""
-    if isinstance(getattr(module, "_orig_mod", None), torch.nn.Module):
-        return module._orig_mod
-    if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
-        return module.module
-    is_peft = hasattr(module, "peft_config") and hasattr(module, "get_base_model")
-    # A prompt that was learnt is no part of the base model: the wrapper's own forward adds it.
-    adapts_layers = is_peft and not getattr(module.active_peft_config, "is_prompt_learning", False)
-    return module.get_base_model() if adapts_layers else None
 
 
 def is_classifier(source: Any) -> bool:
@@ -190,6 +173,7 @@ def _check_vocabulary(
         )
     if texts.tokenizer is None:
         return
+    # A model that was made in memory, without a name, was made for the ids at hand.
     name = getattr(model, "name_or_path", "")
     if name or not has_embedding:
         kind = type(model).__name__
@@ -198,10 +182,6 @@ def _check_vocabulary(
             f"{role} {origin} no tokenizer is found; vocabularies of one size need not be one "
             f"vocabulary: pass {role}_tokenizer="
         )
-    warn_caller(
-        f"{role} came without a tokenizer and without a name to find one by: it is taken to read "
-        f"the baseline's token ids; {role}_tokenizer= says so for certain"
-    )
 
 
 def _tokenizer_by_name(model: torch.nn.Module) -> PreTrainedTokenizerBase | None:

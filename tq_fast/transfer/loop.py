@@ -60,7 +60,7 @@ class DecodeLoop:
         """Encode the prompts of `trees`, whose prefixes are empty."""
         texts = [[*r.prompt.token_ids, *r.token_ids] for r in self.active]
         with self.stats.phase("prefill"):
-            for forest in self.roles.languages.values():
+            for forest in self.roles.forests.values():
                 for tree in trees:
                     known = 0
                     if self.plan.speed.share_prefixes:
@@ -92,7 +92,7 @@ class DecodeLoop:
 
     def _replace(self, tree: int) -> None:
         """Give the slot of a complete response to one that waits; remove it where none waits."""
-        languages, scorers = self.roles.languages.values(), self.roles.rewards.values()
+        forests, scorers = self.roles.forests.values(), self.roles.rewards.values()
         if not self.waiting:
             drop_from(self.active, tree)
             drop_from(self.reused, tree)
@@ -101,7 +101,7 @@ class DecodeLoop:
             return
         response = self.waiting.popleft()
         self.active[tree], self.reused[tree] = response, None
-        for forest in languages:
+        for forest in forests:
             forest.cache.truncate(tree, 0)
         for scorer in scorers:
             scorer.replace_tree(tree, response.prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -31,7 +32,8 @@ class DecodePlan:
         candidates_from: the role whose policy proposes the candidates.
         eos: ids that end a response.
         stop: strings that end it.
-        vocab_size: number of token ids; ids from here on are padding.
+        vocab_size: number of ids that candidates' log-probs are normalised over.
+        num_tokens: ids from here on have no token and are never chosen.
         reward_bounds: (lo, hi) of the reward, where declared.
         max_rows: most roll-outs that run together.
         speed: the speed options.
@@ -44,6 +46,7 @@ class DecodePlan:
     eos: tuple[int, ...]
     stop: StopStrings
     vocab_size: int
+    num_tokens: int
     reward_bounds: tuple[float, float] | None
     max_rows: int
     speed: SpeedOptions
@@ -66,7 +69,8 @@ class Roles:
     """The models of one decode, each over a forest with one tree a prompt.
 
     Attributes:
-        languages: language models by role, "baseline" before "sft".
+        languages: language models by role, "baseline" before "sft"; one forest stands under both
+            where they are the same model.
         roller: the language model that rolls out.
         rewards: rewards that take part by role, "reward" before "baseline_reward".
         sampler: how roll-outs are drawn.
@@ -80,10 +84,24 @@ class Roles:
     graphs: RolloutGraphs | None
 
     @property
+    def forests(self) -> dict[Role, LanguageForest]:
+        """Every forest once, under the first of its roles: "baseline" where it plays both."""
+        return distinct(self.languages)
+
+    @property
     def by_role(self) -> dict[str, LanguageForest | Scorer]:
-        """The forests and the reward scorers that take part, by role."""
+        """The forests and the reward scorers that take part, each once, by role."""
         parts: dict[str, LanguageForest | Scorer] = dict(self.rewards)
-        return {**{str(role): forest for role, forest in self.languages.items()}, **parts}
+        return {**{str(role): forest for role, forest in self.forests.items()}, **parts}
+
+
+_Part = TypeVar("_Part")
+
+
+def distinct(parts: Mapping[Role, _Part]) -> dict[Role, _Part]:
+    """Return every part once, under the first role that it has."""
+    seen: dict[int, Role] = {}
+    return {role: part for role, part in parts.items() if seen.setdefault(id(part), role) == role}
 
 
 def open_roles(
@@ -122,11 +140,11 @@ def open_roles(
         )
         for role, reward in _scoring(rewards, config).items()
     }
-    forests = {}
-    for role, model in languages.items():
+    by_model: dict[PreTrainedModel, LanguageForest] = {}
+    for model in distinct(languages).values():
         check_runs(model)
-        has_branches = role == plan.roller or config.needs_log_ratio
-        forests[role] = LanguageForest(
+        has_branches = model is languages[plan.roller] or config.needs_log_ratio
+        by_model[model] = LanguageForest(
             model,
             num_trees=num_trees,
             num_rows=num_rows if has_branches else num_trees,
@@ -135,9 +153,10 @@ def open_roles(
             backend=config.backend,
             cpu_layers=plan.speed.cpu_layers,
         )
+    forests = {role: by_model[model] for role, model in languages.items()}
     roller = forests[plan.roller]
     eos = torch.tensor(plan.eos, dtype=torch.int64, device=roller.device)
-    sampler = RolloutSampler(eos, plan.vocab_size, config)
+    sampler = RolloutSampler(eos, plan.num_tokens, config)
     has_graphs = plan.speed.graph_rollouts and roller.device.type == "cuda"
     graphs = RolloutGraphs(roller, sampler) if has_graphs else None
     return Roles(forests, roller, scorers, sampler, graphs)
@@ -153,9 +172,9 @@ def memory_per_prompt(
     config = plan.config
     prefix, branch = _prefix_capacity(prompts, config), _branch_capacity(config)
     per_prompt, per_row = 0, 2 * 4 * plan.vocab_size
-    for role, model in languages.items():
+    for model in distinct(languages).values():
         per_token = check_runs(model)
-        if role == plan.roller:
+        if model is languages[plan.roller]:
             per_prompt += per_token * prefix
             per_row += per_token * (branch + 1)
         else:

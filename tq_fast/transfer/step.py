@@ -88,23 +88,30 @@ class Step:
         is_early = [response.step < config.min_new_tokens for response in self.responses]
         if any(is_early):
             next_logits = without_tokens(next_logits, self.plan.eos, is_early)
+        num_tokens = self.plan.num_tokens
         proposed = ops.topk_logprobs(
-            next_logits, config.k, vocab_size=vocab_size, backend=config.backend
+            next_logits, config.k, vocab_size=num_tokens, backend=config.backend
         )
-        for tree, lse in enumerate(proposed.lse.tolist()):
+        sums, own = proposed.lse, proposed.logprobs
+        if num_tokens < vocab_size:
+            # Ids without a token are never proposed, but are part of the model's law.
+            sums = next_logits[:, :vocab_size].float().logsumexp(1)
+            own = own + (proposed.lse - sums)[:, None]
+        for tree, lse in enumerate(sums.tolist()):
             if not math.isfinite(lse):
                 self._fail(tree, f"the logits sum to {lse}")
         logprobs = {}
         for role, forest in languages.items():
-            if role == proposer and not any(is_early):
-                logprobs[role] = proposed.logprobs
+            is_proposer = forest is languages[proposer]
+            if is_proposer and not any(is_early):
+                logprobs[role] = own
                 continue
             logits = forest.next_logits[:, :vocab_size].float()
             logprobs[role] = logits.gather(1, proposed.ids) - logits.logsumexp(1, keepdim=True)
-            if role == proposer:
+            if is_proposer:
                 # Only where tokens were taken out: no tree depends on how far the others are.
                 early = torch.tensor(is_early, device=logits.device)[:, None]
-                logprobs[role] = torch.where(early, logprobs[role], proposed.logprobs)
+                logprobs[role] = torch.where(early, logprobs[role], own)
         drift = None
         if len(languages) == 2:
             forests = (languages["baseline"], languages["sft"])
@@ -162,10 +169,17 @@ class Step:
             }
             ratios = None
             if config.needs_log_ratio:
-                sft = self.roles.languages["sft"]
-                ratios = log_ratios(sft, wave.rollouts, vocab_size=self.plan.vocab_size)
+                ratios = self._log_ratios(wave)
         baseline_scores = scores.get("baseline_reward")
         self.values.record(wave.rollouts, scores["reward"], baseline_scores, ratios)
+
+    def _log_ratios(self, wave: RolloutWave) -> list[float]:
+        """Return log pi_sft(tau) - log q(tau) of every roll-out of `wave`."""
+        sft = self.roles.languages["sft"]
+        if sft is self.roles.roller:
+            # The model scored its own tokens when it drew them, and its rows are still needed.
+            return [rollout.logprob - rollout.proposal_logprob for rollout in wave.rollouts]
+        return log_ratios(sft, wave.rollouts, vocab_size=self.plan.num_tokens)
 
     def commit(self, chosen: Sequence[tuple[int, int]]) -> None:
         """Move the KV of the candidates `(tree, candidate_idx)` into the prefixes of all models.
@@ -184,7 +198,7 @@ class Step:
             tokens = [self.roots[tree].candidates[idx] for tree, idx in left]
             roller.advance([tree for tree, _ in left], tokens)
         tokens = [self.roots[tree].candidates[idx] for tree, idx in chosen]
-        for forest in self.roles.languages.values():
+        for forest in self.roles.forests.values():
             if chosen and forest is not roller:
                 forest.advance([tree for tree, _ in chosen], tokens)
 

@@ -71,12 +71,9 @@ QUALITIES: dict[AspectClass, dict[Tone, tuple[str, ...]]] = {
         "bad": ("dirty", "gloomy", "dark", "cramped", "shabby", "dusty"),
     },
 }
+_VALUE_OF_TONE: dict[Tone, int] = {"good": 1, "mild": 0, "bad": -1}
 _VALUE_OF: dict[AspectClass, dict[str, int]] = {
-    name: {
-        word: value
-        for tone, value in (("good", 1), ("mild", 0), ("bad", -1))
-        for word in tones[tone]
-    }
+    name: {word: value for tone, value in _VALUE_OF_TONE.items() for word in tones[tone]}
     for name, tones in QUALITIES.items()
 }
 

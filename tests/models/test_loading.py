@@ -1,0 +1,422 @@
+"""Models as people have them: adapters, wrappers, names, missing weights and vocabularies."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+import tq_fast
+from tq_fast import presets
+from tq_fast.errors import InvalidArgument, UnsupportedModel
+from tq_fast.forest.view import view_of
+from tq_fast.jobs.resume import fingerprint_model
+
+FAST: dict[str, Any] = {"k": 3, "horizon": 2, "max_new_tokens": 3, "strategy": "greedy"}
+
+
+def make_tokenizer(*extra: str) -> PreTrainedTokenizerFast:
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", additional_special_tokens=extra
+    )
+
+
+def config(vocab_size: int = 258, **fields: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        bos_token_id=256,
+        eos_token_id=None,
+        pad_token_id=None,
+        **fields,
+    )
+
+
+def make_model(seed: int = 0, vocab_size: int = 258) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config(vocab_size)).eval()
+
+
+def make_reward(seed: int = 1, vocab_size: int = 258) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config(vocab_size, num_labels=1)).eval()
+
+
+def lora(**fields: Any) -> LoraConfig:
+    return LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **fields
+    )
+
+
+def length(prompts: list[Any], responses: list[Any]) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+def decoder_of(baseline: Any, **arguments: Any) -> tq_fast.TransferDecoder:
+    arguments = {"tokenizer": make_tokenizer(), "device": "cpu", **arguments}
+    return tq_fast.TransferDecoder(baseline, arguments.pop("reward", length), **arguments)
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    return model(input_ids=torch.tensor([[72, 73, 74]])).logits[0, -1]
+
+
+def next_logits(decoder: tq_fast.TransferDecoder) -> dict[str, torch.Tensor]:
+    """The log-probs of the first candidates under both models, from a decode."""
+    trace = decoder.decode("abc", **FAST).traces[0][0]
+    return {"ids": trace.candidates, "prior": trace.prior_logprobs}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base: Path, name: str, seed: int = 3) -> Path:
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
+    model.save_pretrained(base.parent / name)
+    return base.parent / name
+
+
+@pytest.mark.parametrize("way", ["peft", "compiled", "compiled peft", "add_adapter", "in place"])
+def test_a_model_in_a_wrapper_decodes_as_the_model(way: str) -> None:
+    torch.manual_seed(2)
+    model: Any = make_model()
+    if "peft" in way:
+        model = get_peft_model(model, lora())
+    if way == "add_adapter":
+        model.add_adapter(lora())
+    if "compiled" in way:
+        model = torch.compile(model, backend="eager")
+    if way == "in place":
+        model.compile(backend="eager")
+    model.eval()
+    found = next_logits(decoder_of(model))
+    truth = make_tokenizer()("abc", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logprobs = model(input_ids=truth).logits[0, -1].log_softmax(-1)
+    assert torch.allclose(found["prior"], logprobs.topk(3).values, atol=1e-4)
+
+
+def test_a_compiled_forward_is_left_out_of_a_view() -> None:
+    model = make_model()
+    truth = decoder_of(model).decode("abc", **FAST).texts
+    model.forward = torch.compile(model.forward, backend="eager")
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    assert decoder_of(model).decode("abc", **FAST).texts == truth
+
+
+def test_an_adapter_is_off_in_one_view_and_on_in_another() -> None:
+    model = make_model()
+    plain = logits_of(model)
+    adapted = get_peft_model(model, lora()).eval()
+    on, off = view_of(model), view_of(model, adapters=False)
+    assert torch.equal(logits_of(off), plain)
+    assert torch.equal(logits_of(on), logits_of(adapted))
+    assert not torch.allclose(logits_of(on), plain)
+
+
+@pytest.mark.parametrize("sft", ["the base", "the base, saved before"])
+def test_the_base_of_a_peft_model_is_the_base_without_adapters(sft: str) -> None:
+    model = make_model()
+    plain = logits_of(model)
+    adapted = get_peft_model(model, lora()).eval()
+    decoder = decoder_of(adapted, sft=adapted.get_base_model() if sft == "the base" else model)
+    assert torch.equal(logits_of(decoder.sft), plain)
+    assert torch.equal(logits_of(decoder.baseline), logits_of(adapted))
+    assert decoder.sft.lm_head.weight is decoder.baseline.lm_head.weight
+    result = decoder.decode("abc", **FAST)
+    separate = decoder_of(adapted, sft=make_model()).decode("abc", **FAST)
+    assert result.texts == separate.texts
+    assert torch.allclose(
+        result.traces[0][0].prior_logprobs, separate.traces[0][0].prior_logprobs, atol=1e-5
+    )
+    assert not torch.allclose(logits_of(adapted), plain), "the caller's model keeps its adapter"
+
+
+def test_a_merged_adapter_cannot_be_switched_off() -> None:
+    adapted = get_peft_model(make_model(), lora())
+    adapted.merge_adapter()
+    with pytest.raises(InvalidArgument, match=r"sft is the base of a PeftModel.*merged"):
+        decoder_of(adapted, sft=adapted.get_base_model())
+
+
+def test_a_learnt_prompt_is_refused() -> None:
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UnsupportedModel, match=r"baseline.*learnt prompt"):
+        decoder_of(get_peft_model(make_model(), settings))
+
+
+def test_an_adapter_folder_and_its_base_are_one_set_of_weights(base: Path) -> None:
+    decoder = decoder_of(save_adapter(base, "adapter"), sft=base, tokenizer=None)
+    assert torch.equal(logits_of(decoder.sft), logits_of(make_model()))
+    assert not torch.allclose(logits_of(decoder.baseline), logits_of(decoder.sft))
+    first, second = decoder.sft.model.layers[0], decoder.baseline.model.layers[0]
+    assert first.self_attn.k_proj.weight is second.self_attn.k_proj.weight
+    assert decoder.tokenizer is not None, "an adapter without a tokenizer reads its base's"
+
+
+def test_two_adapters_of_one_base_run_side_by_side(base: Path) -> None:
+    folders = [save_adapter(base, f"adapter{seed}", seed) for seed in (3, 4)]
+    decoder = decoder_of(folders[0], sft=folders[1], tokenizer=None)
+    for folder, model in zip(folders, (decoder.baseline, decoder.sft), strict=True):
+        alone = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert torch.allclose(logits_of(model), logits_of(alone), atol=1e-5)
+    assert decoder.sft.lm_head.weight is decoder.baseline.lm_head.weight
+
+
+def test_a_reward_adapter_brings_its_head(base: Path) -> None:
+    torch.manual_seed(5)
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
+    adapted = get_peft_model(model, lora(task_type="SEQ_CLS", modules_to_save=["score"])).eval()
+    folder = base.parent / "reward"
+    adapted.save_pretrained(folder)
+    decoder = decoder_of(base, reward=folder)
+    assert torch.allclose(logits_of(decoder.reward.model), logits_of(adapted), atol=1e-5)
+
+
+def test_an_adapter_of_another_model_is_refused_by_name(base: Path) -> None:
+    adapter = save_adapter(base, "adapter")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(base.parent / "nowhere")
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InvalidArgument, match=r"base_model_name_or_path.*no such folder"):
+        decoder_of(adapter)
+
+
+def test_the_same_name_is_loaded_once(base: Path) -> None:
+    decoder = decoder_of(base, sft=base)
+    assert decoder.sft is decoder.baseline
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rollout": "greedy"}, {"transfer": "indirect", "beta": 0.1}]
+)
+def test_one_model_in_two_roles_runs_once(options: dict[str, Any]) -> None:
+    model, reward = make_model(), make_reward()
+    options = {**FAST, **options, "max_new_tokens": 6}
+    once = decoder_of(model, sft=model, reward=reward).decode(["abc", "de"], **options)
+    twice = decoder_of(model, sft=make_model(), reward=reward).decode(["abc", "de"], **options)
+    assert "sft" not in once.stats.token_forwards
+    assert "sft" not in once.stats.peak_kv_bytes
+    assert once.texts == twice.texts
+    for one, two in zip(once.traces, twice.traces, strict=True):
+        for step, other in zip(one, two, strict=True):
+            assert torch.equal(step.candidates, other.candidates)
+            assert torch.allclose(step.q, other.q, atol=1e-4)
+
+
+def test_one_model_in_two_roles_is_mixed_with_itself() -> None:
+    model = make_model()
+    once, twice = (
+        presets.dera(
+            "abc",
+            baseline=model,
+            sft=sft,
+            mix=0.5,
+            tokenizer=make_tokenizer(),
+            max_new_tokens=4,
+            strategy="greedy",
+        )
+        for sft in (model, make_model())
+    )
+    assert once.texts == twice.texts
+    assert list(once.stats.token_forwards) == ["baseline"]
+
+
+def test_model_kwargs_reach_from_pretrained_and_the_tokenizer(base: Path) -> None:
+    part = base / "part"
+    make_model(7).save_pretrained(part)
+    make_tokenizer("<new>").save_pretrained(part)
+    decoder = decoder_of(base, tokenizer=None, model_kwargs={"baseline": {"subfolder": "part"}})
+    assert torch.equal(logits_of(decoder.baseline), logits_of(make_model(7)))
+    assert "<new>" in decoder.tokenizer.get_vocab()
+    other = decoder_of(base, sft=base, model_kwargs={"sft": {"dtype": torch.bfloat16}})
+    assert (other.baseline.dtype, other.sft.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_device_map_places_the_model(base: Path) -> None:
+    options = {"baseline": {"device_map": {"": "cpu"}}}
+    decoder = decoder_of(base, device="meta", model_kwargs=options)
+    assert decoder.baseline.device.type == "cpu"
+    assert decoder.decode("abc", **FAST).texts == decoder_of(base).decode("abc", **FAST).texts
+
+
+def test_devices_are_by_role(base: Path) -> None:
+    decoder = decoder_of(base, sft=base, device={"sft": "meta", "baseline": "cpu"})
+    assert decoder.sft.device.type == "meta" and decoder.baseline.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model_kwargs": {"policy": {}}}, "model_kwargs must be by role.*'policy'"),
+        ({"model_kwargs": {"baseline": 3}}, "model_kwargs of baseline.*int"),
+        ({"model_kwargs": [1]}, "model_kwargs must be a dict.*list"),
+        ({"device": {"policy": "cpu"}}, "device must be by role.*'policy'"),
+        ({"model_kwargs": {"sft": {"revision": "a"}}}, "sft is loaded already"),
+        ({"model_kwargs": {"baseline": {"nonsense": 1}}}, "baseline=.*model_kwargs.*nonsense"),
+        ({"model_kwargs": {"baseline": {"state_dict": 1}}}, "cannot have 'state_dict'"),
+    ],
+)
+def test_wrong_arguments_of_loading_are_refused(
+    base: Path, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=words) as caught:
+        decoder_of(base, sft=make_model(), **arguments)
+    assert len(str(caught.value)) < 400
+
+
+def rename_weight(folder: Path, old: str, new: str | None) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weight = weights.pop(old)
+    if new is not None:
+        weights[new] = weight
+    save_file(weights, path, {"format": "pt"})
+
+
+def test_missing_weights_are_named(base: Path) -> None:
+    rename_weight(base, "model.layers.0.mlp.up_proj.weight", None)
+    with pytest.raises(InvalidArgument, match=r"baseline=.*1 weights are missing.*up_proj.weight"):
+        decoder_of(base)
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config(tie_word_embeddings=True)).eval()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(decoder_of(tmp_path).baseline), logits_of(model))
+
+
+def test_a_head_that_was_never_trained_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"reward=.*base.*never trained.*score\.weight"):
+        decoder_of(base, reward=base)
+    make_reward().save_pretrained(tmp_path / "value")
+    rename_weight(tmp_path / "value", "score.weight", "v_head.weight")
+    with pytest.raises(InvalidArgument, match=r"score\.weight.*holds v_head\.weight"):
+        decoder_of(base, reward=tmp_path / "value", reward_tokenizer=make_tokenizer())
+
+
+def test_weights_that_are_not_used_are_said_once(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    weights["v_head.weight"] = torch.zeros(1, 32)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        decoder_of(base, sft=base)
+    assert [str(w.message) for w in said if "v_head.weight" in str(w.message)][1:] == []
+    assert any("1 weights that LlamaForCausalLM does not use" in str(w.message) for w in said)
+
+
+@pytest.mark.parametrize("role", ["baseline", "sft"])
+def test_no_message_prints_a_model(role: str) -> None:
+    models: dict[str, Any] = {"baseline": make_model(), "sft": make_model()}
+    models[role] = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(30)))
+    with pytest.raises(InvalidArgument, match=rf"{role} must be .*Sequential") as caught:
+        decoder_of(models.pop("baseline"), **models)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("longer", ["baseline", "sft"])
+def test_one_of_two_models_may_know_more_tokens(tmp_path: Path, longer: str) -> None:
+    for role in ("baseline", "sft"):
+        extra = ["<pad>"] if role == longer else []
+        make_model(0, 272 if role == longer else 264).save_pretrained(tmp_path / role)
+        make_tokenizer(*extra).save_pretrained(tmp_path / role)
+    decoder = decoder_of(tmp_path / "baseline", sft=tmp_path / "sft", tokenizer=None)
+    assert (decoder.session.vocab_size, decoder.session.num_tokens) == (264, 258)
+    assert decoder.decode("abc", **FAST).texts
+
+
+def test_two_tokens_of_one_id_do_not_pair(tmp_path: Path) -> None:
+    for role, extra in {"baseline": "<pad>", "sft": "<mask>"}.items():
+        make_model(vocab_size=264).save_pretrained(tmp_path / role)
+        make_tokenizer(extra).save_pretrained(tmp_path / role)
+    with pytest.raises(InvalidArgument, match=r"same tokenizer vocabulary.*<pad>"):
+        decoder_of(tmp_path / "baseline", sft=tmp_path / "sft", tokenizer=None)
+
+
+def padded_model() -> LlamaForCausalLM:
+    """A model that likes the ids above its tokenizer best."""
+    model = make_model(vocab_size=300)
+    with torch.no_grad():
+        model.lm_head.weight[258:] = 1.5 * model.lm_head.weight[100]
+    return model
+
+
+def test_ids_without_a_token_are_never_chosen() -> None:
+    model = padded_model()
+    options: dict[str, Any] = {"k": 5, "horizon": 4, "max_new_tokens": 12, "num_rollouts": 3}
+    result = decoder_of(model).decode(["abc", "de"], **options)
+    assert all(int(token) < 258 for sequence in result.sequences for token in sequence)
+    assert all(int(c) < 258 for step in result.traces[0] for c in step.candidates)
+    drawn = presets.baseline(
+        ["abc", "de"], baseline=model, tokenizer=make_tokenizer(), max_new_tokens=30
+    )
+    assert all(int(token) < 258 for sequence in drawn.sequences for token in sequence)
+    with pytest.raises(InvalidArgument, match="at most the vocabulary, 258"):
+        decoder_of(model).decode("abc", k=259)
+
+
+def test_the_log_probs_of_candidates_are_the_models_own() -> None:
+    model = padded_model()
+    found = next_logits(decoder_of(model))
+    ids = make_tokenizer()("abc", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits[0, -1].log_softmax(-1)
+    assert torch.allclose(found["prior"], logprobs[found["ids"]], atol=1e-4)
+
+
+def test_a_model_object_finds_the_tokenizer_of_its_folder(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert decoder_of(model, tokenizer=None).tokenizer is not None
+    assert decoder_of(get_peft_model(model, lora()), tokenizer=None).tokenizer is not None
+    model.config._name_or_path = "nobody/nothing-of-this-name"
+    model.name_or_path = "nobody/nothing-of-this-name"
+    assert decoder_of(model, tokenizer=None).tokenizer is None
+
+
+def test_fingerprints_tell_adapters_apart_and_take_any_tensor() -> None:
+    model = make_model()
+    adapted = get_peft_model(model, lora()).get_base_model()
+    on, off = (fingerprint_model(view_of(adapted, adapters=a), None) for a in (None, False))
+    assert on != off
+    assert fingerprint_model(make_model().to("meta"), None)
+
+
+def test_the_fingerprint_of_an_offloaded_model_follows_its_weights(base: Path) -> None:
+    from accelerate import cpu_offload
+
+    first, second = (cpu_offload(make_model(seed), "cpu") for seed in (0, 1))
+    assert fingerprint_model(first, None) != fingerprint_model(second, None)
+    assert fingerprint_model(first, None) == fingerprint_model(make_model(), None)
