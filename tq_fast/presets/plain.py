@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..chats import TemplateOptions
 from ..config import DecodeConfig, Role
 from ..errors import DecodingError
 from ..forest import share_prefix
 from ..forest.language import LanguageForest
 from ..forest.support import check_runs
 from ..prompts import Prompt, PromptLike, repeat_prompts
+from ..prompts.chats import TemplateOptions
 from ..results import DecodeResult, DecodeStats, PromptResult, Response
 from ..rewards.base import Opening
 from ..rewards.scorer import Scorer

@@ -15,7 +15,7 @@ from tests import zoo
 from tests.naive import next_token_logprobs
 from tq_fast import presets
 from tq_fast.errors import InvalidArgument
-from tq_fast.stopping import StopStrings
+from tq_fast.rollouts.stopping import StopStrings
 
 # Byte-level: G-with-dot is the space, C-with-dot the new line.
 WORDS = [*"abcdefgh.", "\u0120", "\u010a", "ab", ".\u010a", "\u00c3", "\u00a9"]
