@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.test_prompts import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from tests.prompts.test_prompts import make_tokenizer
 from tq_fast.errors import InvalidArgument
 from tq_fast.prompts import PromptReader, read_prompts
 from tq_fast.prompts.chats import chat_token_ids, check_template_options, read_messages
