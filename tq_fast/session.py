@@ -183,7 +183,7 @@ def place_models(
 
 @contextlib.contextmanager
 def neutral_torch() -> Iterator[None]:
-    """Within the block torch computes as if the caller had set neither autocast nor a device.
+    """Within the block torch computes as if the caller had set nothing for this thread.
 
     The caller's default dtype stays, since it is common to all threads: every tensor of the package
     names its dtype.
@@ -192,6 +192,9 @@ def neutral_torch() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 settings.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            # What inference mode makes can take no part in training afterwards.
+            settings.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type != "cpu":
             settings.enter_context(torch.device("cpu"))
         yield
