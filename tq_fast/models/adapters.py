@@ -67,12 +67,25 @@ def _inside_of_peft(source: Any, role: str) -> Any:
     return source.base_model.model
 
 
-def has_merged(model: torch.nn.Module) -> bool:
-    """Whether the weights of an adapter have been added to those of `model`."""
-    return any(
+def why_not_off(model: torch.nn.Module) -> str | None:
+    """Return why `model` is not its base again when its adapters are off; None where it is."""
+    if any(
         is_adapted(module) and bool(getattr(module, "merged_adapters", ()))
         for module in model.modules()
-    )
+    ):
+        return "whose adapter is merged into its weights; unmerge it"
+    configs = getattr(model, "peft_config", None) or {}
+    if any(_changes_base(vars(config)) for config in configs.values()):
+        return "whose adapter changes weights of the base; give the base as a model of its own"
+    return None
+
+
+def _changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter of this configuration changes weights of its base in place."""
+    start = config.get("init_lora_weights")
+    # Other starts, such as PiSSA's, take out of the base what they put into the adapter.
+    starts_apart = not isinstance(start, str) or start in ("gaussian", "eva", "orthogonal")
+    return config.get("bias", "none") not in ("none", None) or not starts_apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +97,14 @@ class AdapterFolder:
         base: the folder or hub id of the model that it adapts.
         base_revision: revision of the base, or None.
         finding: keyword arguments that say where the adapter's files are.
+        changes_base: whether it overwrites weights of the base, which no other role can share then.
     """
 
     name: str
     base: str
     base_revision: str | None
     finding: Mapping[str, Any]
+    changes_base: bool
 
 
 def read_adapter_folder(name: str, role: str, options: Mapping[str, Any]) -> AdapterFolder | None:
@@ -127,7 +142,7 @@ def read_adapter_folder(name: str, role: str, options: Mapping[str, Any]) -> Ada
     if not Path(base).is_dir() and (Path(path).parent / base).is_dir():
         # A base that lies beside its adapter is often named from there.
         base = os.fspath(Path(path).parent / base)
-    return AdapterFolder(name, base, config.get("revision"), finding)
+    return AdapterFolder(name, base, config.get("revision"), finding, _changes_base(config))
 
 
 def attach_adapter(
