@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chats import TemplateOptions, check_template_options
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
 from .errors import InvalidArgument
 from .models.loading import ModelLike, TokenizerLike
 from .prompts import Prompt, PromptLike, PromptReader, repeat_prompts
+from .prompts.chats import TemplateOptions, check_template_options
 from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
 from .rewards.options import RewardOptions

@@ -78,5 +78,5 @@ def warn_caller(message: str) -> None:
 
 
 def _is_inner(module: str) -> bool:
-    # Frames of torch are skipped too: `torch.no_grad` wraps the functions that it decorates.
-    return module.split(".")[0] in ("tq_fast", "torch")
+    # Frames of torch and contextlib are skipped too: they wrap the functions that they decorate.
+    return module.split(".")[0] in ("tq_fast", "torch", "contextlib")

@@ -21,12 +21,10 @@ from rich.progress import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chats import TemplateOptions
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions, is_real
 from .errors import InvalidArgument
 from .forest.language import vocab_size_of
 from .models.generation import warn_of_ignored
-from .models.loader import Loader
 from .models.loading import (
     ModelLike,
     TokenizerLike,
@@ -37,12 +35,14 @@ from .models.loading import (
     load_tokenizer,
     num_token_ids,
 )
+from .models.shared_weights import Loader
 from .prompts import Prompt, PromptReader, read_prompts
+from .prompts.chats import TemplateOptions
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .rewards.base import Reward, RewardFunction, Texts
 from .rewards.lengths import check_room, positions_of
 from .rewards.options import RewardOptions
-from .stopping import StopStrings
+from .rollouts.stopping import StopStrings
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 
 ROLES: tuple[Role, ...] = ("baseline", "sft")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tq_fast.models.tiny.gold import baseline_gold_reward, gold_reward
 
-from .sampling import load_lm, sample, score
+from .whole_responses import load_lm, sample, score
 
 NUM_SAMPLES = 8
 SCORERS = ("r_BL", "gold r_BL", "r", "gold r")

@@ -152,16 +152,16 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
     }
 
 
-@pytest.mark.parametrize("word", ["baseline", "baseline={", "baseline=[1]"])
-def test_model_kwargs_that_are_no_json_object_are_refused(seen: dict, word: str) -> None:
-    result = invoke(*NEEDED, "--model-kwargs", word)
-    assert result.exit_code == 2 and "--model-kwargs" in result.output
-
-
 @pytest.mark.parametrize(("word", "reason"), [("{1}", "is not JSON"), ("[1]", "a JSON object")])
 def test_template_options_must_be_a_json_object(seen: dict, word: str, reason: str) -> None:
     result = invoke(*NEEDED, "--template-options", word)
     assert result.exit_code == 2 and reason in result.output and not seen
+
+
+@pytest.mark.parametrize("word", ["baseline", "baseline={", "baseline=[1]"])
+def test_model_kwargs_that_are_no_json_object_are_refused(seen: dict, word: str) -> None:
+    result = invoke(*NEEDED, "--model-kwargs", word)
+    assert result.exit_code == 2 and "--model-kwargs" in result.output
 
 
 def test_every_argument_of_the_decoder_can_be_given() -> None:

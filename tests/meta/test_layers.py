@@ -17,8 +17,8 @@ REPOSITORY = ROOT.parent
 # its own folder. docs/develop/architecture.md says what lives where.
 FLOORS = (
     {"_version", "errors"},
-    {"chats", "config", "env", "kernels"},
-    {"_native", "prompts", "stopping"},
+    {"config", "env", "kernels"},
+    {"_native", "prompts"},
     {"ops", "results"},
     {"forest"},
     {"rollouts"},

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .. import _native
 from ..ops._dispatch import unchecked_kernel
 from .attention import attending
-from .decoder_layers import Forward, FusedLayers, fuse_layers, is_plain_linear
+from .fused_layers import Forward, FusedLayers, fuse_layers, is_plain_linear
 
 # The C++ kernel of `ops.few_rows_linear`.
 NativeLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -45,7 +45,7 @@ def most_rows(dtype: torch.dtype) -> int:
 
 
 def most_rows_of_a_layer(dtype: torch.dtype) -> int:
-    """Rows up to which a whole decoder layer is faster as `decoder_layers` runs it; 0: never.
+    """Rows up to which a whole decoder layer is faster as `fused_layers` runs it; 0: never.
 
     Measured with bf16 on Zen 5: what is saved between the products outweighs all that oneDNN is
     ahead in them.

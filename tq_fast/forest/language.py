@@ -209,8 +209,9 @@ def device_of(model: torch.nn.Module) -> torch.device:
         place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if place is not None:
             return torch.empty(0, device=place).device
-    real = (weight.device for weight in model.parameters() if weight.device.type != "meta")
-    return next(real, torch.device("cpu"))
+    places = [weight.device for weight in model.parameters()]
+    real = (place for place in places if place.type != "meta")
+    return next(real, places[0] if places else torch.device("cpu"))
 
 
 def vocab_size_of(model: PreTrainedModel) -> int:

@@ -18,7 +18,7 @@ from ..rewards.kinds import is_classifier, open_classifier, open_object, resolve
 from ..rewards.options import RewardOptions
 from .adapters import read_adapter_folder, short, unwrap
 from .checkpoints import existing, tokenizer_options
-from .loader import Loader
+from .shared_weights import Loader
 
 # A module is a model of transformers, or what torch.compile or peft made of one.
 ModelLike: TypeAlias = str | os.PathLike[str] | torch.nn.Module

@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..chats import TemplateOptions
 from ..config import DecodeConfig, Role
 from ..errors import DecodingError
 from ..forest import share_prefix
 from ..forest.language import LanguageForest
 from ..forest.support import check_runs
 from ..prompts import Prompt, PromptLike, repeat_prompts
+from ..prompts.chats import TemplateOptions
 from ..results import DecodeResult, DecodeStats, PromptResult, Response
 from ..rewards.base import Opening
 from ..rewards.scorer import Scorer
 from ..session import Report, Session, neutral_torch
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from ..transfer.roles import distinct
-from .sampling import Drawn, certify_plain, sample_responses, trace_plain
+from .whole_responses import Drawn, certify_plain, sample_responses, trace_plain
 
 
 @neutral_torch()

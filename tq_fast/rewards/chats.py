@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..chats import Messages, TemplateOptions
 from ..prompts import Prompt
+from ..prompts.chats import Messages, TemplateOptions
 
 # Contents of a trial chat, which no template prints by itself.
 _SYSTEM, _FIRST, _ANSWER, _SECOND = (

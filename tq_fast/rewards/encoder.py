@@ -18,7 +18,7 @@ from .classifier import ClassifierReward
 from .forms import Row
 from .lengths import positions_of_encoder
 from .options import RewardOptions
-from .scores import read_output
+from .returned import read_output
 
 # Whole texts that an encoder scores at a time.
 _TEXT_BATCH = 32

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from ..chats import Messages
 from ..prompts import Prompt
+from ..prompts.chats import Messages
 from .base import Texts
 from .chats import render
 

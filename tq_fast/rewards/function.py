@@ -18,7 +18,7 @@ import torch
 from ..errors import InvalidArgument
 from ..prompts import Prompt
 from .base import Opening, Reward, RewardFunction, RewardSession, Texts, drop_from
-from .scores import read_scores
+from .returned import read_scores
 
 SIGNATURE = "(prompts, responses) -> floats, or TRL's (prompts=, completions=, **kwargs)"
 

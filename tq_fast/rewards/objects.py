@@ -17,7 +17,7 @@ from .classifier import check_label
 from .forms import question_text
 from .function import AskedReward
 from .options import RewardOptions
-from .scores import read_scores
+from .returned import read_scores
 
 
 class PipelineReward(AskedReward):

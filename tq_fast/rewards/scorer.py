@@ -11,7 +11,7 @@ from ..errors import DecodingError, RewardError
 from ..prompts import Prompt
 from ..results import Response
 from ..rollouts.records import Rollout
-from ..stopping import StopStrings
+from ..rollouts.stopping import StopStrings
 from .base import RewardSession, WrongScores, drop_from
 
 # Values are fp32: a greater score would be infinite there.

@@ -17,7 +17,7 @@ from ..rewards.base import Opening, Reward
 from ..rewards.scorer import Scorer
 from ..rollouts.graphs import RolloutGraphs
 from ..rollouts.state import RolloutSampler
-from ..stopping import StopStrings
+from ..rollouts.stopping import StopStrings
 from .budget import MemoryPerPrompt
 
 

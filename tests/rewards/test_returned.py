@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tq_fast.rewards.base import WrongScores
-from tq_fast.rewards.scores import read_output, read_scores
+from tq_fast.rewards.returned import read_output, read_scores
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tests.test_prompts import make_tokenizer
-from tq_fast.chats import chat_token_ids, check_template_options, read_messages
+from tests.prompts.test_prompts import make_tokenizer
 from tq_fast.errors import InvalidArgument
 from tq_fast.prompts import PromptReader, read_prompts
+from tq_fast.prompts.chats import chat_token_ids, check_template_options, read_messages
 
 USER = {"role": "user", "content": "the soup"}
 CALL = [{"type": "function", "function": {"name": "rain", "arguments": {"city": "Rome"}}}]

@@ -15,7 +15,7 @@ from tests import zoo
 from tests.naive import next_token_logprobs
 from tq_fast import presets
 from tq_fast.errors import InvalidArgument
-from tq_fast.stopping import StopStrings
+from tq_fast.rollouts.stopping import StopStrings
 
 # Byte-level: G-with-dot is the space, C-with-dot the new line.
 WORDS = [*"abcdefgh.", "\u0120", "\u010a", "ab", ".\u010a", "\u00c3", "\u00a9"]
@@ -214,25 +214,19 @@ def test_several_responses_stand_prompt_by_prompt(run: Any) -> None:
 
 
 @METHODS
-def test_special_tokens_can_be_kept(run: Any) -> None:
-    think = tokenizer().convert_tokens_to_ids("<think>")
-    seen: set[str] = set()
-
-    def reward(prompts: list[Any], responses: list[str]) -> list[float]:
-        seen.update(responses)
-        return [100.0 * response.startswith("<think>") for response in responses]
-
-    options: dict[str, Any] = {"k": len(tokenizer())} | (
-        {"reward": reward} if run is decode else {}
-    )
+def test_special_tokens_can_be_kept_in_the_texts(run: Any) -> None:
+    options = {"max_new_tokens": 20, "k": len(tokenizer())}
     for skip in (True, False):
-        seen.clear()
-        if run is decode:
-            # What the reward reads is an option of its own.
-            options["reward_options"] = tq_fast.RewardOptions(keep_special_tokens=not skip)
-        result = run(**options, skip_special_tokens=skip, max_new_tokens=20)
+        result = run(**options, skip_special_tokens=skip)
         for tokens, text in zip(result.sequences, result.texts, strict=True):
             assert text == tokenizer().decode(tokens, skip_special_tokens=skip)
-        if run is decode:
-            assert any("<think>" in text for text in seen) != skip
-            assert skip or all(tokens[0] == think for tokens in result.sequences)
+        assert any("<think>" in text for text in result.texts) != skip
+
+
+def test_a_reward_and_the_texts_can_both_show_markers() -> None:
+    def reward(prompts: list[Any], responses: list[str]) -> list[float]:
+        return [100.0 * response.startswith("<think>") for response in responses]
+
+    options = {"reward_options": tq_fast.RewardOptions(keep_special_tokens=True)}
+    result = decode(reward=reward, k=len(tokenizer()), skip_special_tokens=False, **options)
+    assert all(text.startswith("<think>") for text in result.texts)

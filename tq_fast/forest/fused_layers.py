@@ -64,7 +64,8 @@ class FusedLayers:
 def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> FusedLayers:
     """Find the decoder layers of `source` that may run fused in its `view`."""
     config = getattr(source, "config", None)
-    num_layers = config.get_text_config().num_hidden_layers if config is not None else 0
+    text_config = config.get_text_config() if config is not None else None
+    num_layers = getattr(text_config, "num_hidden_layers", 0)
     found = FusedLayers([], num_layers, Counter())
     rotary = getattr(getattr(view, "base_model", None), "rotary_emb", None)
     layer: Any

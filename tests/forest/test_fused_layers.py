@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import (
 from tq_fast.forest import cpu_layers
 from tq_fast.forest.attention import attending
 from tq_fast.forest.cpu_layers import CpuLayers, describe_layers
-from tq_fast.forest.decoder_layers import fuse_layers
+from tq_fast.forest.fused_layers import fuse_layers
 from tq_fast.forest.language import LanguageForest
 
 # Sums in another order; in 16 bits an intermediate may round to a neighbour, two layers deep.

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import InvalidArgument, warn_caller
 from .chats import (
     Messages,
     TemplateOptions,
@@ -21,7 +22,6 @@ from .chats import (
     read_messages,
     unread_options,
 )
-from .errors import InvalidArgument, warn_caller
 
 
 @dataclasses.dataclass(frozen=True)

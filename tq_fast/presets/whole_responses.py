@@ -26,8 +26,8 @@ from ..ops.topk_logprobs import clean_logits
 from ..results import Certificate, StepTrace
 from ..rollouts.rows import RowMap
 from ..rollouts.state import RolloutState
+from ..rollouts.stopping import StopStrings
 from ..rollouts.streams import stream_keys
-from ..stopping import StopStrings
 from ..transfer.certificate import kl_divergence
 from ..transfer.roles import distinct
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from .errors import InvalidArgument
+from ..errors import InvalidArgument
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 TemplateOptions: TypeAlias = Mapping[str, Any]
