@@ -458,6 +458,16 @@ def test_an_adapter_that_changes_its_base_has_a_base_of_its_own(base: Path) -> N
     assert torch.allclose(logits_of(decoder.baseline), logits_of(adapted), atol=1e-5)
 
 
+def test_an_adapter_that_brings_embeddings_has_a_base_of_its_own(base: Path) -> None:
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora()).eval()
+    with torch.no_grad():
+        adapted.get_input_embeddings().weight += 1.0
+    adapted.save_pretrained(base.parent / "adapter", save_embedding_layers=True)
+    decoder = decoder_of(base.parent / "adapter", sft=base)
+    assert torch.equal(logits_of(decoder.sft), logits_of(make_model()))
+    assert torch.allclose(logits_of(decoder.baseline), logits_of(adapted), atol=1e-5)
+
+
 def test_a_base_that_its_adapter_changed_is_no_sft_model(base: Path) -> None:
     adapted = trained_biases(base)
     with pytest.raises(InvalidArgument, match=r"sft is the base of a PeftModel.*changes weights"):
