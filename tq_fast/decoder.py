@@ -127,7 +127,8 @@ class TransferDecoder:
             own model, the two are run once and counted as the baseline.
         baseline_reward: the reward that the baseline was aligned to (indirect transfer with
             weights="reward_gap" or "published").
-        tokenizer: tokenizer of the language models; None: the one in the baseline's folder.
+        tokenizer: tokenizer of the language models; None: the one in the baseline's folder. An SFT
+            model that has none beside it is taken to have the one given here.
         reward_tokenizer: tokenizer of the reward; None: the one in its own folder.
         baseline_reward_tokenizer: the same for `baseline_reward`.
         reward_index: which label of a reward model with several labels is the reward.

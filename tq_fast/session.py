@@ -89,8 +89,7 @@ class LoadingOptions:
         if not isinstance(self.speed, (SpeedOptions, type(None))):
             raise InvalidArgument(f"speed must be tq_fast.SpeedOptions or None, got {self.speed!r}")
         _check_model_kwargs(self.model_kwargs)
-        if isinstance(self.device, Mapping):
-            _check_roles("device", self.device)
+        check_device(self.device)
 
 
 class RunOptions(TypedDict, total=False):
@@ -179,6 +178,20 @@ def place_models(
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidArgument(f"device {device!r} cannot be used: {reason}") from error
+
+
+def check_device(device: torch.device | str | Mapping[str, torch.device | str] | None) -> None:
+    """Refuse a device, or one by role, that is not there.
+
+    Raises:
+        InvalidArgument: there is no such device or role.
+    """
+    if not isinstance(device, Mapping):
+        place_models(device)
+        return
+    _check_roles("device", device)
+    for role in device:
+        place_models(device, role)
 
 
 @contextlib.contextmanager
@@ -311,12 +324,24 @@ class Session:
         tokenizers = [self.tokenizer]
         if len(given) == 2:
             tokenizers.append(load_tokenizer(None, given["sft"], "sft", loader.options_of("sft")))
-            check_same_vocabulary(*tokenizers, *self.languages.values())
+            check_same_vocabulary(
+                *tokenizers, *self.languages.values(), is_given=loading.tokenizer is not None
+            )
         sizes = [vocab_size_of(model) for model in self.languages.values()]
         known = [num_token_ids(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
         self.vocab_size = min(sizes)
         # Prompts may have any id that all models embed; what is chosen is a token to everybody.
         self.num_tokens = min([*sizes, *known])
+        is_one_reward = (
+            {"reward", "baseline_reward"} <= set(sources)
+            and _is_same(sources["reward"], sources["baseline_reward"])
+            and _is_same(loading.reward_tokenizer, loading.baseline_reward_tokenizer)
+            and loader.options_of("reward") == loader.options_of("baseline_reward")
+            and places["reward"] == places["baseline_reward"]
+            # These are of the target reward alone.
+            and loading.reward_index is None
+            and loading.reward_options is None
+        )
         self.rewards: dict[str, Reward] = {
             role: load_reward(
                 reward,
@@ -331,8 +356,10 @@ class Session:
                 loader=loader,
             )
             for role, reward in rewards.items()
-            if reward is not None
+            if reward is not None and (role == "reward" or not is_one_reward)
         }
+        if is_one_reward:
+            self.rewards["baseline_reward"] = self.rewards["reward"]
 
     def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
         """Return a reader of one prompt at a time, with the random streams of a single call."""
@@ -436,6 +463,11 @@ class Session:
                     shape = smaller_after(error, shape)
         results = [finished[idx] for idx in range(len(prompts))]
         return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Whether two arguments are one object, or one name."""
+    return first is second or (isinstance(first, (str, os.PathLike)) and first == second)
 
 
 class TokenBar:

@@ -158,6 +158,20 @@ def test_template_options_must_be_a_json_object(seen: dict, word: str, reason: s
     assert result.exit_code == 2 and reason in result.output and not seen
 
 
+def test_a_device_may_be_given_by_role(seen: dict) -> None:
+    words = "--device baseline=cpu --device reward=meta"
+    assert invoke(*NEEDED, *words.split()).exit_code == 0
+    assert seen["models"].device == {"baseline": "cpu", "reward": "meta"}
+
+
+@pytest.mark.parametrize(
+    "words", ["--device cpu --device meta", "--device sft=cpu --device sft=cpu", "--device sft="]
+)
+def test_devices_that_contradict_are_refused(seen: dict, words: str) -> None:
+    result = invoke(*NEEDED, *words.split())
+    assert result.exit_code == 2 and "--device" in result.output and not seen
+
+
 @pytest.mark.parametrize("word", ["baseline", "baseline={", "baseline=[1]"])
 def test_model_kwargs_that_are_no_json_object_are_refused(seen: dict, word: str) -> None:
     result = invoke(*NEEDED, "--model-kwargs", word)

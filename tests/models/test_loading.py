@@ -283,6 +283,7 @@ def test_devices_are_by_role(base: Path) -> None:
         ({"model_kwargs": {"baseline": 3}}, "model_kwargs of baseline.*int"),
         ({"model_kwargs": [1]}, "model_kwargs must be a dict.*list"),
         ({"device": {"policy": "cpu"}}, "device must be by role.*'policy'"),
+        ({"device": {"sft": "nowhere"}}, "device 'nowhere' cannot be used"),
         ({"model_kwargs": {"sft": {"revision": "a"}}}, "sft is loaded already"),
         ({"model_kwargs": {"baseline": {"nonsense": 1}}}, "baseline=.*model_kwargs.*nonsense"),
         ({"model_kwargs": {"baseline": {"state_dict": 1}}}, "cannot have 'state_dict'"),
@@ -420,3 +421,123 @@ def test_the_fingerprint_of_an_offloaded_model_follows_its_weights(base: Path) -
     first, second = (cpu_offload(make_model(seed), "cpu") for seed in (0, 1))
     assert fingerprint_model(first, None) != fingerprint_model(second, None)
     assert fingerprint_model(first, None) == fingerprint_model(make_model(), None)
+
+
+def test_weights_of_another_shape_are_named(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(16)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    words = r"baseline=.*another shape: model\.norm\.weight is \[16\] there and \[32\]"
+    with pytest.raises(InvalidArgument, match=words):
+        decoder_of(base)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_by_name(base: Path) -> None:
+    (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(InvalidArgument, match=r"no tokenizer in .*base"):
+        decoder_of(base, tokenizer=None)
+
+
+def trained_biases(base: Path) -> Any:
+    """A PeftModel whose adapter has trained biases of its base."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(config(attention_bias=True)).save_pretrained(base)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(bias="all"))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight += 1.0
+    return model.eval()
+
+
+def test_an_adapter_that_changes_its_base_has_a_base_of_its_own(base: Path) -> None:
+    adapted = trained_biases(base)
+    adapted.save_pretrained(base.parent / "adapter")
+    decoder = decoder_of(base.parent / "adapter", sft=base)
+    assert torch.equal(logits_of(decoder.sft), logits_of(LlamaForCausalLM.from_pretrained(base)))
+    assert torch.allclose(logits_of(decoder.baseline), logits_of(adapted), atol=1e-5)
+
+
+def test_an_adapter_that_brings_embeddings_has_a_base_of_its_own(base: Path) -> None:
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora()).eval()
+    with torch.no_grad():
+        adapted.get_input_embeddings().weight += 1.0
+    adapted.save_pretrained(base.parent / "adapter", save_embedding_layers=True)
+    decoder = decoder_of(base.parent / "adapter", sft=base)
+    assert torch.equal(logits_of(decoder.sft), logits_of(make_model()))
+    assert torch.allclose(logits_of(decoder.baseline), logits_of(adapted), atol=1e-5)
+
+
+def test_a_base_that_its_adapter_changed_is_no_sft_model(base: Path) -> None:
+    adapted = trained_biases(base)
+    with pytest.raises(InvalidArgument, match=r"sft is the base of a PeftModel.*changes weights"):
+        decoder_of(adapted, sft=adapted.get_base_model())
+    decoder = decoder_of(adapted, sft=base)
+    assert torch.equal(logits_of(decoder.sft), logits_of(LlamaForCausalLM.from_pretrained(base)))
+
+
+def test_the_folder_of_a_peft_models_base_is_not_loaded_again(base: Path) -> None:
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora()).eval()
+    decoder = decoder_of(adapted, sft=base)
+    assert decoder.sft.lm_head.weight is decoder.baseline.lm_head.weight
+    assert torch.equal(logits_of(decoder.sft), logits_of(make_model()))
+    # What was changed in memory is not what the folder holds.
+    with torch.no_grad():
+        adapted.get_base_model().lm_head.weight[0] += 1.0
+    decoder = decoder_of(adapted, sft=base)
+    assert decoder.sft.lm_head.weight is not decoder.baseline.lm_head.weight
+    assert torch.equal(logits_of(decoder.sft), logits_of(make_model()))
+
+
+def save_reward_adapter(base: Path) -> tuple[Path, torch.Tensor]:
+    """An adapter of a reward on the language model's base, and what it computes."""
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
+    torch.manual_seed(5)
+    adapted = get_peft_model(model, lora(task_type="SEQ_CLS")).eval()
+    adapted.save_pretrained(base.parent / "reward")
+    return base.parent / "reward", logits_of(adapted)
+
+
+@pytest.mark.parametrize("policy", ["base", "adapter"])
+def test_a_reward_adapter_shares_the_base_of_the_language_models(base: Path, policy: str) -> None:
+    folder, scores = save_reward_adapter(base)
+    baseline = save_adapter(base, "adapter") if policy == "adapter" else base
+    decoder = decoder_of(baseline, sft=base, reward=folder)
+    assert torch.allclose(logits_of(decoder.reward.model), scores, atol=1e-5)
+    assert torch.equal(logits_of(decoder.sft), logits_of(make_model()))
+    shared = decoder.sft.model.layers[1].mlp.up_proj.weight
+    assert decoder.reward.model.model.layers[1].mlp.up_proj.weight is shared
+    assert (
+        decoder.reward.model.model.embed_tokens.weight is decoder.baseline.model.embed_tokens.weight
+    )
+
+
+@pytest.mark.parametrize("way", ["object", "folder"])
+def test_one_reward_in_two_roles_scores_once(base: Path, tmp_path: Path, way: str) -> None:
+    reward: Any = make_reward()
+    reward.save_pretrained(tmp_path / "reward")
+    make_tokenizer().save_pretrained(tmp_path / "reward")
+    reward = reward if way == "object" else tmp_path / "reward"
+    options = {**FAST, "transfer": "indirect", "weights": "reward_gap", "beta": 0.1}
+    options |= {"num_rollouts": 2, "max_new_tokens": 5}
+    arguments: dict[str, Any] = {"sft": make_model(3), "tokenizer": make_tokenizer()}
+    decoder = decoder_of(make_model(), reward=reward, baseline_reward=reward, **arguments)
+    assert decoder.reward is decoder.baseline_reward
+    once = decoder.decode(["abc", "de"], **options)
+    assert "baseline_reward" not in once.stats.token_forwards
+    other = decoder_of(
+        make_model(), reward=make_reward(), baseline_reward=make_reward(), **arguments
+    )
+    twice = other.decode(["abc", "de"], **options)
+    assert twice.stats.token_forwards["baseline_reward"] > 0
+    assert once.texts == twice.texts
+    assert torch.allclose(once.traces[1][2].q, twice.traces[1][2].q, atol=1e-5)
+
+
+def test_an_sft_model_without_a_tokenizer_needs_one(base: Path, tmp_path: Path) -> None:
+    make_model(4).save_pretrained(tmp_path / "sft")
+    for sft in (tmp_path / "sft", AutoModelForCausalLM.from_pretrained(tmp_path / "sft")):
+        with pytest.raises(InvalidArgument, match=r"sft comes from .*sft.*pass tokenizer="):
+            decoder_of(base, sft=sft, tokenizer=None)
+        assert decoder_of(base, sft=sft).sft is not None
+    assert decoder_of(base, sft=make_model(4), tokenizer=None).sft is not None

@@ -18,7 +18,7 @@ from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import TqFastError
 from ..rewards.options import RewardOptions
-from .options import read_model_kwargs, read_template_options, takes_decode_options
+from .options import read_devices, read_model_kwargs, read_template_options, takes_decode_options
 from .terminal import one_line, say
 
 app = typer.Typer(
@@ -114,7 +114,12 @@ RewardKeepSpecialTokens = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, _model("Where the models run; not given: a GPU if there is one.", "NAME")
+    list[str] | None,
+    _model(
+        "Where the models run, or one of them, such as 'baseline=cuda:1'; repeat for several. "
+        "Not given: a GPU if there is one.",
+        "[ROLE=]NAME",
+    ),
 ]
 ModelKwargs = Annotated[
     list[str] | None,
@@ -223,7 +228,7 @@ def decode(
         reward_index=reward_index,
         reward_bounds=reward_bounds,
         reward_options=None if reading == RewardOptions() else reading,
-        device=device,
+        device=read_devices(device or ()),
         dtype=dtype,
         model_kwargs=read_model_kwargs(model_kwargs or ()),
     )

@@ -66,6 +66,24 @@ def takes_decode_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def read_devices(words: Sequence[str]) -> str | dict[str, str] | None:
+    """Return what `--device` says: one device, or one by role where a word is `ROLE=NAME`."""
+    if not words:
+        return None
+    if len(words) == 1 and "=" not in words[0]:
+        return words[0]
+    by_role = {}
+    for word in words:
+        role, _, name = word.partition("=")
+        if not name or role in by_role:
+            raise typer.BadParameter(
+                f"expected one NAME, or ROLE=NAME once a role, got {word!r}.",
+                param_hint="'--device'",
+            )
+        by_role[role] = name
+    return by_role
+
+
 def read_model_kwargs(words: Sequence[str]) -> dict[str, dict[str, Any]] | None:
     """Return what `--model-kwargs` says by role, every word `ROLE={"name": value, ...}`."""
     by_role: dict[str, dict[str, Any]] = {}

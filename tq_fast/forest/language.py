@@ -225,6 +225,15 @@ def vocab_size_of(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
+def num_embedded(model: PreTrainedModel) -> int:
+    """Return how many token ids `model` reads, padding of the vocabulary included."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return int(weight.shape[0])
+    # A packed embedding may have no weight, or one of another shape.
+    return int(model.config.get_text_config().vocab_size)
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
     """Longest sequence the model was made for, or None where its config does not say.
 

@@ -19,7 +19,7 @@ from ..errors import InvalidArgument
 from ..forest.view import is_adapted
 from ..rewards.base import Reward
 from ..rewards.options import RewardOptions
-from ..session import place_models
+from ..session import check_device
 from .prompt_file import PromptEntry, digest_prompts
 from .record_file import Line, OutputRefused, RecordFile
 
@@ -50,14 +50,13 @@ class ModelChoice:
     reward_index: int | None = None
     reward_bounds: tuple[float, float] | None = None
     reward_options: RewardOptions | None = None
-    device: str | None = None
+    device: str | Mapping[str, str] | None = None
     dtype: str = "auto"
     model_kwargs: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         read_dtype(self.dtype)
-        if self.device is not None:
-            place_models(self.device)
+        check_device(self.device)
 
     def load(self) -> TransferDecoder:
         """Return the decoder over these models; errors are those of `TransferDecoder`."""

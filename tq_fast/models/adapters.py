@@ -6,13 +6,14 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 from ..errors import InvalidArgument, UnsupportedModel
 from ..forest.view import is_adapted
@@ -67,12 +68,37 @@ def _inside_of_peft(source: Any, role: str) -> Any:
     return source.base_model.model
 
 
-def has_merged(model: torch.nn.Module) -> bool:
-    """Whether the weights of an adapter have been added to those of `model`."""
-    return any(
+def why_not_off(model: torch.nn.Module) -> str | None:
+    """Return why `model` is not its base again when its adapters are off; None where it is."""
+    if any(
         is_adapted(module) and bool(getattr(module, "merged_adapters", ()))
         for module in model.modules()
-    )
+    ):
+        return "whose adapter is merged into its weights; unmerge it"
+    configs = getattr(model, "peft_config", None) or {}
+    if any(_changes_base(vars(config)) for config in configs.values()):
+        return "whose adapter changes weights of the base; give the base as a model of its own"
+    return None
+
+
+def _changes_base(config: Mapping[str, Any], stored: Iterable[str] = ()) -> bool:
+    """Whether an adapter changes weights of its base in place.
+
+    Args:
+        config: its configuration.
+        stored: names of the weights in its file.
+    """
+    wrapped = set(config.get("modules_to_save") or ())
+    for name in stored:
+        *path, module, _ = ["", "", *name.split(".")]
+        is_embedding = module in ("embed_tokens", "wte", "embed_in", "lm_head", "embed_out")
+        # Of wrapped modules the adapter has a copy; other embeddings are overwritten.
+        if module == "base_layer" or (is_embedding and not wrapped & {module, *path}):
+            return True
+    start = config.get("init_lora_weights")
+    # Other starts, such as PiSSA's, take out of the base what they put into the adapter.
+    starts_apart = not isinstance(start, str) or start in ("gaussian", "eva", "orthogonal")
+    return config.get("bias", "none") not in ("none", None) or not starts_apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +110,14 @@ class AdapterFolder:
         base: the folder or hub id of the model that it adapts.
         base_revision: revision of the base, or None.
         finding: keyword arguments that say where the adapter's files are.
+        changes_base: whether it overwrites weights of the base, which no other role can share then.
     """
 
     name: str
     base: str
     base_revision: str | None
     finding: Mapping[str, Any]
+    changes_base: bool
 
 
 def read_adapter_folder(name: str, role: str, options: Mapping[str, Any]) -> AdapterFolder | None:
@@ -110,10 +138,11 @@ def read_adapter_folder(name: str, role: str, options: Mapping[str, Any]) -> Ada
         if path is None:
             return None
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        stored = _stored_shapes(name, finding)
+    except (OSError, ValueError, SafetensorError) as error:
         if Path(name).is_dir():
             raise InvalidArgument(
-                f"{role}={name!r}: its adapter_config.json cannot be read: {short(error)}"
+                f"{role}={name!r}: the adapter cannot be read: {short(error)}"
             ) from error
         return None
     base = config.get("base_model_name_or_path")
@@ -127,7 +156,8 @@ def read_adapter_folder(name: str, role: str, options: Mapping[str, Any]) -> Ada
     if not Path(base).is_dir() and (Path(path).parent / base).is_dir():
         # A base that lies beside its adapter is often named from there.
         base = os.fspath(Path(path).parent / base)
-    return AdapterFolder(name, base, config.get("revision"), finding)
+    changes_base = _changes_base(config, stored)
+    return AdapterFolder(name, base, config.get("revision"), finding, changes_base)
 
 
 def attach_adapter(
@@ -180,20 +210,26 @@ def attach_adapter(
 
 def head_size(folder: AdapterFolder) -> int | None:
     """Return how many labels the head in a classifier's adapter has; None where it has none."""
-    from safetensors import safe_open
-
-    path = Path(folder.name) / str(folder.finding.get("subfolder") or "")
-    path /= "adapter_model.safetensors"
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            parts = name.split(".")
-            if parts[-1] == "weight" and {"score", "classifier"} & set(parts):
-                shape = file.get_slice(name).get_shape()
-                if "lora_A" not in parts and "lora_B" not in parts:
-                    return int(shape[0])
+    for name, shape in _stored_shapes(folder.name, folder.finding).items():
+        parts = name.split(".")
+        is_head = parts[-1] == "weight" and {"score", "classifier"} & set(parts)
+        if is_head and not {"lora_A", "lora_B"} & set(parts):
+            return shape[0]
     return None
+
+
+def _stored_shapes(name: str, finding: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The names and shapes of an adapter's weights; empty where its file is of another kind."""
+    path = cached_file(
+        name,
+        "adapter_model.safetensors",
+        _raise_exceptions_for_missing_entries=False,
+        **finding,
+    )
+    if path is None:
+        return {}
+    with safe_open(path, "pt") as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
 
 
 def short(words: object, most: int = 160) -> str:

@@ -169,11 +169,25 @@ def check_same_vocabulary(
     sft: PreTrainedTokenizerBase | None,
     baseline_model: PreTrainedModel,
     sft_model: PreTrainedModel,
+    *,
+    is_given: bool,
 ) -> None:
     """Refuse an SFT model whose token ids mean something else than the baseline's.
 
     One of them may know more tokens than the other, as after a training run that added one.
+
+    Args:
+        baseline: the tokenizer that reads the prompts.
+        sft: the one found beside the SFT model.
+        baseline_model: the baseline.
+        sft_model: the SFT model.
+        is_given: whether the caller gave the first one, which says that it is both models'.
+
+    Raises:
+        InvalidArgument: the vocabularies differ, or one is not known.
     """
+    if baseline_model is sft_model:
+        return
     if baseline is not None and sft is not None:
         ours, theirs = baseline.get_vocab(), sft.get_vocab()
         if ours == theirs:
@@ -190,6 +204,13 @@ def check_same_vocabulary(
         raise InvalidArgument(
             f"sft and baseline must have the same vocabulary, got sizes {sizes[0]} and {sizes[1]} "
             "and not both tokenizers"
+        )
+    # A model that was made in memory, without a name, was made for the ids at hand.
+    name = sft_model.name_or_path
+    if baseline is not None and name and not is_given and name != baseline_model.name_or_path:
+        raise InvalidArgument(
+            f"sft comes from {name!r}, where no tokenizer is found; vocabularies of one size need "
+            "not be one vocabulary: pass tokenizer=, where it is both models'"
         )
 
 
@@ -236,7 +257,8 @@ def _tokenizer_by_name(name: str | None, role: str) -> PreTrainedTokenizerBase |
 def _tokenizer_from(name: str, role: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # A file that holds something else can end in any error, and in a bare one of tokenizers.
         raise InvalidArgument(f"{role}: no tokenizer in {name!r}: {short(error)}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +14,23 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ..errors import InvalidArgument
 from ..forest.view import Adapters, view_of
+from ..rewards.function import names_a_function
 from .adapters import (
     AdapterFolder,
     Unwrapped,
     attach_adapter,
-    has_merged,
     head_size,
     read_adapter_folder,
     unwrap,
+    why_not_off,
 )
-from .checkpoints import existing, load_checkpoint, refuse_missing
+from .checkpoints import (
+    existing,
+    holds_weights_of,
+    load_checkpoint,
+    refuse_unfilled,
+    share_weights,
+)
 
 _LANGUAGE = ("baseline", "sft")
 
@@ -47,10 +55,20 @@ class _Named:
     options: Mapping[str, Any]
     adapter: AdapterFolder | None
 
-    def shares_with(self, other: _Named) -> bool:
-        """Whether one set of weights serves both."""
-        is_same = self.auto_class is other.auto_class and self.base == other.base
-        return is_same and self.device == other.device and self.options == other.options
+    def shares_model(self, other: _Named) -> bool:
+        """Whether one model serves both, with different adapters perhaps."""
+        is_same = self.auto_class is other.auto_class and self.options == other.options
+        return is_same and self.shares_weights(other)
+
+    def shares_weights(self, other: _Named) -> bool:
+        """Whether both have the same weights but for their adapters and their heads."""
+        if self.base != other.base or self.device != other.device:
+            return False
+        adapters = [one.adapter for one in (self, other) if one.adapter is not None]
+        if self.adapter != other.adapter and any(adapter.changes_base for adapter in adapters):
+            return False
+        ours, theirs = ({**one.options, "num_labels": None} for one in (self, other))
+        return ours == theirs
 
 
 class Loader:
@@ -58,9 +76,10 @@ class Loader:
 
     Models that are named alike, with the same `model_kwargs` and device, are one object. So are
     an adapter's base and the base by itself: every role has a view of the same modules, in which
-    its own adapter is on or off. A model object that is given both by itself and inside of a
-    PeftModel is, by itself, the base with adapters off; any other object runs with its adapters as
-    they are when it is used.
+    its own adapter is on or off. A classifier and a language model with one base have its
+    weights in common. A model object that is given both by itself and inside of a PeftModel is,
+    by itself, the base with adapters off, and so is the name that the base was loaded from; any
+    other object runs with its adapters as they are when it is used.
 
     Args:
         sources: what was given, by role.
@@ -83,12 +102,18 @@ class Loader:
         self._objects: dict[str, Unwrapped] = {}
         self._named: dict[str, _Named] = {}
         self._loaded: dict[str, PreTrainedModel] = {}
+        self._bases: list[tuple[_Named, PreTrainedModel]] = []
         self._views: list[tuple[PreTrainedModel, Adapters, PreTrainedModel]] = []
         for role, source in sources.items():
             if isinstance(source, torch.nn.Module):
                 self._objects[role] = unwrap(source, role)
             elif role in _LANGUAGE and isinstance(source, (str, os.PathLike)):
                 self._named[role] = self._read_name(AutoModelForCausalLM, source, role)
+            elif isinstance(source, os.PathLike) or (
+                isinstance(source, str) and not names_a_function(source)
+            ):
+                auto_class = AutoModelForSequenceClassification
+                self._named[role] = self._read_name(auto_class, source, role)
 
     def language_model(self, source: Any, role: str) -> PreTrainedModel:
         """Return the causal language model of `role`.
@@ -121,11 +146,9 @@ class Loader:
         )
         if given.is_peft or not through_peft:
             return model
-        if has_merged(model):
-            raise InvalidArgument(
-                f"{role} is the base of a PeftModel whose adapter is merged into its weights; "
-                "unmerge it, so that it can be switched off"
-            )
+        obstacle = why_not_off(model)
+        if obstacle is not None:
+            raise InvalidArgument(f"{role} is the base of a PeftModel {obstacle}")
         return self._view(model, False)
 
     def _model(self, auto_class: Any, source: Any, role: str) -> PreTrainedModel:
@@ -140,8 +163,27 @@ class Loader:
         if role not in self._named:
             self._named[role] = self._read_name(auto_class, source, role)
         if role not in self._loaded:
-            self._load(self._named[role])
+            base = self._base_given(self._named[role])
+            if base is not None:
+                self._loaded[role] = self._view(base, False)
+            else:
+                self._load(self._named[role])
         return self._loaded[role]
+
+    def _base_given(self, wanted: _Named) -> PreTrainedModel | None:
+        """The model inside of a PeftModel that was given and that has `wanted` for its base."""
+        if wanted.adapter is not None or wanted.options:
+            return None
+        for given in self._objects.values():
+            model = given.model
+            if not given.is_peft or not isinstance(model, PreTrainedModel):
+                continue
+            known = wanted.auto_class._model_mapping.get(type(model.config), None)
+            is_there = known is type(model) and model.device == wanted.device
+            is_base = is_there and why_not_off(model) is None
+            if is_base and holds_weights_of(wanted.base, model, self._dtype):
+                return model
+        return None
 
     def _read_name(self, auto_class: Any, source: Any, role: str) -> _Named:
         name, options = existing(source, role), dict(self._options.get(role, {}))
@@ -160,8 +202,8 @@ class Loader:
 
     def _load(self, wanted: _Named) -> None:
         """Load the weights of `wanted` for every role that shares them."""
-        sharing = [n for n in self._named.values() if n.shares_with(wanted)]
-        model, missing = load_checkpoint(
+        sharing = [n for n in self._named.values() if n.shares_model(wanted)]
+        model, unfilled = load_checkpoint(
             wanted.auto_class,
             wanted.base,
             wanted.role,
@@ -169,6 +211,11 @@ class Loader:
             dtype=self._dtype,
             options=wanted.options,
         )
+        for one, base in self._bases:
+            if one.shares_weights(wanted):
+                share_weights(model, base)
+                break
+        self._bases.append((wanted, model))
         names: dict[str, Adapters] = {}
         around, alone = None, []
         for one in sharing:
@@ -189,10 +236,10 @@ class Loader:
             if one in alone or one.role in self._loaded:
                 continue
             adapters = False if one.adapter is None else names[one.adapter.name]
-            unfilled = missing
+            lacking = unfilled
             if one.adapter is not None:
-                unfilled = [name for name in missing if not _is_replaced(model, name)]
-            refuse_missing(model, one.base, one.role, unfilled)
+                lacking = unfilled.without(functools.partial(_is_replaced, model))
+            refuse_unfilled(model, one.base, one.role, lacking)
             is_plain = not names or (len(names) == 1 and adapters is not False)
             self._loaded[one.role] = model if is_plain else self._view(model, adapters)
         for one in alone:
@@ -212,8 +259,6 @@ class Loader:
 
 def _is_replaced(model: torch.nn.Module, name: str) -> bool:
     """Whether an adapter brings the module of the weight `name`, which the base lacks."""
-    if name.startswith("("):
-        return True
     module = model
     for part in name.split(".")[:-1]:
         if "modules_to_save" in module._modules:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InvalidArgument, warn_caller
+from ..forest.language import num_embedded
 from ..forest.support import check_supported
 from .base import Reward, Texts
 from .causal import CausalReward
@@ -165,7 +166,7 @@ def _check_vocabulary(
             )
         return
     has_embedding = isinstance(model, PreTrainedModel)
-    num_ids = model.get_input_embeddings().weight.shape[0] if has_embedding else vocab_size
+    num_ids = num_embedded(model) if has_embedding else vocab_size
     if num_ids != vocab_size:
         raise InvalidArgument(
             f"{role} has a vocabulary of {num_ids}, the baseline one of {vocab_size}, and no "

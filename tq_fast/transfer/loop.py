@@ -86,13 +86,13 @@ class DecodeLoop:
                 response.trace.append(trace)
             self.stats.num_steps += len(traces)
             appended = list(zip(self.active, is_finished, strict=True))
-            for scorer in self.roles.rewards.values():
+            for scorer in self.roles.scorers.values():
                 scorer.forget(self.active)
         return appended
 
     def _replace(self, tree: int) -> None:
         """Give the slot of a complete response to one that waits; remove it where none waits."""
-        forests, scorers = self.roles.forests.values(), self.roles.rewards.values()
+        forests, scorers = self.roles.forests.values(), self.roles.scorers.values()
         if not self.waiting:
             drop_from(self.active, tree)
             drop_from(self.reused, tree)

@@ -72,7 +72,8 @@ class Roles:
         languages: language models by role, "baseline" before "sft"; one forest stands under both
             where they are the same model.
         roller: the language model that rolls out.
-        rewards: rewards that take part by role, "reward" before "baseline_reward".
+        rewards: rewards that take part by role, "reward" before "baseline_reward"; one scorer
+            stands under both where they are the same reward.
         sampler: how roll-outs are drawn.
         graphs: CUDA graphs that run the roll-outs; None where they are not used.
     """
@@ -89,18 +90,24 @@ class Roles:
         return distinct(self.languages)
 
     @property
+    def scorers(self) -> dict[str, Scorer]:
+        """Every scorer once, under the first of its roles: "reward" where it plays both."""
+        return distinct(self.rewards)
+
+    @property
     def by_role(self) -> dict[str, LanguageForest | Scorer]:
         """The forests and the reward scorers that take part, each once, by role."""
-        parts: dict[str, LanguageForest | Scorer] = dict(self.rewards)
+        parts: dict[str, LanguageForest | Scorer] = dict(self.scorers)
         return {**{str(role): forest for role, forest in self.forests.items()}, **parts}
 
 
+_Name = TypeVar("_Name", bound=str)
 _Part = TypeVar("_Part")
 
 
-def distinct(parts: Mapping[Role, _Part]) -> dict[Role, _Part]:
+def distinct(parts: Mapping[_Name, _Part]) -> dict[_Name, _Part]:
     """Return every part once, under the first role that it has."""
-    seen: dict[int, Role] = {}
+    seen: dict[int, _Name] = {}
     return {role: part for role, part in parts.items() if seen.setdefault(id(part), role) == role}
 
 
@@ -130,16 +137,18 @@ def open_roles(
         backend=config.backend,
         waiting=waiting,
     )
-    scorers = {
-        role: Scorer(
+    scoring = _scoring(rewards, config)
+    by_reward = {
+        id(reward): Scorer(
             reward.open(opening),
             num_trees,
             bounds=plan.reward_bounds if role == "reward" else None,
             remembers=plan.speed.score_once,
             stop=plan.stop,
         )
-        for role, reward in _scoring(rewards, config).items()
+        for role, reward in distinct(scoring).items()
     }
+    scorers = {role: by_reward[id(reward)] for role, reward in scoring.items()}
     by_model: dict[PreTrainedModel, LanguageForest] = {}
     for model in distinct(languages).values():
         check_runs(model)
@@ -180,7 +189,7 @@ def memory_per_prompt(
         else:
             per_prompt += per_token * (prefix + 1)
             per_row += per_token * branch if config.needs_log_ratio else 0
-    for reward in _scoring(rewards, config).values():
+    for reward in distinct(_scoring(rewards, config)).values():
         per_token = reward.kv_bytes_per_token()
         per_prompt += per_token * (prefix + branch)
         per_row += per_token * (branch + 2)

@@ -165,12 +165,14 @@ class Step:
         with phase("reward"):
             scores = {
                 role: scorer.score(wave.rollouts, self.responses)
-                for role, scorer in self.roles.rewards.items()
+                for role, scorer in self.roles.scorers.items()
             }
             ratios = None
             if config.needs_log_ratio:
                 ratios = self._log_ratios(wave)
-        baseline_scores = scores.get("baseline_reward")
+        baseline_scores = None
+        if "baseline_reward" in self.roles.rewards:
+            baseline_scores = scores.get("baseline_reward", scores["reward"])
         self.values.record(wave.rollouts, scores["reward"], baseline_scores, ratios)
 
     def _log_ratios(self, wave: RolloutWave) -> list[float]:
