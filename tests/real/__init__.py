@@ -1,1 +1,1 @@
-"""Tests that need packages beyond the test environment; `make real` installs them and runs these."""
+"""Tests that need packages beyond those of `make test`; `make real` installs them."""
