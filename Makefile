@@ -33,21 +33,23 @@ real: $(INSTALLED_REAL)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/real tests/models/test_quantised.py
 
 # The cache, the models and the equality with the naive loop on other releases of transformers: the
-# oldest that the package takes, and the newest that pip gives. Each lies in a folder before the others.
+# oldest that the package takes, and the newest that pip gives. Each lies in a folder before the others,
+# with the releases of other libraries that it asks for.
 OLDEST_TRANSFORMERS := transformers==5.17.0
 NEWEST_TRANSFORMERS := transformers>=5.24,<6
 RELEASE_TESTS := tests/forest tests/rewards tests/models tests/test_equivalence.py
 
 test-transformers: $(INSTALLED)
 	$(MAKE) --no-print-directory test-release FOLDER=build/transformers-oldest RELEASE="$(OLDEST_TRANSFORMERS)" \
-	  HUB="huggingface-hub<2"
-	$(MAKE) --no-print-directory test-release FOLDER=build/transformers-newest RELEASE="$(NEWEST_TRANSFORMERS)"
+	  BESIDE="'huggingface-hub<2'"
+	$(MAKE) --no-print-directory test-release FOLDER=build/transformers-newest RELEASE="$(NEWEST_TRANSFORMERS)" \
+	  BESIDE="--no-deps --upgrade peft"
 
 .PHONY: test-release
 test-release: $(INSTALLED)
 	rm -rf $(FOLDER)
 	$(PIP) --no-deps --target $(FOLDER) "$(RELEASE)"
-	$(if $(HUB),$(PIP) --target $(FOLDER) "$(HUB)")
+	$(PIP) --target $(FOLDER) $(BESIDE)
 	PYTHONPATH=$(FOLDER) $(VENV_PYTHON) -c "import transformers; print('transformers', transformers.__version__)"
 	PYTHONPATH=$(FOLDER) $(TEST_ENV) $(VENV_PYTHON) -m pytest $(RELEASE_TESTS) -n $(PYTEST_WORKERS) --benchmark-disable
 
