@@ -196,7 +196,7 @@ def check_device(device: torch.device | str | Mapping[str, torch.device | str] |
 
 @contextlib.contextmanager
 def neutral_torch() -> Iterator[None]:
-    """Within the block torch computes as if the caller had set neither autocast nor a device.
+    """Within the block torch computes as if the caller had set nothing for this thread.
 
     The caller's default dtype stays, since it is common to all threads: every tensor of the package
     names its dtype.
@@ -205,6 +205,9 @@ def neutral_torch() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 settings.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            # What inference mode makes can take no part in training afterwards.
+            settings.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type != "cpu":
             settings.enter_context(torch.device("cpu"))
         yield

@@ -139,3 +139,47 @@ def test_a_model_that_is_offloaded_gives_the_same_tokens(way: str, tmp_path) -> 
         )
         assert any(weight.is_meta for weight in model.parameters())
     assert decode(model) == expected
+
+
+def test_an_offloaded_model_decodes_in_two_threads(tmp_path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected = decode(zoo.language_model("llama"))
+    model = zoo.language_model("llama")
+    model = accelerate.disk_offload(model, str(tmp_path), torch.device("cpu"))
+    found: list[list[int]] = []
+    threads = [
+        threading.Thread(target=lambda: found.extend(decode(model) for _ in range(3)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 6
+
+
+@torch.no_grad()
+def test_a_rotary_embedding_that_grows_in_a_view_leaves_the_models_own_alone() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = zoo.language_model("llama", rope_parameters=rope, max_position_embeddings=8)
+    before = model.model.rotary_emb.inv_freq.clone()
+    truth = model(TOKENS).logits
+    view_of(model)(torch.arange(40)[None] % zoo.VOCAB_SIZE)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+    assert torch.equal(model(TOKENS).logits, truth)
+
+
+def test_a_container_that_holds_itself_is_left_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.known = [model]
+    model.known.append(model.known)
+    view = view_of(model)
+    assert view.known[0] is view
+
+
+def test_results_made_in_inference_mode_may_be_trained_on() -> None:
+    model = zoo.language_model("llama")
+    with torch.inference_mode():
+        result = tq_fast.decode([3, 1, 4], model, share_of_low, **OPTIONS)
+    assert not result.sequences[0].is_inference()
+    assert not any(step.q.is_inference() for step in result.traces[0])

@@ -10,10 +10,11 @@ from tq_fast import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Two spacings of fp32 at 16, the size of what is compared: all that an op may lose where the naive
-# path happens to lose nothing. An output of order 1 may lose one spacing of the scores, 1.9e-6 at 16,
-# which is a relative error of its weights (seen with MKL on an Intel Xeon, whose products sum in
-# another order), or one rounding to 16 bits.
+# path happens to lose nothing.
 CAP = 4e-6
+# An output of order 1 may lose one spacing of the scores, 1.9e-6 at 16, which is a relative error
+# of its weights (seen with MKL on an Intel Xeon, whose products sum in another order), or one
+# rounding to 16 bits.
 OUTPUT_CAP = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 TOKENS = torch.randint(0, 3000, (4, 6), generator=torch.Generator().manual_seed(1))
 LENGTHS = torch.full((4,), 6)

@@ -3,8 +3,10 @@
 A forest needs another attention in the model, and on a CPU other forwards in its layers. Putting
 them into the user's model, even for a moment, would show in every model that shares its
 configuration and in every thread that runs it meanwhile. `view_of` copies the module objects
-instead and shares everything that is large: the dicts of parameters and buffers are the original's
-own, so that weights which are replaced there are replaced here.
+instead and shares everything that is large. The dicts of parameters are the original's own, so that
+weights which are replaced there are replaced here, unless accelerate's hooks replace them for the
+length of a forward pass; the dicts of buffers are copied, because some rotary embeddings replace
+theirs in a forward pass.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ Adapters: TypeAlias = Literal[False] | str | None
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# Dicts that a view has in common with its original.
-_SHARED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
+# Attributes that are copied, or not, whatever they hold.
+_PLAIN = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
 
 
 def view_of(model: _Module, *, attention: str | None = None, adapters: Adapters = None) -> _Module:
@@ -63,6 +65,8 @@ class _Viewer:
         self._attention = attention
         self._adapters = adapters
         self._views: dict[int, Any] = {}
+        # Containers that are being looked through, since some hold themselves.
+        self._open: set[int] = set()
 
     def module(self, original: _Module) -> _Module:
         if id(original) in self._views:
@@ -78,9 +82,14 @@ class _Viewer:
         own = view.__dict__
         own.update(original.__dict__)
         for name, value in original.__dict__.items():
-            if name not in _SHARED:
+            if name == "_hf_hook":
+                own[name] = self._hook(value)
+            elif name not in _PLAIN:
                 own[name] = self._value(value)
-        own["_modules"] = dict(own["_modules"])
+        own["_modules"], own["_buffers"] = dict(own["_modules"]), dict(own["_buffers"])
+        own["_non_persistent_buffers_set"] = set(own["_non_persistent_buffers_set"])
+        if "_hf_hook" in own:
+            own["_parameters"] = dict(own["_parameters"])
         own["training"] = False
         # This is what Module.compile() leaves.
         if "_compiled_call_impl" in own:
@@ -103,15 +112,41 @@ class _Viewer:
             return self._partial(value)
         if isinstance(value, types.FunctionType) and "_torchdynamo_orig_callable" in vars(value):
             return self._value(vars(value)["_torchdynamo_orig_callable"])
-        if type(value) in (list, tuple):
+        if id(value) in self._open:
+            return value
+        if type(value) in (list, tuple, dict, OrderedDict):
+            self._open.add(id(value))
+            try:
+                return self._container(value)
+            finally:
+                self._open.remove(id(value))
+        return value
+
+    def _container(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
             parts = [self._value(part) for part in value]
             is_same = all(new is old for new, old in zip(parts, value, strict=True))
             return value if is_same else type(value)(parts)
-        if type(value) in (dict, OrderedDict):
-            entries = {key: self._value(part) for key, part in value.items()}
-            is_same = all(entries[key] is part for key, part in value.items())
-            return value if is_same else type(value)(entries)
-        return value
+        entries = {key: self._value(part) for key, part in value.items()}
+        is_same = all(entries[key] is part for key, part in value.items())
+        return value if is_same else type(value)(entries)
+
+    def _hook(self, hook: Any) -> Any:
+        """A hook of accelerate's of the view's own: it keeps what belongs to one forward pass."""
+        if id(hook) not in self._views:
+            made = self._views[id(hook)] = copy.copy(hook)
+            for name, value in vars(made).items():
+                if name == "hooks":
+                    vars(made)[name] = tuple(map(self._hook, value))
+                elif name == "tied_params_map" and value is not None:
+                    vars(made)[name] = self._own_map(value)
+        return self._views[id(hook)]
+
+    def _own_map(self, tied: dict[Any, dict[Any, Any]]) -> dict[Any, dict[Any, Any]]:
+        """The tied weights that accelerate holds on a device, one copy for all hooks."""
+        if id(tied) not in self._views:
+            self._views[id(tied)] = {key: dict(held) for key, held in tied.items()}
+        return self._views[id(tied)]
 
     def _partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
         args, keywords = self._value(value.args), self._value(value.keywords)
