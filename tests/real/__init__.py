@@ -1,1 +1,1 @@
-"""Tests on the weights of a real model, SmolLM2-135M-Instruct; `make real` runs them."""
+"""Tests that need packages beyond those of `make test`; `make real` installs them."""

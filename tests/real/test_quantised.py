@@ -66,7 +66,8 @@ def dynamic(model: nn.Module) -> nn.Module:
 
 def torchao(model: nn.Module) -> nn.Module:
     """Give every linear layer of `model` an int8 weight, head included: a subclass of tensors."""
-    quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    from torchao import quantization
+
     quantization.quantize_(
         model,
         quantization.Int8WeightOnlyConfig(),
@@ -127,7 +128,7 @@ def test_the_fingerprint_of_a_quantised_model_follows_its_weights(
 
 @pytest.mark.parametrize("form", ["object", "json"])
 def test_a_quantization_config_reaches_its_role_alone(base: Path, form: str) -> None:
-    quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    from torchao import quantization
     from transformers import TorchAoConfig
 
     settings: Any = TorchAoConfig(quantization.Int8WeightOnlyConfig())
@@ -146,7 +147,8 @@ def test_a_quantization_config_reaches_its_role_alone(base: Path, form: str) -> 
 
 def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     """Write `model` as llama.cpp would, with a tokenizer of bytes and one merged token."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     sizes = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(sizes.max_position_embeddings)
