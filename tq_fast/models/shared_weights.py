@@ -33,6 +33,7 @@ from .checkpoints import (
 )
 
 _LANGUAGE = ("baseline", "sft")
+_REWARDS = ("reward", "baseline_reward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +108,11 @@ class Loader:
         for role, source in sources.items():
             if isinstance(source, torch.nn.Module):
                 self._objects[role] = unwrap(source, role)
-            elif role in _LANGUAGE and isinstance(source, (str, os.PathLike)):
+            elif not isinstance(source, (str, os.PathLike)):
+                continue
+            elif role in _LANGUAGE:
                 self._named[role] = self._read_name(AutoModelForCausalLM, source, role)
-            elif isinstance(source, os.PathLike) or (
-                isinstance(source, str) and not names_a_function(source)
-            ):
+            elif role in _REWARDS and not names_a_function(os.fspath(source)):
                 auto_class = AutoModelForSequenceClassification
                 self._named[role] = self._read_name(auto_class, source, role)
 
