@@ -128,7 +128,7 @@ def alternate(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_lever(
+def test_speed_option(
     benchmark: BenchmarkFixture,
     figure: Callable[[str], None],
     embedded: Embedded,
@@ -165,7 +165,7 @@ def test_lever(
 @pytest.mark.parametrize(
     "name", [field.name for field in dataclasses.fields(SpeedOptions) if field.name != "cpu_layers"]
 )
-def test_lever_that_cannot_help(
+def test_speed_option_that_cannot_help(
     benchmark: BenchmarkFixture, figure: Callable[[str], None], random_models: Random, name: str
 ) -> None:
     benchmark.group = "speed that cannot help"

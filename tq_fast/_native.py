@@ -69,7 +69,7 @@ def cpu_name() -> str:
 
 
 def cpu_isa() -> str | None:
-    """What the CPU kernels use here: base, avx2 or avx512; None where they are not built."""
+    """Return what the CPU kernels use here, base, avx2 or avx512; None where they are not built."""
     return None if cpu_refusal() else torch.ops.tq_fast.cpu_isa()
 
 

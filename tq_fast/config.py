@@ -17,7 +17,7 @@ Weights = Literal["log_ratio", "reward_gap", "published"]
 Estimator = Literal["mean", "soft"]
 Backend = Literal["auto", "cuda", "triton", "cpu", "ref"]
 
-# What other libraries call a field, or where they have it.
+# Names that other libraries have for a field, or the place where they have it.
 _ELSEWHERE = {
     "chat_template": "template_options",
     "chat_template_kwargs": "template_options",
@@ -311,7 +311,7 @@ class DecodeOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class SpeedOptions:
-    """What makes decoding cheaper without changing what it means.
+    """Parts that make decoding cheaper without changing what it means.
 
     Everything is on by default; a part is switched off to measure it and to test its promise: "same
     tokens", or "same distribution" (the law of arXiv 2405.20495 at the same k, n and L).

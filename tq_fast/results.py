@@ -24,7 +24,7 @@ class _ByValue:
     def __eq__(self, other: object) -> bool:
         return _is_same(self, other) if type(other) is type(self) else NotImplemented
 
-    # What holds lists and tensors has no hash.
+    # A class that holds lists and tensors has no hash.
     __hash__ = None  # type: ignore[assignment]
 
 

@@ -206,7 +206,7 @@ def neutral_torch() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 settings.enter_context(torch.autocast(kind, enabled=False))
         if torch.is_inference_mode_enabled():
-            # What inference mode makes can take no part in training afterwards.
+            # Tensors that are made in inference mode can take no part in training afterwards.
             settings.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type != "cpu":
             settings.enter_context(torch.device("cpu"))

@@ -223,7 +223,7 @@ def test_prompts_may_be_appended_and_the_job_goes_on(job: Job) -> None:
     assert "resuming: 6 of 8 prompts are done" in job.said
     assert job.output.read_text().startswith(before)
     assert job.responses() == expected
-    # What was appended belongs to the job from now on.
+    # The appended prompt belongs to the job from now on.
     job.write_prompts(TEXTS)
     with pytest.raises(OutputRefused, match="number of prompts was 8, is 6"):
         job.run()

@@ -1,4 +1,4 @@
-"""What a forest cannot honour is refused by name, before a prompt is read."""
+"""Features that a forest cannot honour are refused by name, before a prompt is read."""
 
 from __future__ import annotations
 

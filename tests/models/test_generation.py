@@ -1,4 +1,4 @@
-"""What a model's generation_config asks for and is not read is said, once a model."""
+"""Fields of a generation_config that are set and not read are named, once a model."""
 
 from __future__ import annotations
 

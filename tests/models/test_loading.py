@@ -495,7 +495,7 @@ def test_the_folder_of_a_peft_models_base_is_not_loaded_again(base: Path) -> Non
     decoder = decoder_of(adapted, sft=base)
     assert decoder.sft.lm_head.weight is decoder.baseline.lm_head.weight
     assert torch.equal(logits_of(decoder.sft), logits_of(make_model()))
-    # What was changed in memory is not what the folder holds.
+    # Weights that were changed in memory are not those of the folder.
     with torch.no_grad():
         adapted.get_base_model().lm_head.weight[0] += 1.0
     decoder = decoder_of(adapted, sft=base)

@@ -36,7 +36,7 @@ CHAT = [{"role": "user", "content": "the soup"}]
 
 
 class Column:
-    """What a data set gives for one of its columns: a sequence in all but name."""
+    """A column as a data set gives it: a sequence in all but name."""
 
     def __init__(self, rows: list) -> None:
         self.rows = rows

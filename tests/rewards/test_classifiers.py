@@ -94,7 +94,7 @@ def test_token_ids_are_scored_as_a_whole_and_encoded_once(
         scores, num_tokens = scores_of(session, step)
         rows = [given[tree] + ids for tree, ids in zip(step.trees, step.responses, strict=True)]
         assert scores == pytest.approx([plain_score(model, row) for row in rows], abs=ATOL)
-        # Of each row only the candidate and its roll-out, padded to the longest that it goes with.
+        # Only the candidate and its roll-out of each row, padded to the longest that it goes with.
         new = [len(ids) - number for ids in step.responses]
         padded = sum(new) if cost_of_a_pass == 0 else max(new) * len(new)
         new_prompts = sum(map(len, given)) if number == 0 else 0

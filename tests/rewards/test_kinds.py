@@ -1,4 +1,4 @@
-"""What kind of reward an object is: a result that its own forward gives, or a refusal."""
+"""Every kind of reward gives what its own forward gives, or is refused."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from tq_fast.rollouts.rows import RowMap
 from tq_fast.rollouts.state import RolloutState
 
 TREES = [0, 0, 0, 0, 1, 1, 1, 3, 3, 3, 3, 3]
-# Of the candidates, each a row where equal roll-outs share one: row -> roll-outs.
+# Each candidate is a row where equal roll-outs share one: row -> roll-outs.
 SHARED = [0, 0, 0, 1, 2, 2, 2, 3, 3, 4, 4, 4]
 DEPTHS = 6
 
@@ -41,7 +41,7 @@ class Forest:
             self.cache[: len(moved)] = moved
 
     def forward(self, depth: int) -> None:
-        """What a forward pass stores: the token of each row."""
+        """Return what a forward pass stores: the token of each row."""
         for row, token in enumerate(self.rows.tokens(depth).tolist()):
             self.cache[row].append(token)
 

@@ -1,4 +1,4 @@
-"""What ends a response, and how many there are: stop strings, min_new_tokens, several a prompt."""
+"""Stop strings and min_new_tokens end responses where they should; a prompt may have several."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from .view import view_of
 
 # Logits that one scoring pass may hold, in bytes.
 _LOGITS_BYTES = 256 << 20
-# What a forward pass costs beside its tokens, in tokens. On a CPU that is about what reading the
-# weights takes; elsewhere, where a pass is hundreds of launches, it is not worth splitting one.
+# The cost of a forward pass beside its tokens, in tokens. On a CPU it is about that of reading the
+# weights; elsewhere, where a pass is hundreds of launches, it is not worth splitting one.
 _CPU_PASS, _OTHER_PASS = 48, 4096
 # Whether the formula below gives the logits of a model, for models that were tried.
 _is_linear: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()

@@ -92,7 +92,7 @@ def _changes_base(config: Mapping[str, Any], stored: Iterable[str] = ()) -> bool
     for name in stored:
         *path, module, _ = ["", "", *name.split(".")]
         is_embedding = module in ("embed_tokens", "wte", "embed_in", "lm_head", "embed_out")
-        # Of wrapped modules the adapter has a copy; other embeddings are overwritten.
+        # The adapter has a copy of wrapped modules; it overwrites other embeddings.
         if module == "base_layer" or (is_embedding and not wrapped & {module, *path}):
             return True
     start = config.get("init_lora_weights")

@@ -1,4 +1,4 @@
-"""What a model's generation_config asks for and tq_fast does not read."""
+"""Fields of a model's generation_config that are set and that tq_fast does not read."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def mix_policies(
 
 
 def _collect(state: RolloutState, roles: Sequence[str]) -> list[Drawn]:
-    """What came of every response, in the order of the beginning."""
+    """Return what came of every response, in the order in which they began."""
     places = state.places
     columns = {name: column[places].cpu() for name, column in state.columns.items()}
     fields = (state.tree, state.lengths, state.tokens)

@@ -38,7 +38,7 @@ class WrongScores(TypeError):
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """What a reward is opened for: a forest with one tree a prompt.
+    """The forest that a reward is opened for, with one tree a prompt.
 
     Attributes:
         prompts: one a tree.
@@ -98,7 +98,7 @@ class Reward(abc.ABC):
 
     @property
     def name(self) -> str:
-        """What messages and records call the reward."""
+        """The name of the reward in messages and records."""
         return str(getattr(self.source, "__qualname__", type(self.source).__qualname__))
 
     @abc.abstractmethod

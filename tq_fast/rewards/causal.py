@@ -63,7 +63,7 @@ class _CausalSession:
             backend=opening.backend,
         )
         self.prefixes: list[list[int]] = [[] for _ in self.forms]
-        # Of each tree: rows of the cache, and what they hold.
+        # For each tree the rows of the cache, and what they hold.
         self.last_rows: list[list[tuple[int, list[int]]]] = [[] for _ in self.forms]
 
     @property

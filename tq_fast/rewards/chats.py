@@ -80,7 +80,7 @@ class ChatParser:
 
     @functools.cached_property
     def markers(self) -> tuple[str, ...]:
-        """What shows that a text was rendered: the template's special tokens, else its opening."""
+        """Texts that show a rendered chat: the template's special tokens, else its opening."""
         if self._turns is None:
             return ()
         ends = {self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.pad_token}
@@ -99,7 +99,7 @@ class ChatParser:
         return self._without_ends(again) == text
 
     def _around(self, messages: Messages, contents: Sequence[str]) -> list[str] | None:
-        """What the template writes before, between and after `contents`."""
+        """Return what the template writes before, between and after `contents`."""
         try:
             rest = render(self.tokenizer, messages, opens_answer=True)
         except Exception:

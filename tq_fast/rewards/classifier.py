@@ -1,4 +1,4 @@
-"""What every sequence classifier shares as a reward: how a text becomes its token ids."""
+"""The base of classifiers as rewards: how a text becomes its token ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WAY_OUT = "; reward_options=RewardOptions(truncate='left') cuts what is too lon
 
 
 class ClassifierReward(Reward):
-    """What both kinds of sequence classifier share: how a text becomes token ids.
+    """The base of both kinds of sequence classifier: how a text becomes token ids.
 
     Args:
         model: a sequence classifier.
@@ -81,7 +81,7 @@ class ClassifierReward(Reward):
         return self.read(self.form(prompt), token_ids).token_ids
 
     def read(self, form: Form, token_ids: Sequence[int]) -> Row:
-        """What the model reads of a response, cut to its positions where that is asked for.
+        """Return what the model reads of a response, cut to its positions where that is asked for.
 
         Raises:
             InvalidArgument: it is longer than the model allows.

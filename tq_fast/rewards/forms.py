@@ -20,7 +20,7 @@ from .chats import render
 
 
 class Row(NamedTuple):
-    """What a classifier reads of one response.
+    """The input of a classifier for one response.
 
     Attributes:
         token_ids: prompt and response.
@@ -43,7 +43,7 @@ class Form(Protocol):
     counts_response: bool
 
     def row(self, token_ids: Sequence[int]) -> Row:
-        """What the reward reads of the prompt and the response `token_ids`."""
+        """Return what the reward reads of the prompt and the response `token_ids`."""
         ...
 
 
@@ -181,7 +181,7 @@ class ChatForm:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _common_start(self) -> tuple[str, list[int]]:
-        """What every row begins with, up to the last special token, as text and token ids.
+        """The start of every row, up to the last special token, as text and token ids.
 
         Whether text after that token gives the same ids alone as in its place is tried.
         """
@@ -224,7 +224,7 @@ def without_double_start(
 
 
 def _common_text(texts: Sequence[str]) -> str:
-    """What all `texts` begin with."""
+    """Return the longest start that all `texts` have."""
     low, high = min(texts), max(texts)
     length = 0
     while length < min(len(low), len(high)) and low[length] == high[length]:

@@ -1,4 +1,4 @@
-"""What kind of reward an object is, found out by what it takes and what it returns."""
+"""Find out what kind of reward an object is, by what it takes and what it returns."""
 
 from __future__ import annotations
 

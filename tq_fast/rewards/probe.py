@@ -1,4 +1,4 @@
-"""What a classifier's forward gives, found out on a few rows of tokens when it is loaded."""
+"""Try a classifier's forward on a few rows of tokens when it is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUM_TOKENS = (2, 9, 5)
 
 
 class Probe(NamedTuple):
-    """What trying a classifier showed.
+    """The findings about a classifier that was tried.
 
     Attributes:
         num_labels: scores that it gives a text.

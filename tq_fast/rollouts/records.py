@@ -94,7 +94,7 @@ class ReusedRollout:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutWave:
-    """What one call of `run_rollouts` did.
+    """The work of one call of `run_rollouts`.
 
     Attributes:
         rollouts: one for each id, in the same order.

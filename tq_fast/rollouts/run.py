@@ -160,7 +160,7 @@ class _Run:
         return joining
 
     def _join(self, depth: int) -> None:
-        """Those whose known tokens end at `depth` run again, with their KV of the step before."""
+        """Run roll-outs again whose reused tokens end here, with the KV of the step before."""
         joining = [i for i, known in self.resting.items() if len(known.tokens) == depth]
         self._take_rows(self.rows.join(joining), depth)
         places = self.state.places.tolist()
@@ -174,7 +174,7 @@ class _Run:
             self.forest.cache.take_rows(order, num_tokens)
 
     def rollouts(self) -> list[Rollout]:
-        """What came of every roll-out."""
+        """Return what came of every roll-out."""
         state, places = self.state, self.state.places
         fields = (state.tokens, state.lengths, state.logprob, state.proposal_logprob)
         columns = [field[places].tolist() for field in fields]

@@ -14,7 +14,7 @@ from ..config import DecodeConfig
 
 @dataclasses.dataclass
 class RolloutState:
-    """What is known of N roll-outs of at most L tokens.
+    """The state of N roll-outs of at most L tokens.
 
     Attributes:
         keys: int64 `[N]`, of the random streams.
