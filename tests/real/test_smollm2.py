@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import tq_fast
 from tests.naive import NaiveSettings, classifier_reward, decode_naively
-from tests.real.conftest import chats
+from tests.real.conftest import QUESTIONS, chats
 from tq_fast.forest.cpu_layers import describe_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
@@ -72,7 +72,8 @@ def assert_like_the_naive_loop(
     atol: float = ATOL,
 ) -> None:
     """Tokens, candidates and values of Transfer Q* are those of the naive loop."""
-    prompts = prompt_ids(tokenizer, num)
+    # Plain text, which a reward reads as it stands: of a chat it would read the finished turn.
+    prompts = [tokenizer(question)["input_ids"] for question in QUESTIONS[:num]]
     settings = NaiveSettings(**SETTINGS)
     end = copy.copy(model.generation_config)
     model.generation_config.eos_token_id = None
@@ -100,7 +101,8 @@ def test_transfer_q_equals_the_naive_loop_under_an_adapter(
     model: PreTrainedModel, reward: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     torch.manual_seed(0)
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    options = {"r": 4, "lora_alpha": 64, "init_lora_weights": False}
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], **options)
     adapted = peft.get_peft_model(copy.deepcopy(model), lora).eval()
     plain = tq_fast.presets.baseline(
         prompt_ids(tokenizer, 1), model, tokenizer=tokenizer, strategy="greedy", max_new_tokens=8
