@@ -22,6 +22,7 @@ import transformers
 from .. import _native
 from .._version import __version__
 from ..jobs.record_file import OutputRefused, Record, RecordFile
+from ..results import KlKind, weakest_kl_kind
 from .config import EvalConfig, MethodSpec, SetupSpec
 from .intervals import Bootstrap, Cells, Interval
 from .measures import compare_scores
@@ -48,12 +49,14 @@ _SHOWN = {
     "gain": "over baseline",
     "normalised": "normalised",
     "gold": "gold reward",
-    "kl_to_sft": "KL to SFT, nats",
+    "kl_to_sft": "KL to SFT, nats (≤ at most, ≲ roughly at most)",
     "diversity": "diversity",
     "coherence": "coherence",
     "token_forwards": "token-forwards",
     "cpu_seconds": "CPU s a response",
 }
+# What stands before a divergence that is a bound.
+_KL_MARKS: Mapping[KlKind, str] = {"exact": "", "at most": "≤ ", "approximate": "≲ "}
 
 
 def records_path(output: Path, setup: SetupSpec, method: MethodSpec) -> Path:
@@ -144,7 +147,6 @@ def _row(
     method: MethodSpec, records: Records, metrics: Mapping[str, Interval | None]
 ) -> dict[str, Any]:
     failed = sum("error" in record for record in records)
-    is_bound = method.method == "best_of_n" and method.own.get("n", 16) > 1
     return {
         "name": method.name,
         "label": method.label,
@@ -153,9 +155,18 @@ def _row(
         "swept": method.swept,
         "responses": len(records) - failed,
         "failed": failed,
-        "kl_kind": "upper bound" if is_bound else "sum over the steps",
+        "kl_kind": weakest_kl_kind(_kl_kinds(records)),
         "metrics": {name: found._asdict() for name, found in metrics.items() if found is not None},
     }
+
+
+def _kl_kinds(records: Records) -> list[KlKind]:
+    """Return what each response's divergence is to that of its method's law.
+
+    Records of versions that did not say so count as bounds: that much holds for all of them.
+    """
+    known = [record["certificate"] for record in records if "certificate" in record]
+    return [certificate.get("kl_kind", "at most") for certificate in known]
 
 
 def cells_of(records: Records, name: str) -> Cells:
@@ -221,18 +232,24 @@ def _setup_table(setup: Mapping[str, Any]) -> str:
     lines.append("| method | " + " | ".join(shown.values()) + " | failed |")
     lines.append("|" + " --- |" * (len(shown) + 2))
     for row in setup["methods"]:
-        cells = [format_interval(row["metrics"].get(name), name) for name in shown]
-        if row["kl_kind"] == "upper bound" and "kl_to_sft" in row["metrics"]:
-            place = list(shown).index("kl_to_sft")
-            cells[place] = f"≤ {cells[place]}"
+        cells = [format_metric(row, name) for name in shown]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + f" | {row['failed']} |")
     return "\n".join(lines) + "\n"
 
 
-def format_interval(interval: Mapping[str, float] | None, name: str) -> str:
+def kl_mark(row: Mapping[str, Any], name: str) -> str:
+    """Return what stands before a measure of a method: a mark where it is a bounded divergence."""
+    return _KL_MARKS[row["kl_kind"]] if name == "kl_to_sft" else ""
+
+
+def format_metric(row: Mapping[str, Any], name: str) -> str:
+    """Write a measure of a method as a cell of a table; empty where it is not known."""
+    found = row["metrics"].get(name)
+    return "" if found is None else kl_mark(row, name) + format_interval(found, name)
+
+
+def format_interval(interval: Mapping[str, float], name: str) -> str:
     """Write an interval as a cell of a table: the estimate, and its ends in brackets."""
-    if interval is None:
-        return ""
     value, low, high = interval["value"], interval["low"], interval["high"]
     if name == "token_forwards":
         return f"{value:,.0f}"

@@ -259,7 +259,8 @@ def certify_plain(drawn: Drawn, weights: Mapping[Role, float], *, num: int) -> C
 
     The best of n diverges from the law that it was drawn from by at most log n - (n - 1) / n, and
     the certificate gives this bound in place of the divergence. For another model it adds the
-    winner's own log-ratio, so that the mean over responses bounds the divergence.
+    winner's own log-ratio, so that the mean over responses bounds the divergence. The divergence of
+    a plain response is exact, whatever truncates the law that it was drawn from.
     """
     extra = math.log(num) - (num - 1) / num
     totals: dict[str, float | None] = {"sft": None, "baseline": None}
@@ -275,4 +276,5 @@ def certify_plain(drawn: Drawn, weights: Mapping[Role, float], *, num: int) -> C
         log_prior_mass=0.0,
         prior=taking_part[0] if len(taking_part) == 1 else "mixture",
         kl_bound=None,
+        kl_kind="exact" if num == 1 else "at most",
     )
