@@ -37,6 +37,7 @@ def setup(*rows: dict[str, Any]) -> dict[str, Any]:
         "baseline_reward": None,
         "judge": "reward",
         "compare_with": [],
+        "ceiling": None,
         "methods": list(rows),
     }
 

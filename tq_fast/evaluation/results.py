@@ -23,7 +23,8 @@ from .. import _native
 from .._version import __version__
 from ..jobs.record_file import OutputRefused, Record, RecordFile
 from ..results import KlKind, weakest_kl_kind
-from .config import EvalConfig, MethodSpec, SetupSpec
+from .ceiling import ceiling_at, read_curve, summarise_ceiling, write_ceiling
+from .config import POOL, EvalConfig, MethodSpec, SetupSpec
 from .intervals import Bootstrap, Cells, Interval
 from .measures import compare_scores
 
@@ -50,6 +51,7 @@ _SHOWN = {
     "normalised": "normalised",
     "gold": "gold reward",
     "kl_to_sft": "KL to SFT, nats (≤ at most, ≲ roughly at most)",
+    "ceiling": "highest reward at that KL",
     "diversity": "diversity",
     "coherence": "coherence",
     "token_forwards": "token-forwards",
@@ -68,7 +70,7 @@ def read_records(output: Path, config: EvalConfig) -> dict[tuple[str, str], list
     """Return the records of every (set-up, method): one an index, without cut lines."""
     records: dict[tuple[str, str], list[Record]] = {}
     for setup in config.setups:
-        for method in setup.methods:
+        for method in setup.jobs:
             file = RecordFile(records_path(output, setup, method))
             by_index: dict[int, Record] = {}
             for line in file.lines():
@@ -116,6 +118,7 @@ def _summarise_setup(
     }
     judge = _judge(setup)
     plain = next((method.name for method in setup.methods if method.method == "baseline"), None)
+    ceiling = summarise_ceiling(records.get((setup.name, POOL), ()))
     rows = []
     for method in setup.methods:
         own = by_method[method.name]
@@ -131,7 +134,7 @@ def _summarise_setup(
                 outcomes = _outcomes(own, by_method[other], judge)
                 metrics[f"win_tie:{other}"] = bootstrap.mean(outcomes)
         metrics["token_forwards"] = bootstrap.mean(_all_forwards(own))
-        rows.append(_row(method, own, metrics))
+        rows.append({**_row(method, own, metrics), "ceiling": _ceilings(ceiling, metrics)})
     return {
         "name": setup.name,
         "title": setup.title,
@@ -139,6 +142,7 @@ def _summarise_setup(
         "baseline_reward": str(setup.models.get("baseline_reward", "")) or None,
         "judge": judge,
         "compare_with": list(setup.compare_with),
+        "ceiling": ceiling,
         "methods": rows,
     }
 
@@ -158,6 +162,17 @@ def _row(
         "kl_kind": weakest_kl_kind(_kl_kinds(records)),
         "metrics": {name: found._asdict() for name, found in metrics.items() if found is not None},
     }
+
+
+def _ceilings(
+    ceiling: Mapping[str, Any] | None, metrics: Mapping[str, Interval | None]
+) -> dict[str, float | None]:
+    """Return the ceiling of every measure at the method's divergence; None where it has none."""
+    found = metrics["kl_to_sft"]
+    if ceiling is None or found is None:
+        return {}
+    curves = {name: read_curve(curve) for name, curve in ceiling["curves"].items()}
+    return {name: ceiling_at(curve, found.value) for name, curve in curves.items()}
 
 
 def _kl_kinds(records: Records) -> list[KlKind]:
@@ -215,6 +230,7 @@ def write_table(summary: Mapping[str, Any]) -> str:
 def shown_columns(setup: Mapping[str, Any]) -> dict[str, str]:
     """Return the measures that a table of the set-up shows, and their titles."""
     known = {name for row in setup["methods"] for name in row["metrics"]}
+    known |= {"ceiling"} if setup["ceiling"] is not None else set()
     shown = {name: title for name, title in _SHOWN.items() if name in known}
     labels = {row["name"]: row["label"] for row in setup["methods"]}
     for other in setup["compare_with"]:
@@ -234,6 +250,8 @@ def _setup_table(setup: Mapping[str, Any]) -> str:
     for row in setup["methods"]:
         cells = [format_metric(row, name) for name in shown]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + f" | {row['failed']} |")
+    if setup["ceiling"] is not None:
+        lines += ["", write_ceiling(setup["ceiling"])]
     return "\n".join(lines) + "\n"
 
 
@@ -244,6 +262,9 @@ def kl_mark(row: Mapping[str, Any], name: str) -> str:
 
 def format_metric(row: Mapping[str, Any], name: str) -> str:
     """Write a measure of a method as a cell of a table; empty where it is not known."""
+    if name == "ceiling":
+        highest = row["ceiling"].get("reward")
+        return "" if highest is None else format_number(highest, 2)
     found = row["metrics"].get(name)
     return "" if found is None else kl_mark(row, name) + format_interval(found, name)
 

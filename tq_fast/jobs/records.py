@@ -29,7 +29,7 @@ def response_record(entry: PromptEntry, results: Sequence[PromptResult], *, trac
     Numbers are null where they are not finite or cannot be estimated (an error at n = 1).
     """
     first, *others = [_response(result, traces=traces) for result in results]
-    record = {**_head(entry), **first}
+    record = {**record_head(entry), **first}
     return {**record, "other_responses": others} if others else record
 
 
@@ -52,7 +52,7 @@ def error_record(entry: PromptEntry, error: Exception) -> Record:
         described |= {"message": error.reason, "step": error.step}
     elif not isinstance(error, TqFastError):
         described["traceback"] = "".join(traceback.format_exception(error))
-    return {**_head(entry), "error": described}
+    return {**record_head(entry), "error": described}
 
 
 def ends_the_job(error: Exception) -> bool:
@@ -61,7 +61,8 @@ def ends_the_job(error: Exception) -> bool:
     return is_lost or isinstance(error, (BackendRefused, UnsupportedModel, OutputRefused))
 
 
-def _head(entry: PromptEntry) -> dict[str, Any]:
+def record_head(entry: PromptEntry) -> Record:
+    """Return what every record says of its prompt."""
     own = {"index": entry.index, "id": entry.id, "prompt": entry.prompt}
     extra = {key: value for key, value in entry.extra.items() if key not in _OWN_KEYS}
     taken = {key: value for key, value in entry.extra.items() if key in _OWN_KEYS}
