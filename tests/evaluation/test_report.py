@@ -38,6 +38,7 @@ def setup(*rows: dict[str, Any]) -> dict[str, Any]:
         "judge": "reward",
         "compare_with": [],
         "ceiling": None,
+        "equal_cost": [],
         "methods": list(rows),
     }
 

@@ -27,6 +27,7 @@ models = { gold = "tiny:gold_reward" }
 method = [
     { method = "transfer_q" },
     { method = "best_of_n", n = 4 },
+    { method = "best_of_n", name = "bon", label = "best", source = "sft", sweep = { n = [1, 2] } },
     { method = "baseline" },
     { method = "sft" },
 ]
@@ -128,6 +129,25 @@ def test_a_record_that_does_not_say_what_its_divergence_is_counts_as_a_bound(
     del old["certificate"]["kl_kind"]
     rows = summarise(config, {("s", "sft"): [old]})["setups"][0]["methods"]
     assert next(row["kl_kind"] for row in rows if row["name"] == "sft") == "at most"
+
+
+def test_methods_are_held_against_best_of_n_from_one_model_at_equal_cost(
+    config: EvalConfig,
+) -> None:
+    records = {
+        ("s", "transfer_q"): [record(0, 0, 4.0, 1.0), record(1, 0, 2.0, 0.0)],
+        ("s", "bon-n=1"): [record(0, 0, 1.0, 2.0), record(1, 0, 3.0, 0.5)],
+        ("s", "bon-n=2"): [record(0, 0, 2.0, 2.0), record(1, 0, 3.5, 0.5)],
+    }
+    for one in records[("s", "bon-n=2")]:
+        one["measures"]["token_forwards"] = {"sft": 10.0}
+    summary = summarise(config, records)
+    (comparison,) = summary["setups"][0]["equal_cost"]
+    assert comparison["line"] == "best"
+    (one,) = comparison["methods"]
+    assert one["name"] == "transfer_q" and one["measures"]["reward"]["kind"] == "equal"
+    assert one["measures"]["reward"]["over"]["value"] == pytest.approx(1.0)
+    assert "Against best at equal token-forwards" in write_table(summary)
 
 
 def test_intervals_as_cells() -> None:

@@ -75,6 +75,11 @@ class MethodSpec:
         return self.name == POOL
 
     @property
+    def group_label(self) -> str:
+        """The label without the value of a sweep."""
+        return self.label if self.swept is None else self.label.rsplit(", ", 1)[0]
+
+    @property
     def num_texts(self) -> int:
         """The texts that it draws for a prompt with one seed."""
         return int(self.decode.get("num_return_sequences", 1))

@@ -25,6 +25,7 @@ from ..jobs.record_file import OutputRefused, Record, RecordFile
 from ..results import KlKind, weakest_kl_kind
 from .ceiling import ceiling_at, read_curve, summarise_ceiling, write_ceiling
 from .config import POOL, EvalConfig, MethodSpec, SetupSpec
+from .equal_cost import compare_setup, write_comparison
 from .intervals import Bootstrap, Cells, Interval
 from .measures import compare_scores
 
@@ -119,6 +120,10 @@ def _summarise_setup(
     judge = _judge(setup)
     plain = next((method.name for method in setup.methods if method.method == "baseline"), None)
     ceiling = summarise_ceiling(records.get((setup.name, POOL), ()))
+    cells = {
+        name: {measure: cells_of(own, measure) for measure in ("reward", "gold")}
+        for name, own in by_method.items()
+    }
     rows = []
     for method in setup.methods:
         own = by_method[method.name]
@@ -144,6 +149,7 @@ def _summarise_setup(
         "compare_with": list(setup.compare_with),
         "ceiling": ceiling,
         "methods": rows,
+        "equal_cost": compare_setup(rows, cells, _best_of_n_lines(setup), bootstrap),
     }
 
 
@@ -162,6 +168,16 @@ def _row(
         "kl_kind": weakest_kl_kind(_kl_kinds(records)),
         "metrics": {name: found._asdict() for name, found in metrics.items() if found is not None},
     }
+
+
+def _best_of_n_lines(setup: SetupSpec) -> dict[str, list[str]]:
+    """Return the methods that are best of several n from one model, by what they are called."""
+    lines: dict[str, list[str]] = {}
+    for method in setup.methods:
+        is_plain = method.own.get("source", "baseline") in ("sft", "baseline")
+        if method.method == "best_of_n" and is_plain and method.swept is not None:
+            lines.setdefault(method.group_label, []).append(method.name)
+    return lines
 
 
 def _ceilings(
@@ -252,6 +268,9 @@ def _setup_table(setup: Mapping[str, Any]) -> str:
         lines.append(f"| {row['label']} | " + " | ".join(cells) + f" | {row['failed']} |")
     if setup["ceiling"] is not None:
         lines += ["", write_ceiling(setup["ceiling"])]
+    labels = {row["name"]: row["label"] for row in setup["methods"]}
+    for comparison in setup["equal_cost"]:
+        lines += ["", write_comparison(comparison, labels)]
     return "\n".join(lines) + "\n"
 
 
