@@ -160,8 +160,10 @@ def _compare(
     return {"over": found._asdict(), "kind": kind, "cost_ratio": ratio._asdict()}
 
 
-def write_comparison(comparison: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """Return the comparison with one line as a table in Markdown.
+def read_comparison(
+    comparison: Mapping[str, Any], labels: Mapping[str, str]
+) -> tuple[str, list[str], list[list[str]]]:
+    """Return what a table of a comparison says: a sentence, the titles, and the cells by method.
 
     Args:
         comparison: one of `compare_setup`.
@@ -169,21 +171,28 @@ def write_comparison(comparison: Mapping[str, Any], labels: Mapping[str, str]) -
     """
     known = [one["measures"] for one in comparison["methods"]]
     measures = list(dict.fromkeys(itertools.chain(*known)))
-    titles = []
+    titles = ["method", "token-forwards"]
     for measure in measures:
         titles += [f"{MEASURES[measure]} over it", f"its tokens for the same {MEASURES[measure]}"]
-    lines = [
+    sentence = (
         f"Against {comparison['line']} at equal token-forwards; ≥ and ≤ where the method is beyond "
-        "the n that were run.\n",
-        "| method | token-forwards | " + " | ".join(titles) + " |",
-        "|" + " --- |" * (len(titles) + 2),
-    ]
+        "the n that were run."
+    )
+    rows = []
     for one in comparison["methods"]:
         cells = [labels[one["name"]], f"{one['cost']:,.0f}"]
         for measure in measures:
             found = one["measures"].get(measure)
             cells += ["", ""] if found is None else [format_over(found), format_ratio(found)]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    return sentence, titles, rows
+
+
+def write_comparison(comparison: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Return the comparison with one line as a table in Markdown; as `read_comparison`."""
+    sentence, titles, rows = read_comparison(comparison, labels)
+    lines = [f"{sentence}\n"]
+    lines += [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows)]
     return "\n".join(lines) + "\n"
 
 

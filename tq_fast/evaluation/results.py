@@ -124,7 +124,7 @@ def _summarise_setup(
         name: {measure: cells_of(own, measure) for measure in ("reward", "gold")}
         for name, own in by_method.items()
     }
-    rows = []
+    rows, lines = [], _best_of_n_lines(setup)
     for method in setup.methods:
         own = by_method[method.name]
         metrics = {name: bootstrap.mean(cells_of(own, name)) for name in MEASURES}
@@ -139,7 +139,10 @@ def _summarise_setup(
                 outcomes = _outcomes(own, by_method[other], judge)
                 metrics[f"win_tie:{other}"] = bootstrap.mean(outcomes)
         metrics["token_forwards"] = bootstrap.mean(_all_forwards(own))
-        rows.append({**_row(method, own, metrics), "ceiling": _ceilings(ceiling, metrics)})
+        row = _row(method, own, metrics)
+        row["ceiling"] = _ceilings(ceiling, metrics)
+        row["is_to_beat"] = any(method.name in names for names in lines.values())
+        rows.append(row)
     return {
         "name": setup.name,
         "title": setup.title,
@@ -149,7 +152,7 @@ def _summarise_setup(
         "compare_with": list(setup.compare_with),
         "ceiling": ceiling,
         "methods": rows,
-        "equal_cost": compare_setup(rows, cells, _best_of_n_lines(setup), bootstrap),
+        "equal_cost": compare_setup(rows, cells, lines, bootstrap),
     }
 
 
