@@ -36,7 +36,7 @@ from .models.loading import (
     num_token_ids,
 )
 from .models.shared_weights import Loader
-from .prompts import Prompt, PromptReader, read_prompts
+from .prompts import Prompt, PromptLike, PromptReader, read_prompts, repeat_prompts
 from .prompts.chats import TemplateOptions
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .rewards.base import Reward, RewardFunction, Texts
@@ -253,12 +253,18 @@ class Method(Protocol):
     """One way to decode prompts over the models of a session.
 
     Attributes:
+        config: how to decode.
         rows_per_prompt: rows of the forest that a prompt takes.
         tokens_per_prompt: tokens that a prompt is counted as, in the progress bar.
+        num_new: tokens that may come after a prompt in some model, at most.
+        room: the settings that `num_new` comes from, for messages.
     """
 
+    config: DecodeConfig
     rows_per_prompt: int
     tokens_per_prompt: int
+    num_new: int
+    room: str
 
     def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
         """Return the bytes of a prompt and of a row, for the longest of `prompts`."""
@@ -268,6 +274,10 @@ class Method(Protocol):
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
     ) -> None:
         """Decode the first of `responses`, as many as `shape` allows, or more in turn."""
+        ...
+
+    def conclude(self, result: DecodeResult) -> None:
+        """Warn of what the whole result shows."""
         ...
 
 
@@ -426,6 +436,37 @@ class Session:
             return None
         stop = self.stop_strings(config)
         return stop.text(token_ids, skip_special_tokens=config.skip_special_tokens)
+
+    # torch.inference_mode would serve too, but its tensors cannot be used in training afterwards.
+    @neutral_torch()
+    @torch.no_grad()
+    def decode(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        method: Method,
+        *,
+        template_options: TemplateOptions | None = None,
+        **running: Any,
+    ) -> DecodeResult:
+        """Decode prompts of any form by `method`.
+
+        Args:
+            prompts: as for `tq_fast.decode`.
+            method: one of this session's.
+            template_options: as for `tq_fast.decode`.
+            **running: the keyword arguments of `run`.
+
+        Raises:
+            InvalidArgument: an argument is wrong; raised before any forward pass.
+            DecodingError: a prompt failed; `finished` holds the complete responses.
+        """
+        read = self.read(prompts, template_options)
+        for idx, prompt in enumerate(read):
+            self.check_fits(idx, prompt, method.num_new, method.room)
+        repeated = repeat_prompts(read, method.config.num_return_sequences)
+        result = self.run(repeated, method, **running)
+        method.conclude(result)
+        return result
 
     def run(
         self,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from .._version import __version__
 from ..config import DecodeConfig
 from ..decoder import TransferDecoder
 from ..errors import InvalidArgument
-from ..forest.view import is_adapted
+from ..models.fingerprint import fingerprint_model
 from ..rewards.base import Reward
 from ..rewards.options import RewardOptions
 from ..session import check_device
@@ -26,8 +25,6 @@ from .record_file import Line, OutputRefused, RecordFile
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _OF_PROMPTS = ("number of prompts", "prompts")
 _ROLES = ("baseline", "sft", "reward", "baseline_reward")
-# About so many numbers of each weight enter the fingerprint of a model.
-_NUM_SAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,65 +154,6 @@ def make_settings(stated: dict[str, Any], loaded: dict[str, Any]) -> dict[str, A
         "settings": stated,
         "models": loaded,
     }
-
-
-def fingerprint_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Hash a model's configuration, some numbers of every weight, and its tokenizer.
-
-    The hash is cheap for large models and changes with any training; the folder does not enter it.
-    """
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest = hashlib.blake2b(
-        json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8
-    )
-    offloaded = dict(_offloaded_weights(model))
-    for name, weight in sorted(model.state_dict().items()):
-        if isinstance(weight, torch.Tensor):
-            digest.update(f"{name} {tuple(weight.shape)} ".encode())
-            digest.update(_sample(offloaded.get(name, weight)))
-        else:
-            # Some layers keep settings of their own beside their weights.
-            digest.update(f"{name} {type(weight).__name__} ".encode())
-    for name, module in model.named_modules():
-        if is_adapted(module):
-            state = [name, module.disable_adapters, module.active_adapters, module.merged_adapters]
-            digest.update(json.dumps(state, default=str).encode())
-    if tokenizer is not None:
-        words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-        digest.update(json.dumps(words).encode())
-    return digest.hexdigest()
-
-
-def _sample(weight: torch.Tensor) -> bytes:
-    """Some numbers of `weight`, spread over it; nothing where they are not to be had."""
-    weight = weight.detach()
-    if weight.device.type == "meta":
-        return b""
-    if hasattr(weight, "__tensor_flatten__"):
-        # A quantised weight is made of others: packed numbers, scales, zero points.
-        names, _ = weight.__tensor_flatten__()
-        return b"".join(_sample(getattr(weight, name)) for name in names)
-    stride = max(1, weight.numel() // _NUM_SAMPLES)
-    try:
-        sample = weight.reshape(-1)[::stride]
-        return sample.to(torch.float32).cpu().contiguous().numpy().tobytes()
-    except (RuntimeError, NotImplementedError, TypeError):
-        # A tensor of a kind of its own, which may have no strides and no such cast.
-        return type(weight).__name__.encode()
-
-
-def _offloaded_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights that accelerate keeps elsewhere between passes, by their names in the model."""
-    for prefix, module in model.named_modules():
-        kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-        if kept is None:
-            continue
-        for name, weight in module.named_parameters(prefix=prefix, recurse=False):
-            with contextlib.suppress(KeyError):
-                if weight.device.type == "meta":
-                    yield name, kept[name.removeprefix(f"{prefix}.")]
 
 
 @dataclasses.dataclass(frozen=True)
