@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
-from . import _checks
+from . import _checks, philox
 from ._checks import PerRow
-from ._dispatch import Op
+from ._dispatch import Backend, Op, native_function
 from .sample_tokens import check_sampler, kept_logits, sample_tokens_ref
 from .topk_logprobs import clean_logits
 
@@ -192,4 +192,65 @@ def _divergence(guided: Tensor, prior_laws: Tensor) -> Tensor:
     return terms.sum(dim=-1).to(torch.float32)
 
 
-_OP = Op("value_sample_tokens", value_sample_tokens_ref)
+def value_sample_tokens_native(
+    logits: Tensor,
+    directions: Tensor,
+    token_embeddings: Tensor,
+    keys: Tensor,
+    step: int | Tensor,
+    *,
+    alpha: PerRow = 1.0,
+    temperature: PerRow = 1.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    greedy: bool = False,
+    seed: int | Tensor = 0,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The C++ kernel, with the arguments of the reference."""
+    return torch.ops.tq_fast.value_sample_tokens.default(
+        logits,
+        directions,
+        token_embeddings,
+        keys,
+        *philox.split_int64(step),
+        *_checks.split_per_row(alpha),
+        *_checks.split_per_row(temperature),
+        *_checks.split_per_row(top_k),
+        *_checks.split_per_row(top_p),
+        greedy,
+        logits.size(-1) if vocab_size is None else vocab_size,
+        *philox.split_int64(seed),
+    )
+
+
+def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    ids = logits.new_empty((rows,), dtype=torch.int64)
+    prior_logprobs, guided_logprobs, kl = (
+        logits.new_empty((rows,), dtype=torch.float32) for _ in range(3)
+    )
+    return ids, prior_logprobs, guided_logprobs, kl, logits.new_empty((rows,), dtype=torch.bool)
+
+
+def _refuse_cpu(
+    logits: Tensor,
+    directions: Tensor,
+    token_embeddings: Tensor,
+    *arguments: Any,
+    **parameters: Any,
+) -> str | None:
+    return _checks.refuse_float64(
+        logits=logits, directions=directions, token_embeddings=token_embeddings
+    )
+
+
+_OP = Op(
+    "value_sample_tokens",
+    value_sample_tokens_ref,
+    Backend(
+        "cpu",
+        native_function("value_sample_tokens", value_sample_tokens_native, _fake),
+        _refuse_cpu,
+    ),
+)
