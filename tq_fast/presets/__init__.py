@@ -35,7 +35,8 @@ from ..prompts import PromptLike
 from ..results import DecodeResult
 from ..rewards.base import RewardFunction
 from ..session import MethodOptions
-from .call import FIXED_FIELDS, RUNNING, OpenMethod, check_running
+from .call import FIXED_FIELDS as FIXED_FIELDS
+from .call import RUNNING, OpenMethod, check_running
 from .plain import open_best_of_n, open_dera, open_plain, open_value_guided
 from .sources import Source, ValueLike
 from .steered import open_args, open_steered

@@ -2,8 +2,8 @@
 
 A law reads what the forests of its models give after each row and draws the next tokens into a
 `RolloutState`. What it records of every token stands in the state's columns: "policy", the log-prob
-before temperature and truncation; "drawn", the log density drawn from; of every model "logprob:ROLE"
-and "kl:ROLE", the divergence of the law drawn from; of a value head "q" and "value".
+before temperature and truncation; "drawn", the log density drawn from; of every model
+"logprob:ROLE" and "kl:ROLE", the divergence of the law drawn from; of a value head "q" and "value".
 """
 
 from __future__ import annotations

@@ -124,6 +124,8 @@ class _CausalSession:
         self.prefixes[tree], self.held[tree], self.last_rows[tree] = [], [], []
 
     def drop_tree(self, tree: int) -> None:
+        # The cache moves the prefix of the last tree, and nothing that lies behind its end.
+        self.held[-1] = self.prefixes[-1]
         self.forest.cache.drop_tree(tree)
         for entries in (self.forms, self.prefixes, self.held, self.last_rows):
             drop_from(entries, tree)
@@ -151,7 +153,7 @@ class _CausalSession:
                 length = common_length([common[len(stored) :], suffix])
                 if length > num_encoded:
                     num_encoded, best_row = length, row
-        if len(stored) + num_encoded > kept:
+        if num_encoded and len(stored) + num_encoded > kept:
             self.forest.cache.commit_rows([tree], [best_row], [num_encoded])
             self.held[tree] = common[: len(stored) + num_encoded]
             self.prefixes[tree] = self.held[tree]
