@@ -34,6 +34,9 @@ FIXED_FIELDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "direct_on_target": {"transfer": "direct"},
         "transfer_q_indirect": {"transfer": "indirect"},
         "value_guided": {},
+        # What `strategy` chooses between are texts here: their tokens are always drawn.
+        "refine": {},
+        "blocks": {},
     }
 )
 

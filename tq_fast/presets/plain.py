@@ -293,7 +293,11 @@ def trace_tokens(
 
 
 def certify_text(
-    columns: Mapping[str, torch.Tensor], law: TokenLaw, *, extra_kl: float
+    columns: Mapping[str, torch.Tensor],
+    law: TokenLaw,
+    *,
+    extra_kl: float,
+    logprobs: Mapping[str, float] | None = None,
 ) -> Certificate:
     """Return the certificate of a text that was drawn from `law`, or chosen among several.
 
@@ -304,8 +308,11 @@ def certify_text(
             diverges from the law that it was drawn from by at most log n - (n - 1) / n, and the
             certificate gives this bound in place of the divergence. To a model it adds the
             log-ratio of the text itself, so that the mean over responses bounds the divergence.
+        logprobs: log-prob of the whole text under models that the law does not read, by role.
     """
     totals: dict[str, float | None] = {"sft": None, "baseline": None}
+    for role, logprob in (logprobs or {}).items():
+        totals[role] = extra_kl + float(columns["drawn"].sum()) - logprob
     for role in ("sft", "baseline"):
         if f"logprob:{role}" not in columns:
             continue
