@@ -38,6 +38,7 @@ from ..session import MethodOptions
 from .blocks import Judge, open_blocks
 from .call import FIXED_FIELDS as FIXED_FIELDS
 from .call import RUNNING, OpenMethod, check_running
+from .collab import open_collab
 from .plain import open_best_of_n, open_dera, open_plain, open_value_guided
 from .refining import Cuts, open_refine
 from .sources import Source, ValueLike
@@ -278,6 +279,26 @@ def blocks(  # type: ignore[misc]  # it gives the field `strategy` a default of 
     return _decode("blocks", prompts, options, **models, **own)
 
 
+def collab(
+    prompts: Prompts,
+    baseline: ModelLike | None = None,
+    reward: RewardLike | None = None,
+    *,
+    sft: ModelLike | None = None,
+    baselines: Sequence[ModelLike] | None = None,
+    **options: Unpack[MethodOptions],
+) -> DecodeResult:
+    """Decode by Collab: token by token, whichever of several `baselines` promises the most.
+
+    Every baseline proposes its own k candidates and rolls them out; token and baseline are chosen
+    together by `log pi_prior + Q_j / alpha`. The prior is `sft`, or the first baseline without it;
+    `kl_to_baseline` is the divergence to the first one. `agents` in the traces says who proposed
+    each candidate: `step.agents[step.choice]` spoke. With one baseline it equals `transfer_q`.
+    """
+    models = {"baseline": baseline, "sft": sft, "reward": reward}
+    return _decode("collab", prompts, options, **models, baselines=baselines)
+
+
 METHODS: Mapping[str, Callable[..., DecodeResult]] = MappingProxyType(
     {
         method.__name__: method
@@ -294,6 +315,7 @@ METHODS: Mapping[str, Callable[..., DecodeResult]] = MappingProxyType(
             value_guided,
             refine,
             blocks,
+            collab,
         )
     }
 )
@@ -345,5 +367,6 @@ _OPENERS: Mapping[str, Callable[..., OpenMethod]] = MappingProxyType(
         "value_guided": open_value_guided,
         "refine": open_refine,
         "blocks": open_blocks,
+        "collab": open_collab,
     }
 )
