@@ -201,15 +201,15 @@ def check_same_vocabulary(
     sizes = [vocab_size_of(model) for model in models[::-1]]
     if sizes[0] != sizes[1]:
         raise InvalidArgument(
-            f"{role} and baseline must have the same vocabulary, got sizes {sizes[0]} and {sizes[1]} "
-            "and not both tokenizers"
+            f"{role} and baseline must have the same vocabulary, got sizes {sizes[0]} and "
+            f"{sizes[1]} and not both tokenizers"
         )
     # A model that was made in memory, without a name, was made for the ids at hand.
     name = models[1].name_or_path
     if baseline is not None and name and not is_given and name != models[0].name_or_path:
         raise InvalidArgument(
-            f"{role} comes from {name!r}, where no tokenizer is found; vocabularies of one size need "
-            "not be one vocabulary: pass tokenizer=, where it is both models'"
+            f"{role} comes from {name!r}, where no tokenizer is found; vocabularies of one size "
+            "need not be one vocabulary: pass tokenizer=, where it is both models'"
         )
 
 
