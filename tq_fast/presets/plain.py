@@ -119,12 +119,20 @@ class PlainMethod:
             min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed and
             backend are read.
         num: responses drawn for a prompt; the reward chooses the first of the highest score.
+        keeps_all: whether the stage that holds all of them is there even where they are one.
     """
 
     def __init__(
-        self, session: Session, law: TokenLaw, config: DecodeConfig, *, num: int = 1
+        self,
+        session: Session,
+        law: TokenLaw,
+        config: DecodeConfig,
+        *,
+        num: int = 1,
+        keeps_all: bool = False,
     ) -> None:
         self.session = session
+        self.keeps_all = keeps_all
         self.law = law
         self.config = config
         session.stop_strings(config)
@@ -212,7 +220,7 @@ class PlainMethod:
         best = scores.index(max(scores)) if scores else 0
         winner, rewards = drawn[best], torch.tensor(scores, dtype=torch.float32)
         stages = []
-        if self.rows_per_prompt > 1:
+        if self.rows_per_prompt > 1 or self.keeps_all:
             stages = [StageTrace(0, rewards, best, [one.token_ids for one in drawn])]
         return PromptResult(
             self.session.text_of(winner.token_ids, self.config),

@@ -64,7 +64,12 @@ class TextSource:
             )
 
     def law(
-        self, session: Session, config: DecodeConfig, *, is_greedy: bool, measures_sft: bool
+        self,
+        session: Session,
+        config: DecodeConfig,
+        *,
+        is_greedy: bool,
+        measures_sft: bool,
     ) -> TokenLaw:
         """Return the law over the models of `session`.
 
@@ -78,8 +83,11 @@ class TextSource:
             InvalidArgument: the head belongs to another model.
         """
         measured: tuple[Role, ...] = ()
-        drawn_from: Role = "baseline" if "baseline" in session.languages else "sft"
-        if measures_sft and drawn_from != "sft" and "sft" in session.languages:
+        has_sft = "sft" in session.languages
+        drawn_from: Role = "sft" if has_sft else "baseline"
+        if self.source == "baseline":
+            drawn_from = "baseline"
+        if measures_sft and drawn_from != "sft" and has_sft:
             measured = ("sft",)
         if self.head is None:
             weights: dict[Role, float] = {drawn_from: 1.0, **dict.fromkeys(measured, 0.0)}
