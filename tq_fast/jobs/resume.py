@@ -176,7 +176,8 @@ def stated_settings(
 def model_settings(method: OpenMethod, models: ModelChoice) -> dict[str, Any]:
     """Return name and fingerprint of each model that was loaded, by role."""
     session = method.session
-    present: dict[str, PreTrainedModel | Reward] = {**session.languages, **session.rewards}
+    present: dict[str, PreTrainedModel | Reward] = dict(session.rewards)
+    present |= {str(role): model for role, model in session.languages.items()}
     given = models.names()
     names = {role: given.get(role, role) for role in present}
     settings = fingerprint_models(present, names, session.tokenizer)
