@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +58,11 @@ def fingerprint_model(
         words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
         digest.update(json.dumps(words).encode())
     return digest.hexdigest()
+
+
+def fingerprint_file(path: str | os.PathLike[str]) -> str:
+    """Hash the whole file `path`, which holds the weights of a small model."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
 
 
 def _sample(weight: torch.Tensor, rounded_to: torch.dtype) -> bytes:
