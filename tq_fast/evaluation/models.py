@@ -67,6 +67,19 @@ class LoadedModels:
         """Score whole responses (new token ids) under the reward of `role`."""
         return score_responses(self.rewards[role], prompts, responses)
 
+    @torch.no_grad()
+    def score_pool(
+        self, role: str, prompt: Prompt, responses: Sequence[Sequence[int]], *, num_rows: int
+    ) -> list[float]:
+        """Score many responses to one prompt, `num_rows` of them at a time."""
+        longest = max(map(len, responses))
+        session = self.rewards[role].open(Opening([prompt], num_rows, longest, backend=None))
+        scores: list[float] = []
+        for start in range(0, len(responses), num_rows):
+            rows = responses[start : start + num_rows]
+            scores += map(float, session.score([0] * len(rows), rows))
+        return scores
+
 
 @torch.no_grad()
 def score_responses(

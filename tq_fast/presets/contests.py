@@ -16,7 +16,7 @@ from ..config import DecodeConfig
 from ..forest.language import LanguageForest
 from ..forest.logprobs import score_rows
 from ..ops.philox import gumbel
-from ..results import Certificate, DecodeStats, PromptResult, Response, StageTrace
+from ..results import DecodeStats, PromptResult, Response, StageTrace
 from ..rollouts.streams import stream_keys
 from ..session import Report, Session
 from .drawing import Drawn, TextForest
@@ -210,11 +210,14 @@ class Contests:
         is_ended = token_ids[-1] in self.session.end_ids(self.config)
         return is_full or is_ended or self.forest.stop.is_met(token_ids)
 
-    def results(self, choice_kl: Sequence[float]) -> list[PromptResult]:
+    def results(
+        self, choice_kl: Sequence[float], *, is_approximate: bool = False
+    ) -> list[PromptResult]:
         """Return the texts as results.
 
         Args:
             choice_kl: of each tree, the bound on the divergence that the contests add, nats.
+            is_approximate: whether that is a bound under an assumption that holds roughly.
         """
         measured: dict[str, list[float]] = {}
         if "sft" in self.session.languages and "sft" not in self.law.roles:
@@ -223,14 +226,26 @@ class Contests:
         self.forest.count(self.stats)
         self.scorer.count(self.stats)
         return [
-            self._result(tree, kl, {role: sums[tree] for role, sums in measured.items()})
+            self._result(
+                tree, kl, {role: sums[tree] for role, sums in measured.items()}, is_approximate
+            )
             for tree, kl in enumerate(choice_kl)
         ]
 
-    def _result(self, tree: int, choice_kl: float, logprobs: Mapping[str, float]) -> PromptResult:
+    def _result(
+        self,
+        tree: int,
+        choice_kl: float,
+        logprobs: Mapping[str, float],
+        is_approximate: bool,
+    ) -> PromptResult:
         text = self.texts[tree]
-        certificate: Certificate = certify_text(
-            text.columns, self.law, extra_kl=choice_kl, logprobs=logprobs
+        certificate = certify_text(
+            text.columns,
+            self.law,
+            extra_kl=choice_kl,
+            logprobs=logprobs,
+            is_approximate=is_approximate,
         )
         return PromptResult(
             self.session.text_of(text.token_ids, self.config),

@@ -16,6 +16,7 @@ from ..results import (
     Certificate,
     DecodeResult,
     DecodeStats,
+    KlKind,
     PromptResult,
     Response,
     StageTrace,
@@ -298,6 +299,7 @@ def certify_text(
     *,
     extra_kl: float,
     logprobs: Mapping[str, float] | None = None,
+    is_approximate: bool = False,
 ) -> Certificate:
     """Return the certificate of a text that was drawn from `law`, or chosen among several.
 
@@ -309,7 +311,12 @@ def certify_text(
             certificate gives this bound in place of the divergence. To a model it adds the
             log-ratio of the text itself, so that the mean over responses bounds the divergence.
         logprobs: log-prob of the whole text under models that the law does not read, by role.
+        is_approximate: whether `extra_kl` is a bound under an assumption that holds roughly.
+
+    The divergence of a single text is exact, whatever truncates the law that it was drawn from.
     """
+    bound: KlKind = "approximate" if is_approximate else "at most"
+    is_exact = extra_kl == 0.0 and not logprobs
     totals: dict[str, float | None] = {"sft": None, "baseline": None}
     for role, logprob in (logprobs or {}).items():
         totals[role] = extra_kl + float(columns["drawn"].sum()) - logprob
@@ -327,4 +334,5 @@ def certify_text(
         log_prior_mass=0.0,
         prior=law.prior,
         kl_bound=None,
+        kl_kind="exact" if is_exact else bound,
     )

@@ -231,7 +231,10 @@ class RefineMethod:
                 cuts = {tree: cut for tree, cut in found.items() if cut is not None}
                 if cuts:
                     contests.hold(stage, cuts, self.branches, defends=True)
-            results = contests.results([self._choice_kl(t.stages) for t in contests.texts])
+            results = contests.results(
+                [self._choice_kl(text.stages) for text in contests.texts],
+                is_approximate=self.plan.is_approximate,
+            )
         except torch.OutOfMemoryError:
             report.bar.advance(counted - report.bar.num_done)
             raise
