@@ -174,7 +174,7 @@ def make_prompts(topics: tuple[str, ...], rng: random.Random) -> list[str]:
     tones = _rounds(TONES, len(topics), rng)
     prompts = []
     for topic, form, tone in zip(topics, forms, tones, strict=True):
-        named = {part.strip(".,'") for part in topic.split()}
+        named = {*topic.split(), *form.split()}
         chosen = rng.sample([word for word in words if word not in named], NUM_WORDS)
         article = "an" if tone[0] in "aeiou" else "a"
         listed = f"{', '.join(chosen[:-1])} and {chosen[-1]}"
