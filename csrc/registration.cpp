@@ -15,6 +15,11 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
       " int seed, Tensor? seed_tensor)"
       " -> (Tensor ids, Tensor logprobs, Tensor proposal_logprobs, Tensor valid)");
   m.def(
+      "value_sample_tokens(Tensor logits, Tensor directions, Tensor token_embeddings, Tensor keys, int step,"
+      " Tensor? step_tensor, float alpha, Tensor? alphas, float temperature, Tensor? temperatures, int top_k,"
+      " Tensor? top_ks, float top_p, Tensor? top_ps, bool greedy, int vocab_size, int seed, Tensor? seed_tensor)"
+      " -> (Tensor ids, Tensor prior_logprobs, Tensor guided_logprobs, Tensor kl, Tensor valid)");
+  m.def(
       "advance_rollouts_(Tensor logits, Tensor keys, int step, Tensor? step_tensor, Tensor(a!) tokens,"
       " Tensor(b!) lengths, Tensor(c!) finished, Tensor(d!) logprob_sums,"
       " Tensor(e!) proposal_logprob_sums, Tensor eos, float temperature, Tensor? temperatures,"

@@ -18,7 +18,16 @@ from .errors import (
 if TYPE_CHECKING:
     from . import ops, presets
     from .decoder import TransferDecoder, decode
-    from .results import Certificate, DecodeResult, DecodeStats, PromptResult, StepTrace
+    from .presets.fitting import fit_value
+    from .results import (
+        Certificate,
+        DecodeResult,
+        DecodeStats,
+        PromptResult,
+        StageTrace,
+        StepTrace,
+    )
+    from .values.head import ValueHead
 
 __all__ = [
     "BackendRefused",
@@ -33,12 +42,15 @@ __all__ = [
     "RewardError",
     "RewardOptions",
     "SpeedOptions",
+    "StageTrace",
     "StepTrace",
     "TqFastError",
     "TransferDecoder",
     "UnsupportedModel",
+    "ValueHead",
     "__version__",
     "decode",
+    "fit_value",
     "ops",
     "presets",
 ]
@@ -51,9 +63,12 @@ _HOMES = {
     "DecodeStats": "results",
     "PromptResult": "results",
     "RewardOptions": "rewards.options",
+    "StageTrace": "results",
     "StepTrace": "results",
     "TransferDecoder": "decoder",
+    "ValueHead": "values.head",
     "decode": "decoder",
+    "fit_value": "presets.fitting",
     "ops": "ops",
     "presets": "presets",
 }

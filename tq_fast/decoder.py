@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
 from .errors import InvalidArgument
 from .models.loading import ModelLike, TokenizerLike
-from .prompts import Prompt, PromptLike, PromptReader, repeat_prompts
+from .prompts import Prompt, PromptLike, PromptReader
 from .prompts.chats import TemplateOptions, check_template_options
 from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
 from .rewards.options import RewardOptions
-from .session import LoadingOptions, Report, Session, neutral_torch
+from .session import LoadingOptions, Report, Session
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes
 from .transfer.certificate import certify
 from .transfer.loop import DecodeLoop
@@ -236,10 +236,9 @@ class TransferDecoder:
         for name, callback in callbacks.items():
             if callback is not None and not callable(callback):
                 raise InvalidArgument(f"{name} must be a function or None, got {callback!r}")
-        return steer(
-            self.session,
+        return self.session.decode(
             prompts,
-            config,
+            TransferMethod(self.session, config),
             template_options=template_options,
             batch_size=batch_size,
             memory_budget=memory_budget,
@@ -262,40 +261,94 @@ class TransferDecoder:
         Raises:
             InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
         """
-        _check_length(self.session, idx, prompt, config)
+        method = TransferMethod(self.session, config)
+        self.session.check_fits(idx, prompt, method.num_new, method.room)
 
 
-# torch.inference_mode would serve too, but its tensors cannot be used in training afterwards.
-@neutral_torch()
-@torch.no_grad()
-def steer(
-    session: Session,
-    prompts: PromptLike | Sequence[PromptLike],
-    config: DecodeConfig,
-    *,
-    roller: Role = "baseline",
-    template_options: TemplateOptions | None = None,
-    **running: Any,
-) -> DecodeResult:
-    """Decode `prompts` by Transfer Q* over the models of `session`.
+class TransferMethod:
+    """Transfer Q* as a session runs it.
 
     Args:
         session: models and rewards.
-        prompts: as for `decode`.
         config: settings.
         roller: the role whose model rolls out; with "sft" that model plays every part.
-        template_options: as for `decode`.
-        **running: the keyword arguments of `Session.run`.
+        is_aligned: whether the baseline was aligned to the reward, or to the one that indirect
+            transfer makes up for; without it the theorem says nothing under the baseline prior.
+
+    Raises:
+        InvalidArgument: the session's models cannot serve the settings.
     """
-    plan = _make_plan(session, config, roller)
-    read = session.read(prompts, template_options)
-    for idx, prompt in enumerate(read):
-        _check_length(session, idx, prompt, config)
-    repeated = repeat_prompts(read, config.num_return_sequences)
-    result = session.run(repeated, _TransferMethod(session, plan), **running)
-    warn_of_noise(result.traces, config)
-    warn_of_collapse(result.traces, config)
-    return result
+
+    def __init__(
+        self,
+        session: Session,
+        config: DecodeConfig,
+        *,
+        roller: Role = "baseline",
+        is_aligned: bool = True,
+    ) -> None:
+        self.session = session
+        self.config = config
+        self.is_aligned = is_aligned
+        # `max_rows` follows the shape of each batch.
+        self.plan = _make_plan(session, config, roller)
+        self.rows_per_prompt = rows_per_prompt(config)
+        self.tokens_per_prompt = config.max_new_tokens
+        self.num_new = config.max_new_tokens + (config.horizon or 0)
+        self.room = f"max_new_tokens={config.max_new_tokens} and horizon={config.horizon}"
+
+    def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
+        return memory_per_prompt(self.session.languages, self.session.rewards, prompts, self.plan)
+
+    def decode(
+        self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
+    ) -> None:
+        """Decode over a forest for each model; a finished prompt's slot goes to the next prompt."""
+        plan = dataclasses.replace(self.plan, max_rows=shape.max_rows)
+        # Roll-outs to the end of the response get shorter from step to step. Slots are not refilled
+        # then, because a prompt that starts later would make every step as long as its own.
+        refills = plan.speed.refill_slots and plan.config.horizon is not None
+        active = responses[: shape.num_prompts]
+        waiting = responses[shape.num_prompts :] if refills else []
+        roles = open_roles(
+            self.session.languages,
+            self.session.rewards,
+            [response.prompt for response in active],
+            [response.prompt for response in waiting],
+            plan,
+        )
+
+        def on_token(response: Response, is_finished: bool) -> None:
+            report.token(response.idx)
+            if is_finished:
+                num_unused = self.tokens_per_prompt - len(response.token_ids)
+                report.finish(response.idx, self.finish(response), num_unused=num_unused)
+
+        own = DecodeStats()
+        try:
+            DecodeLoop(roles, active, waiting, plan, stats=own).run(on_token)
+        finally:
+            for role, part in roles.by_role.items():
+                own.token_forwards[role] = part.num_token_forwards
+                own.peak_kv_bytes[role] = part.peak_kv_bytes
+            stats.add(own)
+
+    def conclude(self, result: DecodeResult) -> None:
+        """Warn of roll-outs that are too few."""
+        warn_of_noise(result.traces, self.config)
+        warn_of_collapse(result.traces, self.config)
+
+    def finish(self, response: Response) -> PromptResult:
+        """Return the result of a response that is complete."""
+        is_bounded = self.is_aligned or self.plan.prior != "baseline"
+        certificate = certify(
+            response.trace,
+            self.plan.config,
+            prior=self.plan.prior,
+            reward_bounds=self.session.reward_bounds if is_bounded else None,
+        )
+        text = self.session.text_of(response.token_ids, self.plan.config)
+        return PromptResult(text, torch.tensor(response.token_ids), response.trace, certificate)
 
 
 def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePlan:
@@ -327,70 +380,3 @@ def _make_plan(session: Session, config: DecodeConfig, roller: Role) -> DecodePl
         max_rows=0,
         speed=session.speed,
     )
-
-
-def _check_length(session: Session, idx: int, prompt: Prompt, config: DecodeConfig) -> None:
-    num_new = config.max_new_tokens + (config.horizon or 0)
-    settings = f"max_new_tokens={config.max_new_tokens} and horizon={config.horizon}"
-    session.check_fits(idx, prompt, num_new, settings)
-
-
-class _TransferMethod:
-    """Transfer Q* as a session runs it.
-
-    Args:
-        session: models and rewards.
-        plan: the settings of the decode; `max_rows` follows the shape of each batch.
-    """
-
-    def __init__(self, session: Session, plan: DecodePlan) -> None:
-        self.session = session
-        self.plan = plan
-        self.rows_per_prompt = rows_per_prompt(plan.config)
-        self.tokens_per_prompt = plan.config.max_new_tokens
-
-    def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
-        return memory_per_prompt(self.session.languages, self.session.rewards, prompts, self.plan)
-
-    def decode(
-        self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
-    ) -> None:
-        """Decode over a forest for each model; a finished prompt's slot goes to the next prompt."""
-        plan = dataclasses.replace(self.plan, max_rows=shape.max_rows)
-        # Roll-outs to the end of the response get shorter from step to step. Slots are not refilled
-        # then, because a prompt that starts later would make every step as long as its own.
-        refills = plan.speed.refill_slots and plan.config.horizon is not None
-        active = responses[: shape.num_prompts]
-        waiting = responses[shape.num_prompts :] if refills else []
-        roles = open_roles(
-            self.session.languages,
-            self.session.rewards,
-            [response.prompt for response in active],
-            [response.prompt for response in waiting],
-            plan,
-        )
-
-        def on_token(response: Response, is_finished: bool) -> None:
-            report.token(response.idx)
-            if is_finished:
-                num_unused = self.tokens_per_prompt - len(response.token_ids)
-                report.finish(response.idx, self._finish(response), num_unused=num_unused)
-
-        own = DecodeStats()
-        try:
-            DecodeLoop(roles, active, waiting, plan, stats=own).run(on_token)
-        finally:
-            for role, part in roles.by_role.items():
-                own.token_forwards[role] = part.num_token_forwards
-                own.peak_kv_bytes[role] = part.peak_kv_bytes
-            stats.add(own)
-
-    def _finish(self, response: Response) -> PromptResult:
-        certificate = certify(
-            response.trace,
-            self.plan.config,
-            prior=self.plan.prior,
-            reward_bounds=self.session.reward_bounds,
-        )
-        text = self.session.text_of(response.token_ids, self.plan.config)
-        return PromptResult(text, torch.tensor(response.token_ids), response.trace, certificate)

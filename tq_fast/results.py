@@ -120,6 +120,10 @@ class StepTrace(_ByValue):
         choice: index of the chosen candidate.
         kl_baseline_to_sft: KL(pi_BL || pi_sft) of this step over the whole vocabulary, nats; None
             unless both take part.
+        value: what a value head says of the text before this token, in units of the reward; None
+            without one.
+        agents: which of several baselines proposed and rolled out each candidate, int64 `[k]`;
+            None where there is one.
     """
 
     candidates: torch.Tensor
@@ -133,6 +137,8 @@ class StepTrace(_ByValue):
     kl_to_baseline: float | None
     choice: int
     kl_baseline_to_sft: float | None = None
+    value: float | None = None
+    agents: torch.Tensor | None = None
 
     @property
     def num_rollouts(self) -> torch.Tensor:
@@ -153,6 +159,23 @@ class StepTrace(_ByValue):
     def prior_mass(self) -> float:
         """Prior probability of the k candidates together."""
         return float(self.prior_logprobs.logsumexp(-1).exp())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StageTrace(_ByValue):
+    """The record of one choice between whole texts, or blocks of them.
+
+    Attributes:
+        cut: response tokens that all of them begin with.
+        rewards: rewards of the K texts that were drawn, fp32 `[K]` on the CPU.
+        choice: index of the one that was chosen; None where the text that was there before stayed.
+        sequences: their token ids, where they are whole texts (cut is 0); None for others.
+    """
+
+    cut: int
+    rewards: torch.Tensor
+    choice: int | None
+    sequences: list[list[int]] | None = None
 
 
 @dataclasses.dataclass
@@ -224,6 +247,7 @@ class PromptResult(_ByValue):
     sequence: torch.Tensor
     trace: list[StepTrace]
     certificate: Certificate
+    stages: list[StageTrace] = dataclasses.field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -251,6 +275,8 @@ class DecodeResult(_ByValue):
         traces: a `StepTrace` for every token of every response.
         certificates: divergence and bound of every response.
         stats: counts over the whole call.
+        stages: choices between whole texts or blocks, of the methods that make some; an empty list
+            for a response of another method.
     """
 
     texts: list[str] | None
@@ -258,6 +284,7 @@ class DecodeResult(_ByValue):
     traces: list[list[StepTrace]]
     certificates: list[Certificate]
     stats: DecodeStats = dataclasses.field(compare=False)
+    stages: list[list[StageTrace]] = dataclasses.field(default_factory=list)
 
     @staticmethod
     def collect(
@@ -270,6 +297,7 @@ class DecodeResult(_ByValue):
             traces=[result.trace for result in results],
             certificates=[result.certificate for result in results],
             stats=stats,
+            stages=[result.stages for result in results],
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -304,6 +332,7 @@ class DecodeResult(_ByValue):
                 traces=[[_read_step(step) for step in trace] for trace in saved["traces"]],
                 certificates=[Certificate(**_numbers(entry)) for entry in saved["certificates"]],
                 stats=DecodeStats(**saved["stats"]),
+                stages=[[_read_stage(stage) for stage in stages] for stages in saved["stages"]],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidArgument(
@@ -311,7 +340,7 @@ class DecodeResult(_ByValue):
             ) from error
 
 
-_FORMAT = "tq_fast.DecodeResult 1"
+_FORMAT = "tq_fast.DecodeResult 2"
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
@@ -335,9 +364,16 @@ def _read_step(saved: dict[str, Any]) -> StepTrace:
     """The step that `_as_json` described."""
     types = {"candidates": torch.int64} | dict.fromkeys(_FLOAT_FIELDS, torch.float32)
     fields: dict[str, Any] = {name: _numbers(value) for name, value in saved.items()}
+    if saved["agents"] is not None:
+        types["agents"] = torch.int64
     for name, dtype in types.items():
         fields[name] = torch.tensor(fields[name], dtype=dtype)
     return StepTrace(**fields)
+
+
+def _read_stage(saved: dict[str, Any]) -> StageTrace:
+    rewards = torch.tensor(_numbers(saved["rewards"]), dtype=torch.float32)
+    return StageTrace(**{**saved, "rewards": rewards})
 
 
 _FLOAT_FIELDS = ("rewards", "q", "q_stderr", "ess", "prior_logprobs", "final_logprobs")

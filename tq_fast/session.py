@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -36,7 +37,7 @@ from .models.loading import (
     num_token_ids,
 )
 from .models.shared_weights import Loader
-from .prompts import Prompt, PromptReader, read_prompts
+from .prompts import Prompt, PromptLike, PromptReader, read_prompts, repeat_prompts
 from .prompts.chats import TemplateOptions
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .rewards.base import Reward, RewardFunction, Texts
@@ -120,7 +121,7 @@ class MethodOptions(DecodeOptions, RunOptions, total=False):
 
 def _check_roles(name: str, by_role: Mapping[str, Any]) -> None:
     for role in by_role:
-        if role not in LOADED_ROLES:
+        if role not in LOADED_ROLES and not re.fullmatch(r"baseline_[1-9]\d*", str(role)):
             raise InvalidArgument(
                 f"{name} must be by role ({', '.join(LOADED_ROLES)}), got {role!r}"
             )
@@ -253,12 +254,18 @@ class Method(Protocol):
     """One way to decode prompts over the models of a session.
 
     Attributes:
+        config: how to decode.
         rows_per_prompt: rows of the forest that a prompt takes.
         tokens_per_prompt: tokens that a prompt is counted as, in the progress bar.
+        num_new: tokens that may come after a prompt in some model, at most.
+        room: the settings that `num_new` comes from, for messages.
     """
 
+    config: DecodeConfig
     rows_per_prompt: int
     tokens_per_prompt: int
+    num_new: int
+    room: str
 
     def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
         """Return the bytes of a prompt and of a row, for the longest of `prompts`."""
@@ -268,6 +275,10 @@ class Method(Protocol):
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
     ) -> None:
         """Decode the first of `responses`, as many as `shape` allows, or more in turn."""
+        ...
+
+    def conclude(self, result: DecodeResult) -> None:
+        """Warn of what the whole result shows."""
         ...
 
 
@@ -301,7 +312,7 @@ class Session:
         self.reward_bounds = loading.reward_bounds
         self.speed = loading.speed or SpeedOptions()
         dtype = loading.dtype
-        given = {role: model for role in ROLES if (model := languages.get(role)) is not None}
+        given = {role: model for role, model in languages.items() if model is not None}
         sources: dict[str, Any] = {str(role): model for role, model in given.items()}
         sources |= {role: reward for role, reward in rewards.items() if reward is not None}
         places = {role: place_models(loading.device, role) for role in sources}
@@ -322,11 +333,15 @@ class Session:
             loading.tokenizer, given[first], "tokenizer", loader.options_of(first)
         )
         tokenizers = [self.tokenizer]
-        if len(given) == 2:
-            tokenizers.append(load_tokenizer(None, given["sft"], "sft", loader.options_of("sft")))
+        for role in [role for role in given if role != first]:
+            other = load_tokenizer(None, given[role], role, loader.options_of(role))
             check_same_vocabulary(
-                *tokenizers, *self.languages.values(), is_given=loading.tokenizer is not None
+                role,
+                (self.tokenizer, other),
+                (self.languages[first], self.languages[role]),
+                is_given=loading.tokenizer is not None,
             )
+            tokenizers.append(other)
         sizes = [vocab_size_of(model) for model in self.languages.values()]
         known = [num_token_ids(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
         self.vocab_size = min(sizes)
@@ -426,6 +441,37 @@ class Session:
             return None
         stop = self.stop_strings(config)
         return stop.text(token_ids, skip_special_tokens=config.skip_special_tokens)
+
+    # torch.inference_mode would serve too, but its tensors cannot be used in training afterwards.
+    @neutral_torch()
+    @torch.no_grad()
+    def decode(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        method: Method,
+        *,
+        template_options: TemplateOptions | None = None,
+        **running: Any,
+    ) -> DecodeResult:
+        """Decode prompts of any form by `method`.
+
+        Args:
+            prompts: as for `tq_fast.decode`.
+            method: one of this session's.
+            template_options: as for `tq_fast.decode`.
+            **running: the keyword arguments of `run`.
+
+        Raises:
+            InvalidArgument: an argument is wrong; raised before any forward pass.
+            DecodingError: a prompt failed; `finished` holds the complete responses.
+        """
+        read = self.read(prompts, template_options)
+        for idx, prompt in enumerate(read):
+            self.check_fits(idx, prompt, method.num_new, method.room)
+        repeated = repeat_prompts(read, method.config.num_return_sequences)
+        result = self.run(repeated, method, **running)
+        method.conclude(result)
+        return result
 
     def run(
         self,

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from tests.cli.trio import Trio
 from tq_fast import DecodeConfig
-from tq_fast.cli.decode import JobOptions, run_decode
+from tq_fast.cli.decode import run_decode
+from tq_fast.cli.job import JobOptions
 from tq_fast.jobs.resume import ModelChoice
 
 CONFIG = DecodeConfig(k=4, horizon=3, max_new_tokens=6, eos_token_id=())

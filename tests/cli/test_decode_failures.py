@@ -11,6 +11,7 @@ import torch
 
 from tests.cli.decode_job import Job
 from tests.cli.trio import MAX_POSITIONS
+from tq_fast import DecodeConfig
 from tq_fast.errors import RewardError
 from tq_fast.jobs.record_file import OutputRefused, RecordFile
 from tq_fast.jobs.resume import ModelChoice
@@ -46,16 +47,17 @@ def trouble(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trouble | None], None]
     load = ModelChoice.load
 
     def set_trouble(meet: Trouble | None) -> None:
-        def load_with_trouble(models: ModelChoice) -> Any:
-            decoder = load(models)
+        def load_with_trouble(models: ModelChoice, config: DecodeConfig) -> Any:
+            method = load(models, config)
             if meet is not None:
-                open_reward = decoder.reward.open
+                reward = method.session.rewards["reward"]
+                open_reward = reward.open
 
                 def open_with_trouble(opening: Opening) -> Any:
                     return _TroubledSession(open_reward(opening), opening.prompts, meet)
 
-                decoder.reward.open = open_with_trouble
-            return decoder
+                reward.open = open_with_trouble
+            return method
 
         monkeypatch.setattr(ModelChoice, "load", load_with_trouble)
 
@@ -124,17 +126,18 @@ def test_what_nobody_foresaw_keeps_its_traceback(
 ) -> None:
     load = ModelChoice.load
 
-    def load_with_bug(models: ModelChoice) -> Any:
-        decoder = load(models)
-        open_reward = decoder.reward.open
+    def load_with_bug(models: ModelChoice, config: DecodeConfig) -> Any:
+        method = load(models, config)
+        reward = method.session.rewards["reward"]
+        open_reward = reward.open
 
         def open_with_bug(opening: Opening) -> Any:
             if any(prompt.given == "d e f" for prompt in opening.prompts):
                 raise KeyError("a bug")
             return open_reward(opening)
 
-        decoder.reward.open = open_with_bug
-        return decoder
+        reward.open = open_with_bug
+        return method
 
     monkeypatch.setattr(ModelChoice, "load", load_with_bug)
     assert job.run() == 1

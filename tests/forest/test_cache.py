@@ -98,9 +98,10 @@ def test_commit_moves_the_start_of_a_row_to_the_end_of_a_prefix(writer: Writer) 
         [4],
         [5, 6, 7, 8, 9, 14],
     ]
-    writer.cache.commit([1], [3], num_tokens=2)
-    assert writer.prefix(1) == [4, 13, 23]
     writer.cache.commit([], [])
+    writer.cache.commit_rows([0, 1], [2, 3], [1, 2])
+    assert writer.prefix(0) == [1, 2, 3, 11, 12]
+    assert writer.prefix(1) == [4, 13, 23]
 
 
 def test_truncate_cuts_a_prefix_that_grows_again_from_there(writer: Writer) -> None:

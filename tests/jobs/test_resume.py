@@ -19,8 +19,8 @@ def test_a_function_is_stored_by_its_name(tmp_path: Path, monkeypatch: pytest.Mo
     baseline = str(load_tiny_world().baseline)
     options = RewardOptions(keep_special_tokens=True)
     models = ModelChoice(baseline, "stored_rewards:shortest", device="cpu", reward_options=options)
-    decoder = models.load()
-    settings = model_settings(decoder, models)
+    method = models.load(DecodeConfig())
+    settings = model_settings(method, models)
     assert settings["reward"] == {"name": "stored_rewards:shortest", "fingerprint": "shortest"}
     assert settings["baseline"]["name"] == baseline
 

@@ -19,7 +19,7 @@ FLOORS = (
     {"_version", "errors"},
     {"config", "env", "kernels"},
     {"_native", "prompts"},
-    {"ops", "results"},
+    {"ops", "results", "values"},
     {"forest"},
     {"rollouts"},
     {"rewards"},
@@ -38,6 +38,7 @@ RANKS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OPS = (
     "topk_logprobs",
     "sample_tokens",
+    "value_sample_tokens",
     "advance_rollouts",
     "few_rows_linear",
     "project_qkv",

@@ -27,7 +27,7 @@ import tq_fast
 from tq_fast import presets
 from tq_fast.errors import InvalidArgument, UnsupportedModel
 from tq_fast.forest.view import view_of
-from tq_fast.jobs.resume import fingerprint_model
+from tq_fast.models.fingerprint import fingerprint_model
 
 FAST: dict[str, Any] = {"k": 3, "horizon": 2, "max_new_tokens": 3, "strategy": "greedy"}
 

@@ -23,6 +23,11 @@ SIGNATURES = {
         SAMPLING,
         None,
     ),
+    "value_sample_tokens": (
+        "logits directions token_embeddings keys step",
+        "alpha temperature top_k top_p greedy seed vocab_size",
+        "ids prior_logprobs guided_logprobs kl valid",
+    ),
     "trajectory_log_ratio": ("logits_p logits_q tokens lengths", "vocab_size", ""),
     "linear_trajectory_logprob": (
         "hidden weight tokens lengths",
@@ -184,6 +189,14 @@ def test_nothing_is_read_back_and_no_shape_depends_on_values(name):
 EMPTY: dict[str, list[dict[str, Any]]] = {
     "topk_logprobs": [{"logits": torch.zeros(0, 17)}],
     "sample_tokens": [{"logits": torch.zeros(0, 17), "keys": torch.zeros(0, dtype=torch.int64)}],
+    "value_sample_tokens": [
+        {
+            "logits": torch.zeros(0, 17),
+            "directions": torch.zeros(0, 8),
+            "keys": torch.zeros(0, dtype=torch.int64),
+        },
+        {"directions": torch.zeros(3, 0), "token_embeddings": torch.zeros(17, 0)},
+    ],
     "linear_trajectory_logprob": [{"hidden": torch.zeros(3, 4, 0), "weight": torch.zeros(17, 0)}],
     "reweight_sample": [
         {"rewards": torch.zeros(3, 5, 0), "log_weights": None, "lengths": None},
@@ -226,6 +239,7 @@ def test_a_candidate_without_roll_outs_has_no_value():
 BATCHED: dict[str, set[str]] = {
     "topk_logprobs": {"logits"},
     "sample_tokens": {"logits", "keys"},
+    "value_sample_tokens": {"logits", "directions", "keys"},
     "trajectory_log_ratio": {"logits_p", "logits_q", "tokens", "lengths"},
     "linear_trajectory_logprob": {"hidden", "tokens", "lengths"},
     "reweight_sample": {"prior_logprobs", "token_ids", "rewards", "log_weights", "lengths", "keys"},

@@ -44,6 +44,14 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "topk_logprobs": lambda: {"logits": draw(3, 17), "k": 4},
     "sample_tokens": sampler,
     "advance_rollouts_": lambda: sampler() | state(),
+    "value_sample_tokens": lambda: {
+        "logits": draw(3, 17),
+        "directions": draw(3, 8),
+        "token_embeddings": draw(17, 8),
+        "keys": torch.arange(3),
+        "step": 1,
+        "alpha": 0.7,
+    },
     "trajectory_log_ratio": lambda: {
         "logits_p": draw(3, 4, 17),
         "logits_q": draw(3, 4, 17) / 2,

@@ -18,7 +18,7 @@ from tests.test_speed_options import share_of_low
 from tests.truncation import truncate
 from tq_fast import presets
 from tq_fast.errors import DecodingError, InvalidArgument, RewardError
-from tq_fast.presets.whole_responses import mix_policies
+from tq_fast.presets.laws import mix_policies
 
 
 @pytest.mark.parametrize("method", ["sft", "baseline"])

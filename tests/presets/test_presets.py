@@ -15,6 +15,7 @@ from tests import zoo
 from tests.naive import NaiveSettings, classifier_reward, decode_naively
 from tq_fast import presets
 from tq_fast.errors import InvalidArgument
+from tq_fast.values.head import ValueHead, ValueHeadConfig
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7]]
 SHORT = {"k": 4, "horizon": 3, "max_new_tokens": 5, "eos_token_id": ()}
@@ -31,8 +32,8 @@ NEEDED = {
     "transfer_q": ("baseline", "reward"),
     "direct_on_target": ("baseline", "reward"),
     "transfer_q_indirect": ("baseline", "reward", "sft"),
+    "value_guided": ("value",),
 }
-EXTRA = {"best_of_n": {"n": 3}, "transfer_q_indirect": {"beta": 0.5}}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
@@ -50,9 +51,30 @@ def models() -> dict[str, PreTrainedModel]:
     }
 
 
+@functools.cache
+def value_head() -> ValueHead:
+    """A head of random weights for the SFT model, which moves its law by some nats a token."""
+    generator = torch.Generator().manual_seed(3)
+    config = models()["sft"].config
+    head = ValueHead(ValueHeadConfig(config.hidden_size, zoo.VOCAB_SIZE, width=8, rank=4))
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    return head.requires_grad_(False)
+
+
+def own_settings(method: str) -> dict[str, object]:
+    """The settings of a preset's own in these tests."""
+    return {
+        "best_of_n": {"n": 3},
+        "transfer_q_indirect": {"beta": 0.5},
+        "value_guided": {"value": value_head()},
+    }.get(method, {})
+
+
 def run(method: str, prompts: object = PROMPTS, **options: object) -> tq_fast.DecodeResult:
     """Run the preset with all models, unless `options` say otherwise."""
-    options = {**models(), **SHORT, **EXTRA.get(method, {}), **options}
+    options = {**models(), **SHORT, **own_settings(method), **options}
     for name in presets.FIXED_FIELDS[method]:
         options.pop(name, None)
     return presets.METHODS[method](prompts, **options)
@@ -128,7 +150,7 @@ def test_models_that_are_not_needed_may_be_left_out(method: str) -> None:
 def test_another_value_of_a_fixed_field_is_refused_by_name(
     method: str, field: str, other: object
 ) -> None:
-    call = functools.partial(presets.METHODS[method], [5, 6], **models(), **EXTRA.get(method, {}))
+    call = functools.partial(presets.METHODS[method], [5, 6], **models(), **own_settings(method))
     with pytest.raises(InvalidArgument, match=f"^{field} is .* for the method '{method}'.*{other}"):
         call(**{field: other})
     is_default = getattr(tq_fast.DecodeConfig(), field) == other
@@ -144,7 +166,7 @@ def test_another_value_of_a_fixed_field_is_refused_by_name(
         ("transfer_q_indirect", {"beta": None}, "beta is needed by the method"),
         ("transfer_q_indirect", {"weights": "reward_gap"}, "baseline_reward is needed"),
         ("best_of_n", {"n": 0}, "n must be an integer of at least 1, got 0"),
-        ("best_of_n", {"source": "reward"}, "source must be one of 'sft', 'baseline'"),
+        ("best_of_n", {"source": "reward"}, "source must be one of 'baseline', 'sft', 'value'"),
         ("best_of_n", {"source": "sft", "sft": None}, "sft is needed by the method 'best_of_n'"),
         ("args", {"prior": None}, "prior must be one of 'sft', 'baseline', got None"),
         ("args", {"prior": "baseline", "baseline": None}, "baseline is needed"),

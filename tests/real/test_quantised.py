@@ -24,7 +24,7 @@ from tests.models.test_loading import (
     make_tokenizer,
 )
 from tq_fast import presets
-from tq_fast.jobs.resume import fingerprint_model
+from tq_fast.models.fingerprint import fingerprint_model
 
 __all__ = ["base"]
 

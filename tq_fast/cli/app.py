@@ -17,8 +17,9 @@ from rich.console import Console
 from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import TqFastError
-from ..rewards.options import RewardOptions
-from .options import read_devices, read_model_kwargs, read_template_options, takes_decode_options
+from .methods import METHOD_NAMES, is_given, takes_own_settings
+from .models import takes_models
+from .options import read_template_options, takes_decode_options
 from .terminal import one_line, say
 
 app = typer.Typer(
@@ -58,78 +59,19 @@ def tq_fast(
     """Parse the options that stand before the command."""
 
 
-def _model(help: str, metavar: str = "MODEL") -> Any:
-    return typer.Option(metavar=metavar, help=help, rich_help_panel="Models")
-
-
 def _output(*names: str, help: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Prompts and output")
 
 
-Baseline = Annotated[str, _model("The aligned model that rolls out: a folder or a hub id.")]
-Reward = Annotated[
-    str, _model("The reward: a sequence classifier, or a function as MODULE:FUNCTION.")
-]
-Sft = Annotated[
-    str | None, _model("The SFT model: the prior, and the log-ratio of indirect transfer.")
-]
-BaselineReward = Annotated[
-    str | None, _model("The reward that the baseline was aligned to (indirect transfer).")
-]
-Tokenizer = Annotated[
-    str | None, _model("The language models' tokenizer; not given: the baseline's own.")
-]
-RewardTokenizer = Annotated[str | None, _model("The reward's tokenizer; not given: its own.")]
-BaselineRewardTokenizer = Annotated[
-    str | None, _model("The baseline reward's tokenizer; not given: its own.")
-]
-RewardIndex = Annotated[
-    int | None, _model("Which label is the reward, where the reward model has several.", "N")
-]
-RewardBounds = Annotated[
-    tuple[float, float] | None,
-    _model(
-        "Bounds of the reward: for the certificate, and roll-outs that can no longer matter are "
-        "left out.",
-        "LO HI",
-    ),
-]
-RewardPair = Annotated[
-    bool,
+Method = Annotated[
+    str | None,
     typer.Option(
-        "--reward-pair",
-        help="The reward reads prompt and response as a pair.",
-        rich_help_panel="Models",
+        metavar="NAME",
+        help=f"How to decode: {', '.join(METHOD_NAMES)}. Not given: transfer_q, or "
+        "transfer_q_indirect with --transfer indirect.",
+        rich_help_panel="Method",
     ),
 ]
-RewardTruncate = Annotated[
-    str | None, _model("Cut texts that are too long for the reward: left or right.", "WORD")
-]
-RewardKeepSpecialTokens = Annotated[
-    bool,
-    typer.Option(
-        "--reward-keep-special-tokens",
-        help="The reward sees special tokens such as <think> in responses.",
-        rich_help_panel="Models",
-    ),
-]
-Device = Annotated[
-    list[str] | None,
-    _model(
-        "Where the models run, or one of them, such as 'baseline=cuda:1'; repeat for several. "
-        "Not given: a GPU if there is one.",
-        "[ROLE=]NAME",
-    ),
-]
-ModelKwargs = Annotated[
-    list[str] | None,
-    _model(
-        "More arguments of from_pretrained for one model, such as "
-        '\'baseline={"revision": "v2"}\'; repeat for several.',
-        "ROLE=JSON",
-    ),
-]
-Dtype = Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", "WORD")]
 Prompts = Annotated[
     str,
     _output(
@@ -171,26 +113,56 @@ RetryErrors = Annotated[
     bool, _output("--retry-errors", help="Decode again the prompts that failed.")
 ]
 
+FitPrompts = Annotated[
+    str | None,
+    _output(help="Prompts, as for decode: other ones than those decoded later.", metavar="FILE"),
+]
+FromRecords = Annotated[
+    Path | None,
+    _output(
+        help="Fit to the records of an earlier job of best_of_n instead of drawing texts.",
+        metavar="FILE",
+    ),
+]
+HeadFolder = Annotated[
+    Path, _output(help="Folder of the head, and of its texts (texts.jsonl).", metavar="DIR")
+]
+
+
+def _fit(help: str, metavar: str = "N") -> Any:
+    return typer.Option(metavar=metavar, help=help, rich_help_panel="Fit")
+
+
+FitSource = Annotated[
+    str,
+    _fit(
+        "The model that draws the texts: baseline (the direct Q of Transfer Q*) or sft "
+        "(controlled decoding).",
+        "WORD",
+    ),
+]
+NumTexts = Annotated[int, _fit("Texts a prompt and round.")]
+Rounds = Annotated[
+    int, _fit("2 adds texts that are drawn under the first head, at --alpha, and fits again.")
+]
+Epochs = Annotated[int, _fit("Passes over all tokens.")]
+# The fields of the configuration that a fit reads.
+FIT_FIELDS = (
+    *("max_new_tokens", "min_new_tokens", "stop", "eos_token_id", "seed", "backend"),
+    *("rollout_temperature", "rollout_top_k", "rollout_top_p", "alpha", "beta", "transfer"),
+)
+
 
 @app.command()
-@takes_decode_options
+@takes_own_settings
+@takes_models
+@takes_decode_options()
 def decode(
+    context: typer.Context,
     *,
-    baseline: Baseline,
-    reward: Reward,
-    sft: Sft = None,
-    baseline_reward: BaselineReward = None,
-    tokenizer: Tokenizer = None,
-    reward_tokenizer: RewardTokenizer = None,
-    baseline_reward_tokenizer: BaselineRewardTokenizer = None,
-    reward_index: RewardIndex = None,
-    reward_bounds: RewardBounds = None,
-    reward_pair: RewardPair = False,
-    reward_truncate: RewardTruncate = None,
-    reward_keep_special_tokens: RewardKeepSpecialTokens = False,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    model_kwargs: ModelKwargs = None,
+    method: Method = None,
+    own: dict[str, Any],
+    models: dict[str, Any],
     prompts: Prompts,
     output: Output,
     template_options: Template = None,
@@ -209,29 +181,11 @@ def decode(
     Exit codes: 0, every prompt has a response; 1, some failed; 2, an argument is wrong or the
     output belongs to another job; 130, interrupted.
     """
-    from ..jobs.resume import ModelChoice
-    from .decode import JobOptions, run_decode
+    from .decode import choose_models, run_decode
+    from .job import JobOptions
 
-    reading = RewardOptions(
-        pair=reward_pair,
-        truncate=cast(Any, reward_truncate),
-        keep_special_tokens=reward_keep_special_tokens,
-    )
-    models = ModelChoice(
-        baseline=baseline,
-        reward=reward,
-        sft=sft,
-        baseline_reward=baseline_reward,
-        tokenizer=tokenizer,
-        reward_tokenizer=reward_tokenizer,
-        baseline_reward_tokenizer=baseline_reward_tokenizer,
-        reward_index=reward_index,
-        reward_bounds=reward_bounds,
-        reward_options=None if reading == RewardOptions() else reading,
-        device=read_devices(device or ()),
-        dtype=dtype,
-        model_kwargs=read_model_kwargs(model_kwargs or ()),
-    )
+    explicit = {name for name in vars(config) if is_given(context, name)}
+    choice = choose_models(method, config, models, own, explicit)
     options = JobOptions(
         batch_size=batch_size,
         memory_budget=memory_budget,
@@ -240,7 +194,56 @@ def decode(
         retry_errors=retry_errors,
         template_options=read_template_options(template_options),
     )
-    raise typer.Exit(run_decode(config, models, prompts, output, options, Console(stderr=True)))
+    raise typer.Exit(run_decode(config, choice, prompts, output, options, Console(stderr=True)))
+
+
+@app.command(name="fit-value")
+@takes_models
+@takes_decode_options(*FIT_FIELDS)
+def fit_value(
+    *,
+    models: dict[str, Any],
+    prompts: FitPrompts = None,
+    from_records: FromRecords = None,
+    output: HeadFolder,
+    template_options: Template = None,
+    batch_size: BatchSize = 8,
+    memory_budget: MemoryBudget = None,
+    overwrite: Overwrite = False,
+    retry_errors: RetryErrors = False,
+    source: FitSource = "sft",
+    num_texts: NumTexts = 8,
+    rounds: Rounds = 1,
+    epochs: Epochs = 6,
+    config: DecodeConfig,
+) -> None:
+    """Fit a value head, for value guidance: draw texts, score them, learn to foretell the scores.
+
+    The prior that the head will guide is the SFT model, or the baseline without one. The texts are
+    the records of a job of best_of_n, which goes on where it was stopped.
+
+    Exit codes are those of decode.
+    """
+    from .fit_value import FitJob, run_fit_value
+    from .job import JobOptions
+
+    options = JobOptions(
+        batch_size=batch_size,
+        memory_budget=memory_budget,
+        overwrite=overwrite,
+        retry_errors=retry_errors,
+        template_options=read_template_options(template_options),
+    )
+    job = FitJob(
+        prompts=prompts,
+        from_records=from_records,
+        output=output,
+        source=cast(Any, source),
+        num_texts=num_texts,
+        rounds=rounds,
+        epochs=epochs,
+    )
+    raise typer.Exit(run_fit_value(config, models, job, options, Console(stderr=True), Console()))
 
 
 @app.command()

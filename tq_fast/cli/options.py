@@ -1,4 +1,4 @@
-"""Command-line options for the fields of `DecodeConfig`, made from the dataclass itself."""
+"""Groups of command-line options: the fields of `DecodeConfig`, made from the dataclass itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -42,28 +42,59 @@ _HELP: dict[str, str] = {
 }
 
 
-def takes_decode_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Replace the parameter `config` of `command` by one option for each field of `DecodeConfig`.
+# A command as typer takes it.
+Command: TypeAlias = Callable[..., Any]
 
-    Values that no field accepts are refused by `DecodeConfig` itself, in its own words.
+
+def replace_parameter(
+    command: Command,
+    name: str,
+    options: Sequence[inspect.Parameter],
+    read: Callable[[dict[str, Any]], Any],
+) -> Command:
+    """Replace the parameter `name` of `command` by several options.
+
+    Args:
+        command: takes keyword arguments.
+        name: one of its parameters.
+        options: what stands in its place on the command line.
+        read: returns the argument that these make, by the name of each.
     """
-    hints = typing.get_type_hints(DecodeConfig)
-    options = [_option(field, hints[field.name]) for field in dataclasses.fields(DecodeConfig)]
     signature = inspect.signature(command, eval_str=True)
-    others = [parameter for name, parameter in signature.parameters.items() if name != "config"]
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += options if parameter.name == name else [parameter]
 
     def wrapper(**given: Any) -> Any:
         values = {option.name: given.pop(option.name) for option in options}
-        if values["eos_token_id"] is not None:
-            values["eos_token_id"] = _end_tokens(values["eos_token_id"])
-        return command(config=DecodeConfig(**values), **given)
+        return command(**{name: read(values)}, **given)
 
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     # typer takes parameters from the signature, and types from the annotations where there are any.
     wrapper.__annotations__ = {}
     described: Any = wrapper
-    described.__signature__ = signature.replace(parameters=[*others, *options])
+    described.__signature__ = signature.replace(parameters=parameters)
     return wrapper
+
+
+def takes_decode_options(*names: str) -> Callable[[Command], Command]:
+    """Replace the parameter `config` of a command by one option for each field of `DecodeConfig`.
+
+    Values that no field accepts are refused by `DecodeConfig` itself, in its own words.
+
+    Args:
+        names: the fields; not given: all of them.
+    """
+    hints = typing.get_type_hints(DecodeConfig)
+    fields = [f for f in dataclasses.fields(DecodeConfig) if not names or f.name in names]
+    options = [_option(field, hints[field.name]) for field in fields]
+
+    def read(values: dict[str, Any]) -> DecodeConfig:
+        if values.get("eos_token_id") is not None:
+            values["eos_token_id"] = _end_tokens(values["eos_token_id"])
+        return DecodeConfig(**values)
+
+    return lambda command: replace_parameter(command, "config", options, read)
 
 
 def read_devices(words: Sequence[str]) -> str | dict[str, str] | None:

@@ -90,11 +90,22 @@ class JobProgress(Generic[_Key]):
         self._tokens_of[key] = self._tokens_of.get(key, 0) + 1
         self._show()
 
-    def end(self, key: _Key, *, is_failed: bool = False, label: str = "") -> None:
-        """Count the item `key` as done; `label` says what it belonged to."""
+    def end(
+        self, key: _Key, *, is_failed: bool = False, label: str = "", num_tokens: int = 0
+    ) -> None:
+        """Count the item `key` as done.
+
+        Args:
+            key: the item.
+            is_failed: whether it has no result.
+            label: what it belonged to.
+            num_tokens: tokens of its result; those that `token` did not count are counted here.
+        """
+        counted = self._tokens_of.pop(key, 0)
         self._num_done += 1
         self._num_failed += is_failed
-        self._done += self._work[key] - self._tokens_of.pop(key, 0)
+        self._num_tokens += max(0, num_tokens - counted)
+        self._done += self._work[key] - counted
         self._label = label
         self._show()
 

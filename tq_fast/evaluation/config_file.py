@@ -23,6 +23,7 @@ from typing import Any
 from .. import presets
 from ..config import DecodeConfig
 from ..errors import InvalidArgument, nearest
+from ..presets.call import FIXED_FIELDS
 from .config import MODEL_ROLES, EvalConfig, MethodSpec, Models, ModelSource, SetupSpec, pool_of
 from .prompts import PromptKind, PromptSource
 
@@ -238,7 +239,7 @@ def _with_settings(
     spec: MethodSpec, shared: Mapping[str, Any], given: Mapping[str, Any], where: str
 ) -> MethodSpec:
     """Tell the preset's own settings from those of decoding; check both, and the models."""
-    fixed = presets.FIXED_FIELDS[spec.method]
+    fixed = FIXED_FIELDS[spec.method]
     own = {key: value for key, value in given.items() if key in own_settings(spec.method)}
     decode = {key: value for key, value in given.items() if key not in own}
     for key in decode.keys() & fixed.keys():

@@ -241,15 +241,11 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
             layer.branch_v[row, :, start:end] = values[0]
 
     def commit(
-        self,
-        trees: Sequence[int],
-        rows: Sequence[int],
-        num_tokens: int = 1,
-        saved: SavedTokens | None = None,
+        self, trees: Sequence[int], rows: Sequence[int], saved: SavedTokens | None = None
     ) -> None:
-        """Move the first `num_tokens` branch tokens of `rows[i]` to the prefix of `trees[i]`.
+        """Move the first branch token of `rows[i]` to the prefix of `trees[i]`.
 
-        They are read from `saved`, where that is given, and from the branches otherwise.
+        It is read from `saved`, where that is given, and from the branches otherwise.
         """
         if not trees:
             return
@@ -260,12 +256,25 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
         if saved is None:
             saved = [(layer.branch_k, layer.branch_v) for layer in self._kv.values()]
         for layer, (keys, values) in zip(self._kv.values(), saved, strict=True):
-            for offset in range(num_tokens):
-                at = (tree_idx, slice(None), start + offset)
-                layer.prefix_k[at] = keys[row_idx, :, offset]
-                layer.prefix_v[at] = values[row_idx, :, offset]
+            at = (tree_idx, slice(None), start)
+            layer.prefix_k[at] = keys[row_idx, :, 0]
+            layer.prefix_v[at] = values[row_idx, :, 0]
         for tree in trees:
-            self.prefix_len[tree] += num_tokens
+            self.prefix_len[tree] += 1
+
+    def commit_rows(
+        self, trees: Sequence[int], rows: Sequence[int], num_tokens: Sequence[int]
+    ) -> None:
+        """Append the first `num_tokens[i]` branch tokens of `rows[i]` to the prefix of `trees[i]`.
+
+        The branches are much longer here than those of `commit`, and of different lengths.
+        """
+        for tree, row, num in zip(trees, rows, num_tokens, strict=True):
+            start = self.prefix_len[tree]
+            for layer in self._kv.values():
+                layer.prefix_k[tree, :, start : start + num] = layer.branch_k[row, :, :num]
+                layer.prefix_v[tree, :, start : start + num] = layer.branch_v[row, :, :num]
+            self.prefix_len[tree] = start + num
 
     def copy_prefix(self, source: int, tree: int, num_tokens: int) -> None:
         """`tree`, whose prefix is empty, takes over the first `num_tokens` of `source`'s."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedModel
 from . import ForestCache, SavedTokens
 from .attention import attending, running
 from .cache import BranchPass, PrefillPass
@@ -121,16 +123,30 @@ class Forest:
 class LanguageForest(Forest):
     """Next-token logits after the prefixes of G trees and after N rows.
 
+    Args:
+        model: a causal language model.
+        keeps_hidden: whether the states that the LM head reads are kept beside the logits.
+        **sizes: those of `Forest`.
+
     Attributes:
         next_logits: logits `[G, V]` of the token after each tree's prefix.
+        next_hidden: the states `[G, D]` that they come from; None where they are not kept.
+        hidden: the states `[n, T, D]` of the last pass, likewise.
+
+    Raises:
+        UnsupportedModel: states are to be kept, and the model has no LM head to take them from.
     """
 
-    def __init__(self, model: PreTrainedModel, **sizes: Any) -> None:
+    def __init__(self, model: PreTrainedModel, *, keeps_hidden: bool = False, **sizes: Any) -> None:
         super().__init__(model, **sizes)
         self.vocab_size = vocab_size_of(model)
         self.next_logits = torch.empty(
             self.cache.num_trees, self.vocab_size, dtype=model.dtype, device=self.device
         )
+        self.hidden: torch.Tensor | None = None
+        self.next_hidden: torch.Tensor | None = None
+        if keeps_hidden:
+            self._watch_head()
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
         """Encode what is left of the prompt of `tree`; its next_logits is ready afterwards."""
@@ -139,6 +155,8 @@ class LanguageForest(Forest):
         # Some models have their logits in another dtype than their weights.
         self.next_logits = self.next_logits.to(logits.dtype)
         self.next_logits[tree] = logits
+        if self.hidden is not None:
+            self._keep_hidden([tree], self.hidden[:, -1])
 
     def forward_rows(self, tokens: torch.Tensor, *, start: int, tree: torch.Tensor) -> torch.Tensor:
         """Push one token a row (int64 `[n]`); return the logits `[n, V]` after it."""
@@ -189,6 +207,17 @@ class LanguageForest(Forest):
         tree, ids = torch.tensor([trees, tokens], device=self.device)
         next_logits = self.forward_rows(ids, start=0, tree=tree)
         self.commit(trees, range(len(trees)), next_logits)
+        if self.hidden is not None:
+            self._keep_hidden(trees, self.hidden[:, -1])
+
+    def seek(self, trees: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
+        """Set the prefixes of `trees` (ascending) to `texts`, of which the cache holds the KV.
+
+        The last token of each is encoded again, because its logits were not kept.
+        """
+        for tree, text in zip(trees, texts, strict=True):
+            self.cache.prefix_len[tree] = len(text) - 1
+        self.advance(trees, [text[-1] for text in texts])
 
     def drop_tree(self, tree: int) -> None:
         """Take `tree` out; the last tree takes over its place."""
@@ -196,6 +225,26 @@ class LanguageForest(Forest):
         self.cache.drop_tree(tree)
         self.next_logits[tree] = self.next_logits[last]
         self.next_logits = self.next_logits[:last]
+
+    def _watch_head(self) -> None:
+        """Keep what the LM head of the view reads, pass for pass."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise UnsupportedModel(
+                f"{type(self.source).__name__} has no LM head whose input a value head could read"
+            )
+        # The view shares its dicts of hooks with the model, which must not get this one.
+        vars(head)["_forward_pre_hooks"] = OrderedDict(head._forward_pre_hooks)
+        head.register_forward_pre_hook(self._take_hidden)
+
+    def _take_hidden(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.hidden = inputs[0]
+
+    def _keep_hidden(self, trees: Sequence[int], hidden: torch.Tensor) -> None:
+        """`hidden` `[n, D]` are the states after the prefixes of `trees`."""
+        if self.next_hidden is None:
+            self.next_hidden = hidden.new_zeros(len(self.next_logits), hidden.shape[1])
+        self.next_hidden[torch.tensor(trees, device=self.device)] = hidden
 
     @functools.cached_property
     def _last_only(self) -> dict[str, Any]:

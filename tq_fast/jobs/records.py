@@ -11,38 +11,69 @@ from typing import Any
 import torch
 
 from ..errors import BackendRefused, DecodingError, TqFastError, UnsupportedModel
-from ..results import PromptResult, StepTrace
+from ..results import PromptResult, StageTrace, StepTrace
 from .prompt_file import PromptEntry
 from .record_file import OutputRefused, Record
 
 # Keys that a record has of its own; what the prompt file says under one of them goes into `extra`.
 _OWN_KEYS = (
     *("index", "id", "prompt", "response", "token_ids", "steps", "certificate", "trace"),
-    *("other_responses", "error", "settings", "extra"),
+    *("stages", "other_responses", "error", "settings", "extra"),
 )
 
 
-def response_record(entry: PromptEntry, results: Sequence[PromptResult], *, traces: bool) -> Record:
-    """Return the record of a prompt that was decoded; with `traces`, it holds every step too.
+def response_record(
+    entry: PromptEntry, results: Sequence[PromptResult], *, traces: bool, texts: bool = False
+) -> Record:
+    """Return the record of a prompt that was decoded.
 
     Of several responses the first stands in the record itself, the rest in `other_responses`.
     Numbers are null where they are not finite or cannot be estimated (an error at n = 1).
+
+    A method that chooses among whole texts, or blocks of them, adds `stages`, in order: `cut`
+    (response tokens that all of them begin with), `rewards`, `choice` (null where the text that was
+    there before stayed), and with `traces` or `texts` the token ids of all of them, `sequences`,
+    where they are whole texts.
+
+    Args:
+        entry: the prompt.
+        results: its responses.
+        traces: whether the record holds every step, and the texts of every stage.
+        texts: whether it holds the texts of every stage; a response that was drawn alone and scored
+            is a stage too.
     """
-    first, *others = [_response(result, traces=traces) for result in results]
+    first, *others = [_response(result, traces=traces, texts=texts) for result in results]
     record = {**record_head(entry), **first}
     return {**record, "other_responses": others} if others else record
 
 
-def _response(result: PromptResult, *, traces: bool) -> Record:
+def _response(result: PromptResult, *, traces: bool, texts: bool) -> Record:
     record: Record = {
         "response": result.text,
         "token_ids": result.sequence.tolist(),
         "steps": len(result.trace),
         "certificate": finite(dataclasses.asdict(result.certificate)),
     }
+    stages = result.stages
+    if texts and not stages:
+        rewards = result.trace[0].rewards[0]
+        stages = [StageTrace(0, rewards, 0, [record["token_ids"]])]
+    if stages:
+        record["stages"] = [_stage(stage, texts=texts or traces) for stage in stages]
     if traces:
         record["trace"] = [_compact(step) for step in result.trace]
     return record
+
+
+def _stage(stage: StageTrace, *, texts: bool) -> dict[str, Any]:
+    described = {
+        "cut": stage.cut,
+        "rewards": finite(stage.rewards.tolist()),
+        "choice": stage.choice,
+    }
+    if texts and stage.sequences is not None:
+        described["sequences"] = stage.sequences
+    return described
 
 
 def error_record(entry: PromptEntry, error: Exception) -> Record:
@@ -70,6 +101,11 @@ def record_head(entry: PromptEntry) -> Record:
 
 
 def _compact(step: StepTrace) -> dict[str, Any]:
+    more: dict[str, Any] = {}
+    if step.value is not None:
+        more["value"] = finite(step.value)
+    if step.agents is not None:
+        more["agents"] = step.agents.tolist()
     return {
         "candidates": step.candidates.tolist(),
         "choice": step.choice,
@@ -80,6 +116,7 @@ def _compact(step: StepTrace) -> dict[str, Any]:
         "kl_to_sft": finite(step.kl_to_sft),
         "kl_to_baseline": finite(step.kl_to_baseline),
         "kl_baseline_to_sft": finite(step.kl_baseline_to_sft),
+        **more,
     }
 
 

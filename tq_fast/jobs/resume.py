@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import presets
 from .._version import __version__
 from ..config import DecodeConfig
-from ..decoder import TransferDecoder
-from ..errors import InvalidArgument
-from ..forest.view import is_adapted
+from ..errors import InvalidArgument, nearest
+from ..models.fingerprint import fingerprint_file, fingerprint_model
+from ..presets.call import OpenMethod
 from ..rewards.base import Reward
 from ..rewards.options import RewardOptions
-from ..session import check_device
+from ..session import LOADED_ROLES, check_device
 from .prompt_file import PromptEntry, digest_prompts
 from .record_file import Line, OutputRefused, RecordFile
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _OF_PROMPTS = ("number of prompts", "prompts")
-_ROLES = ("baseline", "sft", "reward", "baseline_reward")
-# About so many numbers of each weight enter the fingerprint of a model.
-_NUM_SAMPLES = 64
+# Settings of a method's own that name models: they are stated by the contents of these.
+_OWN_MODELS = ("value", "baselines")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelChoice:
-    """The models of a job as they were named, and how to load them.
+    """The method of a job, its models as they were named, and how to load them.
 
-    Fields are the arguments of `TransferDecoder`, whose docstring says what they mean.
+    Fields are the arguments of the presets, and those of `TransferDecoder`, whose docstring says
+    what they mean.
+
+    Attributes:
+        method: the preset's name; None: direct or indirect Transfer Q*, as the config's transfer
+            says.
+        own: settings of the method's own, by argument name; those left out have their defaults.
 
     Raises:
-        InvalidArgument: there is no such device or dtype.
+        InvalidArgument: there is no such method, device or dtype.
     """
 
-    baseline: str
-    reward: str
+    baseline: str | None = None
+    reward: str | None = None
     sft: str | None = None
     baseline_reward: str | None = None
     tokenizer: str | None = None
@@ -53,15 +59,64 @@ class ModelChoice:
     device: str | Mapping[str, str] | None = None
     dtype: str = "auto"
     model_kwargs: dict[str, dict[str, Any]] | None = None
+    method: str | None = None
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         read_dtype(self.dtype)
         check_device(self.device)
+        if self.method is not None and self.method not in presets.METHODS:
+            hint = nearest(self.method, presets.METHODS)
+            raise InvalidArgument(f"method {self.method!r} is unknown; {hint}")
 
-    def load(self) -> TransferDecoder:
-        """Return the decoder over these models; errors are those of `TransferDecoder`."""
+    def method_name(self, config: DecodeConfig) -> str:
+        """Return the name of the preset that decodes."""
+        return self.method or _default_method(config.transfer)
+
+    def own_settings(self, config: DecodeConfig) -> dict[str, Any]:
+        """Return every setting of the method's own.
+
+        One that is a field of the config too counts as given where the config says so.
+
+        Raises:
+            InvalidArgument: a setting is not one of the method's.
+        """
+        method = self.method_name(config)
+        known = presets.own_settings(method)
+        for name in self.own:
+            if name not in known:
+                has = f"its own are {', '.join(known)}" if known else "it has none of its own"
+                raise InvalidArgument(f"{name} is no setting of the method {method!r}; {has}")
+        default = DecodeConfig()
+        in_config = {
+            name: getattr(config, name)
+            for name in known
+            if hasattr(default, name) and getattr(config, name) != getattr(default, name)
+        }
+        return {**known, **in_config, **self.own}
+
+    def load(self, config: DecodeConfig) -> OpenMethod:
+        """Return the method over these models; errors are those of the preset."""
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return TransferDecoder(**{**arguments, "dtype": read_dtype(self.dtype)})
+        del arguments["method"], arguments["own"]
+        arguments |= {"dtype": read_dtype(self.dtype), "config": config}
+        own = self.own_settings(config)
+        return presets.open_method(self.method_name(config), **arguments, **own)
+
+    def names(self) -> dict[str, str]:
+        """Return what each model that was named is called, by role."""
+        named = {role: getattr(self, role) for role in LOADED_ROLES}
+        several = self.own.get("baselines") or ()
+        # Several baselines are counted from the second one on.
+        named |= {
+            f"baseline_{idx}" if idx > 1 else "baseline": name
+            for idx, name in enumerate(several, start=1)
+        }
+        return {role: name for role, name in named.items() if name is not None}
+
+
+def _default_method(transfer: str | None) -> str:
+    return "transfer_q_indirect" if transfer == "indirect" else "transfer_q"
 
 
 def read_dtype(name: str) -> torch.dtype | str:
@@ -88,8 +143,18 @@ def stated_settings(
     Device and batch size are left out, because results depend on them by rounding alone.
     """
     options = models.reward_options
+    method, own = models.method_name(config), models.own_settings(config)
+    default = DecodeConfig()
+    # What the method fixes is stated in the place of a default, which counts as not given.
+    fixed = {
+        name: value
+        for name, value in presets.FIXED_FIELDS[method].items()
+        if getattr(config, name) == getattr(default, name)
+    }
     stated = {
         **dataclasses.asdict(config),
+        **fixed,
+        **{name: value for name, value in own.items() if name not in _OWN_MODELS},
         "dtype": models.dtype,
         "reward_index": models.reward_index,
         "reward_bounds": models.reward_bounds,
@@ -99,24 +164,28 @@ def stated_settings(
         "number of prompts": len(entries),
         "prompts": digest_prompts(entries),
     }
-    # A job of an earlier version states none.
+    # A job of an earlier version states neither of these.
     if models.model_kwargs:
         stated["model_kwargs"] = models.model_kwargs
+    if method != _default_method(stated["transfer"]):
+        stated["method"] = method
     # JSON makes lists of tuples: what is stated looks as it will when the file is read again.
     return json.loads(json.dumps(stated))
 
 
-def model_settings(decoder: TransferDecoder, models: ModelChoice) -> dict[str, Any]:
+def model_settings(method: OpenMethod, models: ModelChoice) -> dict[str, Any]:
     """Return name and fingerprint of each model that was loaded, by role."""
-    loaded = {
-        "baseline": decoder.baseline,
-        "sft": decoder.sft,
-        "reward": decoder.reward,
-        "baseline_reward": decoder.baseline_reward,
-    }
-    present = {role: model for role, model in loaded.items() if model is not None}
-    names = {role: getattr(models, role) for role in present}
-    return fingerprint_models(present, names, decoder.tokenizer)
+    session = method.session
+    present: dict[str, PreTrainedModel | Reward] = dict(session.rewards)
+    present |= {str(role): model for role, model in session.languages.items()}
+    given = models.names()
+    names = {role: given.get(role, role) for role in present}
+    settings = fingerprint_models(present, names, session.tokenizer)
+    value = models.own.get("value")
+    if value is not None:
+        contents = fingerprint_file(Path(value) / "model.safetensors")
+        settings["value"] = {"name": str(value), "fingerprint": contents}
+    return settings
 
 
 def fingerprint_models(
@@ -157,65 +226,6 @@ def make_settings(stated: dict[str, Any], loaded: dict[str, Any]) -> dict[str, A
         "settings": stated,
         "models": loaded,
     }
-
-
-def fingerprint_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Hash a model's configuration, some numbers of every weight, and its tokenizer.
-
-    The hash is cheap for large models and changes with any training; the folder does not enter it.
-    """
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest = hashlib.blake2b(
-        json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8
-    )
-    offloaded = dict(_offloaded_weights(model))
-    for name, weight in sorted(model.state_dict().items()):
-        if isinstance(weight, torch.Tensor):
-            digest.update(f"{name} {tuple(weight.shape)} ".encode())
-            digest.update(_sample(offloaded.get(name, weight)))
-        else:
-            # Some layers keep settings of their own beside their weights.
-            digest.update(f"{name} {type(weight).__name__} ".encode())
-    for name, module in model.named_modules():
-        if is_adapted(module):
-            state = [name, module.disable_adapters, module.active_adapters, module.merged_adapters]
-            digest.update(json.dumps(state, default=str).encode())
-    if tokenizer is not None:
-        words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
-        digest.update(json.dumps(words).encode())
-    return digest.hexdigest()
-
-
-def _sample(weight: torch.Tensor) -> bytes:
-    """Some numbers of `weight`, spread over it; nothing where they are not to be had."""
-    weight = weight.detach()
-    if weight.device.type == "meta":
-        return b""
-    if hasattr(weight, "__tensor_flatten__"):
-        # A quantised weight is made of others: packed numbers, scales, zero points.
-        names, _ = weight.__tensor_flatten__()
-        return b"".join(_sample(getattr(weight, name)) for name in names)
-    stride = max(1, weight.numel() // _NUM_SAMPLES)
-    try:
-        sample = weight.reshape(-1)[::stride]
-        return sample.to(torch.float32).cpu().contiguous().numpy().tobytes()
-    except (RuntimeError, NotImplementedError, TypeError):
-        # A tensor of a kind of its own, which may have no strides and no such cast.
-        return type(weight).__name__.encode()
-
-
-def _offloaded_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights that accelerate keeps elsewhere between passes, by their names in the model."""
-    for prefix, module in model.named_modules():
-        kept = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-        if kept is None:
-            continue
-        for name, weight in module.named_parameters(prefix=prefix, recurse=False):
-            with contextlib.suppress(KeyError):
-                if weight.device.type == "meta":
-                    yield name, kept[name.removeprefix(f"{prefix}.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,11 +301,16 @@ def check_stated(
         count = then.get("number of prompts")
         if isinstance(count, int) and then.get("prompts") == digest_prompts(entries[:count]):
             then |= {name: stated[name] for name in _OF_PROMPTS}
-        differences = stated_differences(then, stated)
+        differences = stated_differences(_with_method(then), _with_method(stated))
     if earlier.first_other is not None:
         other = f"the prompt with index {earlier.first_other} is another"
         differences = [*(text for text in differences if text != "other prompts"), other]
     _refuse(file, differences)
+
+
+def _with_method(stated: dict[str, Any]) -> dict[str, Any]:
+    """Name the method that a job without one has, for messages."""
+    return {"method": _default_method(stated.get("transfer")), **stated}
 
 
 def check_models(file: RecordFile, earlier: Earlier, settings: dict[str, Any]) -> None:
@@ -354,7 +369,7 @@ def model_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     Two models with one fingerprint are the same model, wherever they lie.
     """
     differences = []
-    for role in _ROLES:
+    for role in [*LOADED_ROLES, *sorted({*then, *now} - set(LOADED_ROLES))]:
         before, after = then.get(role), now.get(role)
         if before is None or after is None:
             if before != after:

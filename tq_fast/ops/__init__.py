@@ -20,6 +20,11 @@ from .sample_tokens import SampledTokens, sample_tokens, sample_tokens_ref
 from .shared_prefix_attention import shared_prefix_attention, shared_prefix_attention_ref
 from .topk_logprobs import TopKLogprobs, topk_logprobs, topk_logprobs_ref
 from .trajectory_log_ratio import trajectory_log_ratio, trajectory_log_ratio_ref
+from .value_sample_tokens import (
+    ValueSampledTokens,
+    value_sample_tokens,
+    value_sample_tokens_ref,
+)
 
 __all__ = [
     "AttentionState",
@@ -27,6 +32,7 @@ __all__ = [
     "ReweightedSample",
     "SampledTokens",
     "TopKLogprobs",
+    "ValueSampledTokens",
     "advance_rollouts_",
     "advance_rollouts_ref",
     "describe_backends",
@@ -50,4 +56,6 @@ __all__ = [
     "topk_logprobs_ref",
     "trajectory_log_ratio",
     "trajectory_log_ratio_ref",
+    "value_sample_tokens",
+    "value_sample_tokens_ref",
 ]

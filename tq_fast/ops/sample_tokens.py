@@ -182,8 +182,13 @@ def proposal_logprobs(
     Tokens that temperature and truncation leave out have -inf. Temperature is above 0. In PyTorch.
     """
     values = clean_logits(logits, vocab_size)
-    shifted = (values - values.amax(dim=-1, keepdim=True)) / temperature
-    return torch.where(_kept(shifted, top_k, top_p), shifted, -torch.inf).log_softmax(dim=-1)
+    return kept_logits(values, temperature, top_k, top_p).log_softmax(dim=-1)
+
+
+def kept_logits(values: Tensor, heat: PerRow, top_k: PerRow, top_p: PerRow) -> Tensor:
+    """`(values - peak) / heat` of fp32 `[N, V]`; -inf for what top-k, and then top-p, cut off."""
+    shifted = (values - values.amax(dim=-1, keepdim=True)) / heat
+    return torch.where(_kept(shifted, top_k, top_p), shifted, -torch.inf)
 
 
 def _kept(shifted: Tensor, top_k: PerRow, top_p: PerRow) -> Tensor:

@@ -1,24 +1,85 @@
-"""One call of a preset: its options read and checked, and the two ways to carry it out."""
+"""One call of a preset: its options read and checked, and its models loaded for it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, cast
 
 from ..config import DecodeConfig, Role
-from ..decoder import steer
 from ..errors import InvalidArgument
-from ..prompts import PromptLike
+from ..prompts import Prompt, PromptReader
+from ..prompts.chats import TemplateOptions
 from ..results import DecodeResult
-from ..session import ROLES, LoadingOptions, Session
+from ..session import ROLES, LoadingOptions, Method, Session
 from ..transfer.budget import check_sizes
-from .plain import sample
 
 _LOADING = tuple(field.name for field in dataclasses.fields(LoadingOptions))
-_RUNNING = ("template_options", "batch_size", "memory_budget", "progress")
+RUNNING = ("template_options", "batch_size", "memory_budget", "progress")
 _MODELS = ("baseline", "reward", "sft", "baseline_reward")
-_OTHERS = ("config", *_RUNNING, *_MODELS, *_LOADING)
+_OTHERS = ("config", *RUNNING, *_MODELS, *_LOADING)
+
+# The config fields that each method fixes. Two methods have an argument instead: `prior` of args
+# and `source` of best_of_n.
+FIXED_FIELDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sft": {},
+        "baseline": {},
+        "dera": {},
+        "best_of_n": {"strategy": "sample"},
+        "args": {"horizon": 0, "transfer": "direct"},
+        "controlled_decoding": {"prior": "sft", "candidates_from": "sft", "transfer": "direct"},
+        "transfer_q": {"transfer": "direct"},
+        "direct_on_target": {"transfer": "direct"},
+        "transfer_q_indirect": {"transfer": "indirect"},
+        "value_guided": {},
+        # What `strategy` chooses between are texts here: their tokens are always drawn.
+        "refine": {},
+        "blocks": {},
+        "collab": {"transfer": "direct"},
+    }
+)
+
+
+class OpenMethod:
+    """A method whose models are loaded, for many calls of `decode`.
+
+    Args:
+        name: the preset's name.
+        session: its models.
+        method: the method over them.
+    """
+
+    def __init__(self, name: str, session: Session, method: Method) -> None:
+        self.name = name
+        self.session = session
+        self.method = method
+
+    @property
+    def config(self) -> DecodeConfig:
+        """The settings of the method, with those that it fixes."""
+        return self.method.config
+
+    def decode(
+        self, prompts: Any, *, template_options: TemplateOptions | None = None, **running: Any
+    ) -> DecodeResult:
+        """Decode `prompts`; the keyword arguments are those of `TransferDecoder.decode`."""
+        return self.session.decode(
+            prompts, self.method, template_options=template_options, **running
+        )
+
+    def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
+        """Return a reader of one prompt at a time, as that of `TransferDecoder`."""
+        return self.session.prompt_reader(template_options)
+
+    def check_length(self, idx: int, prompt: Prompt) -> None:
+        """Refuse a prompt that is too long for a model; `decode` does this by itself.
+
+        Raises:
+            InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
+        """
+        self.session.check_fits(idx, prompt, self.method.num_new, self.method.room)
 
 
 class PresetCall:
@@ -26,9 +87,9 @@ class PresetCall:
 
     Args:
         method: the preset's name, for messages.
-        fixed: config fields that the method fixes.
+        options: the caller's keyword arguments, but for those of the method's own and the models.
         models: models that the method uses where they are given, by argument name.
-        options: the caller's other keyword arguments.
+        fixed: config fields that this call fixes, beside those of the method.
 
     Raises:
         InvalidArgument: an option is unknown or wrong, or differs from what the method fixes.
@@ -37,17 +98,15 @@ class PresetCall:
     def __init__(
         self,
         method: str,
-        fixed: Mapping[str, Any],
-        models: Mapping[str, Any],
         options: Mapping[str, Any],
+        models: Mapping[str, Any],
+        fixed: Mapping[str, Any] | None = None,
     ) -> None:
-        options = dict(options)
+        options, fixed = dict(options), {**FIXED_FIELDS[method], **(fixed or {})}
         self.method = method
-        self.running = {name: options.pop(name) for name in _RUNNING if name in options}
-        # Wrong settings are refused before any model is loaded.
-        check_sizes(self.running.get("batch_size", 1), self.running.get("memory_budget"))
         base = DecodeConfig.from_options(options.pop("config", None))
         baseline_reward = options.pop("baseline_reward", None)
+        # Wrong settings are refused before any model is loaded.
         self.loading = LoadingOptions(
             **{name: options.pop(name) for name in _LOADING if name in options}
         )
@@ -73,20 +132,16 @@ class PresetCall:
             if name not in self.models:
                 raise InvalidArgument(f"{name} is needed by the method {self.method!r}, got None")
 
-    def sample(
-        self, prompts: PromptLike | Any, weights: Mapping[Role, float], *, num: int = 1
-    ) -> DecodeResult:
-        """Decode without values; arguments are those of `presets.plain.sample`."""
-        session = self._open()
-        return sample(session, prompts, weights, num=num, config=self.config, **self.running)
-
-    def steer(self, prompts: PromptLike | Any) -> DecodeResult:
-        """Decode by Transfer Q* with roll-outs of the baseline or, without one, the SFT model."""
-        session = self._open()
-        roller: Role = "baseline" if "baseline" in session.languages else "sft"
-        return steer(session, prompts, self.config, roller=roller, **self.running)
-
-    def _open(self) -> Session:
-        languages = {role: self.models.get(role) for role in ROLES}
+    def open(self, make: Callable[[Session, DecodeConfig], Method]) -> OpenMethod:
+        """Load the models and make the method over them by `make(session, config)`."""
         rewards = {role: self.models.get(role) for role in ("reward", "baseline_reward")}
-        return Session(languages, rewards, self.loading)
+        others = [role for role in self.models if role not in (*ROLES, *rewards)]
+        roles = cast(list[Role], ["baseline", *others, "sft"])
+        languages = {role: self.models.get(role) for role in roles}
+        session = Session(languages, rewards, self.loading)
+        return OpenMethod(self.method, session, make(session, self.config))
+
+
+def check_running(running: Mapping[str, Any]) -> None:
+    """Refuse wrong sizes before any model is loaded."""
+    check_sizes(running.get("batch_size", 1), running.get("memory_budget"))

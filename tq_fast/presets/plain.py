@@ -1,96 +1,150 @@
-"""Decoding without values: responses from one model, a mixture of two, or the best of n."""
+"""Decoding without a search: responses from one law, or the best of n of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..config import DecodeConfig, Role
-from ..errors import DecodingError
-from ..forest import share_prefix
-from ..forest.language import LanguageForest
+from ..errors import InvalidArgument
 from ..forest.support import check_runs
-from ..prompts import Prompt, PromptLike, repeat_prompts
-from ..prompts.chats import TemplateOptions
-from ..results import DecodeResult, DecodeStats, PromptResult, Response
-from ..rewards.base import Opening
-from ..rewards.scorer import Scorer
-from ..session import Report, Session, neutral_torch
+from ..prompts import Prompt
+from ..results import (
+    Certificate,
+    DecodeResult,
+    DecodeStats,
+    KlKind,
+    PromptResult,
+    Response,
+    StageTrace,
+    StepTrace,
+)
+from ..session import ROLES, Report, Session
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from ..transfer.roles import distinct
-from .whole_responses import Drawn, certify_plain, sample_responses, trace_plain
+from .call import OpenMethod, PresetCall
+from .drawing import Drawn, TextForest
+from .laws import TokenLaw
+from .scoring import TextScorer
+from .sources import Source, TextSource, ValueLike, mixture_law
 
 
-@neutral_torch()
-@torch.no_grad()
-def sample(
-    session: Session,
-    prompts: PromptLike | Sequence[PromptLike],
-    weights: Mapping[Role, float],
+def open_plain(name: str, models: Mapping[str, Any], options: Mapping[str, Any]) -> OpenMethod:
+    """Open the plain decoding of the model that the method is named after."""
+    roles = ("sft",) if name == "sft" else ("baseline", "sft")
+    call = PresetCall(name, options, {role: models[role] for role in roles})
+    call.require(name)
+    weights: dict[Role, float] = {"sft": 1.0} if name == "sft" else {"baseline": 1.0, "sft": 0.0}
+    return call.open(_mixture(weights))
+
+
+def open_dera(
+    name: str, models: Mapping[str, Any], options: Mapping[str, Any], *, mix: float
+) -> OpenMethod:
+    """Open DeRA with the weight `mix` of the baseline."""
+    call = PresetCall(name, options, {role: models[role] for role in ROLES})
+    call.require("sft", "baseline")
+    is_real = isinstance(mix, (int, float)) and not isinstance(mix, bool)
+    if not is_real or not math.isfinite(mix) or mix < 0:
+        raise InvalidArgument(f"mix must be a finite number of at least 0, got {mix!r}")
+    weights: dict[Role, float] = {"sft": 1.0 - mix, "baseline": float(mix)}
+    return call.open(_mixture(weights))
+
+
+def open_best_of_n(
+    name: str,
+    models: Mapping[str, Any],
+    options: Mapping[str, Any],
     *,
-    num: int = 1,
-    config: DecodeConfig,
-    template_options: TemplateOptions | None = None,
-    **running: Any,
-) -> DecodeResult:
-    """Draw a response from `softmax(sum_m c_m log pi_m)` for each prompt.
+    n: int,
+    source: Source,
+    value: ValueLike | None,
+) -> OpenMethod:
+    """Open the best of `n` texts from `source`."""
+    require_count("n", n)
+    chosen = TextSource(name, source, value)
+    call = PresetCall(name, options, chosen.models_of(models))
+    chosen.require(call)
+    call.require("reward")
 
-    The package's own forest and random streams are used, without candidates and values.
+    def make(session: Session, config: DecodeConfig) -> PlainMethod:
+        law = chosen.law(session, config, is_greedy=False, measures_sft=True)
+        return PlainMethod(session, law, config, num=n)
+
+    return call.open(make)
+
+
+def open_value_guided(
+    name: str, models: Mapping[str, Any], options: Mapping[str, Any], *, value: ValueLike | None
+) -> OpenMethod:
+    """Open decoding from the prior under the value head `value`."""
+    if value is None:
+        raise InvalidArgument(f"value is needed by the method {name!r}, got None")
+    chosen = TextSource(name, "value", value)
+    call = PresetCall(name, options, chosen.models_of(models))
+    chosen.require(call)
+
+    def make(session: Session, config: DecodeConfig) -> PlainMethod:
+        is_greedy = config.strategy == "greedy"
+        law = chosen.law(session, config, is_greedy=is_greedy, measures_sft=True)
+        return PlainMethod(session, law, config)
+
+    return call.open(make)
+
+
+def _mixture(weights: Mapping[Role, float]) -> Callable[[Session, DecodeConfig], PlainMethod]:
+    def make(session: Session, config: DecodeConfig) -> PlainMethod:
+        is_greedy = config.strategy == "greedy"
+        law = mixture_law(session, weights, config, is_greedy=is_greedy)
+        return PlainMethod(session, law, config)
+
+    return make
+
+
+def require_count(name: str, value: object, *, low: int = 1) -> None:
+    """Refuse what is no integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise InvalidArgument(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+class PlainMethod:
+    """Plain sampling as a session runs it.
 
     Args:
-        session: models, and the reward that chooses among several responses.
-        prompts: as for `tq_fast.decode`.
-        weights: c_m by role, summing to 1; the divergence to a model of weight 0 is measured all
-            the same.
-        num: responses drawn for a prompt; the reward chooses the first of the highest score.
+        session: models, and the reward that chooses among several responses or scores a single one.
+        law: what responses are drawn from.
         config: strategy, rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens,
             min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed and
             backend are read.
-        template_options: as for `tq_fast.decode`.
-        **running: the keyword arguments of `Session.run`.
-
-    Raises:
-        InvalidArgument: an argument is wrong; raised before any forward pass.
-        DecodingError: a prompt failed; `finished` holds the responses of earlier batches.
+        num: responses drawn for a prompt; the reward chooses the first of the highest score.
+        keeps_all: whether the stage that holds all of them is there even where they are one.
     """
-    method = _PlainMethod(session, weights, num, config)
-    read = session.read(prompts, template_options)
-    for idx, prompt in enumerate(read):
-        settings = f"max_new_tokens={config.max_new_tokens}"
-        session.check_fits(idx, prompt, config.max_new_tokens, settings)
-    return session.run(repeat_prompts(read, config.num_return_sequences), method, **running)
-
-
-class _PlainMethod:
-    """Plain sampling as a session runs it; the arguments are those of `sample`."""
 
     def __init__(
-        self, session: Session, weights: Mapping[Role, float], num: int, config: DecodeConfig
+        self,
+        session: Session,
+        law: TokenLaw,
+        config: DecodeConfig,
+        *,
+        num: int = 1,
+        keeps_all: bool = False,
     ) -> None:
         self.session = session
-        self.weights = weights
+        self.keeps_all = keeps_all
+        self.law = law
         self.config = config
-        self.eos = session.end_ids(config)
-        self.stop = session.stop_strings(config)
+        session.stop_strings(config)
         self.rows_per_prompt = num
         self.tokens_per_prompt = num * config.max_new_tokens
+        self.num_new = config.max_new_tokens
+        self.room = f"max_new_tokens={config.max_new_tokens}"
 
     def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
         """Return the bytes of a prompt and of a response, for the longest of `prompts`."""
-        models = distinct(self.session.languages).values()
-        prefix = max(len(prompt.token_ids) for prompt in prompts)
-        per_token = sum(check_runs(model) for model in models)
-        logits = 2 * 4 * self.session.vocab_size * len(models)
-        whole = prefix + self.config.max_new_tokens
-        scored = sum(reward.kv_bytes_per_token() * whole for reward in self._rewards())
-        return MemoryPerPrompt(
-            per_token * prefix + scored,
-            per_token * self.config.max_new_tokens + logits + scored,
-            self.rows_per_prompt,
-        )
+        return text_memory(self.session, self.law, prompts, self.config, rows=self.rows_per_prompt)
 
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
@@ -113,60 +167,36 @@ class _PlainMethod:
             stats.num_steps += len(result.sequence)
             report.finish(response.idx, result, num_unused=0)
 
+    def conclude(self, result: DecodeResult) -> None:
+        """Nothing is estimated, so that there is nothing to warn of."""
+
     def _draw(
         self, group: Sequence[Response], per_wave: int, stats: DecodeStats, report: Report
     ) -> list[Drawn]:
         """Return every response of every prompt, ordered by prompt and then by number."""
-        num, longest_wave = self.rows_per_prompt, len(group) * per_wave
-        forests = self._open([response.prompt for response in group], longest_wave)
-        texts = [response.prompt.token_ids for response in group]
+        num, most = self.rows_per_prompt, self.config.max_new_tokens
+        texts = TextForest(
+            self.session,
+            self.law,
+            group,
+            num_rows=len(group) * per_wave,
+            config=self.config,
+            keeps_texts=False,
+        )
         with stats.phase("prefill"):
-            for forest in distinct(forests).values():
-                for tree, text in enumerate(texts):
-                    # Leave the last token to be encoded: its logits are the next-token logits.
-                    known = share_prefix(forest.cache, tree, text[:-1], texts)
-                    forest.prefill(tree, text[known:])
+            texts.prefill()
         drawn: list[Drawn] = []
+        before: dict[int, list[int]] = {tree: [] for tree in range(len(group))}
         with stats.phase("rollout"):
             for start in range(0, num, per_wave):
-                try:
-                    new = sample_responses(
-                        forests,
-                        self.weights,
-                        numbers=range(start, min(start + per_wave, num)),
-                        prompt_keys=[response.prompt.key for response in group],
-                        eos=self.eos,
-                        stop=self.stop,
-                        vocab_size=self.session.num_tokens,
-                        config=self.config,
-                        on_depth=report.bar.advance,
-                    )
-                except DecodingError as error:
-                    place = {"prompt_idx": group[error.prompt_idx].idx, "step": error.step}
-                    raise type(error)(error.reason, **place) from error.__cause__
-                longest = max(len(response.token_ids) for response in new)
-                report.bar.advance(len(new) * (self.config.max_new_tokens - longest))
+                numbers = range(start, min(start + per_wave, num))
+                new = texts.draw(numbers, stage=0, before=before, on_depth=report.bar.advance)
+                longest = max(len(one.token_ids) for one in new)
+                report.bar.advance(len(new) * (most - longest))
                 stats.rollout_steps += longest - 1
                 drawn += new
-        for role, forest in distinct(forests).items():
-            stats.token_forwards[role] = forest.num_token_forwards
-            stats.peak_kv_bytes[role] = forest.peak_kv_bytes
-        return sorted(drawn, key=lambda response: response.tree)
-
-    def _open(self, prompts: Sequence[Prompt], num_rows: int) -> dict[Role, LanguageForest]:
-        languages = self.session.languages
-        by_model: dict[PreTrainedModel, LanguageForest] = {}
-        for model in distinct(languages).values():
-            check_runs(model)
-            by_model[model] = LanguageForest(
-                model,
-                num_trees=len(prompts),
-                num_rows=num_rows,
-                prefix_capacity=max(len(prompt.token_ids) for prompt in prompts),
-                branch_capacity=max(1, self.config.max_new_tokens - 1),
-                backend=self.config.backend,
-            )
-        return {role: by_model[model] for role, model in languages.items()}
+        texts.count(stats)
+        return sorted(drawn, key=lambda one: one.tree)
 
     def _score(
         self,
@@ -176,37 +206,133 @@ class _PlainMethod:
         stats: DecodeStats,
     ) -> list[float]:
         """Return the score of every response; empty without a reward."""
-        scores: list[float] = []
-        for reward in self._rewards():
-            per_call = len(group) * per_wave
-            with stats.phase("reward"):
-                session = reward.open(
-                    Opening(
-                        [response.prompt for response in group],
-                        per_call,
-                        max_new=self.config.max_new_tokens,
-                        backend=self.config.backend,
-                    )
-                )
-                scorer = Scorer(session, len(group), bounds=None, remembers=False, stop=self.stop)
-                texts = [(response.tree, tuple(response.token_ids)) for response in drawn]
-                for start in range(0, len(texts), per_call):
-                    scores += scorer.score_texts(texts[start : start + per_call], group)
-                stats.token_forwards["reward"] = session.num_token_forwards
-                stats.peak_kv_bytes["reward"] = session.peak_kv_bytes
-            stats.rollouts_run = len(drawn)
+        if "reward" not in self.session.rewards:
+            return []
+        with stats.phase("reward"):
+            rows = len(group) * per_wave
+            scorer = TextScorer(self.session, group, num_rows=rows, config=self.config)
+            scores = scorer.score([(one.tree, one.token_ids) for one in drawn])
+            scorer.count(stats)
+        stats.rollouts_run = len(drawn)
         return scores
-
-    def _rewards(self) -> list[Any]:
-        """Return the reward that chooses, in a list that is empty without one."""
-        return [reward for role, reward in self.session.rewards.items() if role == "reward"]
 
     def _finish(self, drawn: Sequence[Drawn], scores: Sequence[float]) -> PromptResult:
         """Return the result of a prompt: its first response of the highest score."""
-        winner = drawn[scores.index(max(scores))] if scores else drawn[0]
+        best = scores.index(max(scores)) if scores else 0
+        winner, rewards = drawn[best], torch.tensor(scores, dtype=torch.float32)
+        stages = []
+        if self.rows_per_prompt > 1 or self.keeps_all:
+            stages = [StageTrace(0, rewards, best, [one.token_ids for one in drawn])]
         return PromptResult(
             self.session.text_of(winner.token_ids, self.config),
             torch.tensor(winner.token_ids),
-            trace_plain(winner, torch.tensor(scores, dtype=torch.float32)),
-            certify_plain(winner, self.weights, num=max(1, len(scores))),
+            trace_tokens(winner.columns, winner.token_ids, rewards),
+            certify_text(winner.columns, self.law, extra_kl=best_of_kl(len(drawn))),
+            stages,
         )
+
+
+def best_of_kl(num: int) -> float:
+    """Return the bound on the divergence of the best of `num` from the law drawn from, nats."""
+    return math.log(num) - (num - 1) / num
+
+
+def text_memory(
+    session: Session,
+    law: TokenLaw,
+    prompts: Sequence[Prompt],
+    config: DecodeConfig,
+    *,
+    rows: int,
+    keeps_texts: bool = False,
+) -> MemoryPerPrompt:
+    """Return the bytes of a prompt and of a row of whole texts, for the longest of `prompts`."""
+    models = distinct({role: session.languages[role] for role in law.roles}).values()
+    longest, most = max(len(prompt.token_ids) for prompt in prompts), config.max_new_tokens
+    per_token = sum(check_runs(model) for model in models)
+    logits = 2 * 4 * session.vocab_size * len(models)
+    reward = session.rewards.get("reward")
+    scored = 0 if reward is None else reward.kv_bytes_per_token() * (longest + most)
+    prefix = longest + (most if keeps_texts else 0)
+    return MemoryPerPrompt(per_token * prefix + scored, per_token * most + logits + scored, rows)
+
+
+def trace_tokens(
+    columns: Mapping[str, torch.Tensor], token_ids: Sequence[int], rewards: torch.Tensor
+) -> list[StepTrace]:
+    """Trace one candidate a step, the token that was drawn; the first step holds all scores.
+
+    Args:
+        columns: what the law recorded of every token, `[T]`.
+        token_ids: the tokens.
+        rewards: fp32 `[n]`.
+    """
+    unknown = torch.full((len(token_ids),), math.nan, dtype=torch.float32)
+    q, values = columns.get("q", unknown), columns.get("value")
+    scores = [rewards[None]] + [torch.empty(1, 0, dtype=torch.float32)] * (len(token_ids) - 1)
+
+    def divergence(role: str, step: int) -> float | None:
+        found = columns.get(f"kl:{role}")
+        return None if found is None else float(found[step])
+
+    return [
+        StepTrace(
+            candidates=torch.tensor([token]),
+            rewards=scores[step],
+            q=q[step, None],
+            q_stderr=unknown[step, None],
+            ess=unknown[step, None],
+            prior_logprobs=columns["policy"][step, None],
+            final_logprobs=columns["drawn"][step, None],
+            kl_to_sft=divergence("sft", step),
+            kl_to_baseline=divergence("baseline", step),
+            choice=0,
+            value=None if values is None else float(values[step]),
+        )
+        for step, token in enumerate(token_ids)
+    ]
+
+
+def certify_text(
+    columns: Mapping[str, torch.Tensor],
+    law: TokenLaw,
+    *,
+    extra_kl: float,
+    logprobs: Mapping[str, float] | None = None,
+    is_approximate: bool = False,
+) -> Certificate:
+    """Return the certificate of a text that was drawn from `law`, or chosen among several.
+
+    Args:
+        columns: what the law recorded of every token, `[T]`.
+        law: what the tokens were drawn from.
+        extra_kl: bound on the divergence that the choice adds, nats; 0 without one. The best of n
+            diverges from the law that it was drawn from by at most log n - (n - 1) / n, and the
+            certificate gives this bound in place of the divergence. To a model it adds the
+            log-ratio of the text itself, so that the mean over responses bounds the divergence.
+        logprobs: log-prob of the whole text under models that the law does not read, by role.
+        is_approximate: whether `extra_kl` is a bound under an assumption that holds roughly.
+
+    The divergence of a single text is exact, whatever truncates the law that it was drawn from.
+    """
+    bound: KlKind = "approximate" if is_approximate else "at most"
+    is_exact = extra_kl == 0.0 and not logprobs
+    totals: dict[str, float | None] = {"sft": None, "baseline": None}
+    for role, logprob in (logprobs or {}).items():
+        totals[role] = extra_kl + float(columns["drawn"].sum()) - logprob
+    for role in ("sft", "baseline"):
+        if f"logprob:{role}" not in columns:
+            continue
+        if extra_kl == 0.0:
+            totals[role] = float(columns[f"kl:{role}"].sum())
+        else:
+            ratios = columns["drawn"] - columns[f"logprob:{role}"]
+            totals[role] = extra_kl + float(ratios.sum())
+    return Certificate(
+        kl_to_sft=totals["sft"],
+        kl_to_baseline=totals["baseline"],
+        log_prior_mass=0.0,
+        prior=law.prior,
+        kl_bound=None,
+        kl_kind="exact" if is_exact else bound,
+    )

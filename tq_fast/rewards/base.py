@@ -72,6 +72,13 @@ class RewardSession(Protocol):
         """Score `responses[i]` (new token ids) to the prompt of `trees[i]` (ascending)."""
         ...
 
+    def keep(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
+        """Keep what is known of responses that were scored last: they will be continued.
+
+        At most one a tree, which may be cut anywhere before it is continued.
+        """
+        ...
+
     def replace_tree(self, tree: int, prompt: Prompt) -> None:
         """`tree` is of `prompt` from now on; nothing of what it was is kept."""
         ...

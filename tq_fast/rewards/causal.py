@@ -46,7 +46,8 @@ class _CausalSession:
 
     What the new rows of a tree have in common is its prefix now. It is compared with what is
     stored: a stored prefix that went too far is cut back, and one that fell short takes over the
-    tokens that a row of the last call encoded already.
+    tokens that a row of the last call encoded already. What was cut back, or kept on purpose, is
+    still held behind the prefix, and serves again where a later prefix reaches that far.
     """
 
     def __init__(self, reward: CausalReward, opening: Opening, *, capacity: int) -> None:
@@ -63,6 +64,8 @@ class _CausalSession:
             backend=opening.backend,
         )
         self.prefixes: list[list[int]] = [[] for _ in self.forms]
+        # Tokens whose KV lies in each tree's prefix, those behind its end included.
+        self.held: list[list[int]] = [[] for _ in self.forms]
         # For each tree the rows of the cache, and what they hold.
         self.last_rows: list[list[tuple[int, list[int]]]] = [[] for _ in self.forms]
 
@@ -103,14 +106,28 @@ class _CausalSession:
             first_row += len(chunk)
         return scores
 
+    def keep(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
+        cache = self.forest.cache
+        for tree, response in zip(trees, responses, strict=True):
+            text = self._without_padding(self.reward.read(self.forms[tree], response).token_ids)
+            prefix = self.prefixes[tree]
+            rows = {tuple(suffix): row for row, suffix in self.last_rows[tree]}
+            row = rows.get(tuple(text[len(prefix) :]))
+            if row is not None and text[: len(prefix)] == prefix:
+                cache.commit_rows([tree], [row], [len(text) - len(prefix)])
+                cache.truncate(tree, len(prefix))
+                self.held[tree] = text
+
     def replace_tree(self, tree: int, prompt: Prompt) -> None:
         self.forest.cache.truncate(tree, 0)
         self.forms[tree] = self.reward.form(prompt)
-        self.prefixes[tree], self.last_rows[tree] = [], []
+        self.prefixes[tree], self.held[tree], self.last_rows[tree] = [], [], []
 
     def drop_tree(self, tree: int) -> None:
+        # The cache moves the prefix of the last tree, and nothing that lies behind its end.
+        self.held[-1] = self.prefixes[-1]
         self.forest.cache.drop_tree(tree)
-        for entries in (self.forms, self.prefixes, self.last_rows):
+        for entries in (self.forms, self.prefixes, self.held, self.last_rows):
             drop_from(entries, tree)
 
     def _without_padding(self, row: list[int]) -> list[int]:
@@ -122,26 +139,27 @@ class _CausalSession:
     def _extend_prefix(self, tree: int, rows: list[list[int]]) -> None:
         # Every row keeps a token of its own, since its score is read there.
         common = rows[0][: min(common_length(rows), min(map(len, rows)) - 1)]
-        stored = self.prefixes[tree]
-        if not stored:
+        stored, held = self.prefixes[tree], self.held[tree]
+        if not held:
             known = share_prefix(self.forest.cache, tree, common, self.prefixes)
             if common[known:]:
                 self.forest.run_prefill(self.forest.model.base_model, tree, common[known:])
-            self.prefixes[tree] = common
+            self.prefixes[tree] = self.held[tree] = common
             return
-        kept = common_length([stored, common])
-        if kept < len(stored):
-            self.forest.cache.truncate(tree, kept)
-            self.prefixes[tree] = stored[:kept]
-            return
+        kept = common_length([held, common])
         num_encoded, best_row = 0, 0
-        for row, suffix in self.last_rows[tree]:
-            length = common_length([common[kept:], suffix])
-            if length > num_encoded:
-                num_encoded, best_row = length, row
-        if num_encoded:
-            self.forest.cache.commit([tree], [best_row], num_encoded)
-        self.prefixes[tree] = common[: kept + num_encoded]
+        if kept >= len(stored):
+            for row, suffix in self.last_rows[tree]:
+                length = common_length([common[len(stored) :], suffix])
+                if length > num_encoded:
+                    num_encoded, best_row = length, row
+        if num_encoded and len(stored) + num_encoded > kept:
+            self.forest.cache.commit_rows([tree], [best_row], [num_encoded])
+            self.held[tree] = common[: len(stored) + num_encoded]
+            self.prefixes[tree] = self.held[tree]
+        else:
+            self.forest.cache.prefix_len[tree] = kept
+            self.prefixes[tree] = common[:kept]
 
     def _forward(
         self, trees: Sequence[int], suffixes: list[list[int]], first_row: int

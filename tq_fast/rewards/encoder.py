@@ -78,6 +78,9 @@ class _EncoderSession:
                 scores[i] = score
         return scores
 
+    def keep(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
+        return
+
     def replace_tree(self, tree: int, prompt: Prompt) -> None:
         self.forms[tree] = self.reward.form(prompt)
 

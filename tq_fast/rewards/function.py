@@ -48,6 +48,9 @@ class _AskedSession:
     def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
         return self.reward.ask([self.prompts[tree] for tree in trees], responses)
 
+    def keep(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
+        return
+
     def replace_tree(self, tree: int, prompt: Prompt) -> None:
         self.prompts[tree] = prompt
 

@@ -89,6 +89,11 @@ class Scorer:
                 text: score for text, score in known.items() if text[: len(emitted)] == emitted
             }
 
+    def keep(self, texts: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Keep what is known of (tree, whole response) that were scored last, one a tree."""
+        cut = [self.stop.cut(token_ids) for _, token_ids in texts]
+        self.session.keep([tree for tree, _ in texts], cut)
+
     def replace_tree(self, tree: int, prompt: Prompt) -> None:
         """`tree` is of another prompt from now on."""
         self._known[tree] = {}

@@ -105,7 +105,13 @@ def choose(
     drifts = [None] * len(choices) if drift is None else drift.tolist()
     return [
         StepTrace(
-            **{name: column[tree] for name, column in on_cpu.items()},
+            candidates=on_cpu["candidates"][tree],
+            rewards=on_cpu["rewards"][tree],
+            q=on_cpu["q"][tree],
+            q_stderr=on_cpu["q_stderr"][tree],
+            ess=on_cpu["ess"][tree],
+            prior_logprobs=on_cpu["prior_logprobs"][tree],
+            final_logprobs=on_cpu["final_logprobs"][tree],
             kl_to_sft=divergences["sft"][tree] if "sft" in divergences else None,
             kl_to_baseline=divergences["baseline"][tree] if "baseline" in divergences else None,
             choice=choices[tree],

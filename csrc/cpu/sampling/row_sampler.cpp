@@ -78,29 +78,30 @@ int64_t RowSampler::draw_whole(double uniform, double* total) {
     block_masses_[b] *= tempered_sums_.empty() ? states_[b].sum : tempered_sums_[b];
   }
   ties_before_.assign(blocks, 0);
-  return draw_by_block(kEverything, uniform, total);
+  kept_ = kEverything;
+  return draw_by_block(uniform, total);
 }
 
 int64_t RowSampler::draw_top_p(double uniform, double* total) {
-  const KeptValues kept = find_top_p(row_, scale_, parameters_.top_p, room_);
-  const double tie_mass = TQ_SELECT_ISA(mass_of_value)(scale_, kept.least);
+  kept_ = find_top_p(row_, scale_, parameters_.top_p, room_);
+  const double tie_mass = TQ_SELECT_ISA(mass_of_value)(scale_, kept_.least);
   const size_t blocks = states_.size();
   block_masses_.resize(blocks);
   ties_before_.resize(blocks);
   int64_t ties = 0;
   for (size_t b = 0; b < blocks; ++b) {
-    ties_before_[b] = std::min(ties, kept.num_ties);
+    ties_before_[b] = std::min(ties, kept_.num_ties);
     block_masses_[b] = 0.0;
-    if (states_[b].peak < kept.least) continue;
-    const KeptMass mass = TQ_SELECT_ISA(kept_mass_of_block)(row_, static_cast<int64_t>(b), scale_, kept.least);
+    if (states_[b].peak < kept_.least) continue;
+    const KeptMass mass = TQ_SELECT_ISA(kept_mass_of_block)(row_, static_cast<int64_t>(b), scale_, kept_.least);
     ties += mass.num_ties;
-    block_masses_[b] = mass.above + (std::min(ties, kept.num_ties) - ties_before_[b]) * tie_mass;
+    block_masses_[b] = mass.above + (std::min(ties, kept_.num_ties) - ties_before_[b]) * tie_mass;
   }
-  return draw_by_block(kept, uniform, total);
+  return draw_by_block(uniform, total);
 }
 
 // Finds the block that the target falls into, then the token inside it, among the values that are kept.
-int64_t RowSampler::draw_by_block(const KeptValues& kept, double uniform, double* total) const {
+int64_t RowSampler::draw_by_block(double uniform, double* total) const {
   *total = 0.0;
   for (const double mass : block_masses_) *total += mass;
   const double target = uniform * *total;
@@ -116,7 +117,7 @@ int64_t RowSampler::draw_by_block(const KeptValues& kept, double uniform, double
     before += block_masses_[b];
   }
   return TQ_SELECT_ISA(draw_in_block)(
-      row_, static_cast<int64_t>(last), scale_, {kept.least, kept.num_ties - ties_before_[last]},
+      row_, static_cast<int64_t>(last), scale_, {kept_.least, kept_.num_ties - ties_before_[last]},
       target - before_last);
 }
 
@@ -130,6 +131,8 @@ int64_t RowSampler::draw_top_k(double uniform, double* total) {
     candidates_.push_back({id_of_key(keys[i]), std::exp(shifted * scale_.inverse_temperature)});
   }
   if (cuts_mass()) keep_top_p();
+  kept_ = {value_of_key(keys[candidates_.size() - 1]), 0};
+  for (size_t i = candidates_.size(); i > 0 && value_of_key(keys[i - 1]) == kept_.least; --i) ++kept_.num_ties;
   std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
   *total = 0.0;
   for (const Candidate& candidate : candidates_) *total += candidate.mass;

@@ -29,6 +29,8 @@ class RowSampler {
   void start(const LogitsRow& row, const SamplerParameters& parameters);
   void reduce(int64_t block_begin, int64_t block_end);
   DrawnToken draw(double uniform);
+  // The values that the last draw was made from, unless that was an arg max.
+  const KeptValues& kept() const { return kept_; }
 
  private:
   struct Candidate {
@@ -42,12 +44,13 @@ class RowSampler {
   int64_t draw_whole(double uniform, double* total);
   int64_t draw_top_p(double uniform, double* total);
   int64_t draw_top_k(double uniform, double* total);
-  int64_t draw_by_block(const KeptValues& kept, double uniform, double* total) const;
+  int64_t draw_by_block(double uniform, double* total) const;
   void keep_top_p();
 
   LogitsRow row_;
   SamplerParameters parameters_;
   MassScale scale_;
+  KeptValues kept_;
   std::vector<SoftmaxState<float>> states_;
   std::vector<float> tempered_sums_;
   std::vector<float> strand_peaks_;

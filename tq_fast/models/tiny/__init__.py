@@ -4,13 +4,22 @@ The models are ordinary ``transformers`` folders; load them by path as any other
 were made and what they score is in ``README.md`` beside this file.
 """
 
+import itertools
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from .gold import baseline_gold_reward, gold_reward
+from .grammar import LOCATIONS, PLACES, PROMPTS
 
-__all__ = ["TinyWorld", "baseline_gold_reward", "gold_reward", "load_tiny_world"]
+__all__ = [
+    "TinyWorld",
+    "baseline_gold_reward",
+    "gold_reward",
+    "load_tiny_world",
+    "other_prompts",
+]
 
 _FOLDER = Path(__file__).parent
 
@@ -53,3 +62,25 @@ def load_tiny_world() -> TinyWorld:
         prompts=tuple(world["prompts"]),
         demo_prompts=tuple(world["demo_prompts"]),
     )
+
+
+def other_prompts(num: int, seed: int = 0) -> list[str]:
+    """Return `num` prompts of the same kind that are neither held out nor shown in the demo.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    world = load_tiny_world()
+    known = {*world.prompts, *world.demo_prompts}
+    prompts = [
+        form.format(place=place, location=location, x=x, y=y)
+        for form in PROMPTS
+        for place, aspects in PLACES.items()
+        for location in LOCATIONS
+        for x, y in itertools.permutations(aspects, 2)
+    ]
+    others = [prompt for prompt in prompts if prompt not in known]
+    random.Random(seed).shuffle(others)
+    if num > len(others):
+        raise ValueError(f"there are {len(others)} other prompts, {num} are asked for")
+    return others[:num]

@@ -1,0 +1,127 @@
+"""Options that name models and say how to load them, for every command that loads some."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from ..rewards.options import RewardOptions
+from .options import Command, read_devices, read_model_kwargs, replace_parameter
+
+
+def _model(help: str, metavar: str = "MODEL") -> Any:
+    return typer.Option(metavar=metavar, help=help, rich_help_panel="Models")
+
+
+Baseline = Annotated[
+    list[str] | None,
+    _model("The aligned model that rolls out: a folder or a hub id. Repeat for several (collab)."),
+]
+Reward = Annotated[
+    str | None, _model("The reward: a sequence classifier, or a function as MODULE:FUNCTION.")
+]
+Sft = Annotated[
+    str | None, _model("The SFT model: the prior, and the log-ratio of indirect transfer.")
+]
+BaselineReward = Annotated[
+    str | None, _model("The reward that the baseline was aligned to (indirect transfer).")
+]
+Tokenizer = Annotated[
+    str | None, _model("The language models' tokenizer; not given: the baseline's own.")
+]
+RewardTokenizer = Annotated[str | None, _model("The reward's tokenizer; not given: its own.")]
+BaselineRewardTokenizer = Annotated[
+    str | None, _model("The baseline reward's tokenizer; not given: its own.")
+]
+RewardIndex = Annotated[
+    int | None, _model("Which label is the reward, where the reward model has several.", "N")
+]
+RewardBounds = Annotated[
+    tuple[float, float] | None,
+    _model(
+        "Bounds of the reward: for the certificate, and roll-outs that can no longer matter are "
+        "left out.",
+        "LO HI",
+    ),
+]
+RewardPair = Annotated[
+    bool,
+    typer.Option(
+        "--reward-pair",
+        help="The reward reads prompt and response as a pair.",
+        rich_help_panel="Models",
+    ),
+]
+RewardTruncate = Annotated[
+    str | None, _model("Cut texts that are too long for the reward: left or right.", "WORD")
+]
+RewardKeepSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--reward-keep-special-tokens",
+        help="The reward sees special tokens such as <think> in responses.",
+        rich_help_panel="Models",
+    ),
+]
+Device = Annotated[
+    list[str] | None,
+    _model(
+        "Where the models run, or one of them, such as 'baseline=cuda:1'; repeat for several. "
+        "Not given: a GPU if there is one.",
+        "[ROLE=]NAME",
+    ),
+]
+ModelKwargs = Annotated[
+    list[str] | None,
+    _model(
+        "More arguments of from_pretrained for one model, such as "
+        '\'baseline={"revision": "v2"}\'; repeat for several.',
+        "ROLE=JSON",
+    ),
+]
+Dtype = Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", "WORD")]
+
+
+def _read_models(
+    *,
+    baseline: Baseline = None,
+    reward: Reward = None,
+    sft: Sft = None,
+    baseline_reward: BaselineReward = None,
+    tokenizer: Tokenizer = None,
+    reward_tokenizer: RewardTokenizer = None,
+    baseline_reward_tokenizer: BaselineRewardTokenizer = None,
+    reward_index: RewardIndex = None,
+    reward_bounds: RewardBounds = None,
+    reward_pair: RewardPair = False,
+    reward_truncate: RewardTruncate = None,
+    reward_keep_special_tokens: RewardKeepSpecialTokens = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    model_kwargs: ModelKwargs = None,
+) -> dict[str, Any]:
+    """Return the fields of `ModelChoice` but the method's; of several baselines, a list."""
+    given = dict(locals())
+    reading = RewardOptions(
+        pair=given.pop("reward_pair"),
+        truncate=given.pop("reward_truncate"),
+        keep_special_tokens=given.pop("reward_keep_special_tokens"),
+    )
+    return {
+        **given,
+        "reward_options": None if reading == RewardOptions() else reading,
+        "device": read_devices(device or ()),
+        "model_kwargs": read_model_kwargs(model_kwargs or ()),
+    }
+
+
+def takes_models(command: Command) -> Command:
+    """Replace the parameter `models` of `command` by the options of this module.
+
+    `command` gets a dict: the fields of `ModelChoice` but for the method's, and `baseline` as a
+    list of the names that were given, or None.
+    """
+    options = list(inspect.signature(_read_models, eval_str=True).parameters.values())
+    return replace_parameter(command, "models", options, lambda values: _read_models(**values))

@@ -1,0 +1,255 @@
+"""Whole responses, or what is left of them, drawn over forests of shared prefixes.
+
+Every prompt is a tree of the forest and every response a row of it, from its first token to its
+last; all rows of all prompts go through one forward pass a token. A text that was drawn can stay in
+its tree: it may be cut anywhere and continued from there, and nothing of it but the token before
+the cut is encoded again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import DecodeConfig, Role
+from ..errors import DecodingError
+from ..forest import share_prefix
+from ..forest.language import LanguageForest
+from ..forest.support import check_runs
+from ..results import DecodeStats, Response
+from ..rollouts.rows import RowMap
+from ..rollouts.state import RolloutState
+from ..rollouts.streams import stream_keys
+from ..session import Session
+from ..transfer.roles import distinct
+from .laws import Output, TokenLaw, record_draw
+
+# Takes the place of the candidate in the key of a random stream; no token has this id.
+_NO_CANDIDATE = 0xFFFFFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One draw of tokens and the laws that they came from; T tokens, natural logs in fp32.
+
+    Attributes:
+        tree: the tree that it belongs to.
+        row: the row of the caches that holds the KV of all its tokens but the last.
+        token_ids: its tokens, an EOS included.
+        columns: `[T]` by name, as `laws` lists them.
+    """
+
+    tree: int
+    row: int
+    token_ids: list[int]
+    columns: dict[str, torch.Tensor]
+
+
+class TextForest:
+    """The texts of some prompts, one a tree, over a forest for each model that draws them.
+
+    Args:
+        session: the models.
+        law: what tokens are drawn from.
+        responses: the prompts, whose tokens stay out of it.
+        num_rows: draws that go on together, at most.
+        config: max_new_tokens, min_new_tokens, stop and backend are read.
+        keeps_texts: whether texts stay in their trees, and so need room there.
+
+    Attributes:
+        forests: by role, one where two roles have one model.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        law: TokenLaw,
+        responses: Sequence[Response],
+        *,
+        num_rows: int,
+        config: DecodeConfig,
+        keeps_texts: bool,
+    ) -> None:
+        self.law = law
+        self.config = config
+        self.responses = responses
+        self.stop = session.stop_strings(config)
+        self.prompts = [list(response.prompt.token_ids) for response in responses]
+        self.forests = self._open(session, num_rows, keeps_texts)
+        device = next(iter(self.forests.values())).device
+        self.eos = torch.tensor(session.end_ids(config), dtype=torch.int64, device=device)
+
+    def _open(
+        self, session: Session, num_rows: int, keeps_texts: bool
+    ) -> dict[Role, LanguageForest]:
+        languages = {role: session.languages[role] for role in self.law.roles}
+        longest = max(map(len, self.prompts))
+        by_model: dict[PreTrainedModel, LanguageForest] = {}
+        for model in distinct(languages).values():
+            check_runs(model)
+            reads = self.law.reads_hidden
+            by_model[model] = LanguageForest(
+                model,
+                num_trees=len(self.prompts),
+                num_rows=max(num_rows, len(self.prompts)),
+                prefix_capacity=longest + (self.config.max_new_tokens if keeps_texts else 0),
+                branch_capacity=max(1, self.config.max_new_tokens - 1),
+                backend=self.config.backend,
+                cpu_layers=session.speed.cpu_layers,
+                keeps_hidden=reads is not None and languages[reads] is model,
+            )
+        return {role: by_model[model] for role, model in languages.items()}
+
+    @property
+    def distinct(self) -> dict[Role, LanguageForest]:
+        """Every forest once, under the first of its roles."""
+        return distinct(self.forests)
+
+    def prefill(self) -> None:
+        """Encode the prompts; draws follow them directly until `seek` says otherwise."""
+        for forest in self.distinct.values():
+            for tree, text in enumerate(self.prompts):
+                # Leave the last token to be encoded: its logits are the next-token logits.
+                known = share_prefix(forest.cache, tree, text[:-1], self.prompts)
+                forest.prefill(tree, text[known:])
+
+    def seek(self, texts: Mapping[int, Sequence[int]]) -> None:
+        """Let the next draws of each tree follow `texts[tree]`, of which its KV is held."""
+        trees = sorted(texts)
+        whole = [[*self.prompts[tree], *texts[tree]] for tree in trees]
+        for forest in self.distinct.values():
+            forest.seek(trees, whole)
+
+    def keep(self, drawn: Sequence[Drawn]) -> None:
+        """Keep draws of the last call of `draw` behind the prefixes that they follow.
+
+        The prefixes stay where they are, so that further draws can follow them.
+        """
+        for forest in self.distinct.values():
+            cache = forest.cache
+            held = list(cache.prefix_len)
+            lengths = [len(one.token_ids) - 1 for one in drawn]
+            cache.commit_rows([one.tree for one in drawn], [one.row for one in drawn], lengths)
+            cache.prefix_len = held
+
+    def draw(
+        self,
+        numbers: Sequence[int],
+        *,
+        stage: int,
+        before: Mapping[int, Sequence[int]],
+        limit: int | None = None,
+        on_depth: Callable[[int], None] = lambda num: None,
+    ) -> list[Drawn]:
+        """Draw a continuation of each of `numbers` for every tree of `before`.
+
+        Args:
+            numbers: of the draws of a tree at this stage; each has a random stream of its own.
+            stage: number of the stage, part of the key of the random streams.
+            before: the response tokens that each tree's draws follow.
+            limit: tokens at most, beside the length that is left of the response.
+            on_depth: called after every token of all draws, with their number.
+
+        Returns:
+            The draws by tree, then number.
+
+        Raises:
+            DecodingError: logits that are no law; prompt_idx is the prompt's position in the call.
+        """
+        trees = [tree for tree in sorted(before) for _ in numbers]
+        state = self._begin(trees, numbers, stage, before, limit)
+        rows = RowMap(state)
+        outputs = {role: _next_output(forest, rows.tree) for role, forest in self.forests.items()}
+        started = [before.get(tree, ()) for tree in range(len(self.prompts))]
+        for depth in range(state.tokens.shape[1]):
+            num = rows.num_active
+            early = self._early(state, depth, started, num)
+            draw = self.law.draw(outputs, state.keys[:num], depth, early)
+            try:
+                record_draw(draw, state, depth, eos=self.eos, stop=self.stop, before=started)
+            except DecodingError as error:
+                place = {"prompt_idx": self.responses[error.prompt_idx].idx, "step": error.step}
+                raise type(error)(error.reason, **place) from error.__cause__
+            on_depth(len(trees))
+            order = rows.compact()
+            if not rows.num_active:
+                break
+            if order is not None:
+                for forest in self.distinct.values():
+                    forest.cache.take_rows(order, depth)
+            tokens = rows.tokens(depth)
+            found = {
+                forest: _forward(forest, tokens, depth, rows.tree)
+                for forest in self.distinct.values()
+            }
+            outputs = {role: found[forest] for role, forest in self.forests.items()}
+        return self._collect(state)
+
+    def _begin(
+        self,
+        trees: Sequence[int],
+        numbers: Sequence[int],
+        stage: int,
+        before: Mapping[int, Sequence[int]],
+        limit: int | None,
+    ) -> RolloutState:
+        keys = stream_keys(
+            [
+                (self.responses[tree].prompt.key, stage, _NO_CANDIDATE, number)
+                for tree in sorted(before)
+                for number in numbers
+            ]
+        )
+        most = self.config.max_new_tokens
+        limits = [most - len(before[tree]) for tree in trees]
+        if limit is not None:
+            limits = [min(limit, left) for left in limits]
+        return RolloutState.begin(keys.to(self.eos.device), limits, trees, self.law.columns)
+
+    def _early(
+        self, state: RolloutState, depth: int, started: Sequence[Sequence[int]], num: int
+    ) -> list[bool] | None:
+        """Which of the first rows may draw no EOS yet; None where all may."""
+        least = self.config.min_new_tokens
+        if not least:
+            return None
+        early = [len(started[tree]) + depth < least for tree in state.tree[:num].tolist()]
+        return early if any(early) else None
+
+    def _collect(self, state: RolloutState) -> list[Drawn]:
+        """Return what came of every draw, in the order in which they began."""
+        places = state.places
+        columns = {name: column[places].cpu() for name, column in state.columns.items()}
+        fields = [field[places].tolist() for field in (state.tree, state.lengths, state.tokens)]
+        return [
+            Drawn(
+                tree,
+                row,
+                tokens[:length],
+                {name: column[i, :length] for name, column in columns.items()},
+            )
+            for i, (row, tree, length, tokens) in enumerate(
+                zip(places.tolist(), *fields, strict=True)
+            )
+        ]
+
+    def count(self, stats: DecodeStats) -> None:
+        """Write what went through the models into `stats`."""
+        for role, forest in self.distinct.items():
+            stats.token_forwards[role] = forest.num_token_forwards
+            stats.peak_kv_bytes[role] = forest.peak_kv_bytes
+
+
+def _next_output(forest: LanguageForest, tree: torch.Tensor) -> Output:
+    hidden = forest.next_hidden
+    return Output(forest.next_logits[tree], None if hidden is None else hidden[tree])
+
+
+def _forward(
+    forest: LanguageForest, tokens: torch.Tensor, depth: int, tree: torch.Tensor
+) -> Output:
+    logits = forest.forward_rows(tokens, start=depth, tree=tree)
+    return Output(logits, None if forest.hidden is None else forest.hidden[:, -1])

@@ -1,0 +1,415 @@
+"""`fit_value`: a value head from prompts, a prior and a reward (Transfer Q*, amortised)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ..config import DecodeConfig, Role, is_real
+from ..errors import InvalidArgument
+from ..forest.language import LanguageForest, vocab_size_of
+from ..forest.support import check_runs
+from ..models.loading import ModelLike
+from ..ops.sample_tokens import proposal_logprobs
+from ..ops.topk_logprobs import clean_logits
+from ..prompts import Prompt
+from ..session import MethodOptions, Session, neutral_torch
+from ..values.fitting import FitOptions, LoggedTokens, fit_head
+from ..values.head import ValueHead, ValueHeadConfig
+from .call import RUNNING, OpenMethod, PresetCall, check_running
+from .laws import ValueLaw
+from .plain import PlainMethod, require_count
+from .sources import TextSource, prior_fingerprint
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from . import Prompts, RewardLike
+
+# Logits that one pass over logged texts may hold, in bytes.
+_LOGITS_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggedTexts:
+    """Whole texts that were drawn after a prompt, and their rewards.
+
+    Attributes:
+        prompt: the prompt, as the session's tokenizer reads it.
+        sequences: token ids of each text, an EOS included.
+        rewards: one a text.
+        drawn_from: 0 for texts of the source, 1 for those of the first head, and so on.
+    """
+
+    prompt: Prompt
+    sequences: Sequence[Sequence[int]]
+    rewards: Sequence[float]
+    drawn_from: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitPlan:
+    """What is fitted from logged texts.
+
+    Attributes:
+        transfer: "direct": the Q of the law that drew the texts; "indirect": the Q of the law
+            aligned to the reward, by the weights exp(r / beta) rho_sft / rho_BL of what follows a
+            token.
+        beta: KL weight that the baseline was trained with, for "indirect".
+        rounds: 1, or more: further rounds draw as many texts again from the prior under the head of
+            the round before, and fit a new one on all of them.
+        alpha: decoding temperature of those rounds.
+        num_texts: texts a prompt and round.
+        options: how a head is fitted.
+
+    Raises:
+        InvalidArgument: a value is wrong.
+    """
+
+    transfer: Literal["direct", "indirect"] = "direct"
+    beta: float | None = None
+    rounds: int = 1
+    alpha: float = 0.5
+    num_texts: int = 8
+    options: FitOptions = dataclasses.field(default_factory=FitOptions)
+
+    def __post_init__(self) -> None:
+        require_count("rounds", self.rounds)
+        require_count("num_texts", self.num_texts)
+        require_count("epochs", self.options.epochs)
+        if self.transfer not in ("direct", "indirect"):
+            raise InvalidArgument(
+                f"transfer must be one of 'direct', 'indirect', got {self.transfer!r}"
+            )
+        if not is_real(self.alpha) or not 0.0 < self.alpha < float("inf"):
+            raise InvalidArgument(f"alpha must be a finite number above 0, got {self.alpha!r}")
+        is_needed = self.transfer == "indirect"
+        if is_needed and (not is_real(self.beta) or not 0.0 < self.beta < float("inf")):
+            raise InvalidArgument(
+                "beta must be given for transfer='indirect': the KL weight that the baseline was "
+                f"trained with, got {self.beta!r}"
+            )
+        if is_needed and self.num_texts < 2:
+            raise InvalidArgument(
+                "num_texts must be at least 2 for transfer='indirect', whose weights compare the "
+                f"texts of a prompt, got {self.num_texts}"
+            )
+
+
+def fit_value(  # type: ignore[misc]  # it has defaults of its own for some fields
+    prompts: Prompts,
+    *,
+    reward: RewardLike,
+    sft: ModelLike | None = None,
+    baseline: ModelLike | None = None,
+    source: Role = "sft",
+    num_texts: int = 8,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    transfer: Literal["direct", "indirect"] = "direct",
+    beta: float | None = None,
+    rounds: int = 1,
+    alpha: float = 0.5,
+    epochs: int = 6,
+    on_epoch: Callable[[int, float], None] = lambda epoch, r2: None,
+    **options: Unpack[MethodOptions],
+) -> ValueHead:
+    """Fit the value head that `presets.value_guided` and `source="value"` decode with.
+
+    Draws `num_texts` responses to each prompt, scores them by `reward`, and fits
+    `Q_V(x, z) = v(f(h)) + u(f(h)) . e_z` to the reward of the whole text at every token, by least
+    squares; h is the state of the prior, `sft` where that is given and else `baseline`. Some of the
+    prompts are held out: `head.config.fit` says how well the head foretells their rewards.
+
+    Args:
+        prompts: as for `tq_fast.decode`; other ones than those that are decoded later.
+        reward: the target reward, as for `tq_fast.decode`.
+        sft: the prior that the head will guide.
+        baseline: the aligned model, for `source="baseline"`.
+        source: the model that draws the texts: "baseline" gives the direct Q of Transfer Q*, "sft"
+            that of controlled decoding.
+        num_texts: texts a prompt and round.
+        max_new_tokens: length of a text, at most.
+        seed: of every random draw.
+        transfer: "indirect" weighs the texts of a baseline that was aligned to another reward.
+        beta: KL weight of that alignment.
+        rounds: 2 adds texts drawn under the first head (arXiv 2503.02368).
+        alpha: decoding temperature of the second round.
+        epochs: passes over all tokens.
+        on_epoch: called after each epoch with its number and the held-out R2.
+        **options: other keyword arguments of `presets.best_of_n`.
+
+    Returns:
+        The head; `head.save(folder)` keeps it.
+
+    Raises:
+        InvalidArgument: an argument is wrong, or there is nothing to fit.
+    """
+    if source not in ("sft", "baseline"):
+        raise InvalidArgument(f"source must be one of 'sft', 'baseline', got {source!r}")
+    plan = FitPlan(
+        transfer=transfer,
+        beta=beta,
+        rounds=rounds,
+        alpha=alpha,
+        num_texts=num_texts,
+        options=FitOptions(epochs=epochs, seed=seed),
+    )
+    running: dict[str, Any] = {name: options.pop(name) for name in RUNNING if name in options}
+    check_running(running)
+    models = {"sft": sft, "baseline": baseline, "reward": reward}
+    given = {**options, "max_new_tokens": max_new_tokens, "seed": seed}
+    opened = open_logging("fit_value", models, given, num_texts=num_texts, source=source)
+    check_plan(opened.session, plan)
+    template_options = running.pop("template_options", None)
+    read = opened.session.read(prompts, template_options)
+    result = opened.decode(read, **running)
+    texts = [
+        LoggedTexts(prompt, stages[0].sequences or [], stages[0].rewards.tolist())
+        for prompt, stages in zip(read, result.stages, strict=True)
+    ]
+    return fit_from_texts(opened, texts, plan, on_epoch=on_epoch, **running)
+
+
+def open_logging(
+    name: str, models: dict[str, Any], options: dict[str, Any], *, num_texts: int, source: Role
+) -> OpenMethod:
+    """Open the drawing of texts for a fit: the best of n whose models are all loaded.
+
+    Args:
+        name: what messages call the method.
+        models: by role; both language models where they are given.
+        options: other keyword arguments of best_of_n.
+        num_texts: texts a prompt.
+        source: the role whose model draws them.
+    """
+    require_count("num_texts", num_texts)
+    call = PresetCall("best_of_n", options, models)
+    call.method = name
+    call.require(source, "reward")
+
+    def make(session: Session, config: DecodeConfig) -> PlainMethod:
+        law = TextSource(name, source).law(session, config, is_greedy=False, measures_sft=False)
+        return PlainMethod(session, law, config, num=num_texts, keeps_all=True)
+
+    return call.open(make)
+
+
+def check_plan(session: Session, plan: FitPlan) -> None:
+    """Refuse a plan that the session's models cannot serve.
+
+    Raises:
+        InvalidArgument: indirect transfer without both language models.
+    """
+    if plan.transfer == "indirect" and len(session.languages) < 2:
+        raise InvalidArgument("transfer='indirect' needs sft and baseline, one of them is None")
+
+
+@neutral_torch()
+@torch.no_grad()
+def fit_from_texts(
+    opened: OpenMethod,
+    texts: Sequence[LoggedTexts],
+    plan: FitPlan,
+    *,
+    on_epoch: Callable[[int, float], None] = lambda epoch, r2: None,
+    **running: Any,
+) -> ValueHead:
+    """Fit a head to texts that are drawn and scored already, in rounds where the plan has several.
+
+    Args:
+        opened: what `open_logging` returned.
+        texts: of each prompt.
+        plan: what is fitted.
+        on_epoch: called after each epoch with its number and the held-out R2.
+        **running: the keyword arguments of `Session.run`, for further rounds.
+    """
+    session, config = opened.session, opened.config
+    check_plan(session, plan)
+    known, laws = list(texts), [opened.method.law]  # type: ignore[attr-defined]
+    prompts = [entry.prompt for entry in texts]
+    prior: Role = "sft" if "sft" in session.languages else "baseline"
+    reader = _TokenReader(session, prior, config, plan)
+    tokens = reader.read(known, laws)
+    head = _fit(session, prior, tokens, plan, on_epoch, len(known))
+    for number in range(1, plan.rounds):
+        guided = dataclasses.replace(config, alpha=plan.alpha, seed=config.seed + number)
+        law = TextSource(opened.name, "value", head).law(
+            session, guided, is_greedy=False, measures_sft=False
+        )
+        method = PlainMethod(session, law, guided, num=plan.num_texts, keeps_all=True)
+        result = session.run(prompts, method, **running)
+        laws.append(law)
+        known += [
+            LoggedTexts(prompt, stages[0].sequences or [], stages[0].rewards.tolist(), number)
+            for prompt, stages in zip(prompts, result.stages, strict=True)
+        ]
+        tokens = reader.read(known, laws)
+        head = _fit(session, prior, tokens, plan, on_epoch, len(prompts))
+    return head
+
+
+def _fit(
+    session: Session,
+    prior: Role,
+    tokens: LoggedTokens,
+    plan: FitPlan,
+    on_epoch: Callable[[int, float], None],
+    num_prompts: int,
+) -> ValueHead:
+    model = session.languages[prior]
+    described: dict[str, Any] = {"transfer": plan.transfer, "rounds": plan.rounds, "prior": prior}
+    if plan.transfer == "indirect":
+        described["beta"] = plan.beta
+    config = ValueHeadConfig(
+        hidden_size=tokens.hidden.shape[1],
+        vocab_size=vocab_size_of(model),
+        models={"prior": prior_fingerprint(model), "reward": session.rewards["reward"].name},
+        fit=described,
+    )
+    return fit_head(tokens, config, plan.options, on_epoch)
+
+
+class _TokenReader:
+    """Reads the states before every token of logged texts off the prior."""
+
+    def __init__(self, session: Session, prior: Role, config: DecodeConfig, plan: FitPlan) -> None:
+        self.session = session
+        self.prior = prior
+        self.config = config
+        self.plan = plan
+        self._done: list[LoggedTokens] = []
+
+    def read(self, texts: Sequence[LoggedTexts], laws: Sequence[Any]) -> LoggedTokens:
+        """Return the tokens of all `texts`; those that were read before are not read again."""
+        names = {id(entry.prompt): i for i, entry in enumerate(texts[::-1])}
+        for entry in texts[len(self._done) :]:
+            self._done.append(self._read_one(entry, names[id(entry.prompt)], laws))
+        parts = [part for part in self._done if len(part.token_ids)]
+        if not parts:
+            raise InvalidArgument("prompts must have at least one text of one token, got none")
+        fields = {
+            field.name: torch.cat([getattr(part, field.name) for part in parts])
+            for field in dataclasses.fields(LoggedTokens)
+            if getattr(parts[0], field.name) is not None
+        }
+        return LoggedTokens(**fields)
+
+    def _read_one(self, entry: LoggedTexts, group: int, laws: Sequence[Any]) -> LoggedTokens:
+        rows = [list(ids) for ids in entry.sequences]
+        rewards = torch.tensor(list(entry.rewards), dtype=torch.float32)
+        lengths = torch.tensor([len(row) for row in rows])
+        needs = self.plan.transfer == "indirect"
+        roles = {self.prior, *(laws[entry.drawn_from].roles if needs else ())}
+        states: dict[Role, torch.Tensor] = {}
+        logits: dict[Role, list[Any]] = {}
+        for role in roles:
+            passes = list(self._run(role, entry.prompt, rows, keeps_logits=needs))
+            states[role] = torch.cat([hidden for hidden, _ in passes])
+            if needs:
+                logits[role] = [found for _, found in passes]
+        token_ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+        weights = torch.ones(len(token_ids))
+        if needs:
+            law = laws[entry.drawn_from]
+            weights = self._weights(law, rows, rewards, token_ids, states, logits)
+        return LoggedTokens(
+            hidden=states[self.prior],
+            token_ids=token_ids,
+            rewards=rewards.repeat_interleave(lengths),
+            groups=torch.full((len(token_ids),), group, dtype=torch.int64),
+            weights=weights,
+        )
+
+    def _run(
+        self, role: Role, prompt: Prompt, rows: list[list[int]], *, keeps_logits: bool
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Yield states `[N, D]`, and logits `[N, V]`, before the tokens of some rows at a time."""
+        model = self.session.languages[role]
+        check_runs(model)
+        longest = max(map(len, rows))
+        per_pass = max(1, _LOGITS_BYTES // (4 * vocab_size_of(model) * longest))
+        forest = LanguageForest(
+            model,
+            num_trees=1,
+            num_rows=min(per_pass, len(rows)),
+            prefix_capacity=len(prompt.token_ids),
+            branch_capacity=longest,
+            backend=self.config.backend,
+            keeps_hidden=True,
+        )
+        forest.prefill(0, prompt.token_ids)
+        assert forest.next_hidden is not None
+        first_state, first_logits = forest.next_hidden.clone(), forest.next_logits.clone()
+        for start in range(0, len(rows), per_pass):
+            chunk = rows[start : start + per_pass]
+            width = max(map(len, chunk)) - 1
+            states, found = None, None
+            if width:
+                padded = [[*row[:-1], *[0] * (width - len(row) + 1)] for row in chunk]
+                tree = torch.zeros(len(chunk), dtype=torch.int64, device=forest.device)
+                ids = torch.tensor(padded, device=forest.device)
+                output = forest.run_branches(forest.model, ids, start=0, tree=tree)
+                states, found = forest.hidden, output.logits
+            for i, row in enumerate(chunk):
+                hidden = first_state if states is None else torch.cat([first_state, states[i]])
+                logits = None
+                if keeps_logits:
+                    logits = first_logits if found is None else torch.cat([first_logits, found[i]])
+                    logits = logits[: len(row)].cpu()
+                yield hidden[: len(row)].cpu(), logits
+
+    def _weights(
+        self,
+        law: Any,
+        rows: list[list[int]],
+        rewards: torch.Tensor,
+        token_ids: torch.Tensor,
+        states: dict[Role, torch.Tensor],
+        logits: dict[Role, list[Any]],
+    ) -> torch.Tensor:
+        """exp(r / beta) rho_sft / q of what follows each token, `[N]`, q being drawn from.
+
+        Their mean is 1 over the texts at each place: a factor that depends on the text before a
+        token alone moves no minimum, and without it few places would be all that counts.
+        """
+        assert self.plan.beta is not None
+        ratios = self._log_ratios(law, rows, token_ids, states, logits)
+        table = torch.full((len(rows), max(map(len, rows))), -torch.inf, dtype=torch.float64)
+        for i, ratio in enumerate(ratios):
+            # What follows a token: the sum over all, less that up to and with itself.
+            after = ratio.sum() - ratio.cumsum(0)
+            table[i, : len(ratio)] = rewards[i].double() / self.plan.beta + after
+        used = table > -torch.inf
+        table = table.softmax(0) * used.sum(0)
+        return table[used].float()
+
+    def _log_ratios(
+        self,
+        law: Any,
+        rows: list[list[int]],
+        token_ids: torch.Tensor,
+        states: dict[Role, torch.Tensor],
+        logits: dict[Role, list[Any]],
+    ) -> Iterator[torch.Tensor]:
+        """Yield log pi_sft - log q of every token of each text, fp64 `[T]`."""
+        config, size, start = self.config, self.session.num_tokens, 0
+        for i, row in enumerate(rows):
+            ids = token_ids[start : start + len(row), None]
+            sft = clean_logits(logits["sft"][i], size).log_softmax(-1).gather(1, ids)
+            policy = clean_logits(logits[law.roles[0]][i], size)
+            if isinstance(law, ValueLaw):
+                _, directions = law.head(states[law.prior][start : start + len(row)])
+                vectors = law.head.token_embeddings[:size].float()
+                policy = policy + directions @ vectors.t() / law.config.alpha
+            drawn = proposal_logprobs(
+                policy,
+                temperature=config.rollout_temperature,
+                top_k=config.rollout_top_k,
+                top_p=config.rollout_top_p,
+            ).gather(1, ids)
+            yield (sft - drawn).squeeze(1).double()
+            start += len(row)

@@ -1,0 +1,148 @@
+"""What whole texts are drawn from: the baseline, the SFT model, or a prior under a value head."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import DecodeConfig, Role
+from ..errors import InvalidArgument
+from ..forest.language import device_of, vocab_size_of
+from ..models.fingerprint import fingerprint_model
+from ..session import Session
+from ..values.head import ValueHead
+from .call import PresetCall
+from .laws import MixtureLaw, TokenLaw, ValueLaw
+
+Source: TypeAlias = Literal["baseline", "sft", "value"]
+ValueLike: TypeAlias = ValueHead | str | os.PathLike[str]
+
+
+class TextSource:
+    """The source of a method's texts, as the caller named it.
+
+    Args:
+        method: the preset's name, for messages.
+        source: which law.
+        value: the head, or its folder, for `source="value"`.
+
+    Raises:
+        InvalidArgument: there is no such source, or no head where one is needed.
+    """
+
+    def __init__(self, method: str, source: Source, value: ValueLike | None = None) -> None:
+        if source not in get_args(Source):
+            expected = ", ".join(map(repr, get_args(Source)))
+            raise InvalidArgument(f"source must be one of {expected}, got {source!r}")
+        if (source == "value") != (value is not None):
+            needed = "is needed" if value is None else "has no part"
+            raise InvalidArgument(f"value {needed} in {method!r} with source={source!r}")
+        self.source = source
+        self.head: ValueHead | None = None
+        if value is not None:
+            self.head = value if isinstance(value, ValueHead) else _load(value)
+
+    def models_of(self, models: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out the models that the source has no use for; SFT always serves to measure."""
+        used = dict(models)
+        if self.source == "sft" or (self.source == "value" and models.get("sft") is not None):
+            used["baseline"] = None
+        return used
+
+    def require(self, call: PresetCall) -> None:
+        """Refuse a call without the model that the source draws from."""
+        if self.source != "value":
+            call.require(self.source)
+        elif not {"sft", "baseline"} & set(call.models):
+            raise InvalidArgument(
+                f"sft, or baseline, is needed by the method {call.method!r}: the model that the "
+                "value head was fitted on, got None"
+            )
+
+    def law(
+        self,
+        session: Session,
+        config: DecodeConfig,
+        *,
+        is_greedy: bool,
+        measures_sft: bool,
+    ) -> TokenLaw:
+        """Return the law over the models of `session`.
+
+        Args:
+            session: the models.
+            config: how tokens are drawn.
+            is_greedy: take the arg max.
+            measures_sft: run the SFT model beside another one, to measure the divergence to it.
+
+        Raises:
+            InvalidArgument: the head belongs to another model.
+        """
+        measured: tuple[Role, ...] = ()
+        has_sft = "sft" in session.languages
+        drawn_from: Role = "sft" if has_sft else "baseline"
+        if self.source == "baseline":
+            drawn_from = "baseline"
+        if measures_sft and drawn_from != "sft" and has_sft:
+            measured = ("sft",)
+        if self.head is None:
+            weights: dict[Role, float] = {drawn_from: 1.0, **dict.fromkeys(measured, 0.0)}
+            return mixture_law(session, weights, config, is_greedy=is_greedy)
+        prior = session.languages[drawn_from]
+        _check_head(self.head, prior, drawn_from, session.num_tokens)
+        return ValueLaw(
+            _on_device(self.head, device_of(prior)),
+            drawn_from,
+            eos=session.end_ids(config),
+            vocab_size=session.num_tokens,
+            config=config,
+            is_greedy=is_greedy,
+            measured=measured,
+        )
+
+
+def mixture_law(
+    session: Session, weights: Mapping[Role, float], config: DecodeConfig, *, is_greedy: bool
+) -> MixtureLaw:
+    """Return the law of a model, or of a mixture, over the models of `session`."""
+    known = {role: weight for role, weight in weights.items() if role in session.languages}
+    eos = session.end_ids(config)
+    return MixtureLaw(known, eos, session.num_tokens, config, is_greedy)
+
+
+def prior_fingerprint(model: PreTrainedModel) -> str:
+    """Return what a head remembers of the model whose states it reads, whatever its dtype."""
+    return fingerprint_model(model, None, rounded_to=torch.bfloat16)
+
+
+def _load(value: Any) -> ValueHead:
+    if not isinstance(value, (str, os.PathLike)):
+        raise InvalidArgument(
+            f"value must be a ValueHead or a folder that ValueHead.save wrote, got {value!r}"
+        )
+    return ValueHead.load(value)
+
+
+def _check_head(head: ValueHead, prior: PreTrainedModel, role: str, num_tokens: int) -> None:
+    known = head.config.models.get("prior")
+    if known is not None and known != prior_fingerprint(prior):
+        raise InvalidArgument(
+            f"value belongs to another model than {role}: it was fitted on the states of a model "
+            f"with the fingerprint {known}, this one has {prior_fingerprint(prior)}"
+        )
+    if head.config.vocab_size < min(num_tokens, vocab_size_of(prior)):
+        raise InvalidArgument(
+            f"value has vectors for {head.config.vocab_size} tokens, but {role} has {num_tokens}"
+        )
+
+
+def _on_device(head: ValueHead, device: torch.device) -> ValueHead:
+    if head.token_embeddings.device == device and not head.training:
+        return head
+    moved = ValueHead(head.config)
+    moved.load_state_dict(head.state_dict())
+    return moved.to(device).eval().requires_grad_(False)
