@@ -176,6 +176,7 @@ def test_what_a_method_has_over_best_of_n_is_drawn_with_what_it_is() -> None:
         "reward": {
             "over": interval(0.5),
             "kind": "at least",
+            "line": 1.25,
             "cost_ratio": {"value": 2.0, "low": 1.0, "high": 4.0, "beyond": (0, -1, 1)},
         }
     }
@@ -188,4 +189,4 @@ def test_what_a_method_has_over_best_of_n_is_drawn_with_what_it_is() -> None:
     assert [label.get_text() for label in axis.get_yticklabels()] == ["TQ*, alpha = 1"]
     labels = {one["name"]: one["label"] for one in drawn["methods"]}
     table = page.cost_table(comparison, labels)
-    assert "<td>≥ +0.50 [+0.40, +0.60]</td><td>2x [≤ 1x, ≥ 4x]</td>" in table
+    assert "<td>1.25</td><td>≥ +0.50 [+0.40, +0.60]</td><td>2x [≤ 1x, ≥ 4x]</td>" in table

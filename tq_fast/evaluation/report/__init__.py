@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..results import Records
+from ..results import Records, write_head
 from . import frontier as frontiers
 from . import methods as figures
 from . import page
@@ -53,6 +53,8 @@ def build_report(
     for setup in summary["setups"]:
         if any(row["responses"] for row in setup["methods"]):
             builder.add_setup(setup)
+    for head in summary.get("values", ()):
+        builder.add(page.paragraph(write_head(head), "note"))
     builder.add(page.heading(2, "What it ran with"))
     facts = html.escape(json.dumps(versions, indent=2))
     builder.add(f"<pre>{facts}</pre><details><summary>Configuration</summary>")
