@@ -187,8 +187,8 @@ class EvalWorker:
             arguments = {**self.models_of(method).preset_arguments(), **method.own}
             if method.value is not None:
                 arguments["value"] = self.pool.head(method.value)
-            if method.method == "collab":
-                arguments.setdefault("baselines", [arguments.pop("baseline")])
+            if method.method == "collab" and "baselines" not in arguments:
+                arguments["baselines"] = [arguments.pop("baseline")]
             return presets.METHODS[method.method](
                 prompts,
                 config=method.config(seed),
