@@ -64,7 +64,10 @@ OWN_OPTIONS: dict[str, OwnOption] = {
         "[best_of_n, refine, blocks: baseline].",
     ),
     "value": OwnOption(
-        str, "DIR", "A head of `tq-fast fit-value` [value_guided; others with --source value]."
+        str,
+        "DIR",
+        "A head of `tq-fast fit-value` [value_guided; best_of_n, refine, blocks with "
+        "--source value].",
     ),
     "mix": OwnOption(
         float, "X", "Weight of the baseline: 0 is the SFT model, 1 the baseline [dera: 0.5]."
