@@ -93,7 +93,8 @@ def test_a_head_is_fitted_to_the_texts_of_a_job_and_serves_a_job(fit: Fit, job: 
 def test_an_interrupted_fit_goes_on_and_ends_as_an_uninterrupted_one(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert fit.run(output=fit.output.with_name("whole")) == 0
+    # Rewards are the same to the last bit only in groups of one size.
+    assert fit.run(output=fit.output.with_name("whole"), options={"batch_size": 2}) == 0
     expected = ValueHead.load(fit.output.with_name("whole")).state_dict()
     append = RecordFile.append
 
@@ -164,7 +165,7 @@ def test_records_of_other_methods_sources_and_models_are_refused(
     assert job.run(DRAWING, models=best) == 0
     records = {"prompts": None, "from_records": job.output}
     with pytest.raises(
-        InvalidArgument, match=r"must be those of .* source='baseline', or .* 'sft'"
+        InvalidArgument, match=r"with source='baseline', or .* by best_of_n with source='sft'"
     ):
         fit.run(source="baseline", **records)
     with pytest.raises(InvalidArgument, match=r"other models: reward was '.*/reward', is '.*other"):
