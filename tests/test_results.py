@@ -15,6 +15,7 @@ from tests.presets.test_presets import PROMPTS, run
 from tq_fast import Certificate, DecodeResult, DecodeStats, PromptResult, StepTrace
 from tq_fast.errors import InvalidArgument
 from tq_fast.presets import METHODS
+from tq_fast.results import weakest_kl_kind
 
 
 def step(**changes: object) -> StepTrace:
@@ -34,7 +35,9 @@ def step(**changes: object) -> StepTrace:
 
 
 def result(**changes: object) -> DecodeResult:
-    certificate = Certificate(math.inf, None, -0.25, "sft", None, min_ess=math.nan)
+    certificate = Certificate(
+        math.inf, None, -0.25, "sft", None, min_ess=math.nan, kl_kind="at most"
+    )
     stats = DecodeStats({"sft": 3}, num_steps=1, seconds={"rollout": 0.1})
     fields = {
         "texts": ["a\u2028 \U0001f600", "nan"],
@@ -99,9 +102,16 @@ def test_what_was_saved_is_loaded_again(tmp_path: Path) -> None:
         assert loaded == given
         assert loaded.stats == given.stats
         assert math.isnan(loaded.certificates[0].min_ess)
+        assert loaded.certificates[0].kl_kind == "at most"
         assert loaded.traces[0][0].kl_to_sft is None
     text = (tmp_path / "result.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_mean_of_divergences_claims_no_more_than_each_of_them_does() -> None:
+    assert weakest_kl_kind(["exact", "exact"]) == weakest_kl_kind([]) == "exact"
+    assert weakest_kl_kind(["exact", "at most", "exact"]) == "at most"
+    assert weakest_kl_kind(["approximate", "at most", "exact"]) == "approximate"
 
 
 @pytest.mark.filterwarnings("ignore:transfer=")

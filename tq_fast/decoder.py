@@ -322,7 +322,7 @@ class TransferMethod:
             report.token(response.idx)
             if is_finished:
                 num_unused = self.tokens_per_prompt - len(response.token_ids)
-                report.finish(response.idx, self._finish(response), num_unused=num_unused)
+                report.finish(response.idx, self.finish(response), num_unused=num_unused)
 
         own = DecodeStats()
         try:
@@ -338,7 +338,8 @@ class TransferMethod:
         warn_of_noise(result.traces, self.config)
         warn_of_collapse(result.traces, self.config)
 
-    def _finish(self, response: Response) -> PromptResult:
+    def finish(self, response: Response) -> PromptResult:
+        """Return the result of a response that is complete."""
         is_bounded = self.is_aligned or self.plan.prior != "baseline"
         certificate = certify(
             response.trace,

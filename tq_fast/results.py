@@ -8,14 +8,22 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
 from .errors import InvalidArgument
 from .prompts import Prompt
+
+KlKind: TypeAlias = Literal["exact", "at most", "approximate"]
+
+
+def weakest_kl_kind(kinds: Iterable[KlKind]) -> KlKind:
+    """Return what may be said of a mean of divergences of these kinds; "exact" of none."""
+    order: tuple[KlKind, ...] = get_args(KlKind)
+    return max(kinds, key=order.index, default="exact")
 
 
 class _ByValue:
@@ -52,8 +60,10 @@ class Certificate:
     and horizons and imperfect baselines are not covered.
 
     Attributes:
-        kl_to_sft: sum over the steps of KL(pi_alg || pi_sft), nats; None without an SFT model. An
-            upper bound where choices were settled by bounds on the reward.
+        kl_to_sft: sum over the steps of KL(pi_alg || pi_sft), nats; None without an SFT model.
+            `kl_kind` says what it is to the divergence of the responses' own law. Arg max
+            (strategy="greedy") follows no pi_alg: there it describes the law that the tokens are
+            the arg max of.
         kl_to_baseline: the same for pi_BL; None where no baseline took part.
         log_prior_mass: sum over the steps of the log prior mass of the k candidates.
         prior: the prior in use, "sft" or "baseline"; "mixture" of both for dera.
@@ -71,6 +81,12 @@ class Certificate:
         median_ess: median effective sample size over all steps and candidates with more than one
             roll-out; None where there is none.
         min_ess: the smallest of these sample sizes.
+        kl_kind: what the mean of `kl_to_sft` and `kl_to_baseline` over responses is to the
+            divergence of the law that the responses come from. "exact": the divergence itself,
+            because Q carries no noise or takes no part. "at most": an upper bound, because pi_alg
+            is the law given the roll-outs that were drawn, over which the law of the responses
+            averages; because bounds on the reward settled choices; or because the best of several
+            responses was kept. "approximate": a bound under an assumption that holds roughly.
     """
 
     kl_to_sft: float | None
@@ -81,6 +97,7 @@ class Certificate:
     gap_reduction: float | None = None
     median_ess: float | None = None
     min_ess: float | None = None
+    kl_kind: KlKind = "exact"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

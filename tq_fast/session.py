@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -120,7 +121,7 @@ class MethodOptions(DecodeOptions, RunOptions, total=False):
 
 def _check_roles(name: str, by_role: Mapping[str, Any]) -> None:
     for role in by_role:
-        if role not in LOADED_ROLES:
+        if role not in LOADED_ROLES and not re.fullmatch(r"baseline_[1-9]\d*", str(role)):
             raise InvalidArgument(
                 f"{name} must be by role ({', '.join(LOADED_ROLES)}), got {role!r}"
             )
@@ -311,7 +312,7 @@ class Session:
         self.reward_bounds = loading.reward_bounds
         self.speed = loading.speed or SpeedOptions()
         dtype = loading.dtype
-        given = {role: model for role in ROLES if (model := languages.get(role)) is not None}
+        given = {role: model for role, model in languages.items() if model is not None}
         sources: dict[str, Any] = {str(role): model for role, model in given.items()}
         sources |= {role: reward for role, reward in rewards.items() if reward is not None}
         places = {role: place_models(loading.device, role) for role in sources}
@@ -332,11 +333,15 @@ class Session:
             loading.tokenizer, given[first], "tokenizer", loader.options_of(first)
         )
         tokenizers = [self.tokenizer]
-        if len(given) == 2:
-            tokenizers.append(load_tokenizer(None, given["sft"], "sft", loader.options_of("sft")))
+        for role in [role for role in given if role != first]:
+            other = load_tokenizer(None, given[role], role, loader.options_of(role))
             check_same_vocabulary(
-                *tokenizers, *self.languages.values(), is_given=loading.tokenizer is not None
+                role,
+                (self.tokenizer, other),
+                (self.languages[first], self.languages[role]),
+                is_given=loading.tokenizer is not None,
             )
+            tokenizers.append(other)
         sizes = [vocab_size_of(model) for model in self.languages.values()]
         known = [num_token_ids(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
         self.vocab_size = min(sizes)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tq_fast import presets
 from tq_fast.cli.evaluate import EvalOptions, run_eval
 from tq_fast.cli.report import run_report
 from tq_fast.errors import InvalidArgument
@@ -52,6 +53,7 @@ beta = 0.5
 [[setup]]
 name = "one"
 compare_with = ["baseline"]
+ceiling = 8
 method = [
     { method = "transfer_q", label = "TQ" },
     { method = "transfer_q_indirect", weights = "reward_gap" },
@@ -68,6 +70,7 @@ name = "sparse"
 models = { reward = { name = "tiny:baseline_reward", keep = 0.5 } }
 method = [{ method = "transfer_q" }, { method = "baseline" }]
 """
+POOL = "one/_ceiling"
 NUM_RESPONSES = 2 * 12
 
 
@@ -125,6 +128,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 def test_every_method_has_a_record_a_prompt_with_its_measures(whole: Results) -> None:
     records = whole.records()
+    assert len(records.pop(POOL)) == 2
     assert sum(map(len, records.values())) == NUM_RESPONSES
     prompts = load_tiny_world().prompts[:2]
     for name, own in records.items():
@@ -157,12 +161,41 @@ def test_the_summary_and_the_table_hold_the_means_of_the_records(whole: Results)
         own = [record["measures"]["reward"] for record in whole.records()[f"one/{name}"]]
         assert row["metrics"]["reward"]["value"] == pytest.approx(sum(own) / len(own))
         assert row["responses"] == 2 and row["failed"] == 0
-    assert rows["best_of_n"]["kl_kind"] == "upper bound"
+    kinds = {name: row["kl_kind"] for name, row in rows.items()}
+    exact = {"args", "dera", "baseline", "sft"}
+    assert kinds == {name: "exact" if name in exact else "at most" for name in rows}
     table = (whole.output / "table.md").read_text()
     assert "win-tie against baseline, %" in table and "| TQ |" in table
     assert json.loads((whole.output / "versions.json").read_text())["torch"]
     assert (whole.output / "config.toml").read_text() == CONFIG
-    assert f"{NUM_RESPONSES} responses; this run took" in whole.said
+    assert f"{NUM_RESPONSES + 2 * 8} responses; this run took" in whole.said
+
+
+def test_the_ceiling_comes_from_sft_samples_that_the_target_scores(whole: Results) -> None:
+    world = load_tiny_world()
+    pool = load_config(whole.config).setups[0].pool
+    (seed,) = pool.seeds((7,))
+    for record, prompt in zip(whole.records()[POOL], world.prompts[:2], strict=True):
+        drawn = presets.sft(
+            prompt, sft=world.sft, num_return_sequences=8, max_new_tokens=6, seed=seed, device="cpu"
+        )
+        assert record["prompt"] == prompt and record["seed"] == seed
+        assert record["token_ids"] == [ids.tolist() for ids in drawn.sequences]
+        golds = gold_reward([prompt] * 8, drawn.texts)
+        assert record["scores"]["gold"] == pytest.approx(golds, abs=1e-5)
+        assert set(record["scores"]) == {"reward", "baseline_reward", "gold"}
+    summary = json.loads((whole.output / "summary.json").read_text())
+    ceiling = summary["setups"][0]["ceiling"]
+    assert (ceiling["num_texts"], ceiling["num_prompts"]) == (8, 2)
+    scores = [score for record in whole.records()[POOL] for score in record["scores"]["reward"]]
+    first = ceiling["curves"]["reward"][0]
+    assert first["value"] == pytest.approx(sum(scores) / 16) and first["is_trusted"]
+    # The SFT model itself stands at its beginning; beyond it 8 samples say nothing.
+    rows = {row["name"]: row for row in summary["setups"][0]["methods"]}
+    assert rows["sft"]["ceiling"]["reward"] == pytest.approx(first["value"])
+    assert rows["transfer_q"]["ceiling"] == {"reward": None, "gold": None}
+    assert summary["setups"][1]["ceiling"] is None
+    assert "highest reward at that KL" in (whole.output / "table.md").read_text()
 
 
 def test_a_finished_evaluation_has_nothing_left_to_do(whole: Results) -> None:

@@ -334,3 +334,25 @@ def test_responses_follow_the_exact_law_of_whole_responses() -> None:
         )
         assert chi_square_excess(drawn, laws[prior]) < 10
         assert chi_square_excess(drawn, laws[other]) > 10
+
+
+def test_the_law_averaged_over_rollouts_is_closer_to_sft_than_the_law_given_them() -> None:
+    """That is why the divergence is "at most" with sampled roll-outs and "exact" without."""
+    copies = 64
+    shares = {}
+    for rollout in ("sample", "greedy"):
+        result = decode(any_policy(), copies=copies, num_rollouts=1, rollout=rollout)
+        own = given = 0.0
+        for number in range(NUM_WORLDS):
+            first = [trace[0] for trace in result.traces[number * copies :][:copies]]
+            laws = torch.zeros(copies, V, dtype=torch.float64)
+            for law, step in zip(laws, first, strict=True):
+                law[step.candidates] = step.final_logprobs.double().exp()
+            sft = world().sft[0][number, 0]
+            own += float(divergence(laws.mean(0).log(), sft))
+            given += sum(step.kl_to_sft for step in first) / copies
+        shares[rollout] = own / given
+        kinds = {one.kl_kind for one in result.certificates}
+        assert kinds == {"at most" if rollout == "sample" else "exact"}
+    assert shares["greedy"] == pytest.approx(1.0, abs=1e-5)
+    assert shares["sample"] < 0.8

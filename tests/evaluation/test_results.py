@@ -27,17 +27,27 @@ models = { gold = "tiny:gold_reward" }
 method = [
     { method = "transfer_q" },
     { method = "best_of_n", n = 4 },
+    { method = "best_of_n", name = "bon", label = "best", source = "sft", sweep = { n = [1, 2] } },
     { method = "baseline" },
     { method = "sft" },
 ]
 """
 
 
-def record(prompt: int, seed: int, reward: float, gold: float, kl: float = 1.0) -> dict[str, Any]:
+def record(
+    prompt: int, seed: int, reward: float, gold: float, kl: float = 1.0, kind: str = "exact"
+) -> dict[str, Any]:
     measures = {"reward": reward, "gold": gold, "kl_to_sft": kl, "coherence": None}
     measures |= {"token_forwards": {"sft": 2.0, "reward": 3.0}, "cpu_seconds": 0.5}
     place = {"prompt_idx": prompt, "seed": seed, "index": 2 * seed + prompt}
-    return {**place, "token_ids": [1, 2], "steps": 2, "measures": measures}
+    certificate = {"kl_to_sft": kl, "kl_kind": kind}
+    return {
+        **place,
+        "token_ids": [1, 2],
+        "steps": 2,
+        "certificate": certificate,
+        "measures": measures,
+    }
 
 
 @pytest.fixture
@@ -95,11 +105,49 @@ def test_a_measure_that_nobody_has_is_left_out(summary: dict) -> None:
     assert "| transfer_q | 3.00 [2.00, 4.00] | 1.00 [-1.00, 3.00] |" in table
 
 
-def test_the_divergence_of_best_of_n_is_marked_as_a_bound(config: EvalConfig) -> None:
-    records = {("s", "best_of_n"): [record(0, 0, 1.0, 1.0, kl=2.5)]}
+@pytest.mark.parametrize(
+    ("kinds", "shown"),
+    [
+        (["exact", "exact"], "| 2.50 [2.50, 2.50] |"),
+        (["exact", "at most"], "| ≤ 2.50 [2.50, 2.50] |"),
+        (["approximate", "at most"], "| ≲ 2.50 [2.50, 2.50] |"),
+    ],
+)
+def test_a_divergence_that_is_a_bound_is_marked_as_its_certificates_say(
+    config: EvalConfig, kinds: list[str], shown: str
+) -> None:
+    own = [record(idx, 0, 1.0, 1.0, kl=2.5, kind=kind) for idx, kind in enumerate(kinds)]
+    records = {("s", "transfer_q"): own}
     table = write_table(summarise(config, records))
-    line = next(line for line in table.splitlines() if line.startswith("| best_of_n"))
-    assert "| ≤ 2.50 [2.50, 2.50] |" in line
+    assert shown in next(line for line in table.splitlines() if line.startswith("| transfer_q"))
+
+
+def test_a_record_that_does_not_say_what_its_divergence_is_counts_as_a_bound(
+    config: EvalConfig,
+) -> None:
+    old = record(0, 0, 1.0, 1.0)
+    del old["certificate"]["kl_kind"]
+    rows = summarise(config, {("s", "sft"): [old]})["setups"][0]["methods"]
+    assert next(row["kl_kind"] for row in rows if row["name"] == "sft") == "at most"
+
+
+def test_methods_are_held_against_best_of_n_from_one_model_at_equal_cost(
+    config: EvalConfig,
+) -> None:
+    records = {
+        ("s", "transfer_q"): [record(0, 0, 4.0, 1.0), record(1, 0, 2.0, 0.0)],
+        ("s", "bon-n=1"): [record(0, 0, 1.0, 2.0), record(1, 0, 3.0, 0.5)],
+        ("s", "bon-n=2"): [record(0, 0, 2.0, 2.0), record(1, 0, 3.5, 0.5)],
+    }
+    for one in records[("s", "bon-n=2")]:
+        one["measures"]["token_forwards"] = {"sft": 10.0}
+    summary = summarise(config, records)
+    (comparison,) = summary["setups"][0]["equal_cost"]
+    assert comparison["line"] == "best"
+    (one,) = comparison["methods"]
+    assert one["name"] == "transfer_q" and one["measures"]["reward"]["kind"] == "equal"
+    assert one["measures"]["reward"]["over"]["value"] == pytest.approx(1.0)
+    assert "Against best at equal token-forwards" in write_table(summary)
 
 
 def test_intervals_as_cells() -> None:
@@ -107,7 +155,6 @@ def test_intervals_as_cells() -> None:
     assert format_interval(found, "reward") == "0.51 [0.40, 0.60]"
     assert format_interval(found, "diversity") == "0.512 [0.400, 0.600]"
     assert format_interval({"value": 12345.6, "low": 0, "high": 0}, "token_forwards") == "12,346"
-    assert format_interval(None, "reward") == ""
     assert format_interval({"value": -0.001, "low": -0.1, "high": 0.1}, "reward").startswith(
         "0.00 ["
     )

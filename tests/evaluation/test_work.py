@@ -9,7 +9,8 @@ import pytest
 
 from tq_fast.errors import TqFastError
 from tq_fast.evaluation.config import MethodSpec
-from tq_fast.evaluation.work import Task, _hear, work_of
+from tq_fast.evaluation.processes import _hear
+from tq_fast.evaluation.work import Task, work_of
 
 TASK, NEXT = Task(0, 0, 1, 0, (0, 1)), Task(0, 1, 1, 0, (2,))
 

@@ -259,6 +259,36 @@ def test_where_the_sft_model_plays_every_part_the_result_says_so(method: str) ->
             assert step.kl_to_baseline is None
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "kind"),
+    [
+        ("transfer_q", {}, "at most"),
+        ("transfer_q", {"rollout": "greedy"}, "exact"),
+        ("transfer_q", {"horizon": 0}, "exact"),
+        ("args", {}, "exact"),
+        ("controlled_decoding", {}, "at most"),
+        ("best_of_n", {}, "at most"),
+        ("best_of_n", {"n": 1}, "exact"),
+        ("baseline", {}, "exact"),
+        ("sft", {"rollout_temperature": 0.5, "rollout_top_k": 3}, "exact"),
+        ("dera", {}, "exact"),
+    ],
+)
+def test_a_divergence_is_called_exact_only_where_q_carries_no_noise(
+    method: str, options: dict[str, object], kind: str
+) -> None:
+    result = run(method, max_new_tokens=3, **options)
+    assert [one.kl_kind for one in result.certificates] == [kind] * len(PROMPTS)
+
+
+def test_a_choice_that_bounds_on_the_reward_settle_has_a_divergence_of_at_most() -> None:
+    options = {"rollout": "greedy", "reward_bounds": (-1000.0, 1000.0), "alpha": 1e-3}
+    result = run("transfer_q", max_new_tokens=3, **options)
+    for trace, one in zip(result.traces, result.certificates, strict=True):
+        is_complete = all(step.is_complete for step in trace)
+        assert one.kl_kind == ("exact" if is_complete else "at most")
+
+
 def test_a_baseline_aligned_to_another_reward_has_no_bound_under_its_own_prior() -> None:
     options = {"reward_bounds": (-20.0, 20.0), "beta": 0.5, "max_new_tokens": 2}
     for prior, is_bounded in (("baseline", False), ("sft", True)):

@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from rich import box
@@ -29,7 +29,7 @@ from ..evaluation.models import score_responses
 from ..models.loading import end_token_ids
 from ..models.tiny import TinyWorld, gold_reward, load_tiny_world
 from ..prompts import Prompt
-from ..results import Certificate, DecodeStats, StepTrace
+from ..results import Certificate, DecodeStats, KlKind, StepTrace, weakest_kl_kind
 from ..transfer.warnings import count_noisy_steps, describe_noise
 from .progress import JobProgress
 from .terminal import MAX_WIDTH, explain, loading_models, say
@@ -42,6 +42,11 @@ _INTRODUCTION = (
 _NUM_STEPS = 6
 _NUM_CANDIDATES = 5
 _BAR_WIDTH = 20
+_ABOUT_KL: Mapping[KlKind, str] = {
+    "exact": "",
+    "at most": "at most ",
+    "approximate": "approximately at most ",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,10 +369,12 @@ def show_cost(result: DemoResult, config: DecodeConfig, console: Console) -> Non
     per_token = stats.rollouts_run / max(1, stats.num_steps)
     kls = [found.kl_to_sft for found in result.certificates if found.kl_to_sft is not None]
     kl = statistics.mean(kls)
+    kind = weakest_kl_kind(found.kl_kind for found in result.certificates)
     explain(
         console,
         f"\n{stats.num_steps} tokens in {result.seconds:.1f} s ({rate:.1f} a second), "
-        f"{per_token:.1f} roll-outs a token; mean KL from SFT {kl:.1f} nats a response.",
+        f"{per_token:.1f} roll-outs a token; mean KL from SFT {_ABOUT_KL[kind]}{kl:.1f} nats a "
+        "response.",
     )
     explain(
         console,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -11,18 +12,10 @@ from rich.console import Console
 from ..errors import InvalidArgument
 from ..evaluation.config import EvalConfig
 from ..evaluation.config_file import find_config, load_config
+from ..evaluation.processes import run_here, run_in_processes
 from ..evaluation.prompts import check_readable
 from ..evaluation.results import write_run, write_summary, write_text
-from ..evaluation.work import (
-    EvalJob,
-    EvalWorker,
-    Task,
-    check_no_others,
-    open_jobs,
-    run_here,
-    run_in_processes,
-    work_of,
-)
+from ..evaluation.work import EvalJob, EvalWorker, Task, check_no_others, open_jobs, work_of
 from ..jobs.record_file import Record
 from ..jobs.resume import describe_repairs
 from .progress import JobProgress, format_seconds
@@ -92,7 +85,7 @@ def _run_jobs(
         total = sum(len(job.entries) for job in jobs)
         say(console, f"resuming: {num_before} of {total} responses are done")
     by_key = {job.key: job for job in jobs}
-    failed = sum(len(job.earlier.failed) for job in jobs)
+    failed = Counter({job.key: len(job.earlier.failed) for job in jobs})
     work = {
         (*job.key, index): work_of(job.method)
         for job in jobs
@@ -102,11 +95,10 @@ def _run_jobs(
     progress = JobProgress(console, "responses", work, num_before=num_before)
 
     def write(task: Task, record: Record) -> None:
-        nonlocal failed
         job = by_key[(task.setup, task.method)]
         job.file.append({**record, "settings": job.fingerprint})
         if "error" in record:
-            failed += 1
+            failed[job.key] += 1
             described = record["error"]
             if "traceback" in described:
                 say(console, described["traceback"].rstrip())
@@ -124,11 +116,15 @@ def _run_jobs(
         say(console, f"stopped; the same command goes on from what is in {output}")
         return INTERRUPTED
     if tasks:
-        write_run(output, config.workers, responses=len(work), seconds=progress.seconds)
+        texts = sum(by_key[key[:2]].method.num_texts for key in work)
+        write_run(output, config.workers, responses=texts, seconds=progress.seconds)
     write_summary(output, config)
     took = f"; this run took {format_seconds(progress.seconds)}" if tasks else ""
-    say(console, f"{sum(len(job.entries) for job in jobs) - failed} responses{took}")
-    if failed:
-        say(console, f"{failed} failed; the same command with --retry-errors decodes them again")
+    done = sum((len(job.entries) - failed[job.key]) * job.method.num_texts for job in jobs)
+    say(console, f"{done} responses{took}")
+    num_failed = failed.total()
+    if num_failed:
+        again = "the same command with --retry-errors decodes them again"
+        say(console, f"{num_failed} failed; {again}")
     say(console, f"tables: {output / 'table.md'}; pictures: tq-fast report {output}")
-    return 1 if failed else 0
+    return 1 if num_failed else 0

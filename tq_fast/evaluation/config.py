@@ -30,6 +30,17 @@ class ModelSource:
         return self.name if self.keep == 1.0 else f"{self.name} (keep {self.keep:g})"
 
 
+# The name of the pool of SFT samples that a ceiling is computed from. No method can have it: the
+# names of methods begin with a letter or a digit.
+POOL = "_ceiling"
+# The seed that the pool is drawn with: a number that nobody takes, so that no method's responses
+# are among the texts that its ceiling comes from.
+_POOL_SEED = 7_919_365_182_501
+# What a pool takes over from the settings of its set-up: how long a response is, and what ends it.
+# Its texts follow the plain law of the SFT model, which every divergence is measured against.
+_POOL_FIELDS = ("max_new_tokens", "stop", "eos_token_id", "skip_special_tokens", "backend")
+
+
 # Sources of models by role (`MODEL_ROLES`), and settings of their loading (`config_file.LOADING`).
 Models = Mapping[str, ModelSource | str | int]
 
@@ -58,9 +69,35 @@ class MethodSpec:
     swept: tuple[str, float] | None
     group: str
 
+    @property
+    def is_pool(self) -> bool:
+        """Whether this draws the pool of a ceiling, and is no method that is evaluated."""
+        return self.name == POOL
+
+    @property
+    def group_label(self) -> str:
+        """The label without the value of a sweep."""
+        return self.label if self.swept is None else self.label.rsplit(", ", 1)[0]
+
+    @property
+    def num_texts(self) -> int:
+        """The texts that it draws for a prompt with one seed."""
+        return int(self.decode.get("num_return_sequences", 1))
+
     def config(self, seed: int) -> DecodeConfig:
         """Return the settings of one run, without those that the preset fixes."""
         return DecodeConfig(**self.decode, seed=seed)
+
+    def seeds(self, given: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the seeds that it runs with where the evaluation has the seeds `given`."""
+        return (_POOL_SEED,) if self.is_pool else given
+
+
+def pool_of(num_texts: int, models: Models, decode: Mapping[str, Any]) -> MethodSpec:
+    """Return what draws a pool of `num_texts` SFT samples a prompt."""
+    kept = {name: decode[name] for name in _POOL_FIELDS if name in decode}
+    kept["num_return_sequences"] = num_texts
+    return MethodSpec(POOL, "pool of the ceiling", "sft", {}, kept, models, None, POOL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +110,7 @@ class SetupSpec:
         compare_with: methods that win-tie rates are computed against.
         models: roles of every method, and of the scoring.
         methods: in the order of the tables.
+        pool: draws the SFT samples that the ceiling is computed from; None: there is no ceiling.
     """
 
     name: str
@@ -80,6 +118,12 @@ class SetupSpec:
     compare_with: tuple[str, ...]
     models: Models
     methods: tuple[MethodSpec, ...]
+    pool: MethodSpec | None = None
+
+    @property
+    def jobs(self) -> tuple[MethodSpec, ...]:
+        """Everything that decodes: the methods, and the pool after them."""
+        return self.methods if self.pool is None else (*self.methods, self.pool)
 
 
 @dataclasses.dataclass(frozen=True)

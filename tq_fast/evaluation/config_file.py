@@ -1,8 +1,8 @@
 """Configuration files of an evaluation: TOML, checked as a whole before any model is touched.
 
-    title, description, seeds, workers, batch_size, traces, resamples
+    title, description, seeds, workers, batch_size, traces, resamples, ceiling
     [prompts]  [models]  [decode]
-    [[setup]]  name, title, compare_with, [setup.models], [setup.decode]
+    [[setup]]  name, title, compare_with, ceiling, [setup.models], [setup.decode]
     [[setup.method]]  method, name, label, models, sweep, and the method's own settings
 
 The tables [models] and [decode] hold for every set-up, those of a set-up for each of its methods;
@@ -24,7 +24,7 @@ from .. import presets
 from ..config import DecodeConfig
 from ..errors import InvalidArgument, nearest
 from ..presets.call import FIXED_FIELDS
-from .config import MODEL_ROLES, EvalConfig, MethodSpec, Models, ModelSource, SetupSpec
+from .config import MODEL_ROLES, EvalConfig, MethodSpec, Models, ModelSource, SetupSpec, pool_of
 from .prompts import PromptKind, PromptSource
 
 if sys.version_info >= (3, 11):
@@ -37,8 +37,11 @@ LOADING = (
     *("device", "dtype"),
 )
 _COUNTS = {"workers": 1, "batch_size": 16, "traces": 4, "resamples": 2000}
-_TOP = ("title", "description", "seeds", *_COUNTS, "prompts", "models", "decode", "setup")
-_SETUP = ("name", "title", "compare_with", "models", "decode", "method")
+_TOP = (
+    *("title", "description", "seeds", *_COUNTS, "ceiling"),
+    *("prompts", "models", "decode", "setup"),
+)
+_SETUP = ("name", "title", "compare_with", "ceiling", "models", "decode", "method")
 _METHOD = ("method", "name", "label", "models", "sweep")
 _PROMPT_KINDS: tuple[PromptKind, ...] = ("tiny", "file", "dataset")
 _PROMPTS = (*_PROMPT_KINDS, "limit", "chat", "split", "subset", "column", "remove")
@@ -110,8 +113,9 @@ def load_config(path: Path) -> EvalConfig:
             )
     models = _models(table.get("models", {}), f"{where}, models", path.parent)
     decode = _decode(table.get("decode", {}), f"{where}, decode")
+    ceiling = _ceiling(table.get("ceiling", 0), where)
     setups = [
-        _setup(part, f"{where}, set-up {i + 1}", path.parent, models, decode)
+        _setup(part, f"{where}, set-up {i + 1}", path.parent, models, decode, ceiling)
         for i, part in enumerate(_tables(table["setup"], f"{where}, setup"))
     ]
     _check_unique([setup.name for setup in setups], f"{where}, setup")
@@ -156,8 +160,21 @@ def _prompt_source(table: Any, where: str, folder: Path) -> PromptSource:
     return PromptSource(kind, str(folder / name) if kind == "file" else name, **options)
 
 
+def _ceiling(value: Any, where: str) -> int:
+    """Return the SFT samples a prompt that the ceiling is computed from; 0: there is none."""
+    if type(value) is not int or value < 0 or value == 1:
+        expected = "a number of SFT samples a prompt of at least 2, or 0 for no ceiling"
+        raise InvalidArgument(f"{where}: ceiling must be {expected}, got {value!r}")
+    return value
+
+
 def _setup(
-    table: dict[str, Any], where: str, folder: Path, models: Models, decode: Mapping[str, Any]
+    table: dict[str, Any],
+    where: str,
+    folder: Path,
+    models: Models,
+    decode: Mapping[str, Any],
+    ceiling: int,
 ) -> SetupSpec:
     check_keys(table, _SETUP, where)
     name = _checked_name(table.get("name"), where)
@@ -176,9 +193,12 @@ def _setup(
         if other not in names:
             hint = nearest(other, names)
             raise InvalidArgument(f"{where}: compare_with names no method: {other!r}; {hint}")
-    return SetupSpec(
-        name, str(table.get("title", name)), tuple(compare_with), models, tuple(methods)
-    )
+    ceiling = _ceiling(table.get("ceiling", ceiling), where)
+    if ceiling and "sft" not in models:
+        raise InvalidArgument(f"{where}: ceiling needs a model as sft; there is none")
+    pool = pool_of(ceiling, models, decode) if ceiling else None
+    title = str(table.get("title", name))
+    return SetupSpec(name, title, tuple(compare_with), models, tuple(methods), pool)
 
 
 def _methods(

@@ -51,17 +51,17 @@ class Bootstrap:
         Always means in every resample: a ratio to a mean that may be 0 or negative orders nothing.
         """
         first, second = _shared(ours, theirs)
-        if not first or self._resample(second).min() <= 0.0 or np.mean(list(second.values())) <= 0:
+        if not first or self.resample(second).min() <= 0.0 or np.mean(list(second.values())) <= 0:
             return None
         return self._interval(first, second, np.divide)
 
     def _interval(self, ours: Cells, theirs: Cells, combine: Callable[..., Any]) -> Interval:
         value = combine(np.mean(list(ours.values())), np.mean(list(theirs.values())))
-        drawn = combine(self._resample(ours), self._resample(theirs))
+        drawn = combine(self.resample(ours), self.resample(theirs))
         low, high = np.quantile(drawn, (0.025, 0.975))
         return Interval(float(value), float(low), float(high))
 
-    def _resample(self, cells: Cells) -> np.ndarray:
+    def resample(self, cells: Cells) -> np.ndarray:
         """Return means `[num_resamples]` over units that were drawn with replacement."""
         units: dict[int, list[float]] = {}
         is_single = len({prompt for prompt, _ in cells}) == 1

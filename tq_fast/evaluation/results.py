@@ -22,7 +22,10 @@ import transformers
 from .. import _native
 from .._version import __version__
 from ..jobs.record_file import OutputRefused, Record, RecordFile
-from .config import EvalConfig, MethodSpec, SetupSpec
+from ..results import KlKind, weakest_kl_kind
+from .ceiling import ceiling_at, read_curve, summarise_ceiling, write_ceiling
+from .config import POOL, EvalConfig, MethodSpec, SetupSpec
+from .equal_cost import compare_setup, write_comparison
 from .intervals import Bootstrap, Cells, Interval
 from .measures import compare_scores
 
@@ -48,12 +51,15 @@ _SHOWN = {
     "gain": "over baseline",
     "normalised": "normalised",
     "gold": "gold reward",
-    "kl_to_sft": "KL to SFT, nats",
+    "kl_to_sft": "KL to SFT, nats (≤ at most, ≲ roughly at most)",
+    "ceiling": "highest reward at that KL",
     "diversity": "diversity",
     "coherence": "coherence",
     "token_forwards": "token-forwards",
     "cpu_seconds": "CPU s a response",
 }
+# What stands before a divergence that is a bound.
+_KL_MARKS: Mapping[KlKind, str] = {"exact": "", "at most": "≤ ", "approximate": "≲ "}
 
 
 def records_path(output: Path, setup: SetupSpec, method: MethodSpec) -> Path:
@@ -65,7 +71,7 @@ def read_records(output: Path, config: EvalConfig) -> dict[tuple[str, str], list
     """Return the records of every (set-up, method): one an index, without cut lines."""
     records: dict[tuple[str, str], list[Record]] = {}
     for setup in config.setups:
-        for method in setup.methods:
+        for method in setup.jobs:
             file = RecordFile(records_path(output, setup, method))
             by_index: dict[int, Record] = {}
             for line in file.lines():
@@ -113,6 +119,11 @@ def _summarise_setup(
     }
     judge = _judge(setup)
     plain = next((method.name for method in setup.methods if method.method == "baseline"), None)
+    ceiling = summarise_ceiling(records.get((setup.name, POOL), ()))
+    cells = {
+        name: {measure: cells_of(own, measure) for measure in ("reward", "gold")}
+        for name, own in by_method.items()
+    }
     rows = []
     for method in setup.methods:
         own = by_method[method.name]
@@ -128,7 +139,7 @@ def _summarise_setup(
                 outcomes = _outcomes(own, by_method[other], judge)
                 metrics[f"win_tie:{other}"] = bootstrap.mean(outcomes)
         metrics["token_forwards"] = bootstrap.mean(_all_forwards(own))
-        rows.append(_row(method, own, metrics))
+        rows.append({**_row(method, own, metrics), "ceiling": _ceilings(ceiling, metrics)})
     return {
         "name": setup.name,
         "title": setup.title,
@@ -136,7 +147,9 @@ def _summarise_setup(
         "baseline_reward": str(setup.models.get("baseline_reward", "")) or None,
         "judge": judge,
         "compare_with": list(setup.compare_with),
+        "ceiling": ceiling,
         "methods": rows,
+        "equal_cost": compare_setup(rows, cells, _best_of_n_lines(setup), bootstrap),
     }
 
 
@@ -144,7 +157,6 @@ def _row(
     method: MethodSpec, records: Records, metrics: Mapping[str, Interval | None]
 ) -> dict[str, Any]:
     failed = sum("error" in record for record in records)
-    is_bound = method.method == "best_of_n" and method.own.get("n", 16) > 1
     return {
         "name": method.name,
         "label": method.label,
@@ -153,9 +165,39 @@ def _row(
         "swept": method.swept,
         "responses": len(records) - failed,
         "failed": failed,
-        "kl_kind": "upper bound" if is_bound else "sum over the steps",
+        "kl_kind": weakest_kl_kind(_kl_kinds(records)),
         "metrics": {name: found._asdict() for name, found in metrics.items() if found is not None},
     }
+
+
+def _best_of_n_lines(setup: SetupSpec) -> dict[str, list[str]]:
+    """Return the methods that are best of several n from one model, by what they are called."""
+    lines: dict[str, list[str]] = {}
+    for method in setup.methods:
+        is_plain = method.own.get("source", "baseline") in ("sft", "baseline")
+        if method.method == "best_of_n" and is_plain and method.swept is not None:
+            lines.setdefault(method.group_label, []).append(method.name)
+    return lines
+
+
+def _ceilings(
+    ceiling: Mapping[str, Any] | None, metrics: Mapping[str, Interval | None]
+) -> dict[str, float | None]:
+    """Return the ceiling of every measure at the method's divergence; None where it has none."""
+    found = metrics["kl_to_sft"]
+    if ceiling is None or found is None:
+        return {}
+    curves = {name: read_curve(curve) for name, curve in ceiling["curves"].items()}
+    return {name: ceiling_at(curve, found.value) for name, curve in curves.items()}
+
+
+def _kl_kinds(records: Records) -> list[KlKind]:
+    """Return what each response's divergence is to that of its method's law.
+
+    Records of versions that did not say so count as bounds: that much holds for all of them.
+    """
+    known = [record["certificate"] for record in records if "certificate" in record]
+    return [certificate.get("kl_kind", "at most") for certificate in known]
 
 
 def cells_of(records: Records, name: str) -> Cells:
@@ -204,6 +246,7 @@ def write_table(summary: Mapping[str, Any]) -> str:
 def shown_columns(setup: Mapping[str, Any]) -> dict[str, str]:
     """Return the measures that a table of the set-up shows, and their titles."""
     known = {name for row in setup["methods"] for name in row["metrics"]}
+    known |= {"ceiling"} if setup["ceiling"] is not None else set()
     shown = {name: title for name, title in _SHOWN.items() if name in known}
     labels = {row["name"]: row["label"] for row in setup["methods"]}
     for other in setup["compare_with"]:
@@ -221,18 +264,32 @@ def _setup_table(setup: Mapping[str, Any]) -> str:
     lines.append("| method | " + " | ".join(shown.values()) + " | failed |")
     lines.append("|" + " --- |" * (len(shown) + 2))
     for row in setup["methods"]:
-        cells = [format_interval(row["metrics"].get(name), name) for name in shown]
-        if row["kl_kind"] == "upper bound" and "kl_to_sft" in row["metrics"]:
-            place = list(shown).index("kl_to_sft")
-            cells[place] = f"≤ {cells[place]}"
+        cells = [format_metric(row, name) for name in shown]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + f" | {row['failed']} |")
+    if setup["ceiling"] is not None:
+        lines += ["", write_ceiling(setup["ceiling"])]
+    labels = {row["name"]: row["label"] for row in setup["methods"]}
+    for comparison in setup["equal_cost"]:
+        lines += ["", write_comparison(comparison, labels)]
     return "\n".join(lines) + "\n"
 
 
-def format_interval(interval: Mapping[str, float] | None, name: str) -> str:
+def kl_mark(row: Mapping[str, Any], name: str) -> str:
+    """Return what stands before a measure of a method: a mark where it is a bounded divergence."""
+    return _KL_MARKS[row["kl_kind"]] if name == "kl_to_sft" else ""
+
+
+def format_metric(row: Mapping[str, Any], name: str) -> str:
+    """Write a measure of a method as a cell of a table; empty where it is not known."""
+    if name == "ceiling":
+        highest = row["ceiling"].get("reward")
+        return "" if highest is None else format_number(highest, 2)
+    found = row["metrics"].get(name)
+    return "" if found is None else kl_mark(row, name) + format_interval(found, name)
+
+
+def format_interval(interval: Mapping[str, float], name: str) -> str:
     """Write an interval as a cell of a table: the estimate, and its ends in brackets."""
-    if interval is None:
-        return ""
     value, low, high = interval["value"], interval["low"], interval["high"]
     if name == "token_forwards":
         return f"{value:,.0f}"

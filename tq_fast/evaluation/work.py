@@ -1,7 +1,7 @@
 """The work of an evaluation.
 
 Each method of each set-up has a job: a file of records, and the prompts that it lacks. Its tasks
-are groups of those prompts; a worker decodes and measures them, here or in other processes.
+are groups of those prompts; a worker decodes and measures them (`processes.py` says where).
 """
 
 from __future__ import annotations
@@ -9,25 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing
-import signal
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import torch
-from transformers.utils import logging
+from typing import Any
 
 from .. import presets
-from ..errors import InvalidArgument, TqFastError
+from ..errors import InvalidArgument
 from ..forest.language import vocab_size_of
 from ..jobs.prompt_file import PromptEntry, digest_prompts
 from ..jobs.record_file import OutputRefused, Record, RecordFile
-from ..jobs.records import ends_the_job, error_record, finite, response_record
+from ..jobs.records import ends_the_job, error_record, finite, record_head, response_record
 from ..jobs.resume import (
     Earlier,
     check_models,
@@ -43,12 +36,10 @@ from .measures import measure_responses
 from .models import LoadedModels, ModelPool
 from .results import records_path
 
-# An idle process has so many seconds to end by itself.
-_GOODBYE = 10.0
 # Every response costs about this much beside its candidates: prompts, scoring, bookkeeping.
 _FIXED_WORK = 20.0
-
-OnRecord: TypeAlias = Callable[["Task", Record], None]
+# Texts of a pool that are drawn together, at least.
+_POOL_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +86,7 @@ class EvalWorker:
     def run(self, task: Task) -> Iterator[Record]:
         """Iterate over the records of the prompts of `task`, as far as they are finished."""
         setup = self.config.setups[task.setup]
-        method = setup.methods[task.method]
-        prompts = self._prompts(method)
+        prompts = self._prompts(setup.jobs[task.method])
         group: dict[int, Prompt] = {}
         for idx in task.prompts:
             prompt = prompts[idx]
@@ -127,10 +117,13 @@ class EvalWorker:
             yield from self._run_group(task, dict(half))
 
     def _decode(self, task: Task, group: dict[int, Prompt]) -> list[Record]:
-        prompts = list(group.values())
         setup = self.config.setups[task.setup]
+        method = setup.jobs[task.method]
+        if method.is_pool:
+            return self._draw_pool(task, method, group)
+        prompts = list(group.values())
         start, cpu_start = time.perf_counter(), time.process_time()
-        result = self._call(setup.methods[task.method], prompts, task.seed)
+        result = self._call(method, prompts, task.seed)
         spent = {
             "seconds": time.perf_counter() - start,
             "cpu_seconds": time.process_time() - cpu_start,
@@ -154,6 +147,24 @@ class EvalWorker:
             records.append({**record, **place, "measures": finite(measures[i])})
         return records
 
+    def _draw_pool(self, task: Task, pool: MethodSpec, group: dict[int, Prompt]) -> list[Record]:
+        """Draw the pool of every prompt; its record holds all texts and their scores, in order."""
+        result = self._call(pool, list(group.values()), task.seed)
+        models = self.models_of(self.config.setups[task.setup])
+        num_rows = _batch_size(pool, self.config)
+        records = []
+        for i, (idx, prompt) in enumerate(group.items()):
+            drawn = result.sequences[i * pool.num_texts : (i + 1) * pool.num_texts]
+            texts = [sequence.tolist() for sequence in drawn]
+            scores = {
+                role: finite(models.score_pool(role, prompt, texts, num_rows=num_rows))
+                for role in models.rewards
+            }
+            place = {"prompt_idx": idx, "seed": task.seed}
+            pooled = {"token_ids": texts, "scores": scores}
+            records.append({**record_head(self._entry(task, idx)), **place, **pooled})
+        return records
+
     def _call(self, method: MethodSpec, prompts: list[Prompt], seed: int) -> DecodeResult:
         with warnings.catch_warnings():
             # Every record measures the error of Q and the effective sample size, so that the
@@ -167,7 +178,7 @@ class EvalWorker:
             return presets.METHODS[method.method](
                 prompts,
                 config=method.config(seed),
-                batch_size=self.config.batch_size,
+                batch_size=_batch_size(method, self.config),
                 **self.models_of(method).preset_arguments(),
                 **method.own,
             )
@@ -248,12 +259,15 @@ class EvalJob:
 
     def tasks(self, config: EvalConfig) -> list[Task]:
         """Return groups of prompts that have no record yet; each group has one seed."""
-        count = len(self.entries) // len(config.seeds)
+        seeds = self.method.seeds(config.seeds)
+        count = len(self.entries) // len(seeds)
+        # A prompt of a pool is a group by itself, which has many texts already.
+        size = 1 if self.method.is_pool else config.batch_size
         tasks = []
-        for seed_idx, seed in enumerate(config.seeds):
+        for seed_idx, seed in enumerate(seeds):
             left = [i for i in range(count) if seed_idx * count + i not in self.earlier.kept]
-            for start in range(0, len(left), config.batch_size):
-                group = tuple(left[start : start + config.batch_size])
+            for start in range(0, len(left), size):
+                group = tuple(left[start : start + size])
                 tasks.append(Task(*self.key, seed, seed_idx, group))
         return tasks
 
@@ -263,7 +277,7 @@ def check_no_others(config: EvalConfig, output: Path, *, overwrite: bool) -> Non
 
     Such records belong to another evaluation; `overwrite` removes them.
     """
-    own = {records_path(output, setup, m) for setup in config.setups for m in setup.methods}
+    own = {records_path(output, setup, m) for setup in config.setups for m in setup.jobs}
     others = sorted(set(output.glob("records/*/*.jsonl")) - own)
     if others and not overwrite:
         named = ", ".join(f"{path.parent.name}/{path.stem}" for path in others[:5])
@@ -290,7 +304,7 @@ def open_jobs(
     digest = digest_prompts(list(prompts))
     jobs = []
     for i, setup in enumerate(config.setups):
-        for j, method in enumerate(setup.methods):
+        for j, method in enumerate(setup.jobs):
             path = records_path(output, setup, method)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +315,7 @@ def open_jobs(
             file = stack.enter_context(RecordFile(path))
             entries = [
                 dataclasses.replace(prompt, index=seed_idx * len(prompts) + prompt.index)
-                for seed_idx in range(len(config.seeds))
+                for seed_idx in range(len(method.seeds(config.seeds)))
                 for prompt in prompts
             ]
             earlier = Earlier()
@@ -322,7 +336,7 @@ def _stated(
         "method": method.method,
         **dict(method.own),
         **{k: v for k, v in dataclasses.asdict(method.config(0)).items() if k != "seed"},
-        "seeds": list(config.seeds),
+        "seeds": list(method.seeds(config.seeds)),
         **{f"scored by {role}": source and str(source) for role, source in scored_by.items()},
         "chat": config.prompts.chat,
         "traces": config.traces,
@@ -336,6 +350,8 @@ def _stated(
 def work_of(method: MethodSpec) -> float:
     """Estimate the work of a response by `method`, in roll-out tokens a response token."""
     config = method.config(0)
+    if method.is_pool:
+        return float(method.num_texts)
     if method.method in ("sft", "baseline", "dera"):
         return _FIXED_WORK
     if method.method == "best_of_n":
@@ -348,91 +364,7 @@ def work_of(method: MethodSpec) -> float:
     return _FIXED_WORK + factor * rows * (1.0 + length)
 
 
-def run_here(worker: EvalWorker, tasks: Sequence[Task], on_record: OnRecord) -> None:
-    """Carry out `tasks` in this process."""
-    for task in tasks:
-        for record in worker.run(task):
-            on_record(task, record)
-
-
-def run_in_processes(
-    config: EvalConfig,
-    entries: Sequence[PromptEntry],
-    tasks: Sequence[Task],
-    on_record: OnRecord,
-) -> None:
-    """Carry out `tasks` in `config.workers` processes of one thread each.
-
-    Raises:
-        TqFastError: a process ended, or met an error that is every prompt's.
-    """
-    context = multiprocessing.get_context("spawn")
-    waiting = deque(tasks)
-    busy: dict[Connection, Task] = {}
-    processes = []
-    try:
-        for _ in range(min(config.workers, len(tasks))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, config, entries), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            busy[ours] = waiting.popleft()
-            ours.send(busy[ours])
-        while busy:
-            ready = set(wait(list(busy)))
-            for connection in [ours for ours in busy if ours in ready]:
-                _hear(connection, busy, waiting, on_record)
-    finally:
-        # An idle process ends by itself once its connection is closed; one at work is terminated.
-        for connection in busy:
-            connection.close()
-        for process in processes:
-            process.join(0.0 if busy else _GOODBYE)
-            if process.is_alive():
-                process.terminate()
-            process.join()
-
-
-def _hear(
-    connection: Connection, busy: dict[Connection, Task], waiting: deque[Task], on_record: OnRecord
-) -> None:
-    """Take one message of a process: a record, the end of its task (None), or its failure."""
-    try:
-        message = connection.recv()
-    except EOFError:
-        raise TqFastError(
-            "a worker process ended by itself, perhaps for want of memory; what is finished is "
-            "kept, and the same command goes on from there"
-        ) from None
-    if isinstance(message, str):
-        raise TqFastError(f"a worker process failed: {message}")
-    if message is not None:
-        on_record(busy[connection], message)
-    elif waiting:
-        busy[connection] = waiting.popleft()
-        connection.send(busy[connection])
-    else:
-        del busy[connection]
-        connection.close()
-
-
-def _serve(connection: Connection, config: EvalConfig, entries: Sequence[PromptEntry]) -> None:
-    """Carry out the tasks that come through `connection`, until the other side is gone."""
-    # The parent process handles interrupts, and ends this one by closing the connection.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    worker = EvalWorker(config, entries)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            task = connection.recv()
-            try:
-                for record in worker.run(task):
-                    connection.send(record)
-            except (BrokenPipeError, ConnectionResetError):
-                return
-            except Exception as error:
-                connection.send(f"{type(error).__name__}: {error}")
-                return
-            connection.send(None)
+def _batch_size(method: MethodSpec, config: EvalConfig) -> int:
+    """Return the prompts that a method decodes together; results do not depend on it."""
+    # The texts of a pool are short work each, so that many of them go through one forward pass.
+    return max(config.batch_size, _POOL_ROWS) if method.is_pool else config.batch_size

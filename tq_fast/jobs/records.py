@@ -43,7 +43,7 @@ def response_record(
             is a stage too.
     """
     first, *others = [_response(result, traces=traces, texts=texts) for result in results]
-    record = {**_head(entry), **first}
+    record = {**record_head(entry), **first}
     return {**record, "other_responses": others} if others else record
 
 
@@ -83,7 +83,7 @@ def error_record(entry: PromptEntry, error: Exception) -> Record:
         described |= {"message": error.reason, "step": error.step}
     elif not isinstance(error, TqFastError):
         described["traceback"] = "".join(traceback.format_exception(error))
-    return {**_head(entry), "error": described}
+    return {**record_head(entry), "error": described}
 
 
 def ends_the_job(error: Exception) -> bool:
@@ -92,7 +92,8 @@ def ends_the_job(error: Exception) -> bool:
     return is_lost or isinstance(error, (BackendRefused, UnsupportedModel, OutputRefused))
 
 
-def _head(entry: PromptEntry) -> dict[str, Any]:
+def record_head(entry: PromptEntry) -> Record:
+    """Return what every record says of its prompt."""
     own = {"index": entry.index, "id": entry.id, "prompt": entry.prompt}
     extra = {key: value for key, value in entry.extra.items() if key not in _OWN_KEYS}
     taken = {key: value for key, value in entry.extra.items() if key in _OWN_KEYS}

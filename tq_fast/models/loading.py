@@ -165,52 +165,51 @@ def load_reward(
 
 
 def check_same_vocabulary(
-    baseline: PreTrainedTokenizerBase | None,
-    sft: PreTrainedTokenizerBase | None,
-    baseline_model: PreTrainedModel,
-    sft_model: PreTrainedModel,
+    role: str,
+    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None],
+    models: tuple[PreTrainedModel, PreTrainedModel],
     *,
     is_given: bool,
 ) -> None:
-    """Refuse an SFT model whose token ids mean something else than the baseline's.
+    """Refuse a model whose token ids mean something else than the baseline's.
 
     One of them may know more tokens than the other, as after a training run that added one.
 
     Args:
-        baseline: the tokenizer that reads the prompts.
-        sft: the one found beside the SFT model.
-        baseline_model: the baseline.
-        sft_model: the SFT model.
+        role: of the model, for messages.
+        tokenizers: the one that reads the prompts, and the one found beside the model.
+        models: the baseline, and the model.
         is_given: whether the caller gave the first one, which says that it is both models'.
 
     Raises:
         InvalidArgument: the vocabularies differ, or one is not known.
     """
-    if baseline_model is sft_model:
+    if models[0] is models[1]:
         return
-    if baseline is not None and sft is not None:
-        ours, theirs = baseline.get_vocab(), sft.get_vocab()
+    baseline, other = tokenizers
+    if baseline is not None and other is not None:
+        ours, theirs = baseline.get_vocab(), other.get_vocab()
         if ours == theirs:
             return
         differing = _first_difference(ours, theirs)
         if differing is not None:
             raise InvalidArgument(
-                "sft and baseline must have the same tokenizer vocabulary; they differ (sizes "
+                f"{role} and baseline must have the same tokenizer vocabulary; they differ (sizes "
                 f"{len(theirs)} and {len(ours)}), for one in the token {differing!r}"
             )
         return
-    sizes = [vocab_size_of(model) for model in (sft_model, baseline_model)]
+    sizes = [vocab_size_of(model) for model in models[::-1]]
     if sizes[0] != sizes[1]:
         raise InvalidArgument(
-            f"sft and baseline must have the same vocabulary, got sizes {sizes[0]} and {sizes[1]} "
-            "and not both tokenizers"
+            f"{role} and baseline must have the same vocabulary, got sizes {sizes[0]} and "
+            f"{sizes[1]} and not both tokenizers"
         )
     # A model that was made in memory, without a name, was made for the ids at hand.
-    name = sft_model.name_or_path
-    if baseline is not None and name and not is_given and name != baseline_model.name_or_path:
+    name = models[1].name_or_path
+    if baseline is not None and name and not is_given and name != models[0].name_or_path:
         raise InvalidArgument(
-            f"sft comes from {name!r}, where no tokenizer is found; vocabularies of one size need "
-            "not be one vocabulary: pass tokenizer=, where it is both models'"
+            f"{role} comes from {name!r}, where no tokenizer is found; vocabularies of one size "
+            "need not be one vocabulary: pass tokenizer=, where it is both models'"
         )
 
 

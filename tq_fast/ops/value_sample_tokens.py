@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from . import _checks, philox
 from ._checks import PerRow
-from ._dispatch import Backend, Op, native_function
+from ._dispatch import Backend, Op, native_function, python_function
 from .sample_tokens import check_sampler, kept_logits, sample_tokens_ref
 from .topk_logprobs import clean_logits
 
@@ -245,9 +245,32 @@ def _refuse_cpu(
     )
 
 
+def _refuse_triton(
+    logits: Tensor,
+    directions: Tensor,
+    token_embeddings: Tensor,
+    *arguments: Any,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    **parameters: Any,
+) -> str | None:
+    if isinstance(top_k, Tensor) or top_k != 0 or isinstance(top_p, Tensor) or top_p < 1.0:
+        return "top_k or top_p is given; the kernel draws from the whole vocabulary"
+    others = {"directions": directions, "token_embeddings": token_embeddings}
+    names = dict(zip(("keys", "step"), arguments, strict=False))
+    return _checks.refuse_float64(logits=logits, **others) or _checks.refuse_other_device(
+        logits, **others, **names, **parameters
+    )
+
+
 _OP = Op(
     "value_sample_tokens",
     value_sample_tokens_ref,
+    Backend(
+        "triton",
+        python_function("tq_fast.kernels.value_sample_tokens", "value_sample_tokens_triton"),
+        _refuse_triton,
+    ),
     Backend(
         "cpu",
         native_function("value_sample_tokens", value_sample_tokens_native, _fake),

@@ -29,15 +29,18 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..config import Role
+from ..config import Role, Strategy
 from ..models.loading import ModelLike
 from ..prompts import PromptLike
 from ..results import DecodeResult
 from ..rewards.base import RewardFunction
 from ..session import MethodOptions
+from .blocks import Judge, open_blocks
 from .call import FIXED_FIELDS as FIXED_FIELDS
 from .call import RUNNING, OpenMethod, check_running
+from .collab import open_collab
 from .plain import open_best_of_n, open_dera, open_plain, open_value_guided
+from .refining import Cuts, open_refine
 from .sources import Source, ValueLike
 from .steered import open_args, open_steered
 
@@ -214,6 +217,88 @@ def value_guided(
     return _decode("value_guided", prompts, options, **models, value=value)
 
 
+def refine(  # type: ignore[misc]  # it gives the field `strategy` a default of its own
+    prompts: Prompts,
+    baseline: ModelLike | None = None,
+    reward: RewardLike | None = None,
+    *,
+    sft: ModelLike | None = None,
+    source: Source = "baseline",
+    value: ValueLike | None = None,
+    first: int = 8,
+    branches: int = 8,
+    stages: int = 6,
+    cuts: Cuts = "even",
+    strategy: Strategy = "greedy",
+    **options: Unpack[MethodOptions],
+) -> DecodeResult:
+    """Draw `first` texts, then cut the best and continue it, `stages` times.
+
+    A stage cuts the text, draws `branches` whole continuations from `source`, and keeps the best of
+    these and the text itself: the reward never falls. `cuts` are "even" (at j / (stages + 1) of the
+    text), "sentence" (behind its j-th sentence), a number of tokens (at j times so many), or a list
+    of them, one a stage; a text that ends before its cut stays as it is.
+    `strategy="sample"` draws the text of a stage from softmax(reward / alpha) instead.
+
+    `result.stages` says where texts were cut, what was scored and which one stayed. The
+    divergences of the certificate are upper bounds, whose mean over responses counts; with even
+    cuts they are approximate, since these depend on the length of the text. Like best of n, and
+    unlike a beam search, every text that is scored is drawn whole from the source itself.
+    """
+    models = {"baseline": baseline, "sft": sft, "reward": reward}
+    own: dict[str, Any] = {"source": source, "value": value, "first": first, "branches": branches}
+    own |= {"stages": stages, "cuts": cuts, "strategy": strategy}
+    return _decode("refine", prompts, options, **models, **own)
+
+
+def blocks(  # type: ignore[misc]  # it gives the field `strategy` a default of its own
+    prompts: Prompts,
+    baseline: ModelLike | None = None,
+    reward: RewardLike | None = None,
+    *,
+    sft: ModelLike | None = None,
+    source: Source = "baseline",
+    value: ValueLike | None = None,
+    branches: int = 4,
+    block_len: int = 25,
+    judge: Judge = "prefix",
+    strategy: Strategy = "greedy",
+    **options: Unpack[MethodOptions],
+) -> DecodeResult:
+    """Draw `branches` blocks of `block_len` tokens from `source`, keep one, and go on from it.
+
+    `judge` says what the reward reads: the "prefix", prompt and text so far, or a "rollout", for
+    which every block is completed by the source first. `strategy` keeps the best block ("greedy"),
+    or draws one from softmax(reward / alpha) ("sample"). The divergences of the certificate are
+    upper bounds: log K - (K - 1) / K a block for the best of K, and the divergence of the weights
+    from equal ones otherwise.
+    """
+    models = {"baseline": baseline, "sft": sft, "reward": reward}
+    own: dict[str, Any] = {"source": source, "value": value, "branches": branches}
+    own |= {"block_len": block_len, "judge": judge, "strategy": strategy}
+    return _decode("blocks", prompts, options, **models, **own)
+
+
+def collab(
+    prompts: Prompts,
+    baseline: ModelLike | None = None,
+    reward: RewardLike | None = None,
+    *,
+    sft: ModelLike | None = None,
+    baselines: Sequence[ModelLike] | None = None,
+    **options: Unpack[MethodOptions],
+) -> DecodeResult:
+    """Decode by Collab: token by token, whichever of several `baselines` promises the most.
+
+    Every baseline proposes its own k candidates and rolls them out; token and baseline are chosen
+    together by `log pi_prior + Q_j / alpha`. The prior is `sft`, or the first baseline without it;
+    `kl_to_baseline` is the divergence to the first one. `agents` in the traces says who proposed
+    each candidate: `step.agents[step.choice]` spoke. With one baseline it equals `transfer_q`.
+    """
+    models = {"baseline": baseline, "sft": sft, "reward": reward}
+    return _decode("collab", prompts, options, **models, baselines=baselines)
+
+
 METHODS: Mapping[str, Callable[..., DecodeResult]] = MappingProxyType(
     {
         method.__name__: method
@@ -228,6 +313,9 @@ METHODS: Mapping[str, Callable[..., DecodeResult]] = MappingProxyType(
             transfer_q_indirect,
             dera,
             value_guided,
+            refine,
+            blocks,
+            collab,
         )
     }
 )
@@ -277,5 +365,8 @@ _OPENERS: Mapping[str, Callable[..., OpenMethod]] = MappingProxyType(
         "direct_on_target": open_steered,
         "transfer_q_indirect": open_steered,
         "value_guided": open_value_guided,
+        "refine": open_refine,
+        "blocks": open_blocks,
+        "collab": open_collab,
     }
 )

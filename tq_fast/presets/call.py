@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
-from ..config import DecodeConfig
+from ..config import DecodeConfig, Role
 from ..errors import InvalidArgument
 from ..prompts import Prompt, PromptReader
 from ..prompts.chats import TemplateOptions
@@ -34,6 +34,10 @@ FIXED_FIELDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "direct_on_target": {"transfer": "direct"},
         "transfer_q_indirect": {"transfer": "indirect"},
         "value_guided": {},
+        # What `strategy` chooses between are texts here: their tokens are always drawn.
+        "refine": {},
+        "blocks": {},
+        "collab": {"transfer": "direct"},
     }
 )
 
@@ -130,8 +134,10 @@ class PresetCall:
 
     def open(self, make: Callable[[Session, DecodeConfig], Method]) -> OpenMethod:
         """Load the models and make the method over them by `make(session, config)`."""
-        languages = {role: self.models.get(role) for role in ROLES}
         rewards = {role: self.models.get(role) for role in ("reward", "baseline_reward")}
+        others = [role for role in self.models if role not in (*ROLES, *rewards)]
+        roles = cast(list[Role], ["baseline", *others, "sft"])
+        languages = {role: self.models.get(role) for role in roles}
         session = Session(languages, rewards, self.loading)
         return OpenMethod(self.method, session, make(session, self.config))
 

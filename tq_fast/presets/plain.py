@@ -16,6 +16,7 @@ from ..results import (
     Certificate,
     DecodeResult,
     DecodeStats,
+    KlKind,
     PromptResult,
     Response,
     StageTrace,
@@ -293,7 +294,12 @@ def trace_tokens(
 
 
 def certify_text(
-    columns: Mapping[str, torch.Tensor], law: TokenLaw, *, extra_kl: float
+    columns: Mapping[str, torch.Tensor],
+    law: TokenLaw,
+    *,
+    extra_kl: float,
+    logprobs: Mapping[str, float] | None = None,
+    is_approximate: bool = False,
 ) -> Certificate:
     """Return the certificate of a text that was drawn from `law`, or chosen among several.
 
@@ -304,8 +310,16 @@ def certify_text(
             diverges from the law that it was drawn from by at most log n - (n - 1) / n, and the
             certificate gives this bound in place of the divergence. To a model it adds the
             log-ratio of the text itself, so that the mean over responses bounds the divergence.
+        logprobs: log-prob of the whole text under models that the law does not read, by role.
+        is_approximate: whether `extra_kl` is a bound under an assumption that holds roughly.
+
+    The divergence of a single text is exact, whatever truncates the law that it was drawn from.
     """
+    bound: KlKind = "approximate" if is_approximate else "at most"
+    is_exact = extra_kl == 0.0 and not logprobs
     totals: dict[str, float | None] = {"sft": None, "baseline": None}
+    for role, logprob in (logprobs or {}).items():
+        totals[role] = extra_kl + float(columns["drawn"].sum()) - logprob
     for role in ("sft", "baseline"):
         if f"logprob:{role}" not in columns:
             continue
@@ -320,4 +334,5 @@ def certify_text(
         log_prior_mass=0.0,
         prior=law.prior,
         kl_bound=None,
+        kl_kind="exact" if is_exact else bound,
     )

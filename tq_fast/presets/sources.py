@@ -47,7 +47,7 @@ class TextSource:
             self.head = value if isinstance(value, ValueHead) else _load(value)
 
     def models_of(self, models: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave out the models that the source has no use for."""
+        """Leave out the models that the source has no use for; SFT always serves to measure."""
         used = dict(models)
         if self.source == "sft" or (self.source == "value" and models.get("sft") is not None):
             used["baseline"] = None

@@ -36,6 +36,18 @@ class StepValues:
         self.rewards, self.baseline_rewards = unknown, unknown.clone()
         self.log_ratio = unknown.clone()
 
+    @staticmethod
+    def beside(parts: Sequence[StepValues]) -> StepValues:
+        """Return the values of several sets of candidates, one behind the other."""
+        whole = StepValues(torch.cat([part.num_rollouts for part in parts], 1).tolist())
+        start = 0
+        for part in parts:
+            _, k, n = part.rewards.shape
+            for name in ("rewards", "baseline_rewards", "log_ratio"):
+                getattr(whole, name)[:, start : start + k, :n] = getattr(part, name)
+            start += k
+        return whole
+
     def record(
         self,
         rollouts: Sequence[Rollout],

@@ -65,11 +65,15 @@ class Step:
             if start is not None and start.candidate in root.candidates
         }
 
-    def run(self) -> list[StepTrace]:
-        """Roll out and score until every choice is settled, then choose the tokens."""
+    def evaluate(self) -> None:
+        """Roll out and score until every choice is settled."""
         while rollout_ids := self._next_ids():
             self._evaluate(rollout_ids)
         self._count_skipped()
+
+    def run(self) -> list[StepTrace]:
+        """Roll out and score until every choice is settled, then choose the tokens."""
+        self.evaluate()
         with self.stats.phase("reweight"):
             return choose(
                 self.candidates,
@@ -184,7 +188,15 @@ class Step:
         return log_ratios(sft, wave.rollouts, vocab_size=self.plan.num_tokens)
 
     def commit(self, chosen: Sequence[tuple[int, int]]) -> None:
-        """Move the KV of the candidates `(tree, candidate_idx)` into the prefixes of all models.
+        """Move the KV of the candidates `(tree, candidate_idx)` into the prefixes of all models."""
+        self.commit_roller(chosen)
+        tokens = [self.roots[tree].candidates[idx] for tree, idx in chosen]
+        for forest in self.roles.forests.values():
+            if chosen and forest is not self.roles.roller:
+                forest.advance([tree for tree, _ in chosen], tokens)
+
+    def commit_roller(self, chosen: Sequence[tuple[int, int]]) -> None:
+        """Move the KV of the candidates `(tree, candidate_idx)` into the roller's prefixes.
 
         A candidate that was never rolled out has no KV yet and is encoded.
         """
@@ -199,10 +211,6 @@ class Step:
         if left:
             tokens = [self.roots[tree].candidates[idx] for tree, idx in left]
             roller.advance([tree for tree, _ in left], tokens)
-        tokens = [self.roots[tree].candidates[idx] for tree, idx in chosen]
-        for forest in self.roles.forests.values():
-            if chosen and forest is not roller:
-                forest.advance([tree for tree, _ in chosen], tokens)
 
     def reused_after(self, tree: int, choice: int) -> ReusedRollout | None:
         """Return what the next step can reuse of the greedy roll-out of `choice`, if anything.

@@ -26,6 +26,10 @@ constexpr int64_t kMostRowsTogether = 16 * kMostManyTileRows;
 // A row that is cut off is held whole while it is drawn from, and so many of them at once.
 constexpr int64_t kMostWholeRows = 8;
 
+void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
 struct Output {
   int64_t* ids;
   float* prior_logprobs;
@@ -117,7 +121,20 @@ class BlockProduct {
     TQ_SELECT_ISA(multiply_few_rows)(product, 0, product.size_out);
   }
 
+  // Asks for the embeddings of block b, one part of them at each call.
+  void prefetch(int64_t b, int64_t part) const {
+    const Tensor& embeddings = problem_.embeddings;
+    const int64_t row_bytes = embeddings.stride(0) * static_cast<int64_t>(embeddings.element_size());
+    const int64_t end = problem_.block_size(b) * row_bytes;
+    const auto* const from = static_cast<const char*>(embeddings.const_data_ptr()) + b * kGuidedBlock * row_bytes;
+    const int64_t begin = part * kPrefetchedBytes;
+    tq::prefetch(from + begin, std::min(end - begin, kPrefetchedBytes));
+  }
+
  private:
+  // What memory delivers while one row of a block is reduced.
+  static constexpr int64_t kPrefetchedBytes = 4096;
+
   const Problem& problem_;
   std::vector<char> packed_;
   FewRowsProduct product_;
@@ -206,6 +223,7 @@ class RowsTogether {
         const int64_t row_end = rows_ * (group + 1) / groups;
         const float* row_values = values.data();
         for (int64_t row = rows_ * group / groups; row < row_end; ++row, row_values += problem_.block_size(b)) {
+          if (i + 1 < end) prefetch_for_next(products[group], row, (i + 1) % blocks, row - rows_ * group / groups);
           float* const to = whole_rows_.empty() ? guided : whole_row(row) + b * kGuidedBlock;
           blocks_[row * blocks + b] = TQ_SELECT_ISA(guide_block)(
               problem_.block_at(first_ + row, b), row_values, problem_.scale(first_ + row), to);
@@ -234,6 +252,14 @@ class RowsTogether {
  private:
   // With fewer pairs of a row and a block than this, another thread does not pay.
   static constexpr int64_t kLeastRowBlocksPerThread = 8;
+
+  // Asks for what the next block b reads of this row, and for a part of its embeddings: memory would idle
+  // while rows are reduced, and the processor foresees no row's next block.
+  void prefetch_for_next(const BlockProduct& product, int64_t row, int64_t b, int64_t part) const {
+    const LogitsRow logits = problem_.block_at(first_ + row, b);
+    prefetch(logits.data, logits.size * static_cast<int64_t>(problem_.arguments.logits.element_size()));
+    product.prefetch(b, part);
+  }
 
   // guide_block writes whole groups.
   int64_t padded_size() const { return problem_.blocks() * kGuidedBlock; }

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..results import Records, cells_of, format_number
+from ..results import Records, cells_of, format_number, kl_mark
 from .page import probability
 
 _COLOURS = {
@@ -208,10 +208,10 @@ def _dots(
         value, colour = found["value"], colour_of(row["method"])
         ends += [found["low"], found["high"]]
         axis.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=2.2)
-        is_bound = name == "kl_to_sft" and row["kl_kind"] == "upper bound"
-        face = "white" if is_bound else colour
+        mark = kl_mark(row, name)
+        face = "white" if mark else colour
         axis.plot(value, place, "o", color=colour, markerfacecolor=face, markersize=6.5)
-        number = ("≤ " if is_bound else "") + format_number(value, 2)
+        number = mark + format_number(value, 2)
         axis.annotate(
             number,
             (found["high"], place),

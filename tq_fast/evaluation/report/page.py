@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..results import format_interval, shown_columns
+from ..results import format_metric, shown_columns
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -85,10 +85,7 @@ def results_table(setup: Mapping[str, Any]) -> str:
     for row in setup["methods"]:
         cells = [f"<td>{html.escape(row['label'])}</td>"]
         for name in columns:
-            text = format_interval(row["metrics"].get(name), name)
-            value, _, ends = text.partition(" [")
-            is_bound = name == "kl_to_sft" and row["kl_kind"] == "upper bound" and value
-            value = f"≤ {value}" if is_bound else value
+            value, _, ends = format_metric(row, name).partition(" [")
             cells.append(f"<td>{value}{f'<small>[{ends}</small>' if ends else ''}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
@@ -97,7 +94,7 @@ def results_table(setup: Mapping[str, Any]) -> str:
 def trace_view(record: Mapping[str, Any], label: str, *, is_open: bool) -> str:
     """Show a response token by token: every candidate with its prior, Q and final probability."""
     measures = record["measures"]
-    facts = f"reward {measures['reward']:.2f}, KL to SFT {measures['kl_to_sft']:.1f} nats"
+    facts = f"reward {measures['reward']:.2f}, {_describe_kl(record)}"
     steps = "".join(_step(record["trace"], idx) for idx in range(len(record["trace"])))
     return (
         f"<details{' open' if is_open else ''}><summary>{html.escape(label)}: {facts}</summary>"
@@ -105,6 +102,15 @@ def trace_view(record: Mapping[str, Any], label: str, *, is_open: bool) -> str:
         f'<p class="response">{html.escape(str(record["response"]))}</p>'
         f'<div class="steps">{steps}</div></details>'
     )
+
+
+def _describe_kl(record: Mapping[str, Any]) -> str:
+    """Return the divergence of one response in words; its own law may be closer to SFT."""
+    found = record["measures"]["kl_to_sft"]
+    if found is None:
+        return "KL to SFT not known"
+    is_exact = record["certificate"].get("kl_kind") == "exact"
+    return f"KL to SFT {'' if is_exact else 'at most '}{found:.1f} nats"
 
 
 def _step(trace: Sequence[Mapping[str, Any]], idx: int) -> str:

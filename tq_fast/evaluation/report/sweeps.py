@@ -168,7 +168,7 @@ def _draw_path(
     ]
     if not known:
         return
-    is_bound = points[-1][1]["kl_kind"] == "upper bound"
+    is_bound = points[-1][1]["kl_kind"] != "exact"
     x = [kl for _, kl, _ in known]
     y = [found["value"] for _, _, found in known]
     errors = [
@@ -177,7 +177,7 @@ def _draw_path(
     ]
     colour = colour_of(method)
     near, far = (choose(known, key=lambda point: point[1])[0] for choose in (min, max))
-    suffix = f", {setting} {near:g} to {far:g}" + (" (KL: bound)" if is_bound else "")
+    suffix = f", {setting} {near:g} to {far:g}" + (" (KL: at most)" if is_bound else "")
     axis.errorbar(
         x,
         y,
