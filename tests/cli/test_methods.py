@@ -21,8 +21,9 @@ from tq_fast.jobs.record_file import OutputRefused, RecordFile
 from tq_fast.jobs.resume import ModelChoice
 
 FIELDS = {field.name for field in dataclasses.fields(DecodeConfig)}
-# Settings that differ from CONFIG where a method needs some; VALUE stands for a folder of a head.
+# Settings that differ from CONFIG where a method needs some; these two stand for folders.
 VALUE = "the folder of a head"
+BASELINES = "the folders of two models"
 CASES: dict[str, dict[str, Any]] = {
     "sft": {},
     "baseline": {},
@@ -34,6 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "transfer_q_indirect": {"config": {"beta": 2.0, "num_rollouts": 2}},
     "dera": {"own": {"mix": 1.5}},
     "value_guided": {"own": {"value": VALUE}},
+    "refine": {"own": {"first": 3, "branches": 2, "stages": 2, "source": "sft"}},
+    "blocks": {"own": {"branches": 3, "block_len": 4, "source": "sft"}},
+    "collab": {"own": {"baselines": BASELINES}},
 }
 # Models that a method cannot do without, in the order in which it asks for them.
 NEEDS = {
@@ -47,6 +51,9 @@ NEEDS = {
     "transfer_q_indirect": ["baseline", "reward", "sft"],
     "dera": ["sft", "baseline"],
     "value_guided": ["value"],
+    "refine": ["sft", "reward"],
+    "blocks": ["sft", "reward"],
+    "collab": ["reward"],
 }
 
 pytestmark = [
@@ -62,12 +69,17 @@ class MethodJob:
         case = CASES[method]
         self.job, self.method = job, method
         self.config = dataclasses.replace(CONFIG, **case.get("config", {}))
-        value = str(trio.value_head())
-        self.own = {k: value if v == VALUE else v for k, v in case.get("own", {}).items()}
+        folders = {
+            VALUE: str(trio.value_head()),
+            BASELINES: (str(trio.baseline), str(trio.sft)),
+        }
+        self.own = {k: folders.get(v, v) for k, v in case.get("own", {}).items()}
+        self.models = {"baseline": None} if "baselines" in self.own else {}
 
     def run(self, models: dict[str, Any] | None = None, own: Any = None, **options: Any) -> int:
         config = options.pop("config", self.config)
-        choice = {"method": self.method, "own": self.own if own is None else own, **(models or {})}
+        choice = {"method": self.method, "own": self.own if own is None else own}
+        choice |= {**self.models, **(models or {})}
         return self.job.run(config, models=choice, **options)
 
 
@@ -84,11 +96,12 @@ def test_the_tables_of_the_command_line_are_those_of_the_presets() -> None:
     for method in METHOD_NAMES:
         for name, default in presets.own_settings(method).items():
             if name in FIELDS or name == "baselines":
+                # These have an option among those of decoding, and of the models.
                 continue
             said = OWN_OPTIONS[name].help
             assert method in said, f"the help of --{name} does not say that {method} takes it"
             if default is not None:
-                assert re.search(rf"\[[^]]*{re.escape(str(default))}\]", said), name
+                assert re.search(rf"\[[^]]*{method}[^]]*: {re.escape(str(default))}\]", said), name
 
 
 @every_method
@@ -135,8 +148,8 @@ def test_models_that_a_method_has_no_use_for_may_be_left_out(decode: MethodJob) 
             continue
         decode.job.output.unlink(missing_ok=True)
         assert decode.run({role: None}) == 0
-        if (decode.method, role) not in (("transfer_q", "sft"), ("direct_on_target", "sft")):
-            # Without an SFT model these two reweight the baseline instead.
+        if role != "sft" or decode.method not in ("transfer_q", "direct_on_target", "collab"):
+            # Without an SFT model these three reweight the baseline instead.
             assert decode.job.responses() == expected
 
 
@@ -299,39 +312,50 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 )
 def test_options_of_a_methods_own_reach_it(seen: dict, words: str, own: dict) -> None:
     method, *more = words.split()
-    # The options are there for presets that come later, too.
-    name = method if method in presets.METHODS else "transfer_q"
-    result = invoke(*NEEDED, "--method", name, *more)
+    result = invoke(*NEEDED, "--method", method, *more)
     assert result.exit_code == 0, result.output
-    assert seen["models"].method == name and seen["models"].own == own
+    assert seen["models"].method == method and seen["models"].own == own
 
 
-def test_a_field_with_another_default_in_a_method_may_be_given_its_usual_one(
-    seen: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def hot(prompts: Any, *, strategy: str = "greedy", **options: Any) -> None:
-        """A preset that takes the arg max unless it is told to sample."""
-
-    monkeypatch.setattr(presets, "METHODS", {**presets.METHODS, "hot": hot})
-    assert invoke(*NEEDED, "--method", "hot").exit_code == 0
-    assert seen["models"].own_settings(seen["config"]) == {"strategy": "greedy"}
-    assert invoke(*NEEDED, "--method", "hot", "--strategy", "sample").exit_code == 0
-    assert seen["models"].own_settings(seen["config"]) == {"strategy": "sample"}
+def test_a_field_with_another_default_in_a_method_may_be_given_its_usual_one(seen: dict) -> None:
+    assert invoke(*NEEDED, "--method", "refine").exit_code == 0
+    assert seen["models"].own_settings(seen["config"])["strategy"] == "greedy"
+    assert invoke(*NEEDED, "--method", "refine", "--strategy", "sample").exit_code == 0
+    assert seen["models"].own_settings(seen["config"])["strategy"] == "sample"
 
 
-def test_several_baselines_reach_a_method_that_takes_some(
-    seen: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def many(prompts: Any, *, baselines: Any = (), **options: Any) -> None:
-        """A preset over several baselines."""
-
-    monkeypatch.setattr(presets, "METHODS", {**presets.METHODS, "many": many})
-    assert invoke(*NEEDED, "--baseline", "c", "--method", "many").exit_code == 0
+def test_several_baselines_reach_a_method_that_takes_some(seen: dict) -> None:
+    assert invoke(*NEEDED, "--baseline", "c", "--method", "collab").exit_code == 0
     assert seen["models"].baseline is None and seen["models"].own == {"baselines": ("b", "c")}
     assert seen["models"].names() == {"baseline": "b", "baseline_2": "c", "reward": "r"}
     result = invoke(*NEEDED, "--baseline", "c")
     message = "baseline must be one model for the method 'transfer_q', got b, c"
     assert isinstance(result.exception, InvalidArgument) and message == str(result.exception)
+
+
+@pytest.mark.parametrize("decode", ["collab"], indirect=True)
+def test_every_baseline_is_known_by_name_and_contents(decode: MethodJob, trio: Trio) -> None:
+    assert decode.run(traces=True) == 0
+    settings = json.loads(decode.job.output.with_name("out.jsonl.settings.json").read_text())
+    assert settings["models"]["baseline_2"]["name"] == str(trio.sft)
+    assert "baselines" not in settings["settings"]
+    assert all("agents" in step for step in decode.job.records()[0]["trace"])
+    one = {"baselines": (str(trio.baseline),)}
+    with pytest.raises(OutputRefused, match=r"baseline_2 was '.*/sft', is not given"):
+        decode.run(own=one, traces=True)
+
+
+@pytest.mark.parametrize("decode", ["refine", "blocks"], indirect=True)
+def test_stages_hold_their_texts_with_traces_alone(decode: MethodJob) -> None:
+    assert decode.run() == 0
+    plain = decode.job.records()
+    assert decode.run(traces=True, overwrite=True) == 0
+    for index, record in decode.job.records().items():
+        assert len(record["stages"]) >= 2
+        rest = [{**stage} for stage in record["stages"]]
+        texts = [stage.pop("sequences", None) for stage in rest]
+        assert rest == plain[index]["stages"]
+        assert (texts[0] is not None) == (decode.method == "refine")
 
 
 @pytest.mark.parametrize("word", ["odd", "1,,2", "1.5"])

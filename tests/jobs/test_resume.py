@@ -66,7 +66,9 @@ def test_a_head_and_several_baselines_are_stated_by_their_contents_alone() -> No
     choice = ModelChoice(method="value_guided", own={"value": "folder"})
     stated = stated_settings(DecodeConfig(), choice, traces=False, entries=[])
     assert "value" not in stated and stated["method"] == "value_guided"
-    several = ModelChoice(reward="r", own={"baselines": ("a", "b")})
+    several = ModelChoice(reward="r", method="collab", own={"baselines": ("a", "b")})
+    stated = stated_settings(DecodeConfig(), several, traces=False, entries=[])
+    assert "baselines" not in stated and stated["method"] == "collab"
     assert several.names() == {"baseline": "a", "baseline_2": "b", "reward": "r"}
 
 
