@@ -118,6 +118,20 @@ def test_an_interrupted_fit_goes_on_and_ends_as_an_uninterrupted_one(
         fit.run(num_texts=4)
 
 
+def test_a_fit_that_is_interrupted_keeps_its_texts(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **running: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_command, "fit_from_texts", stop)
+    assert fit.run() == 130
+    assert "the same command fits to them again" in fit.said
+    monkeypatch.undo()
+    assert fit.run() == 0
+    assert "nothing was left to do" in fit.said
+
+
 def test_records_of_an_earlier_job_serve_as_texts(fit: Fit, job: Job) -> None:
     config = dataclasses.replace(DRAWING, alpha=1.0)
     best = {"method": "best_of_n", "own": {"n": 3, "source": "sft"}}
@@ -137,7 +151,7 @@ def test_records_of_plain_sampling_are_scored(
     assert job.run(several, models=one) == 0
     scored: list[Any] = []
     monkeypatch.setattr(
-        fit_command, "fit_and_save", lambda method, records, *others: scored.append(records)
+        fit_command, "fit_and_save", lambda method, records, *others: scored.append(records) or 0
     )
     assert fit.run(prompts=None, from_records=job.output) == 0
     monkeypatch.undo()
