@@ -175,6 +175,9 @@ def decode(
 ) -> None:
     """Decode a file of prompts into JSON lines.
 
+    A method refuses the options of another one, and another value of a setting that it fixes;
+    options of decoding that it does not read have no effect.
+
     Stopped at any moment, the same command goes on where it was. A prompt that fails becomes an
     error record, and the rest go on.
 
