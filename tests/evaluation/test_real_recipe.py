@@ -77,7 +77,8 @@ def test_the_recipe_has_both_rewards_on_the_same_prompts() -> None:
         assert {"best_of_n-n=1", "best_of_n-n=4", "best_of_n-n=16", "transfer_q"} <= by_name.keys()
         for method in setup.methods:
             settings = method.config(0)
-            assert settings.max_new_tokens == 96 and settings.rollout_temperature == 1.0
+            assert settings.max_new_tokens == 96
+            assert (settings.rollout_temperature == 1.0) == (method.name != "best_of_16-cool")
 
 
 def test_names_of_the_evidence_are_known_and_others_refused() -> None:
