@@ -59,5 +59,7 @@ class TextScorer:
 
     def count(self, stats: DecodeStats) -> None:
         """Write what went through the reward's model into `stats`."""
-        stats.token_forwards["reward"] = self._scorer.num_token_forwards
-        stats.peak_kv_bytes["reward"] = self._scorer.peak_kv_bytes
+        own = DecodeStats()
+        own.token_forwards["reward"] = self._scorer.num_token_forwards
+        own.peak_kv_bytes["reward"] = self._scorer.peak_kv_bytes
+        stats.add(own)

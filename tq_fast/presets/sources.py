@@ -13,6 +13,7 @@ from ..config import DecodeConfig, Role
 from ..errors import InvalidArgument
 from ..forest.language import device_of, vocab_size_of
 from ..models.fingerprint import fingerprint_model
+from ..rewards.causal import CausalReward
 from ..session import Session
 from ..values.head import ValueHead
 from .call import PresetCall
@@ -94,6 +95,8 @@ class TextSource:
             return mixture_law(session, weights, config, is_greedy=is_greedy)
         prior = session.languages[drawn_from]
         _check_head(self.head, prior, drawn_from, session.num_tokens)
+        if self.head.config.reward_states:
+            check_reward_states(session, self.head)
         return ValueLaw(
             _on_device(self.head, device_of(prior)),
             drawn_from,
@@ -117,6 +120,29 @@ def mixture_law(
 def prior_fingerprint(model: PreTrainedModel) -> str:
     """Return what a head remembers of the model whose states it reads, whatever its dtype."""
     return fingerprint_model(model, None, rounded_to=torch.bfloat16)
+
+
+def check_reward_states(session: Session, head: ValueHead | None = None) -> None:
+    """Refuse a reward whose states cannot be read over the language models' tokens.
+
+    Raises:
+        InvalidArgument: there is no reward, it is no causal classifier over the same token ids, or
+            not the one that `head` was fitted with.
+    """
+    reward = session.rewards.get("reward")
+    if reward is None:
+        raise InvalidArgument("value reads the states of the reward model; pass reward=, got None")
+    ours, theirs = session.tokenizer, reward.tokenizer
+    is_same = ours is None or theirs is None or ours.get_vocab() == theirs.get_vocab()
+    if not isinstance(reward, CausalReward) or not is_same:
+        raise InvalidArgument(
+            "reward states are read off a causal sequence classifier with the language models' "
+            f"own tokenizer, which {reward.name} is not"
+        )
+    if head is not None and head.config.models.get("reward") != prior_fingerprint(reward.model):
+        raise InvalidArgument(
+            f"value was fitted on the states of another reward model than {reward.name}"
+        )
 
 
 def _load(value: Any) -> ValueHead:
