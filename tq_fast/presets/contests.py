@@ -38,12 +38,15 @@ class Text:
         columns: what its law recorded of them, `[T]` by name.
         reward: of the text as it was judged.
         stages: the contests so far.
+        rewards: of every text that was scored so far, by its tokens. A text that comes again has
+            the same reward to the last bit, and so is no better than itself.
     """
 
     token_ids: list[int]
     columns: dict[str, torch.Tensor]
     reward: float = math.nan
     stages: list[StageTrace] = dataclasses.field(default_factory=list)
+    rewards: dict[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
 
 
 class Contests:
@@ -131,8 +134,10 @@ class Contests:
             with self.stats.phase("reward"):
                 found = self.scorer.score([(o.tree, [*before[o.tree], *o.token_ids]) for o in new])
             winners: dict[int, Drawn] = {}
-            for i, (one, score) in enumerate(zip(new, found, strict=True)):
+            for i, (one, scored) in enumerate(zip(new, found, strict=True)):
                 tree, number = one.tree, numbers[i % len(numbers)]
+                text = (*before[tree], *one.token_ids)
+                score = self.texts[tree].rewards.setdefault(text, scored)
                 scores[tree].append(score)
                 drawn[tree].append(one.token_ids)
                 value = self._value(score, noise[tree], number)
@@ -211,12 +216,13 @@ class Contests:
         return is_full or is_ended or self.forest.stop.is_met(token_ids)
 
     def results(
-        self, choice_kl: Sequence[float], *, is_approximate: bool = False
+        self, choice_kl: Sequence[float] | None, *, is_approximate: bool = False
     ) -> list[PromptResult]:
         """Return the texts as results.
 
         Args:
-            choice_kl: of each tree, the bound on the divergence that the contests add, nats.
+            choice_kl: of each tree, the bound on the divergence that the contests add, nats; None
+                where no contest ever has two candidates.
             is_approximate: whether that is a bound under an assumption that holds roughly.
         """
         measured: dict[str, list[float]] = {}
@@ -227,15 +233,18 @@ class Contests:
         self.scorer.count(self.stats)
         return [
             self._result(
-                tree, kl, {role: sums[tree] for role, sums in measured.items()}, is_approximate
+                tree,
+                None if choice_kl is None else choice_kl[tree],
+                {role: sums[tree] for role, sums in measured.items()},
+                is_approximate,
             )
-            for tree, kl in enumerate(choice_kl)
+            for tree in range(len(self.texts))
         ]
 
     def _result(
         self,
         tree: int,
-        choice_kl: float,
+        choice_kl: float | None,
         logprobs: Mapping[str, float],
         is_approximate: bool,
     ) -> PromptResult:

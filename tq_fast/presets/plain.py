@@ -220,6 +220,7 @@ class PlainMethod:
         """Return the result of a prompt: its first response of the highest score."""
         best = scores.index(max(scores)) if scores else 0
         winner, rewards = drawn[best], torch.tensor(scores, dtype=torch.float32)
+        extra_kl = best_of_kl(len(drawn)) if len(drawn) > 1 else None
         stages = []
         if self.rows_per_prompt > 1 or self.keeps_all:
             stages = [StageTrace(0, rewards, best, [one.token_ids for one in drawn])]
@@ -227,7 +228,7 @@ class PlainMethod:
             self.session.text_of(winner.token_ids, self.config),
             torch.tensor(winner.token_ids),
             trace_tokens(winner.columns, winner.token_ids, rewards),
-            certify_text(winner.columns, self.law, extra_kl=best_of_kl(len(drawn))),
+            certify_text(winner.columns, self.law, extra_kl=extra_kl),
             stages,
         )
 
@@ -297,7 +298,7 @@ def certify_text(
     columns: Mapping[str, torch.Tensor],
     law: TokenLaw,
     *,
-    extra_kl: float,
+    extra_kl: float | None,
     logprobs: Mapping[str, float] | None = None,
     is_approximate: bool = False,
 ) -> Certificate:
@@ -306,24 +307,25 @@ def certify_text(
     Args:
         columns: what the law recorded of every token, `[T]`.
         law: what the tokens were drawn from.
-        extra_kl: bound on the divergence that the choice adds, nats; 0 without one. The best of n
-            diverges from the law that it was drawn from by at most log n - (n - 1) / n, and the
-            certificate gives this bound in place of the divergence. To a model it adds the
-            log-ratio of the text itself, so that the mean over responses bounds the divergence.
+        extra_kl: bound on the divergence that the choice adds, nats; None where the method makes
+            none, whatever came of this one text. The best of n diverges from the law that it was
+            drawn from by at most log n - (n - 1) / n, and the certificate gives this bound in place
+            of the divergence. To a model it adds the log-ratio of the text itself, so that the mean
+            over responses bounds the divergence.
         logprobs: log-prob of the whole text under models that the law does not read, by role.
         is_approximate: whether `extra_kl` is a bound under an assumption that holds roughly.
 
     The divergence of a single text is exact, whatever truncates the law that it was drawn from.
     """
     bound: KlKind = "approximate" if is_approximate else "at most"
-    is_exact = extra_kl == 0.0 and not logprobs
+    is_exact = extra_kl is None and not logprobs
     totals: dict[str, float | None] = {"sft": None, "baseline": None}
     for role, logprob in (logprobs or {}).items():
-        totals[role] = extra_kl + float(columns["drawn"].sum()) - logprob
+        totals[role] = (extra_kl or 0.0) + float(columns["drawn"].sum()) - logprob
     for role in ("sft", "baseline"):
         if f"logprob:{role}" not in columns:
             continue
-        if extra_kl == 0.0:
+        if extra_kl is None:
             totals[role] = float(columns[f"kl:{role}"].sum())
         else:
             ratios = columns["drawn"] - columns[f"logprob:{role}"]
