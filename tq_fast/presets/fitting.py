@@ -282,12 +282,15 @@ class _TokenReader:
         self.config = config
         self.plan = plan
         self._done: list[LoggedTokens] = []
+        # One group for all texts of a prompt, of whatever round, since whole groups are held out.
+        self._groups: dict[tuple[int, ...], int] = {}
 
     def read(self, texts: Sequence[LoggedTexts], laws: Sequence[Any]) -> LoggedTokens:
         """Return the tokens of all `texts`; those that were read before are not read again."""
-        names = {id(entry.prompt): i for i, entry in enumerate(texts[::-1])}
         for entry in texts[len(self._done) :]:
-            self._done.append(self._read_one(entry, names[id(entry.prompt)], laws))
+            prompt = tuple(entry.prompt.token_ids)
+            group = self._groups.setdefault(prompt, len(self._groups))
+            self._done.append(self._read_one(entry, group, laws))
         parts = [part for part in self._done if len(part.token_ids)]
         if not parts:
             raise InvalidArgument("prompts must have at least one text of one token, got none")
