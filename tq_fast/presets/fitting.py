@@ -17,6 +17,7 @@ from ..ops.sample_tokens import proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..prompts import Prompt
 from ..session import MethodOptions, Session, neutral_torch
+from ..transfer.step import without_tokens
 from ..values.fitting import FitOptions, LoggedTokens, fit_head
 from ..values.head import ValueHead, ValueHeadConfig
 from .call import RUNNING, OpenMethod, PresetCall, check_running
@@ -190,6 +191,11 @@ def open_logging(
     call = PresetCall("best_of_n", options, models)
     call.method = name
     call.require(source, "reward")
+    if call.config.num_return_sequences != 1:
+        raise InvalidArgument(
+            f"num_return_sequences is 1 for {name!r}, which draws num_texts responses to each "
+            f"prompt, got {call.config.num_return_sequences}"
+        )
 
     def make(session: Session, config: DecodeConfig) -> PlainMethod:
         law = TextSource(name, source).law(session, config, is_greedy=False, measures_sft=False)
@@ -404,6 +410,9 @@ class _TokenReader:
             ids = token_ids[start : start + len(row), None]
             sft = clean_logits(logits["sft"][i], size).log_softmax(-1).gather(1, ids)
             policy = clean_logits(logits[law.roles[0]][i], size)
+            early = [place < config.min_new_tokens for place in range(len(row))]
+            if any(early):
+                policy = without_tokens(policy, self.session.end_ids(config), early)
             if isinstance(law, ValueLaw):
                 _, directions = law.head(states[law.prior][start : start + len(row)])
                 vectors = law.head.token_embeddings[:size].float()
