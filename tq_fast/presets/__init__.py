@@ -208,10 +208,10 @@ def value_guided(
     """Decode from `pi_prior exp(Q_V / alpha) / Z` over the whole vocabulary, without roll-outs.
 
     `value` is a head of `tq_fast.fit_value`, or its folder; the prior is the model that it was
-    fitted on, `sft` where that is given and else `baseline`. One forward pass a token; Q_V has no
-    noise, so that the divergence is exact. `reward`, where it is given, scores the responses.
-    Source: Transfer Q* (arXiv 2405.20495, eq. 5) with a fitted Q, as value-guided decoding (arXiv
-    2310.17022) fits the prior's own.
+    fitted on: what the option `prior` says, else `sft` where that is given and `baseline` where it
+    is not. One forward pass a token; Q_V has no noise, so that the divergence is exact. `reward`,
+    where it is given, scores the responses. Source: Transfer Q* (arXiv 2405.20495, eq. 5) with a
+    fitted Q, as value-guided decoding (arXiv 2310.17022) fits the prior's own.
     """
     models = {"baseline": baseline, "sft": sft, "reward": reward}
     return _decode("value_guided", prompts, options, **models, value=value)

@@ -47,7 +47,7 @@ def open_blocks(
     if judge not in ("prefix", "rollout"):
         raise InvalidArgument(f"judge must be one of 'prefix', 'rollout', got {judge!r}")
     chosen = TextSource(name, source, value)
-    call = PresetCall(name, options, chosen.models_of(models))
+    call = PresetCall(name, options, chosen.models_of(models, options))
     chosen.require(call)
     call.require("reward")
 

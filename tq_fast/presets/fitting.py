@@ -23,7 +23,7 @@ from ..values.head import ValueHead, ValueHeadConfig
 from .call import RUNNING, OpenMethod, PresetCall, check_running
 from .laws import ValueLaw
 from .plain import PlainMethod, require_count
-from .sources import TextSource, prior_fingerprint
+from .sources import TextSource, prior_fingerprint, value_prior
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -122,8 +122,9 @@ def fit_value(  # type: ignore[misc]  # it has defaults of its own for some fiel
 
     Draws `num_texts` responses to each prompt, scores them by `reward`, and fits
     `Q_V(x, z) = v(f(h)) + u(f(h)) . e_z` to the reward of the whole text at every token, by least
-    squares; h is the state of the prior, `sft` where that is given and else `baseline`. Some of the
-    prompts are held out: `head.config.fit` says how well the head foretells their rewards.
+    squares; h is the state of the prior: what the option `prior` says, else `sft` where that is
+    given and `baseline` where it is not. Some of the prompts are held out: `head.config.fit` says
+    how well the head foretells their rewards.
 
     Args:
         prompts: as for `tq_fast.decode`; other ones than those that are decoded later.
@@ -237,7 +238,7 @@ def fit_from_texts(
     check_plan(session, plan)
     known, laws = list(texts), [opened.method.law]  # type: ignore[attr-defined]
     prompts = [entry.prompt for entry in texts]
-    prior: Role = "sft" if "sft" in session.languages else "baseline"
+    prior = value_prior(session, config)
     reader = _TokenReader(session, prior, config, plan)
     tokens = reader.read(known, laws)
     head = _fit(session, prior, tokens, plan, on_epoch, len(known))
@@ -312,7 +313,7 @@ class _TokenReader:
         rewards = torch.tensor(list(entry.rewards), dtype=torch.float32)
         lengths = torch.tensor([len(row) for row in rows])
         needs = self.plan.transfer == "indirect"
-        roles = {self.prior, *(laws[entry.drawn_from].roles if needs else ())}
+        roles = {self.prior, *(("sft", *laws[entry.drawn_from].roles) if needs else ())}
         states: dict[Role, torch.Tensor] = {}
         logits: dict[Role, list[Any]] = {}
         for role in roles:

@@ -66,7 +66,7 @@ def open_best_of_n(
     """Open the best of `n` texts from `source`."""
     require_count("n", n)
     chosen = TextSource(name, source, value)
-    call = PresetCall(name, options, chosen.models_of(models))
+    call = PresetCall(name, options, chosen.models_of(models, options))
     chosen.require(call)
     call.require("reward")
 
@@ -84,7 +84,7 @@ def open_value_guided(
     if value is None:
         raise InvalidArgument(f"value is needed by the method {name!r}, got None")
     chosen = TextSource(name, "value", value)
-    call = PresetCall(name, options, chosen.models_of(models))
+    call = PresetCall(name, options, chosen.models_of(models, options))
     chosen.require(call)
 
     def make(session: Session, config: DecodeConfig) -> PlainMethod:

@@ -54,7 +54,7 @@ def open_refine(
     check_strategy(strategy)
     chosen = TextSource(name, source, value)
     plan = CutPlan(cuts, stages)
-    call = PresetCall(name, options, chosen.models_of(models))
+    call = PresetCall(name, options, chosen.models_of(models, options))
     chosen.require(call)
     call.require("reward")
 
