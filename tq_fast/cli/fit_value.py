@@ -41,6 +41,7 @@ class FitJob:
         num_texts: texts a prompt and round.
         rounds: 2 adds texts that are drawn under the first head.
         epochs: passes over all tokens.
+        reward_states: whether the head reads the reward model's states, too.
 
     Raises:
         InvalidArgument: there is neither a file of prompts nor one of records, or both.
@@ -53,6 +54,7 @@ class FitJob:
     num_texts: int
     rounds: int
     epochs: int
+    reward_states: bool = False
 
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.from_records is None):
@@ -67,6 +69,7 @@ class FitJob:
             rounds=self.rounds,
             alpha=config.alpha,
             num_texts=self.num_texts,
+            reward_states=self.reward_states,
             options=FitOptions(epochs=self.epochs, seed=config.seed),
         )
 

@@ -18,12 +18,13 @@ from ..ops.sample_tokens import proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..prompts import Prompt
 from ..session import MethodOptions, Session, neutral_torch
+from ..transfer.step import without_tokens
 from ..values.fitting import FitOptions, LoggedTokens, fit_head
 from ..values.head import ValueHead, ValueHeadConfig
 from .call import RUNNING, OpenMethod, PresetCall, check_running
 from .laws import ValueLaw
 from .plain import PlainMethod, require_count
-from .sources import TextSource, check_reward_states, prior_fingerprint
+from .sources import TextSource, check_reward_states, prior_fingerprint, value_prior
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -125,8 +126,9 @@ def fit_value(  # type: ignore[misc]  # it has defaults of its own for some fiel
 
     Draws `num_texts` responses to each prompt, scores them by `reward`, and fits
     `Q_V(x, z) = v(f(h)) + u(f(h)) . e_z` to the reward of the whole text at every token, by least
-    squares; h is the state of the prior, `sft` where that is given and else `baseline`. Some of the
-    prompts are held out: `head.config.fit` says how well the head foretells their rewards.
+    squares; h is the state of the prior: what the option `prior` says, else `sft` where that is
+    given and `baseline` where it is not. Some of the prompts are held out: `head.config.fit` says
+    how well the head foretells their rewards.
 
     Args:
         prompts: as for `tq_fast.decode`; other ones than those that are decoded later.
@@ -197,6 +199,11 @@ def open_logging(
     call = PresetCall("best_of_n", options, models)
     call.method = name
     call.require(source, "reward")
+    if call.config.num_return_sequences != 1:
+        raise InvalidArgument(
+            f"num_return_sequences is 1 for {name!r}, which draws num_texts responses to each "
+            f"prompt, got {call.config.num_return_sequences}"
+        )
 
     def make(session: Session, config: DecodeConfig) -> PlainMethod:
         law = TextSource(name, source).law(session, config, is_greedy=False, measures_sft=False)
@@ -241,7 +248,7 @@ def fit_from_texts(
     check_plan(session, plan)
     known, laws = list(texts), [opened.method.law]  # type: ignore[attr-defined]
     prompts = [entry.prompt for entry in texts]
-    prior: Role = "sft" if "sft" in session.languages else "baseline"
+    prior = value_prior(session, config)
     reader = _TokenReader(session, prior, config, plan)
     tokens = reader.read(known, laws)
     head = _fit(session, prior, tokens, plan, on_epoch, len(known))
@@ -296,13 +303,14 @@ class _TokenReader:
         self.config = config
         self.plan = plan
         self._done: list[LoggedTokens] = []
+        # One group for all texts of a prompt, of whatever round, since whole groups are held out.
+        self._groups: dict[tuple[int, ...], int] = {}
 
     def read(self, texts: Sequence[LoggedTexts], laws: Sequence[Any]) -> LoggedTokens:
         """Return the tokens of all `texts`; those that were read before are not read again."""
-        # Equal prompts are one, whatever their number and round: none is held out by half.
-        groups = list(dict.fromkeys(entry.prompt.token_ids for entry in texts))
         for entry in texts[len(self._done) :]:
-            group = groups.index(entry.prompt.token_ids)
+            prompt = tuple(entry.prompt.token_ids)
+            group = self._groups.setdefault(prompt, len(self._groups))
             self._done.append(self._read_one(entry, group, laws))
         parts = [part for part in self._done if len(part.token_ids)]
         if not parts:
@@ -319,7 +327,7 @@ class _TokenReader:
         rewards = torch.tensor(list(entry.rewards), dtype=torch.float32)
         lengths = torch.tensor([len(row) for row in rows])
         needs = self.plan.transfer == "indirect"
-        roles = {self.prior, *(laws[entry.drawn_from].roles if needs else ())}
+        roles = {self.prior, *(("sft", *laws[entry.drawn_from].roles) if needs else ())}
         states: dict[Role, torch.Tensor] = {}
         logits: dict[Role, list[Any]] = {}
         for role in roles:
@@ -444,6 +452,9 @@ class _TokenReader:
             ids = token_ids[start : start + len(row), None]
             sft = clean_logits(logits["sft"][i], size).log_softmax(-1).gather(1, ids)
             policy = clean_logits(logits[law.roles[0]][i], size)
+            early = [place < config.min_new_tokens for place in range(len(row))]
+            if any(early):
+                policy = without_tokens(policy, self.session.end_ids(config), early)
             if isinstance(law, ValueLaw):
                 _, directions = law.head(hidden[start : start + len(row)])
                 vectors = law.head.token_embeddings[:size].float()

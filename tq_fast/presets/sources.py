@@ -47,10 +47,15 @@ class TextSource:
         if value is not None:
             self.head = value if isinstance(value, ValueHead) else _load(value)
 
-    def models_of(self, models: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave out the models that the source has no use for; SFT always serves to measure."""
+    def models_of(self, models: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out the models that the source has no use for; SFT always serves to measure.
+
+        `options` are the caller's: `prior` in them, or in their config, says what a head guides.
+        """
         used = dict(models)
-        if self.source == "sft" or (self.source == "value" and models.get("sft") is not None):
+        prior = options.get("prior") or getattr(options.get("config"), "prior", None)
+        guides_sft = prior == "sft" or (prior is None and models.get("sft") is not None)
+        if self.source == "sft" or (self.source == "value" and guides_sft):
             used["baseline"] = None
         return used
 
@@ -58,6 +63,8 @@ class TextSource:
         """Refuse a call without the model that the source draws from."""
         if self.source != "value":
             call.require(self.source)
+        elif call.config.prior is not None:
+            call.require(call.config.prior)
         elif not {"sft", "baseline"} & set(call.models):
             raise InvalidArgument(
                 f"sft, or baseline, is needed by the method {call.method!r}: the model that the "
@@ -83,13 +90,9 @@ class TextSource:
         Raises:
             InvalidArgument: the head belongs to another model.
         """
-        measured: tuple[Role, ...] = ()
-        has_sft = "sft" in session.languages
-        drawn_from: Role = "sft" if has_sft else "baseline"
-        if self.source == "baseline":
-            drawn_from = "baseline"
-        if measures_sft and drawn_from != "sft" and has_sft:
-            measured = ("sft",)
+        drawn_from = value_prior(session, config) if self.source == "value" else self.source
+        is_other = drawn_from != "sft" and "sft" in session.languages
+        measured: tuple[Role, ...] = ("sft",) if measures_sft and is_other else ()
         if self.head is None:
             weights: dict[Role, float] = {drawn_from: 1.0, **dict.fromkeys(measured, 0.0)}
             return mixture_law(session, weights, config, is_greedy=is_greedy)
@@ -106,6 +109,11 @@ class TextSource:
             is_greedy=is_greedy,
             measured=measured,
         )
+
+
+def value_prior(session: Session, config: DecodeConfig) -> Role:
+    """Return the role whose model a value head guides."""
+    return config.prior or ("sft" if "sft" in session.languages else "baseline")
 
 
 def mixture_law(
@@ -159,6 +167,12 @@ def _check_head(head: ValueHead, prior: PreTrainedModel, role: str, num_tokens: 
         raise InvalidArgument(
             f"value belongs to another model than {role}: it was fitted on the states of a model "
             f"with the fingerprint {known}, this one has {prior_fingerprint(prior)}"
+        )
+    width = getattr(prior.get_output_embeddings(), "in_features", None)
+    if isinstance(width, int) and head.config.hidden_size != width:
+        raise InvalidArgument(
+            f"value reads states of {head.config.hidden_size} numbers, but those of {role} have "
+            f"{width}"
         )
     if head.config.vocab_size < min(num_tokens, vocab_size_of(prior)):
         raise InvalidArgument(
