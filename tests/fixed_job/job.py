@@ -92,7 +92,7 @@ def _from_the_command_line(folder: Path) -> Iterator[dict[str, Any]]:
     for line in sorted(output.read_text().splitlines(), key=lambda line: json.loads(line)["index"]):
         record = json.loads(line)
         # The fingerprint follows the settings' names.
-        del record["settings"]
+        del record["settings"], record["certificate"]["kl_kind"]
         yield {"job": "command line", **record}
 
 
