@@ -140,7 +140,7 @@ def test_a_sweep_is_one_method_a_value(tmp_path: Path) -> None:
         (
             "tiny = true",
             'tiny = true\nfile = "x"',
-            "one of tiny, file, dataset, got 'tiny', 'file'",
+            "one of tiny, tiny_others, file, dataset, got 'tiny', 'file'",
         ),
         ("limit = 5", "limit = 0", "limit must be an integer of at least 1, got 0"),
         ("limit = 5", 'split = "x"', "split must be text, beside dataset"),
@@ -181,7 +181,7 @@ def test_every_recipe_loads_and_says_whether_it_was_run(path: Path) -> None:
     config = load_config(path)
     assert config.setups and config.title
     first = config.text.splitlines()[0]
-    is_embedded = path.stem.startswith("tiny")
+    is_embedded = path.stem.startswith(("tiny", "frontier"))
     is_run = is_embedded or path.stem == "real"
     assert is_run != first.startswith("# NOT RUN HERE")
     for setup in config.setups:

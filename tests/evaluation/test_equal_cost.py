@@ -47,15 +47,17 @@ def test_the_line_is_read_at_the_cost_of_the_method(
     cost: float, expected: float, kind: str
 ) -> None:
     # The order of the line does not matter.
-    found, what = over_line(CostPoint(cost, cells(1.5)), LINE[::-1], BOOTSTRAP)
+    found, what, theirs = over_line(CostPoint(cost, cells(1.5)), LINE[::-1], BOOTSTRAP)
     # Prompts differ by themselves, but as much in the method as in the line: the pairs show that.
     assert found == pytest.approx((expected, expected, expected))
     assert what == kind
+    mean = sum(cells(1.5).values()) / PROMPTS
+    assert theirs == pytest.approx(mean - expected)
 
 
 def test_the_interval_is_that_of_pairs() -> None:
     ours = CostPoint(20.0, cells(1.5, noise=0.3))
-    found, _ = over_line(ours, LINE, BOOTSTRAP)
+    found, *_ = over_line(ours, LINE, BOOTSTRAP)
     assert found.low < 1.0 < found.high
     assert found.high - found.low == pytest.approx(2 * 1.96 * 0.3 / PROMPTS**0.5, rel=0.35)
 
@@ -94,7 +96,8 @@ def test_a_line_that_falls_in_between_reaches_no_less_than_before() -> None:
 
 def test_responses_that_are_not_shared_do_not_count() -> None:
     few = CostPoint(20.0, {(3, 0): 5.0, (77, 0): 9.0})
-    found, _ = over_line(few, LINE, BOOTSTRAP)
+    found, _, theirs = over_line(few, LINE, BOOTSTRAP)
+    assert theirs == pytest.approx(cells(0.5)[(3, 0)])
     assert found.value == pytest.approx(5.0 - cells(0.5)[(3, 0)])
     nothing = CostPoint(20.0, {(77, 0): 9.0})
     assert over_line(nothing, LINE, BOOTSTRAP) is None
@@ -118,5 +121,6 @@ def test_every_method_is_compared_with_every_line_that_was_run() -> None:
     assert list(one["measures"]) == ["reward"]
     assert format_over(one["measures"]["reward"]) == "+0.50 [+0.50, +0.50]"
     table = write_comparison(comparison, {"tq": "TQ*"})
-    assert "| TQ* | 20 | +0.50 [+0.50, +0.50] | 2x [2x, 2x] |" in table
-    assert "| reward over it | its tokens for the same reward |" in table
+    half = sum(cells(0.5).values()) / PROMPTS
+    assert f"| TQ* | 20 | {half:.2f} | +0.50 [+0.50, +0.50] | 2x [2x, 2x] |" in table
+    assert "| its reward there | reward over it | its tokens for the same reward |" in table

@@ -12,10 +12,12 @@ from rich.console import Console
 from ..errors import InvalidArgument
 from ..evaluation.config import EvalConfig
 from ..evaluation.config_file import find_config, load_config
+from ..evaluation.methods import work_of
 from ..evaluation.processes import run_here, run_in_processes
 from ..evaluation.prompts import check_readable
 from ..evaluation.results import write_run, write_summary, write_text
-from ..evaluation.work import EvalJob, EvalWorker, Task, check_no_others, open_jobs, work_of
+from ..evaluation.values import ValueFit, check_others, describe_heads, drawing_config, place_values
+from ..evaluation.work import EvalJob, EvalWorker, Task, check_no_others, open_jobs
 from ..jobs.record_file import Record
 from ..jobs.resume import describe_repairs
 from .progress import JobProgress, format_seconds
@@ -36,6 +38,11 @@ class EvalOptions:
     overwrite: bool = False
     retry_errors: bool = False
 
+    @property
+    def again(self) -> dict[str, bool]:
+        """How files of records are opened."""
+        return {"overwrite": self.overwrite, "retry_errors": self.retry_errors}
+
 
 def run_eval(config_name: str, output: Path, options: EvalOptions, console: Console) -> int:
     """Evaluate what has no record in `output` yet, and write the tables.
@@ -54,36 +61,102 @@ def run_eval(config_name: str, output: Path, options: EvalOptions, console: Cons
         OutputRefused: the output cannot be written, or belongs to another evaluation.
         TqFastError: the configuration is wrong (before any model is loaded), or a model is.
     """
-    config = load_config(find_config(config_name))
+    config = place_values(load_config(find_config(config_name)), output)
     if options.workers is not None:
         if options.workers < 1:
             raise InvalidArgument(f"workers must be at least 1, got {options.workers}")
         config = dataclasses.replace(config, workers=options.workers)
-    check_readable(config.prompts)
+    for source in (config.prompts, *(spec.prompts for spec in config.values)):
+        check_readable(source)
     prompts = config.prompts.read()
     check_no_others(config, output, overwrite=options.overwrite)
     with contextlib.ExitStack() as stack:
-        again = {"overwrite": options.overwrite, "retry_errors": options.retry_errors}
-        jobs = open_jobs(config, prompts, output, stack, **again)
+        jobs = open_jobs(config, prompts, output, stack, **options.again)
+        fits = [ValueFit(spec, output) for spec in config.values]
+        heads = [fit.head for fit in fits]
         with loading_models(console):
             worker = EvalWorker(config, prompts)
+            # What is wrong with any method is said before a head is fitted, which takes a while.
             for job in jobs:
-                job.check(worker)
-        for job in jobs:
-            for repair in describe_repairs(job.earlier):
-                say(console, f"{job.label}: {repair}")
+                if job.method.value not in heads:
+                    job.check(worker)
         write_text(output / "config.toml", config.text)
+        for fit in fits:
+            if _fit_value(fit, config, worker, options, console) == INTERRUPTED:
+                return _say_stopped(output, console)
+        for job in jobs:
+            if job.method.value in heads:
+                job.check(worker)
+        _say_repairs(jobs, console)
         return _run_jobs(config, jobs, worker, output, console)
 
 
-def _run_jobs(
-    config: EvalConfig, jobs: list[EvalJob], worker: EvalWorker, output: Path, console: Console
+def _fit_value(
+    fit: ValueFit,
+    config: EvalConfig,
+    worker: EvalWorker,
+    options: EvalOptions,
+    console: Console,
 ) -> int:
+    """Draw the texts that a head lacks and fit it, unless it is there already."""
+    spec, drawing = fit.spec, drawing_config(config, fit.spec)
+    entries = drawing.prompts.read()
+    check_others(spec, entries, [entry.prompt for entry in worker.entries])
+    if options.overwrite:
+        fit.forget()
+    is_done = fit.is_done()
+    with contextlib.ExitStack() as stack:
+        jobs = open_jobs(drawing, entries, fit.folder, stack, **options.again)
+        drawer = EvalWorker(drawing, entries, worker.pool)
+        for job in jobs:
+            job.check(drawer)
+        _say_repairs(jobs, console)
+        if _carry_out(drawing, jobs, drawer, console, "prompts") is None:
+            return INTERRUPTED
+    if is_done and fit.is_done():
+        return 0
+
+    def on_epoch(epoch: int, r2: float) -> None:
+        say(console, f"{fit.label}: epoch {epoch}/{spec.fit['epochs']}, held-out R2 {r2:.3f}")
+
+    try:
+        fit.fit(
+            worker.pool.load(spec.drawing.models),
+            on_epoch=on_epoch,
+            batch_size=config.batch_size,
+            chat=spec.prompts.chat,
+        )
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What came of some jobs: how many prompts failed by job, and what was decoded."""
+
+    failed: Counter[tuple[int, int]]
+    num_texts: int
+    seconds: float
+
+
+def _carry_out(
+    config: EvalConfig, jobs: list[EvalJob], worker: EvalWorker, console: Console, noun: str
+) -> _Outcome | None:
+    """Decode what the jobs lack; None where it was interrupted.
+
+    Args:
+        config: what is evaluated.
+        jobs: checked.
+        worker: decodes here where there are no other processes.
+        console: for progress and messages.
+        noun: what the jobs count.
+    """
     tasks = [task for job in jobs for task in job.tasks(config)]
     num_before = sum(len(job.earlier.kept) for job in jobs)
     if num_before and tasks:
         total = sum(len(job.entries) for job in jobs)
-        say(console, f"resuming: {num_before} of {total} responses are done")
+        say(console, f"resuming: {num_before} of {total} {noun} are done")
     by_key = {job.key: job for job in jobs}
     failed = Counter({job.key: len(job.earlier.failed) for job in jobs})
     work = {
@@ -92,7 +165,7 @@ def _run_jobs(
         for index in range(len(job.entries))
         if index not in job.earlier.kept
     }
-    progress = JobProgress(console, "responses", work, num_before=num_before)
+    progress = JobProgress(console, noun, work, num_before=num_before)
 
     def write(task: Task, record: Record) -> None:
         job = by_key[(task.setup, task.method)]
@@ -113,18 +186,39 @@ def _run_jobs(
             else:
                 run_in_processes(config, worker.entries, tasks, write)
     except KeyboardInterrupt:
-        say(console, f"stopped; the same command goes on from what is in {output}")
-        return INTERRUPTED
-    if tasks:
-        texts = sum(by_key[key[:2]].method.num_texts for key in work)
-        write_run(output, config.workers, responses=texts, seconds=progress.seconds)
-    write_summary(output, config)
-    took = f"; this run took {format_seconds(progress.seconds)}" if tasks else ""
-    done = sum((len(job.entries) - failed[job.key]) * job.method.num_texts for job in jobs)
+        return None
+    texts = sum(by_key[key[:2]].method.num_texts for key in work)
+    return _Outcome(failed, texts, progress.seconds if tasks else 0.0)
+
+
+def _run_jobs(
+    config: EvalConfig, jobs: list[EvalJob], worker: EvalWorker, output: Path, console: Console
+) -> int:
+    """Decode what the jobs lack, and write the tables; return the exit code."""
+    outcome = _carry_out(config, jobs, worker, console, "responses")
+    if outcome is None:
+        return _say_stopped(output, console)
+    took = ""
+    if outcome.num_texts:
+        write_run(output, config.workers, responses=outcome.num_texts, seconds=outcome.seconds)
+        took = f"; this run took {format_seconds(outcome.seconds)}"
+    write_summary(output, config, describe_heads(config, output))
+    done = sum((len(job.entries) - outcome.failed[job.key]) * job.method.num_texts for job in jobs)
     say(console, f"{done} responses{took}")
-    num_failed = failed.total()
+    num_failed = outcome.failed.total()
     if num_failed:
         again = "the same command with --retry-errors decodes them again"
         say(console, f"{num_failed} failed; {again}")
     say(console, f"tables: {output / 'table.md'}; pictures: tq-fast report {output}")
     return 1 if num_failed else 0
+
+
+def _say_stopped(output: Path, console: Console) -> int:
+    say(console, f"stopped; the same command goes on from what is in {output}")
+    return INTERRUPTED
+
+
+def _say_repairs(jobs: list[EvalJob], console: Console) -> None:
+    for job in jobs:
+        for repair in describe_repairs(job.earlier):
+            say(console, f"{job.label}: {repair}")

@@ -11,6 +11,7 @@ from rich.console import Console
 from ..errors import InvalidArgument, TqFastError
 from ..evaluation.config_file import load_config
 from ..evaluation.results import read_records, write_summary, write_text
+from ..evaluation.values import describe_heads
 from ..jobs.record_file import OutputRefused
 from .terminal import say
 
@@ -38,7 +39,7 @@ def run_report(results: Path, console: Console) -> Path:
     records = read_records(results, config)
     if not any(records.values()):
         raise InvalidArgument(f"{str(results)!r} holds no record yet")
-    summary = write_summary(results, config)
+    summary = write_summary(results, config, describe_heads(config, results))
     # The file is written when a run ends, so that an unfinished evaluation may lack it.
     file = results / "versions.json"
     versions = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

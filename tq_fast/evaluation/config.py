@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..config import DecodeConfig
@@ -38,7 +39,7 @@ POOL = "_ceiling"
 _POOL_SEED = 7_919_365_182_501
 # What a pool takes over from the settings of its set-up: how long a response is, and what ends it.
 # Its texts follow the plain law of the SFT model, which every divergence is measured against.
-_POOL_FIELDS = ("max_new_tokens", "stop", "eos_token_id", "skip_special_tokens", "backend")
+PLAIN_FIELDS = ("max_new_tokens", "stop", "eos_token_id", "skip_special_tokens", "backend")
 
 
 # Sources of models by role (`MODEL_ROLES`), and settings of their loading (`config_file.LOADING`).
@@ -58,6 +59,9 @@ class MethodSpec:
         models: roles and how to load them.
         swept: (setting, value) where it is one of a sweep, else None.
         group: name before the sweep was expanded.
+        value: folder of the value head that it decodes with; None without one, and where the head
+            of a table [values.NAME] has no folder yet. `own` has its name.
+        keeps_texts: whether its records hold all texts that it chose among.
     """
 
     name: str
@@ -68,6 +72,8 @@ class MethodSpec:
     models: Models
     swept: tuple[str, float] | None
     group: str
+    value: Path | None = None
+    keeps_texts: bool = False
 
     @property
     def is_pool(self) -> bool:
@@ -95,7 +101,7 @@ class MethodSpec:
 
 def pool_of(num_texts: int, models: Models, decode: Mapping[str, Any]) -> MethodSpec:
     """Return what draws a pool of `num_texts` SFT samples a prompt."""
-    kept = {name: decode[name] for name in _POOL_FIELDS if name in decode}
+    kept = {name: decode[name] for name in PLAIN_FIELDS if name in decode}
     kept["num_return_sequences"] = num_texts
     return MethodSpec(POOL, "pool of the ceiling", "sft", {}, kept, models, None, POOL)
 
@@ -127,6 +133,32 @@ class SetupSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ValueSpec:
+    """A value head that is fitted before the methods that decode with it run.
+
+    Attributes:
+        name: of its table.
+        setup: name of the set-up whose methods use it.
+        prompts: where the prompts of its texts come from.
+        drawing: has one method, which draws the texts and lets its reward score them.
+        seed: of the texts and the fit.
+        fit: the settings of the fit: transfer, beta, rounds, alpha and epochs.
+    """
+
+    name: str
+    setup: str
+    prompts: PromptSource
+    drawing: SetupSpec
+    seed: int
+    fit: Mapping[str, Any]
+
+    @property
+    def texts(self) -> MethodSpec:
+        """What draws the texts."""
+        return self.drawing.methods[0]
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """The whole configuration of an evaluation.
 
@@ -140,6 +172,7 @@ class EvalConfig:
         resamples: of the bootstrap.
         prompts: where prompts come from.
         setups: in the order of the report.
+        values: value heads that methods of the set-ups decode with.
         text: the file itself.
     """
 
@@ -152,4 +185,5 @@ class EvalConfig:
     resamples: int
     prompts: PromptSource
     setups: tuple[SetupSpec, ...]
+    values: tuple[ValueSpec, ...]
     text: str

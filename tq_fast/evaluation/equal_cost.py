@@ -31,7 +31,7 @@ class CostPoint(NamedTuple):
 
 def over_line(
     ours: CostPoint, line: Sequence[CostPoint], bootstrap: Bootstrap
-) -> tuple[Interval, Kind] | None:
+) -> tuple[Interval, Kind, float] | None:
     """Return the mean of ours minus that of the line at the cost of ours.
 
     Args:
@@ -40,7 +40,8 @@ def over_line(
         bootstrap: of the interval; the pairs are the (prompt, seed) that all of them have.
 
     Returns:
-        The difference and what it is at equal cost; None where no response is shared.
+        The difference, what it is at equal cost, and the mean of the line there; None where no
+        response is shared.
     """
     line = sorted(line, key=lambda point: point.cost)
     costs = [point.cost for point in line]
@@ -61,7 +62,8 @@ def over_line(
         kind = "at least"
     elif ours.cost > costs[-1]:
         kind = "at most"
-    return found, kind
+    shared = [value for cell, value in theirs.items() if cell in ours.cells]
+    return found, kind, float(np.mean(shared))
 
 
 class CostRatio(NamedTuple):
@@ -156,12 +158,15 @@ def _compare(
     difference, ratio = over_line(ours, line, bootstrap), cost_ratio(ours, line, bootstrap)
     if difference is None or ratio is None:
         return None
-    found, kind = difference
-    return {"over": found._asdict(), "kind": kind, "cost_ratio": ratio._asdict()}
+    found, kind, theirs = difference
+    described = {"over": found._asdict(), "kind": kind, "line": theirs}
+    return {**described, "cost_ratio": ratio._asdict()}
 
 
-def write_comparison(comparison: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """Return the comparison with one line as a table in Markdown.
+def read_comparison(
+    comparison: Mapping[str, Any], labels: Mapping[str, str]
+) -> tuple[str, list[str], list[list[str]]]:
+    """Return what a table of a comparison says: a sentence, the titles, and the cells by method.
 
     Args:
         comparison: one of `compare_setup`.
@@ -169,21 +174,32 @@ def write_comparison(comparison: Mapping[str, Any], labels: Mapping[str, str]) -
     """
     known = [one["measures"] for one in comparison["methods"]]
     measures = list(dict.fromkeys(itertools.chain(*known)))
-    titles = []
+    titles = ["method", "token-forwards"]
     for measure in measures:
-        titles += [f"{MEASURES[measure]} over it", f"its tokens for the same {MEASURES[measure]}"]
-    lines = [
+        what = MEASURES[measure]
+        titles += [f"its {what} there", f"{what} over it", f"its tokens for the same {what}"]
+    sentence = (
         f"Against {comparison['line']} at equal token-forwards; ≥ and ≤ where the method is beyond "
-        "the n that were run.\n",
-        "| method | token-forwards | " + " | ".join(titles) + " |",
-        "|" + " --- |" * (len(titles) + 2),
-    ]
+        "the n that were run."
+    )
+    rows = []
     for one in comparison["methods"]:
         cells = [labels[one["name"]], f"{one['cost']:,.0f}"]
         for measure in measures:
             found = one["measures"].get(measure)
-            cells += ["", ""] if found is None else [format_over(found), format_ratio(found)]
-        lines.append("| " + " | ".join(cells) + " |")
+            if found is None:
+                cells += [""] * 3
+            else:
+                cells += [f"{found['line']:.2f}", format_over(found), format_ratio(found)]
+        rows.append(cells)
+    return sentence, titles, rows
+
+
+def write_comparison(comparison: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Return the comparison with one line as a table in Markdown; as `read_comparison`."""
+    sentence, titles, rows = read_comparison(comparison, labels)
+    lines = [f"{sentence}\n"]
+    lines += [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows)]
     return "\n".join(lines) + "\n"
 
 

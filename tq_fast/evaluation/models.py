@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -14,17 +16,28 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from ..errors import InvalidArgument, TqFastError, nearest
 from ..forest.language import vocab_size_of
 from ..jobs.resume import read_dtype
+from ..models import tiny
 from ..models.loading import load_language_model, load_reward, load_tokenizer
-from ..models.tiny import baseline_gold_reward, gold_reward, load_tiny_world
+from ..models.tiny import load_tiny_world
 from ..prompts import Prompt
 from ..rewards.base import Opening, Reward, Texts
 from ..rewards.classifier import ClassifierReward
 from ..session import place_models
+from ..values.head import ValueHead
 from .config import Models, ModelSource
 from .shift import sparsify_reward
 from .smollm2 import cached_smollm2
 
-_FUNCTIONS = {"gold_reward": gold_reward, "baseline_gold_reward": baseline_gold_reward}
+# Roles of language models; those with a number are further baselines of Collab.
+_LANGUAGE = re.compile(r"sft|baseline(_[0-9]+)?")
+_FUNCTIONS = {
+    "gold_reward": tiny.gold_reward,
+    "baseline_gold_reward": tiny.baseline_gold_reward,
+    "conditions_4": tiny.conditions_4,
+    "conditions_5": tiny.conditions_5,
+    "all_of_4": tiny.all_of_4,
+    "all_of_5": tiny.all_of_5,
+}
 _FOLDERS = ("sft", "baseline", "reward", "baseline_reward")
 # What "evidence:..." names: rewards in `evidence`, and the model that they steer.
 _EVIDENCE_REWARDS = ("required_words", "topic_closeness")
@@ -43,7 +56,8 @@ class LoadedModels:
     """The models of one method or set-up.
 
     Attributes:
-        languages: loaded language models by role ("baseline", "sft").
+        languages: loaded language models by role ("baseline", "sft"; with several baselines
+            "baseline_2" and so on too).
         rewards: rewards by role ("reward", "baseline_reward", "gold", "judge").
         tokenizer: the language models'.
         embedder: sentence embeddings, or None.
@@ -57,6 +71,10 @@ class LoadedModels:
     def preset_arguments(self) -> dict[str, Any]:
         """Return the models as keyword arguments of a preset."""
         arguments: dict[str, Any] = {**self.languages, "tokenizer": self.tokenizer}
+        several = [role for role in self.languages if role.startswith("baseline")]
+        if len(several) > 1:
+            # Only Collab has several, and takes them as a list.
+            arguments["baselines"] = [arguments.pop(role) for role in several]
         for role in ("reward", "baseline_reward"):
             reward = self.rewards.get(role)
             if reward is not None:
@@ -111,7 +129,10 @@ class ModelPool:
         device = models.get("device")
         place = place_models(str(device) if device else None)
         dtype = read_dtype(str(models.get("dtype", "auto")))
-        sources = {role: models.get(role) for role in ("baseline", "sft")}
+        roles = [role for role in models if _LANGUAGE.fullmatch(role)]
+        # Further baselines follow the first one, the SFT model comes last.
+        roles.sort(key=lambda role: (role == "sft", len(role), role))
+        sources = {role: models[role] for role in roles}
         names = {r: s.name for r, s in sources.items() if isinstance(s, ModelSource)}
         languages = {}
         for role, name in names.items():
@@ -150,6 +171,10 @@ class ModelPool:
                     key, lambda s=source, r=role, o=loading: _reward(s, r, o)
                 )
         return LoadedModels(languages, rewards, tokenizer, self._embedder(models, place))
+
+    def head(self, folder: Path) -> ValueHead:
+        """Return the value head in `folder`."""
+        return self._keep(("head", folder), lambda: ValueHead.load(folder))
 
     def _embedder(self, models: Models, place: torch.device) -> Embedder | None:
         source = models.get("embedder")

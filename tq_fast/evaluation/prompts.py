@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 from ..errors import InvalidArgument
 from ..jobs.prompt_file import PromptEntry, read_prompt_file
-from ..models.tiny import load_tiny_world
+from ..models.tiny import load_tiny_world, other_prompts
 
-PromptKind: TypeAlias = Literal["tiny", "file", "dataset"]
+PromptKind: TypeAlias = Literal["tiny", "tiny_others", "file", "dataset"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,9 @@ class PromptSource:
     """A source of prompts.
 
     Attributes:
-        kind: "tiny" (held-out prompts of the embedded world), "file" (as for `tq-fast decode`) or
-            "dataset" (of the hub, by the `datasets` library).
+        kind: "tiny" (held-out prompts of the embedded world), "tiny_others" (prompts of the same
+            kind that are not among those), "file" (as for `tq-fast decode`) or "dataset" (of the
+            hub, by the `datasets` library).
         name: the file, or the data set.
         limit: how many are taken, the first ones; None: all.
         chat: whether a text is given to the models as a user's message in their chat template.
@@ -48,11 +49,22 @@ class PromptSource:
         """
         if self.kind == "file":
             return read_prompt_file(self.name)[: self.limit]
-        is_tiny = self.kind == "tiny"
-        texts = load_tiny_world().prompts[: self.limit] if is_tiny else self._read_data_set()
+        texts: Sequence[str]
+        if self.kind == "tiny":
+            texts = load_tiny_world().prompts[: self.limit]
+        elif self.kind == "tiny_others":
+            texts = self._read_others()
+        else:
+            texts = self._read_data_set()
         if not texts:
             raise InvalidArgument(f"prompts: {self.name!r} holds none")
         return [PromptEntry(index, None, text) for index, text in enumerate(texts)]
+
+    def _read_others(self) -> Sequence[str]:
+        try:
+            return other_prompts(self.limit or 1)
+        except ValueError as error:
+            raise InvalidArgument(f"prompts: tiny_others: {error}") from error
 
     def _read_data_set(self) -> Sequence[str]:
         datasets = importlib.import_module("datasets")

@@ -28,6 +28,7 @@ from .config import POOL, EvalConfig, MethodSpec, SetupSpec
 from .equal_cost import compare_setup, write_comparison
 from .intervals import Bootstrap, Cells, Interval
 from .measures import compare_scores
+from .methods import measuring_roles
 
 Records: TypeAlias = Sequence[Record]
 
@@ -85,9 +86,18 @@ def read_records(output: Path, config: EvalConfig) -> dict[tuple[str, str], list
     return records
 
 
-def write_summary(output: Path, config: EvalConfig) -> dict[str, Any]:
-    """Compute the summary of the records, write it with its tables, and return it."""
+def write_summary(
+    output: Path, config: EvalConfig, heads: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Compute the summary of the records, write it with its tables, and return it.
+
+    Args:
+        output: the folder.
+        config: what was run.
+        heads: what the summary says of the value heads.
+    """
     summary = summarise(config, read_records(output, config))
+    summary["values"] = list(heads)
     write_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(output / "table.md", write_table(summary))
     return summary
@@ -124,7 +134,7 @@ def _summarise_setup(
         name: {measure: cells_of(own, measure) for measure in ("reward", "gold")}
         for name, own in by_method.items()
     }
-    rows = []
+    rows, lines = [], _best_of_n_lines(setup)
     for method in setup.methods:
         own = by_method[method.name]
         metrics = {name: bootstrap.mean(cells_of(own, name)) for name in MEASURES}
@@ -138,8 +148,11 @@ def _summarise_setup(
                 metrics[f"gain:{other}"] = bootstrap.difference(ours, theirs)
                 outcomes = _outcomes(own, by_method[other], judge)
                 metrics[f"win_tie:{other}"] = bootstrap.mean(outcomes)
-        metrics["token_forwards"] = bootstrap.mean(_all_forwards(own))
-        rows.append({**_row(method, own, metrics), "ceiling": _ceilings(ceiling, metrics)})
+        metrics["token_forwards"] = bootstrap.mean(_costs(own, method))
+        row = _row(method, own, metrics)
+        row["ceiling"] = _ceilings(ceiling, metrics)
+        row["is_to_beat"] = any(method.name in names for names in lines.values())
+        rows.append(row)
     return {
         "name": setup.name,
         "title": setup.title,
@@ -149,7 +162,7 @@ def _summarise_setup(
         "compare_with": list(setup.compare_with),
         "ceiling": ceiling,
         "methods": rows,
-        "equal_cost": compare_setup(rows, cells, _best_of_n_lines(setup), bootstrap),
+        "equal_cost": compare_setup(rows, cells, lines, bootstrap),
     }
 
 
@@ -210,12 +223,16 @@ def cells_of(records: Records, name: str) -> Cells:
     return cells
 
 
-def _all_forwards(records: Records) -> Cells:
-    return {
-        (record["prompt_idx"], record["seed"]): sum(record["measures"]["token_forwards"].values())
-        for record in records
-        if "measures" in record
-    }
+def _costs(records: Records, method: MethodSpec) -> Cells:
+    """Return the token-forwards of all models but those that are only measured against."""
+    left_out = measuring_roles(method)
+    costs = {}
+    for record in records:
+        if "measures" in record:
+            counts = record["measures"]["token_forwards"]
+            cost = sum(count for role, count in counts.items() if role not in left_out)
+            costs[(record["prompt_idx"], record["seed"])] = cost
+    return costs
 
 
 def _judge(setup: SetupSpec) -> str:
@@ -240,7 +257,17 @@ def write_table(summary: Mapping[str, Any]) -> str:
     )
     for setup in summary["setups"]:
         parts.append(_setup_table(setup))
+    parts += [write_head(head) for head in summary.get("values", ())]
     return "\n".join(part for part in parts if part)
+
+
+def write_head(head: Mapping[str, Any]) -> str:
+    """Return a sentence about a value head that methods decode with."""
+    return (
+        f"Value head {head['setup']}/{head['name']}: fitted to {head['num_texts']:,} texts that "
+        f"{head['source']} drew to {head['prompts']:,} other prompts, once for all "
+        f"({head['token_forwards']:,.0f} token-forwards); held-out R2 {head['r2']:.2f}.\n"
+    )
 
 
 def shown_columns(setup: Mapping[str, Any]) -> dict[str, str]:

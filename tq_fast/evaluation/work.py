@@ -29,15 +29,15 @@ from ..jobs.resume import (
     make_settings,
     read_earlier,
 )
+from ..models.fingerprint import fingerprint_file
 from ..prompts import Prompt, PromptReader
 from ..results import DecodeResult, PromptResult
 from .config import EvalConfig, MethodSpec, SetupSpec
 from .measures import measure_responses
+from .methods import all_settings
 from .models import LoadedModels, ModelPool
 from .results import records_path
 
-# Every response costs about this much beside its candidates: prompts, scoring, bookkeeping.
-_FIXED_WORK = 20.0
 # Texts of a pool that are drawn together, at least.
 _POOL_ROWS = 64
 
@@ -67,12 +67,18 @@ class EvalWorker:
     Args:
         config: what is evaluated.
         entries: every prompt.
+        pool: models that are loaded already; None: none are.
     """
 
-    def __init__(self, config: EvalConfig, entries: Sequence[PromptEntry]) -> None:
+    def __init__(
+        self,
+        config: EvalConfig,
+        entries: Sequence[PromptEntry],
+        pool: ModelPool | None = None,
+    ) -> None:
         self.config = config
         self.entries = entries
-        self.pool = ModelPool()
+        self.pool = ModelPool() if pool is None else pool
         self._read: dict[Any, list[Prompt | Exception]] = {}
 
     def models_of(self, spec: SetupSpec | MethodSpec) -> LoadedModels:
@@ -134,12 +140,15 @@ class EvalWorker:
         for i, idx in enumerate(group):
             trace = result.traces[i]
             text = None if result.texts is None else result.texts[i]
-            one = PromptResult(text, result.sequences[i], trace, result.certificates[i])
+            stages = result.stages[i]
+            one = PromptResult(text, result.sequences[i], trace, result.certificates[i], stages)
             is_first = task.seed_idx == 0 and idx < self.config.traces
             # Methods without values choose among one candidate: their traces say nothing more than
             # the response.
             keeps_trace = is_first and len(trace[0].candidates) > 1
-            record = response_record(self._entry(task, idx), [one], traces=keeps_trace)
+            record = response_record(
+                self._entry(task, idx), [one], traces=keeps_trace, texts=method.keeps_texts
+            )
             if keeps_trace and models.tokenizer is not None:
                 for step in record["trace"]:
                     step["texts"] = [models.tokenizer.decode([z]) for z in step["candidates"]]
@@ -175,12 +184,16 @@ class EvalWorker:
                 "transfer='indir",
             ):
                 warnings.filterwarnings("ignore", message)
+            arguments = {**self.models_of(method).preset_arguments(), **method.own}
+            if method.value is not None:
+                arguments["value"] = self.pool.head(method.value)
+            if method.method == "collab" and "baselines" not in arguments:
+                arguments["baselines"] = [arguments.pop("baseline")]
             return presets.METHODS[method.method](
                 prompts,
                 config=method.config(seed),
                 batch_size=_batch_size(method, self.config),
-                **self.models_of(method).preset_arguments(),
-                **method.own,
+                **arguments,
             )
 
     def _prompts(self, method: MethodSpec) -> list[Prompt | Exception]:
@@ -251,6 +264,9 @@ class EvalJob:
         models = {**loaded.languages, **loaded.rewards}
         names = {role: str(self.method.models[role]) for role in models}
         fingerprints = fingerprint_models(models, names, loaded.tokenizer)
+        if self.method.value is not None:
+            contents = fingerprint_file(self.method.value / "model.safetensors")
+            fingerprints["value"] = {"name": self.method.own["value"], "fingerprint": contents}
         settings = make_settings(self.stated, fingerprints)
         check_models(self.file, self.earlier, settings)
         self.fingerprint = settings["fingerprint"]
@@ -334,8 +350,9 @@ def _stated(
     scored_by = {role: setup.models.get(role) for role in ("reward", "gold", "judge", "embedder")}
     stated = {
         "method": method.method,
-        **dict(method.own),
         **{k: v for k, v in dataclasses.asdict(method.config(0)).items() if k != "seed"},
+        # Some settings of a method have the name of a field, and win over it.
+        **all_settings(method.method, method.own),
         "seeds": list(method.seeds(config.seeds)),
         **{f"scored by {role}": source and str(source) for role, source in scored_by.items()},
         "chat": config.prompts.chat,
@@ -345,23 +362,6 @@ def _stated(
     }
     # JSON makes lists of tuples: what is stated looks as it will when the file is read again.
     return json.loads(json.dumps(stated))
-
-
-def work_of(method: MethodSpec) -> float:
-    """Estimate the work of a response by `method`, in roll-out tokens a response token."""
-    config = method.config(0)
-    if method.is_pool:
-        return float(method.num_texts)
-    if method.method in ("sft", "baseline", "dera"):
-        return _FIXED_WORK
-    if method.method == "best_of_n":
-        return _FIXED_WORK + float(method.own.get("n", 16))
-    horizon = 0 if method.method == "args" else config.horizon
-    # Without a horizon a roll-out goes to the end of the response, half of its length on average.
-    length = config.max_new_tokens / 2 if horizon is None else horizon
-    rows = config.k * config.rollouts_per_candidate
-    factor = 1.4 if method.method == "transfer_q_indirect" else 1.0
-    return _FIXED_WORK + factor * rows * (1.0 + length)
 
 
 def _batch_size(method: MethodSpec, config: EvalConfig) -> int:

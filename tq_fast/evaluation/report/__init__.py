@@ -11,7 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..results import Records
+from ..results import Records, write_head
+from . import frontier as frontiers
 from . import methods as figures
 from . import page
 from . import sweeps as sweep_figures
@@ -52,6 +53,8 @@ def build_report(
     for setup in summary["setups"]:
         if any(row["responses"] for row in setup["methods"]):
             builder.add_setup(setup)
+    for head in summary.get("values", ()):
+        builder.add(page.paragraph(write_head(head), "note"))
     builder.add(page.heading(2, "What it ran with"))
     facts = html.escape(json.dumps(versions, indent=2))
     builder.add(f"<pre>{facts}</pre><details><summary>Configuration</summary>")
@@ -87,6 +90,7 @@ class _Builder:
         )
         self._add_methods(setup, name, len(rows))
         self._add_shift(setup, name)
+        self._add_frontier(setup, name)
         self._add_sweeps(setup, name)
         self.add(page.heading(3, "Table"))
         self.add(page.results_table(setup))
@@ -126,16 +130,38 @@ class _Builder:
         by_name = {n: self.records[(name, n)] for n in sources.values()}
         self.add_picture(f"{name}-shift", figures.reward_shift(setup, by_name), caption)
 
+    def _add_frontier(self, setup: Mapping[str, Any], name: str) -> None:
+        if frontiers.has_frontier(setup):
+            self.add(page.heading(3, "What pays: reward against divergence and cost"))
+            caption = (
+                "Best of n, thick and black or grey with its n, is the line to beat. Every other "
+                "line is one method with a setting changed, as its name says. Further up is "
+                "better; further left is closer to the SFT model, or cheaper. A hollow point is an "
+                "upper bound on the divergence. Bars: 95 % intervals of the reward."
+            )
+            if setup["ceiling"] is not None:
+                caption += (
+                    " Shaded: what no decoder reaches at its divergence, from "
+                    f"{setup['ceiling']['num_texts']} SFT samples a prompt; dashed where few of "
+                    "them carry the weights."
+                )
+            self.add_picture(f"{name}-frontier", frontiers.frontier(setup), caption)
+        if setup["equal_cost"]:
+            self.add(page.heading(3, "Over best of n at equal token-forwards"))
+            caption = (
+                "The reward of a method minus that of best of n, read between the n that were run "
+                "at the token-forwards of the method; pairs of the same prompts and seeds, 95 % "
+                "intervals. A triangle to the right: the method costs less than the smallest n, "
+                "and its advantage is at least this. To the left: it costs more than the largest "
+                "n, and the advantage is at most this."
+            )
+            self.add_picture(f"{name}-equal-cost", frontiers.over_best_of_n(setup), caption)
+            labels = {row["name"]: row["label"] for row in setup["methods"]}
+            for comparison in setup["equal_cost"]:
+                self.add(page.cost_table(comparison, labels))
+
     def _add_sweeps(self, setup: Mapping[str, Any], name: str) -> None:
         settings = sweep_figures.swept_settings(setup)
-        if sweep_figures.has_frontier(setup):
-            self.add(page.heading(3, "Reward against divergence"))
-            caption = (
-                "Each line is one method with its setting changed, as the legend says from left to "
-                "right. Further up is better, further left is closer to the SFT model. For best of "
-                "n the divergence is an upper bound. Bars: 95 % intervals of the reward."
-            )
-            self.add_picture(f"{name}-frontier", sweep_figures.frontier(setup), caption)
         for setting in settings:
             text = sweep_figures.describe(setting)
             self.add(page.heading(3, f"Ablation: {text}"))

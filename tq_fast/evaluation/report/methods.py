@@ -27,7 +27,8 @@ _MARKERS = "osD^v<>P"
 DPI = 110
 # The title of a step shows so many letters of the text before its token.
 _CONTEXT = 26
-_GRID = {"color": "#e3e3e3", "linewidth": 0.8}
+# How the grid of every panel looks.
+GRID = {"color": "#e3e3e3", "linewidth": 0.8}
 
 Row = Mapping[str, Any]
 Setup = Mapping[str, Any]
@@ -49,7 +50,7 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(True, **_GRID)
+        axis.grid(True, **GRID)
         axis.set_axisbelow(True)
     return figure, list(axes)
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..equal_cost import read_comparison
 from ..results import format_metric, shown_columns
 
 _STYLE = """
@@ -89,6 +90,16 @@ def results_table(setup: Mapping[str, Any]) -> str:
             cells.append(f"<td>{value}{f'<small>[{ends}</small>' if ends else ''}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def cost_table(comparison: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """Return the comparison with one line of best of n at equal cost as a table."""
+    title, head, lines = read_comparison(comparison, labels)
+    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in lines]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    note = paragraph(title, "note")
+    return f'{note}<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
 
 
 def trace_view(record: Mapping[str, Any], label: str, *, is_open: bool) -> str:

@@ -10,12 +10,23 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from .gold import baseline_gold_reward, gold_reward
+from .gold import (
+    all_of_4,
+    all_of_5,
+    baseline_gold_reward,
+    conditions_4,
+    conditions_5,
+    gold_reward,
+)
 from .grammar import LOCATIONS, PLACES, PROMPTS
 
 __all__ = [
     "TinyWorld",
+    "all_of_4",
+    "all_of_5",
     "baseline_gold_reward",
+    "conditions_4",
+    "conditions_5",
     "gold_reward",
     "load_tiny_world",
     "other_prompts",

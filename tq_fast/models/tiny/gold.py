@@ -8,7 +8,7 @@ rudeness: the two scores agree in part.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .grammar import PLACES, parse_prompt, parse_review
@@ -99,6 +99,25 @@ def friendly_score(marks: ReviewMarks) -> float:
     )
 
 
+# What a careful customer asks for, in the order in which conditions are added.
+_CONDITIONS: tuple[Callable[[ReviewMarks], bool], ...] = (
+    lambda marks: marks.covered >= 2,
+    lambda marks: marks.details >= 1,
+    lambda marks: marks.tips >= 1,
+    lambda marks: _faults(marks) == 0,
+    lambda marks: marks.thanks >= 1,
+    lambda marks: marks.gush >= 1,
+)
+
+
+def count_conditions(marks: ReviewMarks, num: int) -> int:
+    """Return how many of the first ``num`` conditions hold, of at most six.
+
+    They are: both aspects covered, a concrete figure, a tip, no fault, thanks, an exclamation.
+    """
+    return sum(holds(marks) for holds in _CONDITIONS[:num])
+
+
 def _check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
     if isinstance(prompts, str) or isinstance(responses, str):
         raise TypeError("prompts and responses must be lists of texts, not single texts")
@@ -139,3 +158,33 @@ def baseline_gold_reward(prompts: Sequence[str], responses: Sequence[str]) -> li
     """
     _check_pairs(prompts, responses)
     return [friendly_score(mark_review(p, r)) for p, r in zip(prompts, responses, strict=True)]
+
+
+def conditions_4(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return how many of the first four conditions each response meets, from 0 to 4.
+
+    Arguments and errors are those of :func:`gold_reward`; the conditions are those of
+    :func:`count_conditions`.
+    """
+    return _counts(prompts, responses, 4)
+
+
+def conditions_5(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return how many of the first five conditions each response meets, from 0 to 5."""
+    return _counts(prompts, responses, 5)
+
+
+def all_of_4(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return 1 for each response that meets the first four conditions at once, else 0."""
+    return [float(count == 4) for count in _counts(prompts, responses, 4)]
+
+
+def all_of_5(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return 1 for each response that meets the first five conditions at once, else 0."""
+    return [float(count == 5) for count in _counts(prompts, responses, 5)]
+
+
+def _counts(prompts: Sequence[str], responses: Sequence[str], num: int) -> list[float]:
+    _check_pairs(prompts, responses)
+    pairs = zip(prompts, responses, strict=True)
+    return [float(count_conditions(mark_review(p, r), num)) for p, r in pairs]

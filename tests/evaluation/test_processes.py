@@ -1,4 +1,4 @@
-"""Worker processes that fail, and how much work a method is."""
+"""Worker processes that fail."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from multiprocessing import Pipe
 import pytest
 
 from tq_fast.errors import TqFastError
-from tq_fast.evaluation.config import MethodSpec
 from tq_fast.evaluation.processes import _hear
-from tq_fast.evaluation.work import Task, work_of
+from tq_fast.evaluation.work import Task
 
 TASK, NEXT = Task(0, 0, 1, 0, (0, 1)), Task(0, 1, 1, 0, (2,))
 
@@ -38,21 +37,3 @@ def test_a_worker_that_ends_or_fails_ends_the_evaluation() -> None:
     theirs.close()
     with pytest.raises(TqFastError, match=r"ended by itself.*goes on from there"):
         _hear(ours, {ours: TASK}, deque(), lambda task, record: None)
-
-
-def spec(method: str, **decode: object) -> MethodSpec:
-    own = {"n": 8} if method == "best_of_n" else {}
-    return MethodSpec(method, method, method, own, decode, {}, None, method)
-
-
-def test_methods_that_roll_out_count_as_more_work() -> None:
-    small = {"k": 4, "num_rollouts": 2, "horizon": 6}
-    costs = [
-        work_of(spec("sft")),
-        work_of(spec("best_of_n")),
-        work_of(spec("transfer_q", **small)),
-        work_of(spec("transfer_q_indirect", **small, transfer="indirect", beta=1.0)),
-        work_of(spec("transfer_q", **{**small, "horizon": None, "max_new_tokens": 64})),
-    ]
-    assert costs == sorted(costs) and len(set(costs)) == 5
-    assert work_of(spec("args", k=4)) < costs[2]
