@@ -100,7 +100,7 @@ def test_one_baseline_costs_what_transfer_q_costs() -> None:
 def test_two_baselines_choose_as_the_naive_computation_does(prior: str) -> None:
     # Without an SFT model the first baseline is the prior.
     given = {"sft": models()["sft"] if prior == "sft" else None, "k": NUM_OFFERED}
-    result = run("collab", PROMPTS[:3], **given, **GREEDY)
+    result = run("collab", PROMPTS[:2], **given, **GREEDY)
     spoke, is_shared = set(), False
     for prompt, ids, trace in zip(PROMPTS, tokens(result), result.traces, strict=False):
         for step, entry in enumerate(trace):
@@ -119,7 +119,7 @@ def test_two_baselines_choose_as_the_naive_computation_does(prior: str) -> None:
             assert int(entry.agents[entry.choice]) == truth[best].agent
             spoke.add(truth[best].agent)
     assert is_shared and (prior != "sft" or spoke == {0, 1})
-    assert [one.prior for one in result.certificates] == [prior] * 3
+    assert [one.prior for one in result.certificates] == [prior] * 2
     assert all((one.kl_to_sft is None) == (prior != "sft") for one in result.certificates)
 
 
@@ -194,7 +194,5 @@ def test_baselines_that_are_none_or_of_another_vocabulary_are_named() -> None:
     with pytest.raises(InvalidArgument, match="that of baseline_2 is None"):
         run("collab", baselines=[base, None])
     other = zoo.language_model("llama", vocab_size=99)
-    with pytest.raises(
-        InvalidArgument, match="baseline_2 and baseline must have the same vocabulary"
-    ):
+    with pytest.raises(InvalidArgument, match="baseline_2 and baseline must have the same"):
         run("collab", baselines=[base, other])
