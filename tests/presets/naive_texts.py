@@ -37,12 +37,11 @@ def guided_logits_of(model: PreTrainedModel, head: ValueHead, alpha: float) -> N
     """The logits of `model` plus Q_V / alpha, in fp64."""
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
-        output = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-        # The last of these states has gone through the final norm: it is what the LM head reads.
-        values, directions = head(output.hidden_states[-1][:, -1])
-        size = output.logits.shape[-1]
-        q = values[:, None] + directions @ head.token_embeddings[:size].t()
-        return output.logits[:, -1].double() + q.double() / alpha
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+        values, directions = head(hidden)
+        found = model.lm_head(hidden).double()
+        q = values[:, None] + directions @ head.token_embeddings[: found.shape[-1]].t()
+        return found + q.double() / alpha
 
     return logits
 
