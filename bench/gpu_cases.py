@@ -116,6 +116,43 @@ def bench_sample(rows: int, dtype: torch.dtype, **cut: float) -> Bench:
     )
 
 
+def bench_value_sample(rows: int, rank: int, dtype: torch.dtype) -> Bench:
+    keys = torch.arange(rows, device="cuda")
+    step = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def make() -> Inputs:
+        directions = torch.randn(rows, rank, device="cuda").to(dtype)
+        embeddings = (torch.randn(VOCAB, rank, device="cuda") / rank**0.5).to(dtype)
+        return random_logits(rows, dtype), directions, embeddings
+
+    def eager(logits: Tensor, directions: Tensor, embeddings: Tensor) -> tuple[Tensor, ...]:
+        q = (directions @ embeddings.T).float()
+        prior = logits.float().log_softmax(-1)
+        law = (logits.float() + q).log_softmax(-1)
+        ids = draw(law.exp())
+        return ids, prior.gather(-1, ids), law.gather(-1, ids), (law.exp() * (law - prior)).sum(-1)
+
+    def gate(got: Any, expected: Any) -> None:
+        same_ids(got.ids, expected.ids)
+        same = got.ids == expected.ids
+        close([x[same] for x in got[1:4]], [x[same] for x in expected[1:4]])
+
+    def run(backend: str | None) -> Callable[..., Any]:
+        return lambda *inputs: ops.value_sample_tokens(*inputs, keys, step, backend=backend)
+
+    return Bench(
+        "value_sample_tokens",
+        f"{rows} x {VOCAB}, r = {rank}, {dtype}",
+        make,
+        run(None),
+        eager,
+        run("ref"),
+        (rows * VOCAB + VOCAB * rank) * dtype.itemsize,
+        gate,
+        flops=2 * rows * VOCAB * rank,
+    )
+
+
 def bench_reweight(prompts: int) -> Bench:
     ids = torch.arange(prompts * 20, device="cuda").reshape(prompts, 20)
     step = torch.zeros(1, dtype=torch.int64, device="cuda")
@@ -291,6 +328,7 @@ def benches() -> list[Bench]:
         bench_sample(160, torch.bfloat16, top_k=50),
         bench_sample(160, torch.bfloat16, top_p=0.9),
     ]
+    found += [bench_value_sample(rows, 64, torch.bfloat16) for rows in (1, 32, 160)]
     found += [bench_reweight(prompts) for prompts in (1, 32)]
     found += [bench_advance(rows) for rows in (10, 160)]
     found += [bench_log_ratio(40, 20, 32000), bench_log_ratio(8, 16, VOCAB)]

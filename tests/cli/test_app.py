@@ -140,6 +140,8 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "device": "cpu",
         "dtype": "bfloat16",
         "model_kwargs": {"sft": {"revision": "v2"}, "baseline": {"trust_remote_code": True}},
+        "method": None,
+        "own": {},
     }
     assert seen["prompts"] == "p" and seen["output"] == Path("o")
     assert dataclasses.asdict(seen["options"]) == {
@@ -181,7 +183,8 @@ def test_model_kwargs_that_are_no_json_object_are_refused(seen: dict, word: str)
 def test_every_argument_of_the_decoder_can_be_given() -> None:
     # Speed options are switched off for measuring, which code does.
     arguments = set(inspect.signature(tq_fast.TransferDecoder).parameters) - {"speed"}
-    assert arguments == {field.name for field in dataclasses.fields(ModelChoice)}
+    fields = {field.name for field in dataclasses.fields(ModelChoice)}
+    assert arguments == fields - {"method", "own"}
 
 
 def test_the_options_of_the_demo_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +211,7 @@ def test_info_prints_to_standard_output() -> None:
         ([*NEEDED, "--alhpa", "2"], "--alhpa"),
         ([*NEEDED, "--alhpa", "2"], "--alpha"),
         (["decod"], "decode"),
-        (["decode"], "Missing option '--baseline'"),
+        (["decode"], "Missing option '--prompts'"),
         ([*NEEDED, "--horizon", "far"], "'far' is neither an integer nor 'none'"),
         ([*NEEDED, "--eos-token-id", "never", "--eos-token-id", "2"], "got 'never 2'"),
         ([*NEEDED, "--k", "many"], "Invalid value for '--k'"),

@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tq_fast.values.head import ValueHead, ValueHeadConfig
+
 WORDS = ["<unk>", "<pad>", "<end>", "user:", "assistant:", *"abcdefghijklmnopqrstuvwxyz"]
 MAX_POSITIONS = 64
 TEMPLATE = (
@@ -29,6 +31,18 @@ class Trio(NamedTuple):
     sft: Path
     reward: Path
     other_reward: Path
+
+    def value_head(self, seed: int = 0) -> Path:
+        """The folder of a head with random weights for the SFT model; made at first use."""
+        folder = self.sft.with_name(f"value-{seed}")
+        if not folder.exists():
+            generator = torch.Generator().manual_seed(seed)
+            head = ValueHead(ValueHeadConfig(32, len(WORDS), width=8, rank=4))
+            with torch.no_grad():
+                for weight in head.parameters():
+                    weight.copy_(torch.randn(weight.shape, generator=generator))
+            head.save(folder)
+        return folder
 
 
 def _save(kind: type, folder: Path, seed: int, **options: Any) -> Path:

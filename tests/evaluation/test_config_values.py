@@ -76,6 +76,7 @@ def test_a_head_belongs_to_each_set_up_that_uses_it(tmp_path: Path) -> None:
         "transfer": "direct",
         "beta": None,
         "rounds": 2,
+        "reward_states": False,
         "alpha": 0.25,
         "epochs": 6,
     }

@@ -28,8 +28,8 @@ PROMPTS = [*WORLD.prompts[:3], WORLD.prompts[0]]
 SMALL = {"k": 4, "horizon": 5, "max_new_tokens": 8, "seed": 7}
 INDIRECT = {"transfer": "indirect", "beta": WORLD.beta, "num_rollouts": 3}
 
-# Fields that came after the records were stored, and that these jobs leave at None.
-_LATER = ("agents", "value")
+# Fields that came after the records were stored; these jobs leave all but the last at None.
+_LATER = ("agents", "value", "kl_kind")
 
 # Each is a call of `decode`: what it shows stands in its name.
 DECODES: dict[str, dict[str, Any]] = {
@@ -58,7 +58,7 @@ def _plain(value: Any) -> Any:
     """`value` as JSON has it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {name: field for name, field in fields.items() if name not in _LATER or field}
+        return {name: field for name, field in fields.items() if name not in _LATER}
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, (list, tuple)):
@@ -92,7 +92,7 @@ def _from_the_command_line(folder: Path) -> Iterator[dict[str, Any]]:
     for line in sorted(output.read_text().splitlines(), key=lambda line: json.loads(line)["index"]):
         record = json.loads(line)
         # The fingerprint follows the settings' names.
-        del record["settings"]
+        del record["settings"], record["certificate"]["kl_kind"]
         yield {"job": "command line", **record}
 
 

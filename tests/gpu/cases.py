@@ -94,6 +94,16 @@ def shared_prefix_attention(backend: str | None, new: int) -> Case:
     )
 
 
+def value_sample_tokens(backend: str | None) -> Case:
+    logits, directions = random(ROWS, VOCAB), random(ROWS, 64, seed=4)
+    embeddings, keys = random(VOCAB, 64, seed=5) / 8, torch.arange(ROWS, device="cuda")
+    return lambda seed, step: tuple(
+        ops.value_sample_tokens(
+            logits, directions, embeddings, keys, step, alpha=0.7, seed=seed, backend=backend
+        )
+    )
+
+
 CUDA_CASES: dict[str, Callable[[str | None], Case]] = {
     "topk_logprobs": topk_logprobs,
     "sample_tokens": sample_tokens,
@@ -103,6 +113,7 @@ CUDA_CASES: dict[str, Callable[[str | None], Case]] = {
 }
 TRITON_CASES: dict[str, Callable[[str | None], Case]] = {
     "topk_logprobs, Triton": topk_logprobs,
+    "value_sample_tokens": value_sample_tokens,
     "trajectory_log_ratio": trajectory_log_ratio,
     "linear_trajectory_logprob": linear_trajectory_logprob,
     "shared_prefix_attention": lambda backend: shared_prefix_attention(backend, 1),
@@ -128,6 +139,7 @@ RANDOM_CASES = {
     "sample_tokens, truncated": 0,
     "advance_rollouts_": 0,
     "reweight_sample": 0,
+    "value_sample_tokens": 0,
 }
 
 

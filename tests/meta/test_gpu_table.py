@@ -18,6 +18,7 @@ from tq_fast import ops
 SMALL = {
     "bench_topk": (3, torch.bfloat16),
     "bench_sample": (40, torch.bfloat16),
+    "bench_value_sample": (40, 16, torch.bfloat16),
     "bench_reweight": (4,),
     "bench_advance": (40,),
     "bench_log_ratio": (3, 4, 500),

@@ -55,6 +55,27 @@ def test_logits(dtype, backend):
 
 @pytest.mark.parametrize("backend", [None, "ref"])
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_values(dtype, backend):
+    logits, directions = draw(5, 3000).to(dtype), draw(5, 64, scale=1.0).to(dtype)
+    embeddings = (draw(3000, 64, scale=1.0) / 8).to(dtype)
+    got = ops.value_sample_tokens(
+        logits, directions, embeddings, torch.arange(5), 0, backend=backend
+    )
+
+    def path(logits: Tensor, directions: Tensor, embeddings: Tensor) -> list[Tensor]:
+        prior = logits.log_softmax(-1)
+        law = (logits + directions @ embeddings.T).log_softmax(-1)
+        kl = (law.exp() * (law - prior)).sum(-1)
+        return [*(x.gather(-1, got.ids[:, None])[:, 0] for x in (prior, law)), kl]
+
+    naive = path(logits, directions, embeddings)
+    exact = path(logits.double(), directions.double(), embeddings.double())
+    for a, b, c in zip(got[1:4], naive, exact, strict=True):
+        within(a, b, c, CAP)
+
+
+@pytest.mark.parametrize("backend", [None, "ref"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_trajectories(dtype, backend):
     p, q = draw(4, 6, 3000).to(dtype), draw(4, 6, 3000, scale=2.0).flip(-1).to(dtype)
     got = ops.trajectory_log_ratio(p, q, TOKENS, LENGTHS, backend=backend)

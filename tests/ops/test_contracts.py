@@ -195,7 +195,6 @@ EMPTY: dict[str, list[dict[str, Any]]] = {
             "directions": torch.zeros(0, 8),
             "keys": torch.zeros(0, dtype=torch.int64),
         },
-        {"directions": torch.zeros(3, 0), "token_embeddings": torch.zeros(17, 0)},
     ],
     "linear_trajectory_logprob": [{"hidden": torch.zeros(3, 4, 0), "weight": torch.zeros(17, 0)}],
     "reweight_sample": [

@@ -56,6 +56,12 @@ CASES: dict[str, tuple[Callable[[], list[Tensor]], Callable[..., Any]]] = {
             x, KEYS, 1, *state_and_heat[:-1], KEYS[:1], temperature=state_and_heat[-1]
         ),
     ),
+    "value_sample_tokens": (
+        lambda: [draw(ROWS, VOCAB), draw(ROWS, 9, seed=3), draw(VOCAB, 9, seed=4) / 3],
+        lambda x, directions, embeddings, heat: ops.value_sample_tokens(
+            x, directions, embeddings, KEYS, 1, alpha=heat
+        ),
+    ),
     "trajectory_log_ratio": (
         lambda: [draw(ROWS, 3, VOCAB), draw(ROWS, 3, VOCAB, seed=3), *trajectories()],
         lambda p, q, tokens, lengths, heat: (ops.trajectory_log_ratio(p, q, tokens, lengths),),
@@ -94,9 +100,9 @@ def same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_eight_ops_of_decoding_are_here():
+def test_the_nine_ops_of_decoding_are_here():
     assert set(CASES) <= set(ops.describe_backends())
-    assert len(CASES) == 8
+    assert len(CASES) == 9
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["autograd", "no_grad"])
@@ -174,6 +180,24 @@ FAR_CASES: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Any]]] = {
     "advance_rollouts_": (
         lambda: draw(3, VOCAB),
         advanced,
+    ),
+    "value_sample_tokens, logits": (
+        lambda: draw(3, VOCAB),
+        lambda x: ops.value_sample_tokens(
+            x, draw(3, 9, seed=2).bfloat16(), draw(VOCAB, 9, seed=3).bfloat16(), KEYS[:3], 0
+        ),
+    ),
+    "value_sample_tokens, directions": (
+        lambda: draw(3, 9),
+        lambda x: ops.value_sample_tokens(
+            draw(3, VOCAB, seed=2), x, draw(VOCAB, 9, seed=3).bfloat16(), KEYS[:3], 0
+        ),
+    ),
+    "value_sample_tokens, embeddings": (
+        lambda: draw(3, 9),
+        lambda x: ops.value_sample_tokens(
+            draw(2, 3, seed=2), draw(2, 9, seed=3).bfloat16(), x, KEYS[:2], 0
+        ),
     ),
     "trajectory_log_ratio": (
         lambda: draw(3, 1, VOCAB),

@@ -175,7 +175,8 @@ def test_a_value_that_all_tokens_share_changes_nothing(op, generator, heat):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("size", [300, 4097])
 def test_directions_of_0_draw_what_sample_tokens_draws(op, generator, size, dtype):
-    rows = 400
+    # The interpreter of Triton takes milliseconds a row.
+    rows = 40 if op.backend == "triton" else 400
     logits, directions, embeddings = make(generator, rows, size, dtypes=(dtype, dtype, dtype))
     keys = torch.arange(rows) * 31 - 5
     backend = "ref" if op.backend == "ref" else None
@@ -237,7 +238,7 @@ def test_minus_infinity_and_nan_are_never_drawn(op, generator):
     embeddings[::3] = 1e6
     embeddings[1::6] = torch.nan
     embeddings[4::6] = torch.inf
-    num = 2000
+    num = 50 if op.backend == "triton" else 2000
     rows = (logits.expand(num, -1), directions.expand(num, -1))
     for parameters in (*CUTS, {"temperature": 50.0}):
         got = op.or_auto(*rows, embeddings, torch.arange(num), 0, **parameters)
@@ -333,7 +334,7 @@ def test_parameters_may_differ_by_row(op, generator):
 
 @pytest.mark.parametrize("parameters", [CUTS[0], CUTS[5]], ids=str)
 def test_a_draw_depends_on_its_key_step_and_seed_and_on_nothing_else(op, generator, parameters):
-    logits, directions, embeddings = make(generator, 64, 1100)
+    logits, directions, embeddings = make(generator, 64, 600)
     keys = torch.randint(-(2**62), 2**62, (64,), generator=generator)
     whole = op.or_auto(logits, directions, embeddings, keys, 7, seed=3, **parameters)
     order = torch.randperm(64, generator=generator)

@@ -32,8 +32,13 @@ NEEDED = {
     "transfer_q": ("baseline", "reward"),
     "direct_on_target": ("baseline", "reward"),
     "transfer_q_indirect": ("baseline", "reward", "sft"),
-    "value_guided": ("value",),
+    "value_guided": ("value", "sft"),
+    "refine": ("baseline", "reward"),
+    "blocks": ("baseline", "reward"),
+    "collab": ("reward",),
 }
+# The methods that draw whole texts hold all roll-outs of a prompt in less memory than this.
+SMALL_BUDGETS = {"best_of_n": 45_000, "refine": 45_000, "blocks": 45_000}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
@@ -49,6 +54,11 @@ def models() -> dict[str, PreTrainedModel]:
         "sft": zoo.language_model("llama", seed=5).requires_grad_(False),
         "reward": zoo.classifier("llama"),
     }
+
+
+@functools.cache
+def third_model() -> PreTrainedModel:
+    return zoo.language_model("llama", seed=6).requires_grad_(False)
 
 
 @functools.cache
@@ -68,7 +78,10 @@ def own_settings(method: str) -> dict[str, object]:
     return {
         "best_of_n": {"n": 3},
         "transfer_q_indirect": {"beta": 0.5},
-        "value_guided": {"value": value_head()},
+        "value_guided": {"value": value_head(), "alpha": 8.0},
+        "refine": {"first": 3, "branches": 2, "stages": 2},
+        "blocks": {"branches": 3, "block_len": 2},
+        "collab": {"baseline": None, "baselines": [models()["baseline"], third_model()]},
     }.get(method, {})
 
 
@@ -101,18 +114,23 @@ def test_results_do_not_depend_on_the_batch(method: str, strategy: str) -> None:
     for idx in range(3):
         assert tokens(run(method, PROMPTS[idx], **options)) == [together[idx]]
     # No two of the four prompts fit into this memory, nor do all n responses of one prompt.
-    budget = {"memory_budget": 45_000 if method == "best_of_n" else 100_000}
+    budget = {"memory_budget": SMALL_BUDGETS.get(method, 100_000)}
     assert tokens(run(method, **budget, **options)) == together
     if strategy == "sample":
-        assert tokens(run(method, **{**options, "seed": 4})) != together
-        assert together[0] != together[3]
+        other = tokens(run(method, **{**options, "seed": 6}))
+        assert other != together
+        assert (together[0], other[0]) != (together[3], other[3])
 
 
 @pytest.mark.parametrize("method", NEEDED)
 def test_a_missing_model_is_named_with_the_method(method: str) -> None:
     for name in NEEDED[method]:
-        with pytest.raises(InvalidArgument, match=f"^{name} is needed by the method '{method}'"):
-            run(method, **{name: None})
+        missing = {name: None}
+        if method == "value_guided" and name == "sft":
+            # The baseline would take the place of the SFT model.
+            missing["baseline"] = None
+        with pytest.raises(InvalidArgument, match=f"^{name}.* is needed by the method '{method}'"):
+            run(method, **missing)
 
 
 @pytest.mark.parametrize("method", NEEDED)
@@ -122,7 +140,7 @@ def test_models_that_are_not_needed_may_be_left_out(method: str) -> None:
     if "strategy" in presets.FIXED_FIELDS[method]:
         del options["strategy"]
     # The prior would follow from the models that are given, so it is pinned.
-    if method in ("transfer_q", "direct_on_target"):
+    if method in ("transfer_q", "direct_on_target", "collab"):
         options["prior"] = "baseline"
     if method == "transfer_q_indirect":
         options["rollout"] = "sample"

@@ -146,6 +146,14 @@ Rounds = Annotated[
     int, _fit("2 adds texts that are drawn under the first head, at --alpha, and fits again.")
 ]
 Epochs = Annotated[int, _fit("Passes over all tokens.")]
+RewardStates = Annotated[
+    bool,
+    typer.Option(
+        "--reward-states",
+        help="The head reads the reward model's states, too: dearer, and closer to the reward.",
+        rich_help_panel="Fit",
+    ),
+]
 # The fields of the configuration that a fit reads.
 FIT_FIELDS = (
     *("max_new_tokens", "min_new_tokens", "stop", "eos_token_id", "seed", "backend"),
@@ -174,6 +182,9 @@ def decode(
     config: DecodeConfig,
 ) -> None:
     """Decode a file of prompts into JSON lines.
+
+    A method refuses the options of another one, and another value of a setting that it fixes;
+    options of decoding that it does not read have no effect.
 
     Stopped at any moment, the same command goes on where it was. A prompt that fails becomes an
     error record, and the rest go on.
@@ -215,6 +226,7 @@ def fit_value(
     num_texts: NumTexts = 8,
     rounds: Rounds = 1,
     epochs: Epochs = 6,
+    reward_states: RewardStates = False,
     config: DecodeConfig,
 ) -> None:
     """Fit a value head, for value guidance: draw texts, score them, learn to foretell the scores.
@@ -242,6 +254,7 @@ def fit_value(
         num_texts=num_texts,
         rounds=rounds,
         epochs=epochs,
+        reward_states=reward_states,
     )
     raise typer.Exit(run_fit_value(config, models, job, options, Console(stderr=True), Console()))
 

@@ -41,6 +41,7 @@ class FitJob:
         num_texts: texts a prompt and round.
         rounds: 2 adds texts that are drawn under the first head.
         epochs: passes over all tokens.
+        reward_states: whether the head reads the reward model's states, too.
 
     Raises:
         InvalidArgument: there is neither a file of prompts nor one of records, or both.
@@ -53,6 +54,7 @@ class FitJob:
     num_texts: int
     rounds: int
     epochs: int
+    reward_states: bool = False
 
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.from_records is None):
@@ -67,6 +69,7 @@ class FitJob:
             rounds=self.rounds,
             alpha=config.alpha,
             num_texts=self.num_texts,
+            reward_states=self.reward_states,
             options=FitOptions(epochs=self.epochs, seed=config.seed),
         )
 
@@ -114,8 +117,7 @@ def run_fit_value(
         settings = model_settings(method, choice)
         check_texts(job.from_records, settings, job.source)
         records = read_texts(job.from_records)
-        fit_and_save(method, records, plan, job.output, options, console, results)
-        return 0
+        return fit_and_save(method, records, plan, job.output, options, console, results)
     assert job.prompts is not None
     is_new = not job.output.exists()
     job.output.mkdir(parents=True, exist_ok=True)
@@ -124,8 +126,9 @@ def run_fit_value(
         with open_job(drawing, choice, job.prompts, texts, options, console) as drawn:
             code = drawn.run()
             if code != INTERRUPTED:
-                records = read_texts(texts)
-                fit_and_save(drawn.method, records, plan, job.output, options, console, results)
+                records, method = read_texts(texts), drawn.method
+                fitted = fit_and_save(method, records, plan, job.output, options, console, results)
+                code = fitted or code
     finally:
         # A job that never began leaves nothing behind.
         if is_new and not any(job.output.iterdir()):
@@ -141,8 +144,12 @@ def fit_and_save(
     options: JobOptions,
     console: Console,
     results: Console,
-) -> None:
-    """Fit a head to the texts of `records`, save it into `output`, and show what it knows."""
+) -> int:
+    """Fit a head to the texts of `records`, save it into `output`, and show what it knows.
+
+    Returns:
+        The exit code: 0, or 130 when it was interrupted.
+    """
     texts = list(_logged_texts(method, records, options))
     num_texts = sum(len(entry.sequences) for entry in texts)
     say(console, f"fitting to {num_texts} texts of {len(texts)} prompts")
@@ -151,18 +158,23 @@ def fit_and_save(
         total = plan.options.epochs
         say(console, f"epoch {epoch}/{total}: held-out R2 {r2:.3f}")
 
-    head = fit_from_texts(
-        method,
-        texts,
-        plan,
-        on_epoch=on_epoch,
-        batch_size=options.batch_size,
-        memory_budget=options.memory_budget,
-    )
+    try:
+        head = fit_from_texts(
+            method,
+            texts,
+            plan,
+            on_epoch=on_epoch,
+            batch_size=options.batch_size,
+            memory_budget=options.memory_budget,
+        )
+    except KeyboardInterrupt:
+        say(console, "stopped: the texts are kept; the same command fits to them again")
+        return INTERRUPTED
     # A head that was there before goes only now that there is one to take its place.
     head.save(output)
     show_fit(head, num_texts * plan.rounds, results)
     say(console, f"the head is in {output}; decode with --method value_guided --value {output}")
+    return 0
 
 
 def show_fit(head: ValueHead, num_texts: int, console: Console) -> None:

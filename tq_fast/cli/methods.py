@@ -17,7 +17,8 @@ from .options import Command, replace_parameter
 
 METHOD_NAMES = (
     *("sft", "baseline", "best_of_n", "args", "controlled_decoding", "transfer_q"),
-    *("direct_on_target", "transfer_q_indirect", "dera", "value_guided"),
+    *("direct_on_target", "transfer_q_indirect", "dera", "value_guided", "refine", "blocks"),
+    "collab",
 )
 
 
@@ -64,23 +65,31 @@ OWN_OPTIONS: dict[str, OwnOption] = {
         "[best_of_n, refine, blocks: baseline].",
     ),
     "value": OwnOption(
-        str, "DIR", "A head of `tq-fast fit-value` [value_guided; others with --source value]."
+        str,
+        "DIR",
+        "A head of `tq-fast fit-value` [value_guided; best_of_n, refine, blocks with "
+        "--source value].",
     ),
     "mix": OwnOption(
         float, "X", "Weight of the baseline: 0 is the SFT model, 1 the baseline [dera: 0.5]."
     ),
-    "first": OwnOption(int, "N", "Whole texts of the first stage [refine]."),
-    "branches": OwnOption(int, "N", "Continuations of a stage or a block [refine, blocks]."),
-    "stages": OwnOption(int, "N", "Stages after the first one [refine]."),
+    "first": OwnOption(int, "N", "Whole texts of the first stage [refine: 8]."),
+    "branches": OwnOption(
+        int, "N", "Continuations of a stage [refine: 8], or of a block [blocks: 4]."
+    ),
+    "stages": OwnOption(int, "N", "Stages after the first one [refine: 6]."),
     "cuts": OwnOption(
         str,
         "WHERE",
-        "Where texts are cut: even, sentence, a position, or several with commas between [refine].",
+        "Where texts are cut: even, sentence, a number of tokens, or one a stage with commas "
+        "between [refine: even].",
         read_cuts,
     ),
-    "block_len": OwnOption(int, "N", "Tokens of a block [blocks]."),
+    "block_len": OwnOption(int, "N", "Tokens of a block [blocks: 25]."),
     "judge": OwnOption(
-        str, "WORD", "What is scored: the text so far (prefix), or completed (rollout) [blocks]."
+        str,
+        "WORD",
+        "What is scored: the text so far, prefix, or completed first, rollout [blocks: prefix].",
     ),
 }
 

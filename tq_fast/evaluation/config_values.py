@@ -1,6 +1,7 @@
 """The tables [values.NAME] of a configuration file: value heads that are fitted for methods.
 
-    prompts, source, num_texts, max_new_tokens, transfer, beta, rounds, alpha, epochs, seed, models
+    prompts, source, num_texts, max_new_tokens, transfer, beta, rounds, alpha, reward_states,
+    epochs, seed, models
 
 A method names such a table by `value = "NAME"`. Its head is fitted once for each set-up that uses
 it, by default to the set-up's own reward, from texts to prompts other than those evaluated.
@@ -20,7 +21,7 @@ from .config import PLAIN_FIELDS, MethodSpec, SetupSpec, ValueSpec
 from .config_tables import as_table, check_keys, checked_name, model_table, prompt_source
 from .prompts import PromptSource
 
-_FIT = ("transfer", "beta", "rounds", "alpha")
+_FIT = ("transfer", "beta", "rounds", "alpha", "reward_states")
 _VALUE = ("prompts", "source", "num_texts", "max_new_tokens", *_FIT, "epochs", "seed", "models")
 
 

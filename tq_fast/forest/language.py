@@ -98,6 +98,19 @@ class Forest:
             positions.clamp_(max=self.limit - 1)
         return self._run(module, tokens, positions, branch_pass, options)
 
+    def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
+        """Append `tokens[i]` to the prefix of `trees[i]` (ascending) by one forward pass."""
+        raise NotImplementedError
+
+    def seek(self, trees: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
+        """Set the prefixes of `trees` (ascending) to `texts`, of which the cache holds the KV.
+
+        The last token of each is encoded again, because its logits were not kept.
+        """
+        for tree, text in zip(trees, texts, strict=True):
+            self.cache.prefix_len[tree] = len(text) - 1
+        self.advance(trees, [text[-1] for text in texts])
+
     def _run(
         self,
         module: PreTrainedModel,
@@ -210,15 +223,6 @@ class LanguageForest(Forest):
         if self.hidden is not None:
             self._keep_hidden(trees, self.hidden[:, -1])
 
-    def seek(self, trees: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
-        """Set the prefixes of `trees` (ascending) to `texts`, of which the cache holds the KV.
-
-        The last token of each is encoded again, because its logits were not kept.
-        """
-        for tree, text in zip(trees, texts, strict=True):
-            self.cache.prefix_len[tree] = len(text) - 1
-        self.advance(trees, [text[-1] for text in texts])
-
     def drop_tree(self, tree: int) -> None:
         """Take `tree` out; the last tree takes over its place."""
         last = self.cache.num_trees - 1
@@ -250,6 +254,42 @@ class LanguageForest(Forest):
     def _last_only(self) -> dict[str, Any]:
         """Options that ask the model for the logits of the last token alone."""
         return {"logits_to_keep": 1} if takes(self.source, "logits_to_keep") else {}
+
+
+class StateForest(Forest):
+    """The last hidden states of a backbone after the prefixes of G trees and after N rows.
+
+    Args:
+        model: a model with a causal backbone, such as a causal sequence classifier.
+        **sizes: those of `Forest`.
+
+    Attributes:
+        next_hidden: the states `[G, D]` after each tree's prefix.
+    """
+
+    def __init__(self, model: PreTrainedModel, **sizes: Any) -> None:
+        super().__init__(model, **sizes)
+        size = model.config.get_text_config().hidden_size
+        self.next_hidden = torch.empty(
+            self.cache.num_trees, size, dtype=model.dtype, device=self.device
+        )
+
+    def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
+        """Encode what is left of the prompt of `tree`; its next_hidden is ready afterwards."""
+        output = self.run_prefill(self.model.base_model, tree, token_ids)
+        self.next_hidden[tree] = output.last_hidden_state[0, -1]
+
+    def forward_rows(self, tokens: torch.Tensor, *, start: int, tree: torch.Tensor) -> torch.Tensor:
+        """Push tokens `[n, T]` through n rows; return the states `[n, T, D]` after each."""
+        output = self.run_branches(self.model.base_model, tokens, start=start, tree=tree)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
+        tree, ids = torch.tensor([trees, tokens], device=self.device)
+        hidden = self.forward_rows(ids[:, None], start=0, tree=tree)
+        self.cache.commit(trees, range(len(trees)))
+        self.next_hidden[tree] = hidden[:, -1]
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

@@ -17,7 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import device_of
+from ._device import all_registers, device_of
+from ._law_splits import (
+    choose_split,
+    choose_token,
+    clean,
+    inverse_temperature,
+    merge_peaks,
+    merge_sums,
+    reference_of,
+    uniform,
+    value_at,
+)
 
 # A program's tile: rows by tokens. The rows do not follow the batch: nothing is compiled again for
 # another number of them.
@@ -31,37 +42,42 @@ _LEAST_RANK = 16
 _SPLITS = 512
 _ROW_RANK = 16
 _NUM_WARPS = 4
-# peak and sum of the prior; peak, sum and moment of the law; how many values are not finite.
+# What a split leaves of a row: see _law_splits.py.
 _FIELDS = 6
 
 _COUNTS = ("rows", "rank", "num_splits", "num_tiles")
-_NO_SPLIT = tl.constexpr(2**30)
-# The purpose ROLLOUT of philox.py, in the high word of the seed.
-_PURPOSE = tl.constexpr(1 << 32)
-_HALF_SPACING = tl.constexpr(2.0**-54)
-_SPACING = tl.constexpr(2.0**-53)
-_BELOW_ONE = tl.constexpr(1.0 - 2.0**-53)
-_LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def _clean(values):
-    """fp32, NaN as -inf: compiled and interpreted maxima treat NaN differently."""
-    values = values.to(tl.float32)
-    return tl.where(values == values, values, float("-inf"))
-
-
-@triton.jit
-def _reference(peak):
-    """What exponentials refer to: a set of -inf only takes 0, since -inf - -inf would be NaN."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
-
-
-@triton.jit
-def _inverse_temperature(temperature):
-    """1 / temperature, at most the largest float; 1 for an arg max."""
-    is_arg_max = temperature == 0.0
-    return tl.minimum(1.0 / tl.where(is_arg_max, 1.0, temperature), _LARGEST)
+def _multiply_tile(
+    directions,
+    embeddings,
+    stride_dr,
+    stride_er,
+    is_row,
+    is_token,
+    rank,
+    WIDENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """fp32 `[ROWS, TOKENS]` of rows at `directions [ROWS, 1]` and `embeddings [1, TOKENS]`."""
+    products = tl.zeros((ROWS, TOKENS), tl.float32)
+    for first in range(0, rank, RANK):
+        column = (first + tl.arange(0, RANK)).to(tl.int64)
+        is_column = column < rank
+        left = tl.load(
+            directions + column[None, :] * stride_dr, mask=is_row & is_column[None, :], other=0.0
+        )
+        right = tl.load(
+            embeddings + column[:, None] * stride_er, mask=is_token & is_column[:, None], other=0.0
+        )
+        if WIDENS:
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        products = tl.dot(left, right, products, input_precision="ieee")
+    return products
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -103,24 +119,19 @@ def _value_sample_tokens_kernel(
     is_row = row < rows
     ids = (split * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     is_token = ids < vocab_size
-    products = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in range(0, rank, RANK):
-        column = (first + tl.arange(0, RANK)).to(tl.int64)
-        is_column = column < rank
-        left = tl.load(
-            directions + row[:, None] * stride_dn + column[None, :] * stride_dr,
-            mask=is_row[:, None] & is_column[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            embeddings + ids[None, :] * stride_ev + column[:, None] * stride_er,
-            mask=is_token[None, :] & is_column[:, None],
-            other=0.0,
-        )
-        if WIDENS:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        products = tl.dot(left, right, products, input_precision="ieee")
+    products = _multiply_tile(
+        directions + row[:, None] * stride_dn,
+        embeddings + ids[None, :] * stride_ev,
+        stride_dr,
+        stride_er,
+        is_row[:, None],
+        is_token[None, :],
+        rank,
+        WIDENS,
+        ROWS,
+        TOKENS,
+        RANK,
+    )
     if alphas is not None:
         alpha = tl.load(alphas + row * stride_alpha, mask=is_row, other=1.0).to(tl.float32)[:, None]
     if temperatures is not None:
@@ -132,14 +143,14 @@ def _value_sample_tokens_kernel(
         mask=is_row[:, None] & is_token[None, :],
         other=float("-inf"),
     )
-    prior = _clean(prior)
-    guided = _clean(prior + q)
+    prior = clean(prior)
+    guided = clean(prior + q)
     faults = (prior > float("-inf")) & ~(tl.abs(q) < float("inf"))
 
     prior_peak = tl.max(prior, axis=1)
     guided_peak = tl.max(guided, axis=1)
-    apart = prior - _reference(prior_peak)[:, None]
-    heated = (guided - _reference(guided_peak)[:, None]) * _inverse_temperature(temperature)
+    apart = prior - reference_of(prior_peak)[:, None]
+    heated = (guided - reference_of(guided_peak)[:, None]) * inverse_temperature(temperature)
     masses = tl.exp(heated)
     terms = tl.where(masses > 0.0, masses * (heated - apart), 0.0)
     out = partials + row * FIELDS * num_splits + split
@@ -152,94 +163,60 @@ def _value_sample_tokens_kernel(
 
 
 @triton.jit
-def _uniform(seed, key, step):
-    """The float64 uniform of philox.uniform(seed, ROLLOUT, key, step); all are int64."""
-    low = (key & 0xFFFFFFFF).to(tl.uint32)
-    high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    steps = (step & 0xFFFFFFFF).to(tl.uint32)
-    first, second, _, _ = tl.philox((seed ^ _PURPOSE).to(tl.uint64), low * 0, steps, low, high)
-    mantissa = (second.to(tl.int64) << 21) | (first.to(tl.int64) >> 11)
-    return tl.minimum(mantissa.to(tl.float64) * _SPACING + _HALF_SPACING, _BELOW_ONE)
+def _multiply_row(
+    directions,
+    embeddings,
+    stride_dr,
+    stride_er,
+    is_token,
+    rank,
+    TOKENS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """fp32 `[TOKENS]` of one row at `directions` and of the rows at `embeddings [TOKENS, 1]`."""
+    products = tl.zeros((TOKENS,), tl.float32)
+    for first in range(0, rank, RANK):
+        column = (first + tl.arange(0, RANK)).to(tl.int64)
+        is_column = column < rank
+        left = tl.load(directions + column * stride_dr, mask=is_column, other=0.0)
+        right = tl.load(
+            embeddings + column[None, :] * stride_er, mask=is_token & is_column[None, :], other=0.0
+        )
+        products += tl.sum(left.to(tl.float32)[None, :] * right.to(tl.float32), axis=1)
+    return products
 
 
 @triton.jit
-def _load_split_masses(own, split, num_splits, guided_peak, inverse):
-    """fp64 masses of the splits, relative to the peak of the row."""
-    mask = split < num_splits
-    peaks = tl.load(own + 2 * num_splits + split, mask=mask, other=float("-inf"))
-    sums = tl.load(own + 3 * num_splits + split, mask=mask, other=0.0)
-    shares = tl.exp((peaks - guided_peak) * inverse)
-    return tl.where(shares > 0.0, shares, 0.0).to(tl.float64) * sums.to(tl.float64)
+def _load_number(values, number, offset):
+    """A parameter that is one number for all rows, or is loaded."""
+    if values is not None:
+        number = tl.load(values + offset)
+    # Adding makes a tensor of a number that was compiled in.
+    return number + tl.zeros((), tl.int1)
 
 
 @triton.jit
-def _merge_peaks(own, num_splits, SPLITS: tl.constexpr):
-    """(peak of the prior, peak of the law, number of faults) of a row."""
-    prior_peak = tl.full((), float("-inf"), tl.float32)
-    guided_peak = tl.full((), float("-inf"), tl.float32)
-    faults = tl.zeros((), tl.float32)
-    for first in range(0, num_splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        mask = split < num_splits
-        peaks = tl.load(own + split, mask=mask, other=float("-inf"))
-        prior_peak = tl.maximum(prior_peak, tl.max(peaks, axis=0))
-        peaks = tl.load(own + 2 * num_splits + split, mask=mask, other=float("-inf"))
-        guided_peak = tl.maximum(guided_peak, tl.max(peaks, axis=0))
-        faults += tl.sum(tl.load(own + 5 * num_splits + split, mask=mask, other=0.0), axis=0)
-    return prior_peak, guided_peak, faults
+def _report(
+    out_logs,
+    stride_logs,
+    is_valid,
+    is_arg_max,
+    prior_logprob,
+    guided_logprob,
+    divergence,
+):
+    """Store both log-probabilities, which rounding lifts above 0 in no case, and kl, at least 0."""
+    prior_logprob = tl.minimum(prior_logprob, 0.0)
+    guided_logprob = tl.where(is_arg_max, 0.0, tl.minimum(guided_logprob, 0.0))
+    divergence = tl.maximum(tl.where(is_arg_max, -prior_logprob, divergence), 0.0)
+    prior_logprob = tl.where(is_valid, prior_logprob, float("-inf"))
+    guided_logprob = tl.where(is_valid, guided_logprob, float("-inf"))
+    tl.store(out_logs, prior_logprob.to(tl.float32))
+    tl.store(out_logs + stride_logs, guided_logprob.to(tl.float32))
+    tl.store(out_logs + 2 * stride_logs, tl.where(is_valid, divergence, 0.0).to(tl.float32))
 
 
-@triton.jit
-def _merge_sums(own, num_splits, prior_peak, guided_peak, inverse, SPLITS: tl.constexpr):
-    """(total of the prior, total of the law, its moment) of a row, in fp64."""
-    prior_total = tl.zeros((), tl.float64)
-    total = tl.zeros((), tl.float64)
-    moment = tl.zeros((), tl.float64)
-    for first in range(0, num_splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        mask = split < num_splits
-        prior_peaks = tl.load(own + split, mask=mask, other=float("-inf"))
-        prior_sums = tl.load(own + num_splits + split, mask=mask, other=0.0)
-        peaks = tl.load(own + 2 * num_splits + split, mask=mask, other=float("-inf"))
-        moments = tl.load(own + 4 * num_splits + split, mask=mask, other=0.0)
-        prior_total += tl.sum((prior_sums * tl.exp(prior_peaks - prior_peak)).to(tl.float64), 0)
-        masses = _load_split_masses(own, split, num_splits, guided_peak, inverse)
-        total += tl.sum(masses, axis=0)
-        # The differences of a split are relative to its own peaks.
-        raised = (peaks - guided_peak) * inverse
-        terms = masses * (raised - (prior_peaks - prior_peak)).to(tl.float64)
-        terms += (tl.exp(raised) * moments).to(tl.float64)
-        moment += tl.sum(tl.where(masses > 0.0, terms, 0.0), axis=0)
-    return prior_total, total, moment
-
-
-@triton.jit
-def _choose_split(own, num_splits, guided_peak, inverse, target, is_arg_max, SPLITS: tl.constexpr):
-    """(the split to draw from, the mass of those before it)."""
-    chosen = tl.full((), _NO_SPLIT, tl.int32)
-    last = tl.zeros((), tl.int32)
-    running = tl.zeros((), tl.float64)
-    for first in range(0, num_splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        masses = _load_split_masses(own, split, num_splits, guided_peak, inverse)
-        mask = split < num_splits
-        peaks = tl.load(own + 2 * num_splits + split, mask=mask, other=float("-inf"))
-        is_past = running + tl.cumsum(masses, axis=0) > target
-        is_found = tl.where(is_arg_max, peaks == guided_peak, is_past & (masses > 0.0))
-        chosen = tl.minimum(chosen, tl.min(tl.where(is_found, split, _NO_SPLIT), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(masses > 0.0, split, 0), axis=0))
-        running += tl.sum(masses, axis=0)
-    # Rounding can lift the target to the total itself: then it is the last split with mass.
-    chosen = tl.where(chosen == _NO_SPLIT, last, chosen)
-    before = tl.zeros((), tl.float64)
-    for first in range(0, num_splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        masses = _load_split_masses(own, split, num_splits, guided_peak, inverse)
-        before += tl.sum(tl.where(split < chosen, masses, 0.0), axis=0)
-    return chosen, before
-
-
-@triton.jit(do_not_specialize=("step", "seed", "rank", "num_splits"))
+@triton.jit(do_not_specialize=("step", "seed", "rank", "num_splits", "stride_logs"))
 def _value_sample_tokens_row_kernel(
     logits,
     directions,
@@ -255,10 +232,9 @@ def _value_sample_tokens_row_kernel(
     seed,
     partials,
     out_ids,
-    out_priors,
-    out_guided,
-    out_kl,
+    out_logs,
     out_valid,
+    stride_logs,
     stride_ln,
     stride_lv,
     stride_dn,
@@ -278,71 +254,49 @@ def _value_sample_tokens_row_kernel(
 ):
     """One token of one row, and what is reported of it. Programs: [N]."""
     row = tl.program_id(0).to(tl.int64)
-    if alphas is not None:
-        alpha = tl.load(alphas + row * stride_alpha).to(tl.float32)
-    if temperatures is not None:
-        temperature = tl.load(temperatures + row * stride_temperature).to(tl.float32)
-    if step_tensor is not None:
-        step = tl.load(step_tensor)
-    if seed_tensor is not None:
-        seed = tl.load(seed_tensor)
+    alpha = _load_number(alphas, alpha, row * stride_alpha).to(tl.float32)
+    temperature = _load_number(temperatures, temperature, row * stride_temperature).to(tl.float32)
+    seed = _load_number(seed_tensor, seed, 0).to(tl.int64)
+    step = _load_number(step_tensor, step, 0).to(tl.int64)
     is_arg_max = temperature == 0.0
-    inverse = _inverse_temperature(temperature)
+    inverse = inverse_temperature(temperature)
     own = partials + row * FIELDS * num_splits
-    prior_peak, guided_peak, faults = _merge_peaks(own, num_splits, SPLITS)
-    is_valid = (faults == 0.0) & (prior_peak < float("inf"))
-    is_valid = is_valid & (guided_peak > float("-inf")) & (guided_peak < float("inf"))
-    # Whatever a row without a law holds, it reads no memory beyond its own.
-    prior_peak = tl.where(is_valid, prior_peak, 0.0)
-    guided_peak = tl.where(is_valid, guided_peak, 0.0)
-    prior_total, total, moment = _merge_sums(
+    prior_peak, guided_peak, is_valid = merge_peaks(own, num_splits, SPLITS)
+    prior_total, total, moment = merge_sums(
         own, num_splits, prior_peak, guided_peak, inverse, SPLITS
     )
-    key = tl.load(keys + row * stride_key).to(tl.int64)
-    target = _uniform(seed.to(tl.int64), key, step.to(tl.int64)) * total
-    split, before = _choose_split(own, num_splits, guided_peak, inverse, target, is_arg_max, SPLITS)
-
+    target = uniform(seed, tl.load(keys + row * stride_key).to(tl.int64), step) * total
+    split, before = choose_split(own, num_splits, guided_peak, inverse, target, is_arg_max, SPLITS)
     ids = (split * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     is_token = ids < vocab_size
-    products = tl.zeros((TOKENS,), tl.float32)
-    for first in range(0, rank, RANK):
-        column = (first + tl.arange(0, RANK)).to(tl.int64)
-        is_column = column < rank
-        left = tl.load(directions + row * stride_dn + column * stride_dr, mask=is_column, other=0.0)
-        right = tl.load(
-            embeddings + ids[:, None] * stride_ev + column[None, :] * stride_er,
-            mask=is_token[:, None] & is_column[None, :],
-            other=0.0,
-        )
-        products += tl.sum(left.to(tl.float32)[None, :] * right.to(tl.float32), axis=1)
+    products = _multiply_row(
+        directions + row * stride_dn,
+        embeddings + ids[:, None] * stride_ev,
+        stride_dr,
+        stride_er,
+        is_token[:, None],
+        rank,
+        TOKENS,
+        RANK,
+    )
     prior = tl.load(logits + row * stride_ln + ids * stride_lv, mask=is_token, other=float("-inf"))
-    prior = _clean(prior)
-    guided = _clean(prior + products / alpha)
+    prior = clean(prior)
+    guided = clean(prior + products / alpha)
     heated = (guided - guided_peak) * inverse
-    masses = tl.exp(heated).to(tl.float64)
-    masses = tl.where(masses > 0.0, masses, 0.0)
-    is_past = before + tl.cumsum(masses, axis=0) > target
-    is_found = tl.where(is_arg_max, guided == tl.max(guided, axis=0), is_past & (masses > 0.0))
-    place = tl.arange(0, TOKENS)
-    chosen = tl.min(tl.where(is_found, place, TOKENS), axis=0)
-    last = tl.max(tl.where(masses > 0.0, place, 0), axis=0)
-    chosen = tl.where(chosen == TOKENS, last, chosen)
-    # Of the sums, only those of the chosen token are not 0.
-    prior_logit = tl.sum(tl.where(place == chosen, prior, 0.0), axis=0)
-    law_logit = tl.sum(tl.where(place == chosen, heated, 0.0), axis=0)
-    log_prior_total = tl.log(prior_total)
-    log_total = tl.log(total)
-    prior_logprob = (prior_logit - prior_peak).to(tl.float64) - log_prior_total
-    prior_logprob = tl.minimum(prior_logprob, 0.0)
-    guided_logprob = tl.minimum(law_logit.to(tl.float64) - log_total, 0.0)
-    divergence = moment / total - log_total + log_prior_total
-    divergence = tl.maximum(tl.where(is_arg_max, -prior_logprob, divergence), 0.0)
-    guided_logprob = tl.where(is_arg_max, 0.0, guided_logprob)
+    chosen = choose_token(guided, heated, before, target, is_arg_max, TOKENS)
+    prior_logit = value_at(prior, chosen, TOKENS)
+    law_logit = value_at(heated, chosen, TOKENS)
     tl.store(out_ids + row, tl.where(is_valid, (split * TOKENS + chosen).to(tl.int64), 0))
-    tl.store(out_priors + row, tl.where(is_valid, prior_logprob, float("-inf")).to(tl.float32))
-    tl.store(out_guided + row, tl.where(is_valid, guided_logprob, float("-inf")).to(tl.float32))
-    tl.store(out_kl + row, tl.where(is_valid, divergence, 0.0).to(tl.float32))
     tl.store(out_valid + row, is_valid)
+    _report(
+        out_logs + row,
+        stride_logs,
+        is_valid,
+        is_arg_max,
+        (prior_logit - prior_peak).to(tl.float64) - tl.log(prior_total),
+        law_logit.to(tl.float64) - tl.log(total),
+        moment / total - tl.log(total) + tl.log(prior_total),
+    )
 
 
 def _pair(value: float | Tensor) -> tuple[Tensor | None, float]:
@@ -382,13 +336,11 @@ def value_sample_tokens_triton(
     rows, width = logits.shape
     rank = directions.shape[1]
     vocab_size = width if vocab_size is None else vocab_size
-    outputs = (
-        logits.new_empty((rows,), dtype=torch.int64),
-        *(logits.new_empty((rows,), dtype=torch.float32) for _ in range(3)),
-        logits.new_empty((rows,), dtype=torch.bool),
-    )
+    ids = logits.new_empty((rows,), dtype=torch.int64)
+    logs = logits.new_empty((3, rows), dtype=torch.float32)
+    valid = logits.new_empty((rows,), dtype=torch.bool)
     if rows == 0:
-        return outputs
+        return ids, *logs.unbind(), valid
     num_splits = triton.cdiv(vocab_size, _TOKENS)
     num_tiles = triton.cdiv(rows, _ROWS)
     partials = logits.new_empty((rows, _FIELDS, num_splits), dtype=torch.float32)
@@ -426,7 +378,10 @@ def value_sample_tokens_triton(
             *_int_pair(step),
             *_int_pair(seed),
             partials,
-            *outputs,
+            ids,
+            logs,
+            valid,
+            rows,
             *strides,
             keys.stride(0),
             *per_row,
@@ -436,5 +391,6 @@ def value_sample_tokens_triton(
             RANK=_ROW_RANK,
             SPLITS=_SPLITS,
             **shared,
+            **all_registers(),
         )
-    return outputs
+    return ids, *logs.unbind(), valid

@@ -1,7 +1,8 @@
 """The ops: one file each, with the public function and its PyTorch reference.
 
 Axis letters: N rows, G trees, T new tokens, P prefix, S branch tokens, H_q and H_kv heads, d head
-size, V vocabulary, D hidden, k candidates, n roll-outs. All logarithms are natural.
+size, V vocabulary, D hidden, r columns of a token's value, k candidates, n roll-outs. All
+logarithms are natural.
 """
 
 from ._dispatch import describe_backends

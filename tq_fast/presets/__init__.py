@@ -110,10 +110,11 @@ def best_of_n(
     `value_guided` draws from it.
 
     The `rewards` `[1, n]` of the first step of a trace are the scores of all n responses, in the
-    order in which they were drawn. The divergences of the steps are those of the source model.
-    Those of the certificate are upper bounds for the response that was kept:
-    `log n - (n - 1) / n` to the distribution that it was drawn from; to another model its log-ratio
-    is added, and only the mean over responses is a bound.
+    order in which they were drawn; `result.stages` has the texts. Of several responses the steps
+    have the divergence to the models that they were drawn from alone. Those of the certificate are
+    upper bounds for the response that was kept: `log n - (n - 1) / n` to the distribution that it
+    was drawn from; to another model its log-ratio is added, and only the mean over responses is a
+    bound.
     """
     models = {"baseline": baseline, "sft": sft, "reward": reward}
     return _decode("best_of_n", prompts, options, **models, n=n, source=source, value=value)
@@ -208,10 +209,10 @@ def value_guided(
     """Decode from `pi_prior exp(Q_V / alpha) / Z` over the whole vocabulary, without roll-outs.
 
     `value` is a head of `tq_fast.fit_value`, or its folder; the prior is the model that it was
-    fitted on, `sft` where that is given and else `baseline`. One forward pass a token; Q_V has no
-    noise, so that the divergence is exact. `reward`, where it is given, scores the responses.
-    Source: Transfer Q* (arXiv 2405.20495, eq. 5) with a fitted Q, as value-guided decoding (arXiv
-    2310.17022) fits the prior's own.
+    fitted on: what the option `prior` says, else `sft` where that is given and `baseline` where it
+    is not. One forward pass a token; Q_V has no noise, so that the divergence is exact. `reward`,
+    where it is given, scores the responses. Source: Transfer Q* (arXiv 2405.20495, eq. 5) with a
+    fitted Q, as value-guided decoding (arXiv 2310.17022) fits the prior's own.
     """
     models = {"baseline": baseline, "sft": sft, "reward": reward}
     return _decode("value_guided", prompts, options, **models, value=value)

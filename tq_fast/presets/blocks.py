@@ -47,7 +47,7 @@ def open_blocks(
     if judge not in ("prefix", "rollout"):
         raise InvalidArgument(f"judge must be one of 'prefix', 'rollout', got {judge!r}")
     chosen = TextSource(name, source, value)
-    call = PresetCall(name, options, chosen.models_of(models))
+    call = PresetCall(name, options, chosen.models_of(models, options))
     chosen.require(call)
     call.require("reward")
 
@@ -144,12 +144,11 @@ class BlocksMethod:
                 )
                 open_trees = [tree for tree in open_trees if not contests.is_complete(tree)]
             alpha, is_soft = self.config.alpha, self.is_soft
-            results = contests.results(
-                [
-                    sum(choice_kl(stage, alpha, is_soft=is_soft) for stage in text.stages)
-                    for text in contests.texts
-                ]
-            )
+            added = [
+                sum(choice_kl(stage, alpha, is_soft=is_soft) for stage in text.stages)
+                for text in contests.texts
+            ]
+            results = contests.results(added if self.branches > 1 else None)
         except torch.OutOfMemoryError:
             report.bar.advance(counted - report.bar.num_done)
             raise

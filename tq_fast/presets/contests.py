@@ -8,13 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ..config import DecodeConfig
-from ..forest.language import LanguageForest
-from ..forest.logprobs import score_rows
 from ..ops.philox import gumbel
 from ..results import DecodeStats, PromptResult, Response, StageTrace
 from ..rollouts.streams import stream_keys
@@ -22,7 +19,7 @@ from ..session import Report, Session
 from .drawing import Drawn, TextForest
 from .laws import TokenLaw
 from .plain import best_of_kl, certify_text, trace_tokens
-from .scoring import TextScorer
+from .scoring import TextScorer, score_others
 
 # Takes the place of the candidate in the key of a choice between texts; no token has this id, nor
 # has a draw (drawing.py).
@@ -38,12 +35,15 @@ class Text:
         columns: what its law recorded of them, `[T]` by name.
         reward: of the text as it was judged.
         stages: the contests so far.
+        rewards: of every text that was scored so far, by its tokens. A text that comes again has
+            the same reward to the last bit, and so is no better than itself.
     """
 
     token_ids: list[int]
     columns: dict[str, torch.Tensor]
     reward: float = math.nan
     stages: list[StageTrace] = dataclasses.field(default_factory=list)
+    rewards: dict[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
 
 
 class Contests:
@@ -131,8 +131,10 @@ class Contests:
             with self.stats.phase("reward"):
                 found = self.scorer.score([(o.tree, [*before[o.tree], *o.token_ids]) for o in new])
             winners: dict[int, Drawn] = {}
-            for i, (one, score) in enumerate(zip(new, found, strict=True)):
+            for i, (one, scored) in enumerate(zip(new, found, strict=True)):
                 tree, number = one.tree, numbers[i % len(numbers)]
+                text = (*before[tree], *one.token_ids)
+                score = self.texts[tree].rewards.setdefault(text, scored)
                 scores[tree].append(score)
                 drawn[tree].append(one.token_ids)
                 value = self._value(score, noise[tree], number)
@@ -211,31 +213,35 @@ class Contests:
         return is_full or is_ended or self.forest.stop.is_met(token_ids)
 
     def results(
-        self, choice_kl: Sequence[float], *, is_approximate: bool = False
+        self, choice_kl: Sequence[float] | None, *, is_approximate: bool = False
     ) -> list[PromptResult]:
         """Return the texts as results.
 
         Args:
-            choice_kl: of each tree, the bound on the divergence that the contests add, nats.
+            choice_kl: of each tree, the bound on the divergence that the contests add, nats; None
+                where no contest ever has two candidates.
             is_approximate: whether that is a bound under an assumption that holds roughly.
         """
-        measured: dict[str, list[float]] = {}
-        if "sft" in self.session.languages and "sft" not in self.law.roles:
-            with self.stats.phase("prefill"):
-                measured["sft"] = self._score_sft()
+        token_ids = [text.token_ids for text in self.texts]
+        measured = score_others(
+            self.session, self.law.roles, self.responses, token_ids, self.config, self.stats
+        )
         self.forest.count(self.stats)
         self.scorer.count(self.stats)
         return [
             self._result(
-                tree, kl, {role: sums[tree] for role, sums in measured.items()}, is_approximate
+                tree,
+                None if choice_kl is None else choice_kl[tree],
+                {role: sums[tree] for role, sums in measured.items()},
+                is_approximate,
             )
-            for tree, kl in enumerate(choice_kl)
+            for tree in range(len(self.texts))
         ]
 
     def _result(
         self,
         tree: int,
-        choice_kl: float,
+        choice_kl: float | None,
         logprobs: Mapping[str, float],
         is_approximate: bool,
     ) -> PromptResult:
@@ -254,28 +260,6 @@ class Contests:
             certificate,
             text.stages,
         )
-
-    def _score_sft(self) -> list[float]:
-        """Return log pi_sft of every text."""
-        prompts = [list(response.prompt.token_ids) for response in self.responses]
-        model: Any = self.session.languages["sft"]
-        forest = LanguageForest(
-            model,
-            num_trees=len(prompts),
-            num_rows=len(prompts),
-            prefix_capacity=max(map(len, prompts)),
-            branch_capacity=self.config.max_new_tokens,
-            backend=self.config.backend,
-        )
-        for tree, prompt in enumerate(prompts):
-            if prompt[:-1]:
-                forest.prefill(tree, prompt[:-1])
-        rows = [[prompt[-1], *t.token_ids] for prompt, t in zip(prompts, self.texts, strict=True)]
-        size = self.session.num_tokens
-        sums = score_rows(forest, rows, range(len(rows)), vocab_size=size)
-        self.stats.token_forwards["sft"] = forest.num_token_forwards
-        self.stats.peak_kv_bytes["sft"] = forest.peak_kv_bytes
-        return sums
 
 
 def choice_kl(stage: StageTrace, alpha: float, *, is_soft: bool) -> float:

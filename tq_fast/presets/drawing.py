@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from ..config import DecodeConfig, Role
 from ..errors import DecodingError
 from ..forest import share_prefix
-from ..forest.language import LanguageForest
+from ..forest.language import LanguageForest, StateForest
 from ..forest.support import check_runs
 from ..results import DecodeStats, Response
 from ..rollouts.rows import RowMap
@@ -61,6 +62,7 @@ class TextForest:
 
     Attributes:
         forests: by role, one where two roles have one model.
+        states: the reward model's backbone, where the law reads its states.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class TextForest:
         self.stop = session.stop_strings(config)
         self.prompts = [list(response.prompt.token_ids) for response in responses]
         self.forests = self._open(session, num_rows, keeps_texts)
+        self.states = self._open_states(session, num_rows, keeps_texts)
         device = next(iter(self.forests.values())).device
         self.eos = torch.tensor(session.end_ids(config), dtype=torch.int64, device=device)
 
@@ -86,31 +89,47 @@ class TextForest:
         self, session: Session, num_rows: int, keeps_texts: bool
     ) -> dict[Role, LanguageForest]:
         languages = {role: session.languages[role] for role in self.law.roles}
-        longest = max(map(len, self.prompts))
         by_model: dict[PreTrainedModel, LanguageForest] = {}
         for model in distinct(languages).values():
             check_runs(model)
             reads = self.law.reads_hidden
             by_model[model] = LanguageForest(
                 model,
-                num_trees=len(self.prompts),
-                num_rows=max(num_rows, len(self.prompts)),
-                prefix_capacity=longest + (self.config.max_new_tokens if keeps_texts else 0),
-                branch_capacity=max(1, self.config.max_new_tokens - 1),
-                backend=self.config.backend,
-                cpu_layers=session.speed.cpu_layers,
                 keeps_hidden=reads is not None and languages[reads] is model,
+                cpu_layers=session.speed.cpu_layers,
+                **self._sizes(num_rows, keeps_texts),
             )
         return {role: by_model[model] for role, model in languages.items()}
 
+    def _open_states(
+        self, session: Session, num_rows: int, keeps_texts: bool
+    ) -> StateForest | None:
+        if not self.law.reads_reward:
+            return None
+        model: Any = session.rewards["reward"].model
+        return StateForest(
+            model, cpu_layers=session.speed.cpu_layers, **self._sizes(num_rows, keeps_texts)
+        )
+
+    def _sizes(self, num_rows: int, keeps_texts: bool) -> dict[str, Any]:
+        longest, most = max(map(len, self.prompts)), self.config.max_new_tokens
+        return {
+            "num_trees": len(self.prompts),
+            "num_rows": max(num_rows, len(self.prompts)),
+            "prefix_capacity": longest + (most if keeps_texts else 0),
+            "branch_capacity": max(1, most - 1),
+            "backend": self.config.backend,
+        }
+
     @property
-    def distinct(self) -> dict[Role, LanguageForest]:
-        """Every forest once, under the first of its roles."""
-        return distinct(self.forests)
+    def all_forests(self) -> list[LanguageForest | StateForest]:
+        """Every forest once."""
+        states = [] if self.states is None else [self.states]
+        return [*distinct(self.forests).values(), *states]
 
     def prefill(self) -> None:
         """Encode the prompts; draws follow them directly until `seek` says otherwise."""
-        for forest in self.distinct.values():
+        for forest in self.all_forests:
             for tree, text in enumerate(self.prompts):
                 # Leave the last token to be encoded: its logits are the next-token logits.
                 known = share_prefix(forest.cache, tree, text[:-1], self.prompts)
@@ -120,7 +139,7 @@ class TextForest:
         """Let the next draws of each tree follow `texts[tree]`, of which its KV is held."""
         trees = sorted(texts)
         whole = [[*self.prompts[tree], *texts[tree]] for tree in trees]
-        for forest in self.distinct.values():
+        for forest in self.all_forests:
             forest.seek(trees, whole)
 
     def keep(self, drawn: Sequence[Drawn]) -> None:
@@ -128,7 +147,7 @@ class TextForest:
 
         The prefixes stay where they are, so that further draws can follow them.
         """
-        for forest in self.distinct.values():
+        for forest in self.all_forests:
             cache = forest.cache
             held = list(cache.prefix_len)
             lengths = [len(one.token_ids) - 1 for one in drawn]
@@ -162,7 +181,7 @@ class TextForest:
         trees = [tree for tree in sorted(before) for _ in numbers]
         state = self._begin(trees, numbers, stage, before, limit)
         rows = RowMap(state)
-        outputs = {role: _next_output(forest, rows.tree) for role, forest in self.forests.items()}
+        outputs = self._next_outputs(rows.tree)
         started = [before.get(tree, ()) for tree in range(len(self.prompts))]
         for depth in range(state.tokens.shape[1]):
             num = rows.num_active
@@ -178,15 +197,31 @@ class TextForest:
             if not rows.num_active:
                 break
             if order is not None:
-                for forest in self.distinct.values():
+                for forest in self.all_forests:
                     forest.cache.take_rows(order, depth)
-            tokens = rows.tokens(depth)
-            found = {
-                forest: _forward(forest, tokens, depth, rows.tree)
-                for forest in self.distinct.values()
-            }
-            outputs = {role: found[forest] for role, forest in self.forests.items()}
+            outputs = self._forward(rows.tokens(depth), depth, rows.tree)
         return self._collect(state)
+
+    def _next_outputs(self, tree: torch.Tensor) -> dict[Role, Output]:
+        """What the models give after the prefixes of `tree` `[n]`."""
+        states = None if self.states is None else self.states.next_hidden[tree]
+        outputs = {}
+        for role, forest in self.forests.items():
+            hidden = None if forest.next_hidden is None else forest.next_hidden[tree]
+            outputs[role] = Output(forest.next_logits[tree], _beside(hidden, states))
+        return outputs
+
+    def _forward(self, tokens: torch.Tensor, depth: int, tree: torch.Tensor) -> dict[Role, Output]:
+        """Push one token a row through the models, and return what they give."""
+        states = None
+        if self.states is not None:
+            states = self.states.forward_rows(tokens[:, None], start=depth, tree=tree)[:, -1]
+        found = {}
+        for forest in distinct(self.forests).values():
+            logits = forest.forward_rows(tokens, start=depth, tree=tree)
+            hidden = None if forest.hidden is None else forest.hidden[:, -1]
+            found[forest] = Output(logits, _beside(hidden, states))
+        return {role: found[forest] for role, forest in self.forests.items()}
 
     def _begin(
         self,
@@ -238,18 +273,18 @@ class TextForest:
 
     def count(self, stats: DecodeStats) -> None:
         """Write what went through the models into `stats`."""
-        for role, forest in self.distinct.items():
-            stats.token_forwards[role] = forest.num_token_forwards
-            stats.peak_kv_bytes[role] = forest.peak_kv_bytes
+        own = DecodeStats()
+        for role, forest in distinct(self.forests).items():
+            own.token_forwards[role] = forest.num_token_forwards
+            own.peak_kv_bytes[role] = forest.peak_kv_bytes
+        if self.states is not None:
+            own.token_forwards["reward"] = self.states.num_token_forwards
+            own.peak_kv_bytes["reward"] = self.states.peak_kv_bytes
+        stats.add(own)
 
 
-def _next_output(forest: LanguageForest, tree: torch.Tensor) -> Output:
-    hidden = forest.next_hidden
-    return Output(forest.next_logits[tree], None if hidden is None else hidden[tree])
-
-
-def _forward(
-    forest: LanguageForest, tokens: torch.Tensor, depth: int, tree: torch.Tensor
-) -> Output:
-    logits = forest.forward_rows(tokens, start=depth, tree=tree)
-    return Output(logits, None if forest.hidden is None else forest.hidden[:, -1])
+def _beside(hidden: torch.Tensor | None, states: torch.Tensor | None) -> torch.Tensor | None:
+    """The prior's states with the reward model's behind them, where both are read."""
+    if hidden is None or states is None:
+        return hidden
+    return torch.cat([hidden.float(), states.float().to(hidden.device)], 1)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from ..config import DecodeConfig, Role, is_real
 from ..errors import InvalidArgument
-from ..forest.language import LanguageForest, vocab_size_of
+from ..forest.language import LanguageForest, StateForest, vocab_size_of
 from ..forest.support import check_runs
 from ..models.loading import ModelLike
 from ..ops.sample_tokens import proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..prompts import Prompt
 from ..session import MethodOptions, Session, neutral_torch
+from ..transfer.step import without_tokens
 from ..values.fitting import FitOptions, LoggedTokens, fit_head
 from ..values.head import ValueHead, ValueHeadConfig
 from .call import RUNNING, OpenMethod, PresetCall, check_running
 from .laws import ValueLaw
 from .plain import PlainMethod, require_count
-from .sources import TextSource, prior_fingerprint
+from .sources import TextSource, check_reward_states, prior_fingerprint, value_prior
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,6 +65,7 @@ class FitPlan:
             the round before, and fit a new one on all of them.
         alpha: decoding temperature of those rounds.
         num_texts: texts a prompt and round.
+        reward_states: whether the head reads the reward model's states beside the prior's.
         options: how a head is fitted.
 
     Raises:
@@ -74,6 +77,7 @@ class FitPlan:
     rounds: int = 1
     alpha: float = 0.5
     num_texts: int = 8
+    reward_states: bool = False
     options: FitOptions = dataclasses.field(default_factory=FitOptions)
 
     def __post_init__(self) -> None:
@@ -114,6 +118,7 @@ def fit_value(  # type: ignore[misc]  # it has defaults of its own for some fiel
     rounds: int = 1,
     alpha: float = 0.5,
     epochs: int = 6,
+    reward_states: bool = False,
     on_epoch: Callable[[int, float], None] = lambda epoch, r2: None,
     **options: Unpack[MethodOptions],
 ) -> ValueHead:
@@ -121,8 +126,9 @@ def fit_value(  # type: ignore[misc]  # it has defaults of its own for some fiel
 
     Draws `num_texts` responses to each prompt, scores them by `reward`, and fits
     `Q_V(x, z) = v(f(h)) + u(f(h)) . e_z` to the reward of the whole text at every token, by least
-    squares; h is the state of the prior, `sft` where that is given and else `baseline`. Some of the
-    prompts are held out: `head.config.fit` says how well the head foretells their rewards.
+    squares; h is the state of the prior: what the option `prior` says, else `sft` where that is
+    given and `baseline` where it is not. Some of the prompts are held out: `head.config.fit` says
+    how well the head foretells their rewards.
 
     Args:
         prompts: as for `tq_fast.decode`; other ones than those that are decoded later.
@@ -139,6 +145,8 @@ def fit_value(  # type: ignore[misc]  # it has defaults of its own for some fiel
         rounds: 2 adds texts drawn under the first head (arXiv 2503.02368).
         alpha: decoding temperature of the second round.
         epochs: passes over all tokens.
+        reward_states: the head reads the reward model's states over the same tokens, too: dearer by
+            one forward pass of the reward a token, and closer to the reward at equal divergence.
         on_epoch: called after each epoch with its number and the held-out R2.
         **options: other keyword arguments of `presets.best_of_n`.
 
@@ -156,6 +164,7 @@ def fit_value(  # type: ignore[misc]  # it has defaults of its own for some fiel
         rounds=rounds,
         alpha=alpha,
         num_texts=num_texts,
+        reward_states=reward_states,
         options=FitOptions(epochs=epochs, seed=seed),
     )
     running: dict[str, Any] = {name: options.pop(name) for name in RUNNING if name in options}
@@ -190,6 +199,11 @@ def open_logging(
     call = PresetCall("best_of_n", options, models)
     call.method = name
     call.require(source, "reward")
+    if call.config.num_return_sequences != 1:
+        raise InvalidArgument(
+            f"num_return_sequences is 1 for {name!r}, which draws num_texts responses to each "
+            f"prompt, got {call.config.num_return_sequences}"
+        )
 
     def make(session: Session, config: DecodeConfig) -> PlainMethod:
         law = TextSource(name, source).law(session, config, is_greedy=False, measures_sft=False)
@@ -202,10 +216,13 @@ def check_plan(session: Session, plan: FitPlan) -> None:
     """Refuse a plan that the session's models cannot serve.
 
     Raises:
-        InvalidArgument: indirect transfer without both language models.
+        InvalidArgument: indirect transfer without both language models, or states of a reward that
+            has none over the same tokens.
     """
     if plan.transfer == "indirect" and len(session.languages) < 2:
         raise InvalidArgument("transfer='indirect' needs sft and baseline, one of them is None")
+    if plan.reward_states:
+        check_reward_states(session)
 
 
 @neutral_torch()
@@ -231,7 +248,7 @@ def fit_from_texts(
     check_plan(session, plan)
     known, laws = list(texts), [opened.method.law]  # type: ignore[attr-defined]
     prompts = [entry.prompt for entry in texts]
-    prior: Role = "sft" if "sft" in session.languages else "baseline"
+    prior = value_prior(session, config)
     reader = _TokenReader(session, prior, config, plan)
     tokens = reader.read(known, laws)
     head = _fit(session, prior, tokens, plan, on_epoch, len(known))
@@ -260,14 +277,18 @@ def _fit(
     on_epoch: Callable[[int, float], None],
     num_prompts: int,
 ) -> ValueHead:
-    model = session.languages[prior]
+    model, reward = session.languages[prior], session.rewards["reward"]
+    foretold = reward.name
+    if plan.reward_states:
+        foretold = prior_fingerprint(cast(PreTrainedModel, reward.model))
     described: dict[str, Any] = {"transfer": plan.transfer, "rounds": plan.rounds, "prior": prior}
     if plan.transfer == "indirect":
         described["beta"] = plan.beta
     config = ValueHeadConfig(
         hidden_size=tokens.hidden.shape[1],
         vocab_size=vocab_size_of(model),
-        models={"prior": prior_fingerprint(model), "reward": session.rewards["reward"].name},
+        reward_states=plan.reward_states,
+        models={"prior": prior_fingerprint(model), "reward": foretold},
         fit=described,
     )
     return fit_head(tokens, config, plan.options, on_epoch)
@@ -282,12 +303,15 @@ class _TokenReader:
         self.config = config
         self.plan = plan
         self._done: list[LoggedTokens] = []
+        # One group for all texts of a prompt, of whatever round, since whole groups are held out.
+        self._groups: dict[tuple[int, ...], int] = {}
 
     def read(self, texts: Sequence[LoggedTexts], laws: Sequence[Any]) -> LoggedTokens:
         """Return the tokens of all `texts`; those that were read before are not read again."""
-        names = {id(entry.prompt): i for i, entry in enumerate(texts[::-1])}
         for entry in texts[len(self._done) :]:
-            self._done.append(self._read_one(entry, names[id(entry.prompt)], laws))
+            prompt = tuple(entry.prompt.token_ids)
+            group = self._groups.setdefault(prompt, len(self._groups))
+            self._done.append(self._read_one(entry, group, laws))
         parts = [part for part in self._done if len(part.token_ids)]
         if not parts:
             raise InvalidArgument("prompts must have at least one text of one token, got none")
@@ -303,7 +327,7 @@ class _TokenReader:
         rewards = torch.tensor(list(entry.rewards), dtype=torch.float32)
         lengths = torch.tensor([len(row) for row in rows])
         needs = self.plan.transfer == "indirect"
-        roles = {self.prior, *(laws[entry.drawn_from].roles if needs else ())}
+        roles = {self.prior, *(("sft", *laws[entry.drawn_from].roles) if needs else ())}
         states: dict[Role, torch.Tensor] = {}
         logits: dict[Role, list[Any]] = {}
         for role in roles:
@@ -312,12 +336,16 @@ class _TokenReader:
             if needs:
                 logits[role] = [found for _, found in passes]
         token_ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+        hidden = states[self.prior]
+        if self.plan.reward_states:
+            own = torch.cat(list(self._run_reward(entry.prompt, rows)))
+            hidden = torch.cat([hidden.float(), own.float()], 1)
         weights = torch.ones(len(token_ids))
         if needs:
             law = laws[entry.drawn_from]
-            weights = self._weights(law, rows, rewards, token_ids, states, logits)
+            weights = self._weights(law, rows, rewards, token_ids, hidden, logits)
         return LoggedTokens(
-            hidden=states[self.prior],
+            hidden=hidden,
             token_ids=token_ids,
             rewards=rewards.repeat_interleave(lengths),
             groups=torch.full((len(token_ids),), group, dtype=torch.int64),
@@ -362,13 +390,36 @@ class _TokenReader:
                     logits = logits[: len(row)].cpu()
                 yield hidden[: len(row)].cpu(), logits
 
+    def _run_reward(self, prompt: Prompt, rows: list[list[int]]) -> Iterator[torch.Tensor]:
+        """Yield the reward model's states `[T, D]` before the tokens of each row."""
+        model = cast(PreTrainedModel, self.session.rewards["reward"].model)
+        longest = max(map(len, rows))
+        forest = StateForest(
+            model,
+            num_trees=1,
+            num_rows=len(rows),
+            prefix_capacity=len(prompt.token_ids),
+            branch_capacity=longest,
+            backend=self.config.backend,
+        )
+        forest.prefill(0, prompt.token_ids)
+        first, states = forest.next_hidden.clone(), None
+        if longest > 1:
+            padded = [[*row[:-1], *[0] * (longest - len(row))] for row in rows]
+            tree = torch.zeros(len(rows), dtype=torch.int64, device=forest.device)
+            ids = torch.tensor(padded, device=forest.device)
+            states = forest.forward_rows(ids, start=0, tree=tree)
+        for i, row in enumerate(rows):
+            hidden = first if states is None else torch.cat([first, states[i]])
+            yield hidden[: len(row)].cpu()
+
     def _weights(
         self,
         law: Any,
         rows: list[list[int]],
         rewards: torch.Tensor,
         token_ids: torch.Tensor,
-        states: dict[Role, torch.Tensor],
+        hidden: torch.Tensor,
         logits: dict[Role, list[Any]],
     ) -> torch.Tensor:
         """exp(r / beta) rho_sft / q of what follows each token, `[N]`, q being drawn from.
@@ -377,7 +428,7 @@ class _TokenReader:
         token alone moves no minimum, and without it few places would be all that counts.
         """
         assert self.plan.beta is not None
-        ratios = self._log_ratios(law, rows, token_ids, states, logits)
+        ratios = self._log_ratios(law, rows, token_ids, hidden, logits)
         table = torch.full((len(rows), max(map(len, rows))), -torch.inf, dtype=torch.float64)
         for i, ratio in enumerate(ratios):
             # What follows a token: the sum over all, less that up to and with itself.
@@ -392,7 +443,7 @@ class _TokenReader:
         law: Any,
         rows: list[list[int]],
         token_ids: torch.Tensor,
-        states: dict[Role, torch.Tensor],
+        hidden: torch.Tensor,
         logits: dict[Role, list[Any]],
     ) -> Iterator[torch.Tensor]:
         """Yield log pi_sft - log q of every token of each text, fp64 `[T]`."""
@@ -401,8 +452,11 @@ class _TokenReader:
             ids = token_ids[start : start + len(row), None]
             sft = clean_logits(logits["sft"][i], size).log_softmax(-1).gather(1, ids)
             policy = clean_logits(logits[law.roles[0]][i], size)
+            early = [place < config.min_new_tokens for place in range(len(row))]
+            if any(early):
+                policy = without_tokens(policy, self.session.end_ids(config), early)
             if isinstance(law, ValueLaw):
-                _, directions = law.head(states[law.prior][start : start + len(row)])
+                _, directions = law.head(hidden[start : start + len(row)])
                 vectors = law.head.token_embeddings[:size].float()
                 policy = policy + directions @ vectors.t() / law.config.alpha
             drawn = proposal_logprobs(

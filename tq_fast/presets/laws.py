@@ -55,6 +55,11 @@ class TokenLaw(Protocol):
         ...
 
     @property
+    def reads_reward(self) -> bool:
+        """Whether it reads the reward model's states too, behind those of `reads_hidden`."""
+        ...
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Names of what it records."""
         ...
@@ -94,6 +99,7 @@ class MixtureLaw:
     is_greedy: bool
 
     reads_hidden: Role | None = None
+    reads_reward: bool = False
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -194,6 +200,10 @@ class ValueLaw:
     @property
     def reads_hidden(self) -> Role:
         return self.prior
+
+    @property
+    def reads_reward(self) -> bool:
+        return self.head.config.reward_states
 
     @property
     def columns(self) -> tuple[str, ...]:

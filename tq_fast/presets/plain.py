@@ -28,7 +28,7 @@ from ..transfer.roles import distinct
 from .call import OpenMethod, PresetCall
 from .drawing import Drawn, TextForest
 from .laws import TokenLaw
-from .scoring import TextScorer
+from .scoring import TextScorer, score_others
 from .sources import Source, TextSource, ValueLike, mixture_law
 
 
@@ -66,12 +66,12 @@ def open_best_of_n(
     """Open the best of `n` texts from `source`."""
     require_count("n", n)
     chosen = TextSource(name, source, value)
-    call = PresetCall(name, options, chosen.models_of(models))
+    call = PresetCall(name, options, chosen.models_of(models, options))
     chosen.require(call)
     call.require("reward")
 
     def make(session: Session, config: DecodeConfig) -> PlainMethod:
-        law = chosen.law(session, config, is_greedy=False, measures_sft=True)
+        law = chosen.law(session, config, is_greedy=False, measures_sft=n == 1)
         return PlainMethod(session, law, config, num=n)
 
     return call.open(make)
@@ -84,7 +84,7 @@ def open_value_guided(
     if value is None:
         raise InvalidArgument(f"value is needed by the method {name!r}, got None")
     chosen = TextSource(name, "value", value)
-    call = PresetCall(name, options, chosen.models_of(models))
+    call = PresetCall(name, options, chosen.models_of(models, options))
     chosen.require(call)
 
     def make(session: Session, config: DecodeConfig) -> PlainMethod:
@@ -160,10 +160,9 @@ class PlainMethod:
         except torch.OutOfMemoryError:
             report.bar.advance(counted - report.bar.num_done)
             raise
+        results = self._finish(group, drawn, scores, own)
         stats.add(own)
-        for tree, response in enumerate(group):
-            mine = slice(tree * num, (tree + 1) * num)
-            result = self._finish(drawn[mine], scores[mine])
+        for response, result in zip(group, results, strict=True):
             stats.num_steps += len(result.sequence)
             report.finish(response.idx, result, num_unused=0)
 
@@ -216,20 +215,43 @@ class PlainMethod:
         stats.rollouts_run = len(drawn)
         return scores
 
-    def _finish(self, drawn: Sequence[Drawn], scores: Sequence[float]) -> PromptResult:
-        """Return the result of a prompt: its first response of the highest score."""
-        best = scores.index(max(scores)) if scores else 0
-        winner, rewards = drawn[best], torch.tensor(scores, dtype=torch.float32)
-        stages = []
-        if self.rows_per_prompt > 1 or self.keeps_all:
-            stages = [StageTrace(0, rewards, best, [one.token_ids for one in drawn])]
-        return PromptResult(
-            self.session.text_of(winner.token_ids, self.config),
-            torch.tensor(winner.token_ids),
-            trace_tokens(winner.columns, winner.token_ids, rewards),
-            certify_text(winner.columns, self.law, extra_kl=best_of_kl(len(drawn))),
-            stages,
-        )
+    def _finish(
+        self,
+        group: Sequence[Response],
+        drawn: Sequence[Drawn],
+        scores: Sequence[float],
+        stats: DecodeStats,
+    ) -> list[PromptResult]:
+        """Return the result of each prompt: its first response of the highest score."""
+        num, results = self.rows_per_prompt, []
+        chosen = []
+        for start in range(0, len(drawn), num):
+            own = list(scores[start : start + num])
+            chosen.append(own.index(max(own)) if own else 0)
+        winners = [drawn[tree * num + best] for tree, best in enumerate(chosen)]
+        texts = [one.token_ids for one in winners]
+        others = score_others(self.session, self.law.roles, group, texts, self.config, stats)
+        for tree, winner in enumerate(winners):
+            mine = drawn[tree * num : (tree + 1) * num]
+            rewards = torch.tensor(scores[tree * num : (tree + 1) * num], dtype=torch.float32)
+            stages = []
+            if num > 1 or self.keeps_all:
+                stages = [StageTrace(0, rewards, chosen[tree], [one.token_ids for one in mine])]
+            logprobs = {role: sums[tree] for role, sums in others.items()}
+            extra_kl = best_of_kl(num) if num > 1 else None
+            certificate = certify_text(
+                winner.columns, self.law, extra_kl=extra_kl, logprobs=logprobs
+            )
+            results.append(
+                PromptResult(
+                    self.session.text_of(winner.token_ids, self.config),
+                    torch.tensor(winner.token_ids),
+                    trace_tokens(winner.columns, winner.token_ids, rewards),
+                    certificate,
+                    stages,
+                )
+            )
+        return results
 
 
 def best_of_kl(num: int) -> float:
@@ -297,7 +319,7 @@ def certify_text(
     columns: Mapping[str, torch.Tensor],
     law: TokenLaw,
     *,
-    extra_kl: float,
+    extra_kl: float | None,
     logprobs: Mapping[str, float] | None = None,
     is_approximate: bool = False,
 ) -> Certificate:
@@ -306,24 +328,25 @@ def certify_text(
     Args:
         columns: what the law recorded of every token, `[T]`.
         law: what the tokens were drawn from.
-        extra_kl: bound on the divergence that the choice adds, nats; 0 without one. The best of n
-            diverges from the law that it was drawn from by at most log n - (n - 1) / n, and the
-            certificate gives this bound in place of the divergence. To a model it adds the
-            log-ratio of the text itself, so that the mean over responses bounds the divergence.
+        extra_kl: bound on the divergence that the choice adds, nats; None where the method makes
+            none, whatever came of this one text. The best of n diverges from the law that it was
+            drawn from by at most log n - (n - 1) / n, and the certificate gives this bound in place
+            of the divergence. To a model it adds the log-ratio of the text itself, so that the mean
+            over responses bounds the divergence.
         logprobs: log-prob of the whole text under models that the law does not read, by role.
         is_approximate: whether `extra_kl` is a bound under an assumption that holds roughly.
 
     The divergence of a single text is exact, whatever truncates the law that it was drawn from.
     """
     bound: KlKind = "approximate" if is_approximate else "at most"
-    is_exact = extra_kl == 0.0 and not logprobs
+    is_exact = extra_kl is None and not logprobs
     totals: dict[str, float | None] = {"sft": None, "baseline": None}
     for role, logprob in (logprobs or {}).items():
-        totals[role] = extra_kl + float(columns["drawn"].sum()) - logprob
+        totals[role] = (extra_kl or 0.0) + float(columns["drawn"].sum()) - logprob
     for role in ("sft", "baseline"):
         if f"logprob:{role}" not in columns:
             continue
-        if extra_kl == 0.0:
+        if extra_kl is None:
             totals[role] = float(columns[f"kl:{role}"].sum())
         else:
             ratios = columns["drawn"] - columns[f"logprob:{role}"]

@@ -54,7 +54,7 @@ def open_refine(
     check_strategy(strategy)
     chosen = TextSource(name, source, value)
     plan = CutPlan(cuts, stages)
-    call = PresetCall(name, options, chosen.models_of(models))
+    call = PresetCall(name, options, chosen.models_of(models, options))
     chosen.require(call)
     call.require("reward")
 
@@ -231,8 +231,9 @@ class RefineMethod:
                 cuts = {tree: cut for tree, cut in found.items() if cut is not None}
                 if cuts:
                     contests.hold(stage, cuts, self.branches, defends=True)
+            added = [self._choice_kl(text.stages) for text in contests.texts]
             results = contests.results(
-                [self._choice_kl(text.stages) for text in contests.texts],
+                added if self.first > 1 or self.plan.stages else None,
                 is_approximate=self.plan.is_approximate,
             )
         except torch.OutOfMemoryError:

@@ -1,10 +1,12 @@
-"""Whole responses scored by the target reward, over a forest of its own."""
+"""Whole responses scored by the target reward, or by a model that did not draw them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..config import DecodeConfig
+from ..config import DecodeConfig, Role
+from ..forest.language import LanguageForest
+from ..forest.logprobs import score_rows
 from ..results import DecodeStats, Response
 from ..rewards.base import Opening
 from ..rewards.scorer import Scorer
@@ -59,5 +61,46 @@ class TextScorer:
 
     def count(self, stats: DecodeStats) -> None:
         """Write what went through the reward's model into `stats`."""
-        stats.token_forwards["reward"] = self._scorer.num_token_forwards
-        stats.peak_kv_bytes["reward"] = self._scorer.peak_kv_bytes
+        own = DecodeStats()
+        own.token_forwards["reward"] = self._scorer.num_token_forwards
+        own.peak_kv_bytes["reward"] = self._scorer.peak_kv_bytes
+        stats.add(own)
+
+
+def score_others(
+    session: Session,
+    known: Sequence[Role],
+    responses: Sequence[Response],
+    texts: Sequence[Sequence[int]],
+    config: DecodeConfig,
+    stats: DecodeStats,
+) -> dict[str, list[float]]:
+    """Return log pi(y | x) of a text for each prompt, under the SFT model, by role.
+
+    Only texts that were kept are scored, which costs one pass where measuring all draws along the
+    way would cost one a draw. Nothing is scored without an SFT model, or where it is among `known`.
+    """
+    if "sft" not in session.languages or "sft" in known:
+        return {}
+    prompts = [list(response.prompt.token_ids) for response in responses]
+    with stats.phase("prefill"):
+        forest = LanguageForest(
+            session.languages["sft"],
+            num_trees=len(prompts),
+            num_rows=len(prompts),
+            prefix_capacity=max(map(len, prompts)),
+            branch_capacity=config.max_new_tokens,
+            backend=config.backend,
+            cpu_layers=session.speed.cpu_layers,
+        )
+        for tree, prompt in enumerate(prompts):
+            # The last token leads the rows, because the first token of a row is not scored.
+            if prompt[:-1]:
+                forest.prefill(tree, prompt[:-1])
+        rows = [[prompt[-1], *ids] for prompt, ids in zip(prompts, texts, strict=True)]
+        sums = score_rows(forest, rows, range(len(rows)), vocab_size=session.num_tokens)
+    own = DecodeStats()
+    own.token_forwards["sft"] = forest.num_token_forwards
+    own.peak_kv_bytes["sft"] = forest.peak_kv_bytes
+    stats.add(own)
+    return {"sft": sums}

@@ -13,6 +13,7 @@ from ..config import DecodeConfig, Role
 from ..errors import InvalidArgument
 from ..forest.language import device_of, vocab_size_of
 from ..models.fingerprint import fingerprint_model
+from ..rewards.causal import CausalReward
 from ..session import Session
 from ..values.head import ValueHead
 from .call import PresetCall
@@ -46,10 +47,15 @@ class TextSource:
         if value is not None:
             self.head = value if isinstance(value, ValueHead) else _load(value)
 
-    def models_of(self, models: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave out the models that the source has no use for; SFT always serves to measure."""
+    def models_of(self, models: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out the models that the source has no use for; SFT always serves to measure.
+
+        `options` are the caller's: `prior` in them, or in their config, says what a head guides.
+        """
         used = dict(models)
-        if self.source == "sft" or (self.source == "value" and models.get("sft") is not None):
+        prior = options.get("prior") or getattr(options.get("config"), "prior", None)
+        guides_sft = prior == "sft" or (prior is None and models.get("sft") is not None)
+        if self.source == "sft" or (self.source == "value" and guides_sft):
             used["baseline"] = None
         return used
 
@@ -57,6 +63,8 @@ class TextSource:
         """Refuse a call without the model that the source draws from."""
         if self.source != "value":
             call.require(self.source)
+        elif call.config.prior is not None:
+            call.require(call.config.prior)
         elif not {"sft", "baseline"} & set(call.models):
             raise InvalidArgument(
                 f"sft, or baseline, is needed by the method {call.method!r}: the model that the "
@@ -82,18 +90,16 @@ class TextSource:
         Raises:
             InvalidArgument: the head belongs to another model.
         """
-        measured: tuple[Role, ...] = ()
-        has_sft = "sft" in session.languages
-        drawn_from: Role = "sft" if has_sft else "baseline"
-        if self.source == "baseline":
-            drawn_from = "baseline"
-        if measures_sft and drawn_from != "sft" and has_sft:
-            measured = ("sft",)
+        drawn_from = value_prior(session, config) if self.source == "value" else self.source
+        is_other = drawn_from != "sft" and "sft" in session.languages
+        measured: tuple[Role, ...] = ("sft",) if measures_sft and is_other else ()
         if self.head is None:
             weights: dict[Role, float] = {drawn_from: 1.0, **dict.fromkeys(measured, 0.0)}
             return mixture_law(session, weights, config, is_greedy=is_greedy)
         prior = session.languages[drawn_from]
         _check_head(self.head, prior, drawn_from, session.num_tokens)
+        if self.head.config.reward_states:
+            check_reward_states(session, self.head)
         return ValueLaw(
             _on_device(self.head, device_of(prior)),
             drawn_from,
@@ -103,6 +109,11 @@ class TextSource:
             is_greedy=is_greedy,
             measured=measured,
         )
+
+
+def value_prior(session: Session, config: DecodeConfig) -> Role:
+    """Return the role whose model a value head guides."""
+    return config.prior or ("sft" if "sft" in session.languages else "baseline")
 
 
 def mixture_law(
@@ -119,6 +130,29 @@ def prior_fingerprint(model: PreTrainedModel) -> str:
     return fingerprint_model(model, None, rounded_to=torch.bfloat16)
 
 
+def check_reward_states(session: Session, head: ValueHead | None = None) -> None:
+    """Refuse a reward whose states cannot be read over the language models' tokens.
+
+    Raises:
+        InvalidArgument: there is no reward, it is no causal classifier over the same token ids, or
+            not the one that `head` was fitted with.
+    """
+    reward = session.rewards.get("reward")
+    if reward is None:
+        raise InvalidArgument("value reads the states of the reward model; pass reward=, got None")
+    ours, theirs = session.tokenizer, reward.tokenizer
+    is_same = ours is None or theirs is None or ours.get_vocab() == theirs.get_vocab()
+    if not isinstance(reward, CausalReward) or not is_same:
+        raise InvalidArgument(
+            "reward states are read off a causal sequence classifier with the language models' "
+            f"own tokenizer, which {reward.name} is not"
+        )
+    if head is not None and head.config.models.get("reward") != prior_fingerprint(reward.model):
+        raise InvalidArgument(
+            f"value was fitted on the states of another reward model than {reward.name}"
+        )
+
+
 def _load(value: Any) -> ValueHead:
     if not isinstance(value, (str, os.PathLike)):
         raise InvalidArgument(
@@ -133,6 +167,12 @@ def _check_head(head: ValueHead, prior: PreTrainedModel, role: str, num_tokens: 
         raise InvalidArgument(
             f"value belongs to another model than {role}: it was fitted on the states of a model "
             f"with the fingerprint {known}, this one has {prior_fingerprint(prior)}"
+        )
+    width = getattr(prior.get_output_embeddings(), "in_features", None)
+    if isinstance(width, int) and head.config.hidden_size != width:
+        raise InvalidArgument(
+            f"value reads states of {head.config.hidden_size} numbers, but those of {role} have "
+            f"{width}"
         )
     if head.config.vocab_size < min(num_tokens, vocab_size_of(prior)):
         raise InvalidArgument(

@@ -87,7 +87,7 @@ def fit_head(
     head = _start(tokens, config, train, generator)
     steps = options.epochs * -(-len(train) // options.batch_size)
     optimizer, schedule = _optimizer(head, options, steps)
-    best, history = -math.inf, []
+    best, least, history = 0.0, math.inf, []
     kept: dict[str, torch.Tensor] = {}
     with torch.enable_grad():
         for epoch in range(1, options.epochs + 1):
@@ -95,11 +95,11 @@ def fit_head(
             for rows in torch.split(order, options.batch_size):
                 _descend(head, tokens, rows, optimizer)
                 schedule.step()
-            score = _r2(head, tokens, held)
+            error, score = _fit_quality(head, tokens, held)
             history.append(score)
             on_epoch(epoch, score)
-            if score > best or not kept:
-                best = score
+            if error < least or not kept:
+                least, best = error, score
                 kept = {name: weight.clone() for name, weight in head.state_dict().items()}
     head.load_state_dict(kept)
     described = {
@@ -110,7 +110,7 @@ def fit_head(
         "held_out_prompts": _count(tokens.groups[held]),
         "r2": best,
         "r2_by_epoch": history,
-        "r2_fitted": _r2(head, tokens, train),
+        "r2_fitted": _fit_quality(head, tokens, train)[1],
         "calibration": _calibration(head, tokens, held),
     }
     fitted = ValueHead(dataclasses.replace(config, fit=described))
@@ -215,11 +215,16 @@ def _predict(head: ValueHead, tokens: LoggedTokens, rows: torch.Tensor) -> torch
     return torch.cat([head.q(tokens.hidden[part], tokens.token_ids[part]) for part in chunks])
 
 
-def _r2(head: ValueHead, tokens: LoggedTokens, rows: torch.Tensor) -> float:
-    """Part of the rewards' variance that the head foretells, over all tokens of all texts."""
+def _fit_quality(head: ValueHead, tokens: LoggedTokens, rows: torch.Tensor) -> tuple[float, float]:
+    """The squared error over all tokens of all texts, and the part of the variance foretold, R2.
+
+    R2 is 0 where all rewards are the same, which leaves nothing to foretell.
+    """
     found, truth, w = _predict(head, tokens, rows), tokens.rewards[rows], tokens.weights[rows]
     mean = (w * truth).sum() / w.sum()
-    return float(1 - (w * (truth - found) ** 2).sum() / (w * (truth - mean) ** 2).sum())
+    error = float((w * (truth - found) ** 2).sum())
+    variance = float((w * (truth - mean) ** 2).sum())
+    return error, 1 - error / variance if variance > 0 else 0.0
 
 
 def _calibration(head: ValueHead, tokens: LoggedTokens, rows: torch.Tensor) -> list[dict[str, Any]]:

@@ -33,8 +33,9 @@ class ValueHeadConfig:
         vocab_size: tokens that it has a vector for.
         width: of the two layers of f.
         rank: r, numbers of a token's vector.
-        models: fingerprint of each model that it belongs to, by role: "prior" must be the same
-            wherever the head is used, "reward" is the reward that it foretells.
+        reward_states: whether it reads the reward model's states behind the prior's.
+        models: fingerprint of each model that it belongs to, by role: "prior", and with
+            `reward_states` "reward", must be the same wherever the head is used.
         fit: how it was fitted, and what held-out prompts say about it.
     """
 
@@ -42,6 +43,7 @@ class ValueHeadConfig:
     vocab_size: int
     width: int = 256
     rank: int = 64
+    reward_states: bool = False
     models: dict[str, str] = dataclasses.field(default_factory=dict)
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)
 
