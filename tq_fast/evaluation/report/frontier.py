@@ -38,7 +38,7 @@ _AXES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Path:
     """One method, or one with a setting changed, as a line of points.
 
@@ -80,7 +80,8 @@ def frontier(setup: Setup) -> Figure:
     paths = _paths(setup)
     measures = [name for name in _TITLES if any(name in r["metrics"] for r in setup["methods"])]
     figure = Figure(figsize=(11.2, 5.6 * len(measures)), dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(measures), 2, squeeze=False, sharey="row")
+    panels = figure.subplots(len(measures), 2, squeeze=False, sharex="col", sharey="row")
+    _fit_across(panels[0], paths, measures)
     named = []
     for row, measure in zip(panels, measures, strict=True):
         for axis, x in zip(row, _AXES, strict=True):
@@ -89,9 +90,10 @@ def frontier(setup: Setup) -> Figure:
             axis.set_axisbelow(True)
             _draw_paths(axis, paths, x, measure)
             axis.set_xlabel(_AXES[x])
+            axis.tick_params(labelbottom=True)
         row[0].set_ylabel(_TITLES[measure])
         curve = _curve(setup, measure)
-        _fit(row, paths, measure, curve)
+        _fit_upward(row[0], paths, measure, curve)
         if curve:
             _draw_ceiling(row[0], curve)
         _name_what_is_below(row[0], paths, measure)
@@ -146,27 +148,42 @@ def _draw_paths(axis: Axes, paths: Sequence[Path], x: str, y: str) -> None:
         )
 
 
-def _fit(axes: Sequence[Axes], paths: Sequence[Path], y: str, curve: list[CeilingPoint]) -> None:
-    """Set the limits of both panels of a row."""
+def _fit_across(axes: Sequence[Axes], paths: Sequence[Path], measures: Sequence[str]) -> None:
+    """Set the limits of divergence and of cost, so that every path is seen up to its best."""
     for axis, x in zip(axes, _AXES, strict=True):
-        found = [point[0] for path in paths for point in path.points(x, y)]
+        found = [points for y in measures for path in paths if (points := path.points(x, y))]
         if not found:
             continue
         if x == "token_forwards":
+            costs = [point[0] for points in found for point in points]
+            left, right = min(costs), max(costs)
             axis.set_xscale("log")
-            low, high = min(found), max(found)
-            axis.set_xlim(low / 1.35, high * (high / low) ** 0.16 * 1.3)
+            axis.set_xlim(left / 1.35, right * (right / left) ** 0.16 * 1.3)
         else:
-            axis.set_xlim(-0.03 * max(found), max(found) * 1.16 + 0.1)
-    by_path = [[r["metrics"][y] for r in path.rows if y in r["metrics"]] for path in paths]
-    tops = [max(one["value"] for one in own) for own in by_path if own]
-    if len(tops) > 1:
-        # Every method but the worst is seen at its best. Lines that begin far below come in from
-        # there: with all of them on the axis, what is compared would share a tenth of it.
-        low, high = sorted(tops)[1], max(one["high"] for own in by_path for one in own)
-        right = axes[0].get_xlim()[1]
+            right = max(max(points, key=lambda point: point[1])[0] for points in found)
+            axis.set_xlim(-0.03 * right, right * 1.16 + 0.1)
+
+
+def _fit_upward(axis: Axes, paths: Sequence[Path], y: str, curve: list[CeilingPoint]) -> None:
+    """Set the limits of a reward."""
+    by_path = {
+        path: own
+        for path in paths
+        if (own := [row["metrics"][y] for row in path.rows if y in row["metrics"]])
+    }
+    floors = []
+    for path, own in by_path.items():
+        values = sorted(one["value"] for one in own)
+        # Lines come in from below: with all their beginnings on the axis, what is compared would
+        # share a tenth of it. What is to beat is seen from its second point on.
+        floors.append(values[min(1, len(values) - 1)] if path.is_to_beat else values[-1])
+        if path.rows[0]["method"] == "sft":
+            floors.pop()
+    if floors:
+        low, high = min(floors), max(one["high"] for own in by_path.values() for one in own)
+        right = axis.get_xlim()[1]
         high = max([high, *(p.value for p in curve if p.is_trusted and p.kl <= right)])
-        axes[0].set_ylim(low - 0.12 * (high - low), high + 0.1 * (high - low))
+        axis.set_ylim(low - 0.12 * (high - low), high + 0.1 * (high - low))
 
 
 def _name_what_is_below(axis: Axes, paths: Sequence[Path], y: str) -> None:
@@ -206,7 +223,7 @@ def _draw_ceiling(axis: Axes, curve: Sequence[CeilingPoint]) -> None:
     axis.set_xlim(limits)
     axis.text(
         *(0.02, 0.98),
-        "out of reach: no decoder\nhas more at this KL",
+        "out of reach",
         transform=axis.transAxes,
         va="top",
         fontsize=8.5,
@@ -220,10 +237,10 @@ def _names(
 ) -> Panel:
     """Return the names that a panel needs: one a path, and n along what is to beat."""
     labels, numbers = [], []
-    bottom = axis.get_ylim()[0]
+    bottom, right = axis.get_ylim()[0], axis.get_xlim()[1]
     obstacles = [[(point.kl, point.value) for point in curve]]
     for path in paths:
-        points = [point for point in path.points(x, y) if point[1] >= bottom]
+        points = [p for p in path.points(x, y) if p[1] >= bottom and p[0] <= right]
         if not points:
             continue
         places = [(at, value) for at, value, _, _ in points]

@@ -32,6 +32,8 @@ _DISTANCES = (7.0, 16.0, 30.0, 48.0)
 # What a place costs: for each pixel of another name, for each marker or piece of a line that the
 # name covers, outside the panel, and for each step away from the best place.
 _OVERLAP, _COVERED, _OUTSIDE, _AWAY = 0.05, 0.3, 500.0, 0.5
+# A marker weighs as much as so many pieces of a line.
+_MARKER = 8
 # Lines count as covered by points that stand so many pixels apart.
 _STEP = 5.0
 
@@ -154,10 +156,10 @@ def _cost(box: Bbox, inside: Bbox, taken: Sequence[Bbox], obstacles: np.ndarray)
 
 
 def _dense(paths: Sequence[np.ndarray]) -> np.ndarray:
-    """Return points `[n, 2]` along all paths, close to each other; ends of paths count thrice."""
+    """Return points `[n, 2]` along all paths, close to each other; markers count several times."""
     found = [np.empty((0, 2))]
     for path in paths:
-        found += [path, path]
+        found += [path] * _MARKER
         for start, end in itertools.pairwise(path):
             steps = int(np.hypot(*(end - start)) // _STEP) + 1
             found.append(np.linspace(start, end, steps + 1))

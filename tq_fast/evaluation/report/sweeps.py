@@ -17,6 +17,7 @@ _NAMES = {
     "horizon": "tokens a roll-out, L",
     "n": "responses to choose from, n",
     "mix": "mixing weight",
+    "stages": "stages of refinement",
     "beta": "beta",
 }
 Line = tuple[str, str, list[tuple[float, Row]]]
