@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import zoo
-from tests.presets.naive_texts import NaiveTexts, decode_by_blocks, refine_naively
+from tests.presets.naive_texts import NaiveStage, NaiveTexts, decode_by_blocks, refine_naively
 from tests.presets.test_presets import ATOL, ENDS, PROMPTS, models, run, tokens, value_head
 from tests.presets.test_refining import CUTS, NUMBERS, fixed_cut, naive, read, word_tokenizer
 from tests.test_speed_options import share_of_low
@@ -45,37 +45,40 @@ class StoppedTexts(NaiveTexts):
 
 @pytest.mark.parametrize("method", ["refine", "blocks"])
 def test_a_stop_string_is_found_across_the_cut(method: str) -> None:
-    # Cuts at 2 and 4, or blocks of two: a pair at places 1 and 2 lies across the first of them.
-    options = {"max_new_tokens": 9, "tokenizer": word_tokenizer()}
+    def replay(how: NaiveTexts) -> list[tuple[list[int], list[NaiveStage]]]:
+        with torch.no_grad():
+            if method == "blocks":
+                return [
+                    decode_by_blocks(prompt, how, branches=3, block_len=2, completes=False)
+                    for prompt in read()
+                ]
+            numbers = {"first": 3, "branches": 3, "stages": 2}
+            cut_at = fixed_cut([2, 4])
+            return [refine_naively(prompt, how, cut_at=cut_at, **numbers) for prompt in read()]
+
+    # A token before the first cut and one that is drawn behind it, where the text had another.
+    stage = replay(naive(()))[0][1][1]
+    old = stage.before[stage.cut : stage.cut + 1]
+    after = next(new[0] for new in stage.drawn if [new[0]] != old)
+    pair = (stage.before[stage.cut - 1], after)
+    stop = word_tokenizer().decode(list(pair))
+    options = {"max_new_tokens": 9, "tokenizer": word_tokenizer(), "stop": stop}
     if method == "refine":
         options |= {"first": 3, "branches": 3, "stages": 2, "cuts": 2}
     else:
         options |= {"branches": 3, "block_len": 2}
-    (plain,) = tokens(run(method, PROMPTS[:1], **options))
-    pair = (plain[1], plain[2])
-    stop = word_tokenizer().decode(list(pair))
-    result = run(method, stop=stop, **options)
+    result = run(method, **options)
     base = {field.name: getattr(naive(()), field.name) for field in dataclasses.fields(NaiveTexts)}
-    how = StoppedTexts(**base, pair=pair)
-    across = 0
-    with torch.no_grad():
-        for prompt, ids, text in zip(read(), tokens(result), result.texts, strict=True):
-            if method == "refine":
-                truth, record = refine_naively(
-                    prompt, how, first=3, branches=3, stages=2, cut_at=fixed_cut([2, 4])
-                )
-            else:
-                truth, record = decode_by_blocks(
-                    prompt, how, branches=3, block_len=2, completes=False
-                )
-            assert ids == truth and stop not in text
-            across += sum(
-                s.cut > 0 and (s.before[s.cut - 1], new[0]) == pair
-                for s in record
-                for new in s.drawn
-            )
+    truth = replay(StoppedTexts(**base, pair=pair))
+    assert tokens(result) == [text for text, _ in truth]
+    assert all(stop not in text for text in result.texts)
     # Some draw completes the string with its first token, and so is one token long.
-    assert across
+    assert any(
+        stage.cut and (stage.before[stage.cut - 1], *new) == pair
+        for _, record in truth
+        for stage in record
+        for new in stage.drawn
+    )
 
 
 @pytest.mark.parametrize("method", ["refine", "blocks"])
