@@ -297,3 +297,40 @@ def test_the_best_of_four_under_the_target_reward_leaves_headroom(
     gold = torch.tensor(tiny.gold_reward(asked, texts[name])).view(SAMPLES_PER_PROMPT, -1)
     best = gold.gather(0, scores.argmax(0, keepdim=True))
     assert best.mean() >= gold.mean() + 0.5
+
+
+# Each text meets one condition more than the one before it.
+CONDITION_CASES = [
+    ("", 0, 0),
+    # A sentence of no kind that is asked for: no fault.
+    (" I visited last week.", 1, 1),
+    # A tip.
+    (" Bring a map.", 2, 2),
+    # Both aspects.
+    (" The soup was fresh. The waiter was polite. Bring a map.", 3, 3),
+]
+
+
+@pytest.mark.parametrize(("response", "of_four", "of_five"), CONDITION_CASES)
+def test_conditions_are_counted(response: str, of_four: int, of_five: int) -> None:
+    assert tiny.conditions_4([PROMPT], [response]) == [of_four]
+    assert tiny.conditions_5([PROMPT], [response]) == [of_five]
+    assert tiny.all_of_4([PROMPT], [response]) == [float(of_four == 4)]
+    assert tiny.all_of_5([PROMPT], [response]) == [float(of_five == 5)]
+
+
+def test_all_conditions_hold_at_once_for_some_text_of_the_baseline(
+    asked: list[str], texts: dict[str, list[str]]
+) -> None:
+    counts = tiny.conditions_4(asked, texts["baseline"])
+    assert set(counts) <= {0.0, 1.0, 2.0, 3.0, 4.0} and len(set(counts)) > 3
+    fours = tiny.all_of_4(asked, texts["baseline"])
+    assert fours == [float(count == 4) for count in counts]
+    marks = [mark_review(p, r) for p, r in zip(asked, texts["baseline"], strict=True)]
+    for found, four, five in zip(
+        marks, counts, tiny.conditions_5(asked, texts["baseline"]), strict=True
+    ):
+        faults = [found.rude, found.broken, found.repeated, found.off_topic, found.surplus]
+        is_clean = not any(faults) and not found.unfinished
+        expected = [found.covered >= 2, found.details >= 1, found.tips >= 1, is_clean]
+        assert four == sum(expected) and five == four + (found.thanks >= 1)

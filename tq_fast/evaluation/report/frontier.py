@@ -79,7 +79,7 @@ def frontier(setup: Setup) -> Figure:
     """Draw reward, and gold reward if known, against divergence and against cost."""
     paths = _paths(setup)
     measures = [name for name in _TITLES if any(name in r["metrics"] for r in setup["methods"])]
-    figure = Figure(figsize=(11.2, 4.7 * len(measures)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(11.2, 5.6 * len(measures)), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(measures), 2, squeeze=False, sharey="row")
     named = []
     for row, measure in zip(panels, measures, strict=True):
@@ -94,6 +94,7 @@ def frontier(setup: Setup) -> Figure:
         _fit(row, paths, measure, curve)
         if curve:
             _draw_ceiling(row[0], curve)
+        _name_what_is_below(row[0], paths, measure)
         for axis, x in zip(row, _AXES, strict=True):
             named.append(_names(axis, paths, x, measure, curve if x == "kl_to_sft" else []))
     place_labels(figure, named)
@@ -157,18 +158,34 @@ def _fit(axes: Sequence[Axes], paths: Sequence[Path], y: str, curve: list[Ceilin
             axis.set_xlim(low / 1.35, high * (high / low) ** 0.16 * 1.3)
         else:
             axis.set_xlim(-0.03 * max(found), max(found) * 1.16 + 0.1)
-    ends = [
-        row["metrics"][y][end]
-        for path in paths
-        for row in path.rows
-        if y in row["metrics"]
-        for end in ("low", "high")
-    ]
-    right = axes[0].get_xlim()[1]
-    ends += [point.value for point in curve if point.is_trusted and point.kl <= right]
-    if ends:
-        low, high = min(ends), max(ends)
-        axes[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    by_path = [[r["metrics"][y] for r in path.rows if y in r["metrics"]] for path in paths]
+    tops = [max(one["value"] for one in own) for own in by_path if own]
+    if len(tops) > 1:
+        # Every method but the worst is seen at its best. Lines that begin far below come in from
+        # there: with all of them on the axis, what is compared would share a tenth of it.
+        low, high = sorted(tops)[1], max(one["high"] for own in by_path for one in own)
+        right = axes[0].get_xlim()[1]
+        high = max([high, *(p.value for p in curve if p.is_trusted and p.kl <= right)])
+        axes[0].set_ylim(low - 0.12 * (high - low), high + 0.1 * (high - low))
+
+
+def _name_what_is_below(axis: Axes, paths: Sequence[Path], y: str) -> None:
+    """Say what does not reach the lower end of the axis."""
+    bottom, below = axis.get_ylim()[0], []
+    for path in paths:
+        values = [row["metrics"][y]["value"] for row in path.rows if y in row["metrics"]]
+        if values and max(values) < bottom:
+            below.append(f"{path.label} {max(values):.2f}")
+    if below:
+        axis.text(
+            *(0.99, 0.02),
+            f"below: {', '.join(below)}",
+            transform=axis.transAxes,
+            ha="right",
+            fontsize=8.5,
+            color="#6a6a6a",
+            style="italic",
+        )
 
 
 def _curve(setup: Setup, measure: str) -> list[CeilingPoint]:
@@ -189,7 +206,7 @@ def _draw_ceiling(axis: Axes, curve: Sequence[CeilingPoint]) -> None:
     axis.set_xlim(limits)
     axis.text(
         *(0.02, 0.98),
-        "out of reach:\nno decoder has\nmore at this KL",
+        "out of reach: no decoder\nhas more at this KL",
         transform=axis.transAxes,
         va="top",
         fontsize=8.5,
@@ -203,38 +220,43 @@ def _names(
 ) -> Panel:
     """Return the names that a panel needs: one a path, and n along what is to beat."""
     labels, numbers = [], []
+    bottom = axis.get_ylim()[0]
     obstacles = [[(point.kl, point.value) for point in curve]]
     for path in paths:
-        points = path.points(x, y)
+        points = [point for point in path.points(x, y) if point[1] >= bottom]
         if not points:
             continue
         places = [(at, value) for at, value, _, _ in points]
         obstacles.append(places)
         # The far end first: lines meet near the SFT model.
         ends = sorted({places[0], places[-1]}, reverse=True)
+        if path.is_to_beat:
+            ends = ends[:1]
         labels.append(
             Label(
-                _name(path, points, ends[0]),
+                _name(path, x, y),
                 path.colour,
                 ends,
                 weight="bold" if path.is_to_beat else "normal",
             )
         )
         if path.is_to_beat:
+            # Every second n is enough where there are many.
+            every = 2 if len(points) > 4 else 1
             numbers += [
                 Label(f"{value:g}", path.colour, [place], size=7.0)
-                for place, (*_, value) in zip(places, points, strict=True)
+                for place, (*_, value) in list(zip(places, points, strict=True))[::-every]
             ]
     return Panel(axis, [*labels, *numbers], obstacles)
 
 
-def _name(path: Path, points: Sequence[Any], far: tuple[float, float]) -> str:
-    """Return the name of a path, and for a sweep its setting from the near end to the far one."""
+def _name(path: Path, x: str, y: str) -> str:
+    """Return the name of a path, and for a sweep its setting from the left end to the right."""
+    points = path.points(x, y)
     if path.setting is None or path.is_to_beat or len(points) < 2:
         return path.label
-    values = [point[3] for point in points]
-    near, last = (values[0], values[-1]) if points[-1][:2] == far else (values[-1], values[0])
-    return f"{path.label}, {path.setting} {near:g}…{last:g}"
+    left, right = sorted([points[0], points[-1]], key=lambda point: point[0])
+    return f"{path.label}, {path.setting} {left[3]:g}…{right[3]:g}"
 
 
 def over_best_of_n(setup: Setup) -> Figure:
