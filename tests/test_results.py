@@ -15,7 +15,7 @@ from tests.presets.test_presets import PROMPTS, run
 from tq_fast import Certificate, DecodeResult, DecodeStats, PromptResult, StepTrace
 from tq_fast.errors import InvalidArgument
 from tq_fast.presets import METHODS
-from tq_fast.results import weakest_kl_kind
+from tq_fast.results import StageTrace, weakest_kl_kind
 
 
 def step(**changes: object) -> StepTrace:
@@ -69,6 +69,8 @@ def test_results_are_equal_by_value() -> None:
         {"q_stderr": torch.tensor([0.0, 1 / 3])},
         {"kl_to_sft": 0.0},
         {"choice": 0},
+        {"value": 0.5},
+        {"agents": torch.tensor([0, 1])},
     ],
 )
 def test_steps_that_differ_are_not_equal(changes: dict[str, object]) -> None:
@@ -106,6 +108,47 @@ def test_what_was_saved_is_loaded_again(tmp_path: Path) -> None:
         assert loaded.traces[0][0].kl_to_sft is None
     text = (tmp_path / "result.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def stage(**changes: object) -> StageTrace:
+    fields = {"cut": 0, "rewards": torch.tensor([0.1, -2.0]), "choice": 0, "sequences": [[1], [2]]}
+    return StageTrace(**{**fields, **changes})
+
+
+def test_stages_values_and_agents_are_loaded_as_they_were_saved(tmp_path: Path) -> None:
+    later = stage(cut=3, rewards=torch.tensor([1e-30]), choice=None, sequences=None)
+    steps = [
+        step(value=-1 / 3, agents=torch.tensor([1, 0])),
+        step(value=math.inf, agents=torch.tensor([], dtype=torch.int64)),
+        step(),
+    ]
+    given = result(traces=[steps, []], stages=[[stage(), later], []])
+    given.save(tmp_path / "result.json")
+    loaded = DecodeResult.load(tmp_path / "result.json")
+    assert loaded == given
+    (first, second), _ = loaded.stages
+    assert first.rewards.dtype == torch.float32 and first.sequences == [[1], [2]]
+    assert second.choice is None and second.sequences is None and second.cut == 3
+    one, other, last = loaded.traces[0]
+    assert one.value == -1 / 3 and one.agents.dtype == torch.int64
+    assert other.value == math.inf and other.agents.shape == (0,)
+    assert last.value is None and last.agents is None
+    assert json.loads(json.dumps(given.to_dict(), allow_nan=False)) == given.to_dict()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cut": 1},
+        {"rewards": torch.tensor([0.1, -2.5])},
+        {"choice": None},
+        {"sequences": [[1], [3]]},
+        {"sequences": None},
+    ],
+)
+def test_stages_that_differ_are_not_equal(changes: dict[str, object]) -> None:
+    assert stage() == copy.deepcopy(stage()) != stage(**changes)
+    assert result(stages=[[stage()]]) != result(stages=[[stage(**changes)]])
 
 
 def test_a_mean_of_divergences_claims_no_more_than_each_of_them_does() -> None:

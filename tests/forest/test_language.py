@@ -270,3 +270,86 @@ def test_max_positions_is_where_the_angles_of_longrope_change() -> None:
     }
     model = zoo.language_model("phi3", rope_parameters=rope, original_max_position_embeddings=16)
     assert max_positions(model) == 16
+
+
+def head_inputs(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """What the LM head of the plain model reads, `[T, D]`."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
+    model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+    hook.remove()
+    return seen[0][0]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3", "gpt2", "opt", "gpt-oss"])
+def test_hidden_states_are_what_the_head_of_the_plain_model_reads(name: str, random_ids) -> None:
+    model = model_of(name)
+    prefixes = [random_ids(length).tolist() for length in PROMPTS]
+    forest = LanguageForest(
+        model,
+        num_trees=3,
+        num_rows=6,
+        prefix_capacity=max(PROMPTS) + DEPTH,
+        branch_capacity=DEPTH,
+        backend=None,
+        keeps_hidden=True,
+    )
+    for tree, ids in enumerate(prefixes):
+        forest.prefill(tree, ids)
+
+    def assert_states(found: torch.Tensor, sequences: Sequence[Sequence[int]]) -> None:
+        expected = torch.stack([head_inputs(model, ids)[-1] for ids in sequences])
+        torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+
+    assert_states(forest.next_hidden, prefixes)
+    tree = torch.tensor([0, 0, 1, 1, 2, 2])
+    tokens = random_ids(6, 3)
+    for depth in range(3):
+        forest.forward_rows(tokens[:, depth], start=depth, tree=tree)
+        rows = tokens[:, : depth + 1].tolist()
+        assert forest.hidden.shape[:2] == (6, 1)
+        whole = [prefixes[t] + row for t, row in zip(tree, rows, strict=True)]
+        assert_states(forest.hidden[:, -1], whole)
+    forest.advance([0, 2], [7, 8])
+    prefixes[0].append(7)
+    prefixes[2].append(8)
+    assert_states(forest.next_hidden, prefixes)
+    # The user's model has no hook of the forest, and the forest's view is of no use to others.
+    head = model.get_output_embeddings()
+    assert not head._forward_pre_hooks and not head._forward_hooks
+    assert forest_of(model, prefixes).hidden is None
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gemma3", "gpt2", "gpt-oss"])
+def test_a_text_that_was_kept_is_continued_from_any_place_in_it(name: str, random_ids) -> None:
+    model = model_of(name)
+    prompts = [random_ids(length).tolist() for length in PROMPTS]
+    forest = LanguageForest(
+        model,
+        num_trees=3,
+        num_rows=6,
+        prefix_capacity=max(PROMPTS) + 2 * DEPTH,
+        branch_capacity=DEPTH,
+        backend=None,
+    )
+    for tree, ids in enumerate(prompts):
+        forest.prefill(tree, ids)
+    tokens = random_ids(6, DEPTH)
+    for depth in range(DEPTH - 1):
+        forest.forward_rows(tokens[:, depth], start=depth, tree=torch.tensor([0, 0, 1, 1, 2, 2]))
+    # Trees 0 and 2 keep a row each; its last token went through no pass.
+    forest.cache.commit_rows([0, 2], [1, 4], [DEPTH - 1, DEPTH - 1])
+    texts = {0: prompts[0] + tokens[1].tolist(), 2: prompts[2] + tokens[4].tolist()}
+    for cut in (DEPTH, 1, 3, 0, 2):
+        sought = {tree: text[: len(prompts[tree]) + cut] for tree, text in texts.items()}
+        before = forest.num_token_forwards
+        forest.seek([0, 2], [sought[0], sought[2]])
+        assert forest.num_token_forwards - before == 2
+        assert_logits(model, forest.next_logits, [sought[0], prompts[1], sought[2]])
+        new = random_ids(4)
+        logits = forest.forward_rows(new, start=0, tree=torch.tensor([0, 0, 1, 2]))
+        started = [sought[0], sought[0], prompts[1], sought[2]]
+        rows = [[*text, token] for text, token in zip(started, new.tolist(), strict=True)]
+        assert_logits(model, logits, rows)

@@ -108,7 +108,7 @@ def test_every_method_of_the_paper_has_a_preset() -> None:
 def test_results_do_not_depend_on_the_batch(method: str, strategy: str) -> None:
     if presets.FIXED_FIELDS[method].get("strategy", strategy) != strategy:
         return
-    options = {"strategy": strategy, "num_rollouts": 2, "seed": 3, "eos_token_id": ENDS}
+    options = {"strategy": strategy, "num_rollouts": 2, "seed": 7, "eos_token_id": ENDS}
     together = tokens(run(method, **options))
     assert tokens(run(method, batch_size=2, **options)) == together
     for idx in range(3):

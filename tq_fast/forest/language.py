@@ -156,10 +156,8 @@ class LanguageForest(Forest):
         self.next_logits = torch.empty(
             self.cache.num_trees, self.vocab_size, dtype=model.dtype, device=self.device
         )
-        self.hidden: torch.Tensor | None = None
         self.next_hidden: torch.Tensor | None = None
-        if keeps_hidden:
-            self._watch_head()
+        self._head_input = self._watch_head() if keeps_hidden else None
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
         """Encode what is left of the prompt of `tree`; its next_logits is ready afterwards."""
@@ -230,7 +228,11 @@ class LanguageForest(Forest):
         self.next_logits[tree] = self.next_logits[last]
         self.next_logits = self.next_logits[:last]
 
-    def _watch_head(self) -> None:
+    @property
+    def hidden(self) -> torch.Tensor | None:
+        return None if self._head_input is None else self._head_input.states
+
+    def _watch_head(self) -> _HeadInput:
         """Keep what the LM head of the view reads, pass for pass."""
         head = self.model.get_output_embeddings()
         if head is None:
@@ -239,10 +241,9 @@ class LanguageForest(Forest):
             )
         # The view shares its dicts of hooks with the model, which must not get this one.
         vars(head)["_forward_pre_hooks"] = OrderedDict(head._forward_pre_hooks)
-        head.register_forward_pre_hook(self._take_hidden)
-
-    def _take_hidden(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.hidden = inputs[0]
+        watched = _HeadInput()
+        head.register_forward_pre_hook(watched)
+        return watched
 
     def _keep_hidden(self, trees: Sequence[int], hidden: torch.Tensor) -> None:
         """`hidden` `[n, D]` are the states after the prefixes of `trees`."""
@@ -254,6 +255,20 @@ class LanguageForest(Forest):
     def _last_only(self) -> dict[str, Any]:
         """Options that ask the model for the logits of the last token alone."""
         return {"logits_to_keep": 1} if takes(self.source, "logits_to_keep") else {}
+
+
+class _HeadInput:
+    """A hook that keeps what the LM head read last.
+
+    It knows nothing of the forest: one that did would be part of a circle, and would hold all KV
+    until Python looks for circles.
+    """
+
+    def __init__(self) -> None:
+        self.states: torch.Tensor | None = None
+
+    def __call__(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.states = inputs[0]
 
 
 class StateForest(Forest):

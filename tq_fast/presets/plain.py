@@ -275,8 +275,13 @@ def text_memory(
     logits = 2 * 4 * session.vocab_size * len(models)
     reward = session.rewards.get("reward")
     scored = 0 if reward is None else reward.kv_bytes_per_token() * (longest + most)
-    prefix = longest + (most if keeps_texts else 0)
-    return MemoryPerPrompt(per_token * prefix + scored, per_token * most + logits + scored, rows)
+    per_prompt, per_row = per_token * longest + scored, per_token * most + logits + scored
+    if keeps_texts:
+        per_prompt += per_token * most
+        if "sft" in session.languages and "sft" not in law.roles:
+            # The texts are read by the SFT model in the end, while the other forests still stand.
+            per_prompt += check_runs(session.languages["sft"]) * (longest + most)
+    return MemoryPerPrompt(per_prompt, per_row, rows)
 
 
 def trace_tokens(
