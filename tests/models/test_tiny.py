@@ -334,3 +334,9 @@ def test_all_conditions_hold_at_once_for_some_text_of_the_baseline(
         is_clean = not any(faults) and not found.unfinished
         expected = [found.covered >= 2, found.details >= 1, found.tips >= 1, is_clean]
         assert four == sum(expected) and five == four + (found.thanks >= 1)
+
+
+def test_different_whole_sentences_are_counted() -> None:
+    text = " Bring a map. The soup was fresh. Bring a map. The the soup. What a joke. We will"
+    assert tiny.distinct_sentences([PROMPT], [text]) == [2.0]
+    assert tiny.distinct_sentences([PROMPT], [""]) == [0.0]

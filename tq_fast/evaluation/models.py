@@ -35,6 +35,7 @@ _FUNCTIONS = {
     "baseline_gold_reward": tiny.baseline_gold_reward,
     "conditions_4": tiny.conditions_4,
     "conditions_5": tiny.conditions_5,
+    "distinct_sentences": tiny.distinct_sentences,
     "all_of_4": tiny.all_of_4,
     "all_of_5": tiny.all_of_5,
 }

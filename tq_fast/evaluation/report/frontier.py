@@ -15,7 +15,7 @@ from .methods import DPI, GRID, Row, Setup
 from .sweeps import lines_of, swept_settings
 
 # Settings that trade reward for divergence or cost; the others are ablations.
-_TRADES = ("alpha", "n", "mix", "stages")
+_TRADES = ("alpha", "n", "mix", "stages", "branches")
 # The line to beat is black and thick; what challenges it has a colour.
 _TO_BEAT = ("#111111", "#7d7d7d")
 _PALETTE = (

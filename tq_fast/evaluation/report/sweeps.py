@@ -18,6 +18,7 @@ _NAMES = {
     "n": "responses to choose from, n",
     "mix": "mixing weight",
     "stages": "stages of refinement",
+    "branches": "texts that are chosen among",
     "beta": "beta",
 }
 Line = tuple[str, str, list[tuple[float, Row]]]

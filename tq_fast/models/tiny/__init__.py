@@ -16,6 +16,7 @@ from .gold import (
     baseline_gold_reward,
     conditions_4,
     conditions_5,
+    distinct_sentences,
     gold_reward,
 )
 from .grammar import LOCATIONS, PLACES, PROMPTS
@@ -27,6 +28,7 @@ __all__ = [
     "baseline_gold_reward",
     "conditions_4",
     "conditions_5",
+    "distinct_sentences",
     "gold_reward",
     "load_tiny_world",
     "other_prompts",

@@ -184,6 +184,21 @@ def all_of_5(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [float(count == 5) for count in _counts(prompts, responses, 5)]
 
 
+def distinct_sentences(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Return how many different whole sentences each response has, rude and broken ones left out.
+
+    The score of a long text is a sum over its parts, and reads as well on a beginning of it.
+    Arguments and errors are those of :func:`gold_reward`.
+    """
+    _check_pairs(prompts, responses)
+    counts = []
+    for response in responses:
+        sentences, _ = parse_review(response)
+        kept = {sentence.text for sentence in sentences if sentence.kind not in (None, "rude")}
+        counts.append(float(len(kept)))
+    return counts
+
+
 def _counts(prompts: Sequence[str], responses: Sequence[str], num: int) -> list[float]:
     _check_pairs(prompts, responses)
     pairs = zip(prompts, responses, strict=True)
