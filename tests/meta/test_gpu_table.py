@@ -7,11 +7,11 @@ import json
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from bench import gpu_cases, gpu_decode, gpu_table, runs
 from bench.decode_models import Duo
 from tests import zoo
+from tests.on_the_cpu import OnTheCpu
 from tq_fast import ops
 
 # At these sizes each bench takes milliseconds.
@@ -25,16 +25,6 @@ SMALL = {
     "bench_linear_logprob": (3, 4, 32),
     "bench_attention": (6, 4, 2, 16, 70),
 }
-
-
-class OnTheCpu(TorchFunctionMode):
-    """A mode that makes tensors on the CPU where the device "cuda" is asked for."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
-        return function(*args, **kwargs)
 
 
 @pytest.fixture
