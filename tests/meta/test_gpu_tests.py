@@ -1,0 +1,84 @@
+"""The tests of tests/gpu: what they cover, and that their bodies run, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu import cases, test_sanitized
+from tests.on_the_cpu import OnTheCpu, unpin_kernels
+from tq_fast import ops
+from tq_fast.ops.topk_logprobs import shared_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ops_with(backend: str) -> set[str]:
+    described = ops.describe_backends()
+    return {
+        n for n, reasons in described.items() if reasons[backend] != f"{n} has no {backend} kernel"
+    }
+
+
+def op_of(case: str) -> str:
+    return case.split(",")[0]
+
+
+def test_every_kernel_has_a_case():
+    assert set(map(op_of, cases.TRITON_CASES)) == ops_with("triton")
+    assert set(map(op_of, cases.CUDA_CASES)) == ops_with("cuda")
+
+
+def test_the_sanitizer_sees_every_kernel(monkeypatch):
+    calls = unpin_kernels(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with OnTheCpu():
+        test_sanitized.test_rows(31, torch.bfloat16)
+        for size in test_sanitized.CLUSTER_SIZES:
+            test_sanitized.test_rows_of_a_cluster(size, torch.float32)
+        for name in cases.TRITON_CASES:
+            test_sanitized.test_triton(name)
+        test_sanitized.test_rollouts()
+        test_sanitized.test_reweighting()
+    for backend in ("cuda", "triton"):
+        assert {name for name, pinned in calls if pinned == backend} == ops_with(backend)
+
+
+def test_the_sanitizer_sees_clusters_and_more_shared_memory_than_every_launch_has():
+    for size in test_sanitized.CLUSTER_SIZES:
+        # One block of 8 warps takes 8 tiles of 2,048 (csrc/cuda/launch.h, csrc/cuda/tile.h).
+        assert size > 8 * 2048
+        assert shared_bytes(size, test_sanitized.MOST_K) > 48 << 10
+    # The largest group has 8 blocks.
+    assert max(test_sanitized.CLUSTER_SIZES) > 4 * 8 * 2048
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+@pytest.mark.parametrize(
+    ("failing", "fails", "runs"),
+    [("none", False, 2), ("racecheck", False, 2), ("memcheck", True, 1)],
+)
+def test_what_racecheck_finds_is_no_failure_and_what_memcheck_finds_is(
+    failing: str, fails: bool, runs: int, tmp_path: Path
+) -> None:
+    stub = tmp_path / "compute-sanitizer"
+    log = tmp_path / "log"
+    stub.write_text(f'#!/bin/sh\necho "$2" >> {log}\n[ "$2" != {failing} ]\n')
+    stub.chmod(0o755)
+    done = subprocess.run(
+        ["make", "--old-file=gpu-build", "gpu-sanitize", f"GPU_PYTHON={sys.executable}"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "MAKEFLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    assert log.read_text().split() == ["memcheck", "racecheck"][:runs]
+    assert (f"{failing}: failed" in done.stdout) == (failing != "none")
