@@ -13,6 +13,8 @@ import torch
 
 from tests.gpu import cases, test_sanitized
 from tests.on_the_cpu import OnTheCpu, unpin_kernels
+from tests.ops import test_topk_logprobs, tolerances
+from tests.ops.conftest import OpUnderTest
 from tq_fast import ops
 from tq_fast.ops.topk_logprobs import shared_bytes
 
@@ -57,6 +59,36 @@ def test_the_sanitizer_sees_clusters_and_more_shared_memory_than_every_launch_ha
         assert shared_bytes(size, test_sanitized.MOST_K) > 48 << 10
     # The largest group has 8 blocks.
     assert max(test_sanitized.CLUSTER_SIZES) > 4 * 8 * 2048
+
+
+def test_only_what_triton_adds_up_may_differ_where_strides_do():
+    sums, ids = torch.tensor([6.5, -3.0]), torch.tensor([4, 5])
+    reordered = sums.nextafter(torch.tensor(torch.inf))
+    tolerances.assert_same_sums("triton", (ids, reordered), (ids, sums))
+    for backend, got in (
+        ("cuda", (ids, reordered)),
+        ("cpu", (ids, reordered)),
+        ("triton", (ids + 1, sums)),
+        ("triton", (ids, sums + 1e-4)),
+        ("triton", (ids, sums * torch.nan)),
+    ):
+        with pytest.raises(AssertionError):
+            tolerances.assert_same_sums(backend, got, (ids, sums))
+
+
+def test_a_topk_that_adds_up_rows_of_other_strides_in_another_order_passes(generator):
+    """As Triton's kernel does on a device, where `vocab_size` cuts rows that are not aligned."""
+
+    class Reordering(OpUnderTest):
+        def __call__(self, logits, k, **kwargs):
+            got = ops.topk_logprobs_ref(logits, k, **kwargs)
+            if logits.stride(0) % 16 == 0:
+                return got
+            return got._replace(lse=got.lse * (1 + 1.2e-7), logprobs=got.logprobs - 4e-7)
+
+        or_auto = __call__
+
+    test_topk_logprobs.test_padding_never_enters(Reordering("topk_logprobs", "triton"), generator)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
