@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu import cases, test_sanitized
+from tests.gpu import cases, test_sanitized, test_trio
 from tests.on_the_cpu import OnTheCpu, unpin_kernels
 from tests.ops import test_topk_logprobs, tolerances
 from tests.ops.conftest import OpUnderTest
@@ -114,3 +114,34 @@ def test_what_racecheck_finds_is_no_failure_and_what_memcheck_finds_is(
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     assert log.read_text().split() == ["memcheck", "racecheck"][:runs]
     assert (f"{failing}: failed" in done.stdout) == (failing != "none")
+
+
+@pytest.mark.filterwarnings("ignore:the (standard error of Q exceeds alpha|weights of indirect)")
+def test_the_decodes_of_three_models_pass_with_the_cpu_as_their_device():
+    with OnTheCpu():
+        for name in ("sft", "log ratio", "reward gap", "greedy"):
+            test_trio.test_fp32_gives_the_tokens_of_the_cpu(name, "graphs")
+        for name in test_trio.TRANSFERS:
+            for horizon in (1, 4):
+                test_trio.test_bf16_gives_the_values_of_fp32_up_to_rounding(name, horizon, "graphs")
+
+
+@pytest.mark.filterwarnings("ignore:the (standard error of Q exceeds alpha|weights of indirect)")
+@pytest.mark.parametrize("role", ["baseline", "sft", "reward"])
+def test_the_decodes_of_three_models_fail_where_the_device_computes_something_else(
+    role, monkeypatch
+):
+    def spoiled(made):
+        with torch.no_grad():
+            for weight in made[role].parameters():
+                if weight.dim() == 2:
+                    weight.copy_(weight.flip(0))
+        return made
+
+    monkeypatch.setattr(test_trio, "on_device", spoiled)
+    with OnTheCpu():
+        with pytest.raises(AssertionError):
+            test_trio.test_fp32_gives_the_tokens_of_the_cpu("log ratio", "graphs")
+        if role != "sft":
+            with pytest.raises(AssertionError):
+                test_trio.test_bf16_gives_the_values_of_fp32_up_to_rounding("direct", 4, "graphs")
