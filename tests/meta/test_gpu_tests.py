@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu import cases, test_sanitized
+from tests.gpu import cases, test_sanitized, test_trio
 from tests.on_the_cpu import OnTheCpu, unpin_kernels
+from tests.ops import test_topk_logprobs, tolerances
+from tests.ops.conftest import OpUnderTest
 from tq_fast import ops
 from tq_fast.ops.topk_logprobs import shared_bytes
 
@@ -59,6 +61,36 @@ def test_the_sanitizer_sees_clusters_and_more_shared_memory_than_every_launch_ha
     assert max(test_sanitized.CLUSTER_SIZES) > 4 * 8 * 2048
 
 
+def test_only_what_triton_adds_up_may_differ_where_strides_do():
+    sums, ids = torch.tensor([6.5, -3.0]), torch.tensor([4, 5])
+    reordered = sums.nextafter(torch.tensor(torch.inf))
+    tolerances.assert_same_sums("triton", (ids, reordered), (ids, sums))
+    for backend, got in (
+        ("cuda", (ids, reordered)),
+        ("cpu", (ids, reordered)),
+        ("triton", (ids + 1, sums)),
+        ("triton", (ids, sums + 1e-4)),
+        ("triton", (ids, sums * torch.nan)),
+    ):
+        with pytest.raises(AssertionError):
+            tolerances.assert_same_sums(backend, got, (ids, sums))
+
+
+def test_a_topk_that_adds_up_rows_of_other_strides_in_another_order_passes(generator):
+    """As Triton's kernel does on a device, where `vocab_size` cuts rows that are not aligned."""
+
+    class Reordering(OpUnderTest):
+        def __call__(self, logits, k, **kwargs):
+            got = ops.topk_logprobs_ref(logits, k, **kwargs)
+            if logits.stride(0) % 16 == 0:
+                return got
+            return got._replace(lse=got.lse * (1 + 1.2e-7), logprobs=got.logprobs - 4e-7)
+
+        or_auto = __call__
+
+    test_topk_logprobs.test_padding_never_enters(Reordering("topk_logprobs", "triton"), generator)
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
 @pytest.mark.parametrize(
     ("failing", "fails", "runs"),
@@ -82,3 +114,34 @@ def test_what_racecheck_finds_is_no_failure_and_what_memcheck_finds_is(
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     assert log.read_text().split() == ["memcheck", "racecheck"][:runs]
     assert (f"{failing}: failed" in done.stdout) == (failing != "none")
+
+
+@pytest.mark.filterwarnings("ignore:the (standard error of Q exceeds alpha|weights of indirect)")
+def test_the_decodes_of_three_models_pass_with_the_cpu_as_their_device():
+    with OnTheCpu():
+        for name in ("sft", "log ratio", "reward gap", "greedy"):
+            test_trio.test_fp32_gives_the_tokens_of_the_cpu(name, "graphs")
+        for name in test_trio.TRANSFERS:
+            for horizon in (1, 4):
+                test_trio.test_bf16_gives_the_values_of_fp32_up_to_rounding(name, horizon, "graphs")
+
+
+@pytest.mark.filterwarnings("ignore:the (standard error of Q exceeds alpha|weights of indirect)")
+@pytest.mark.parametrize("role", ["baseline", "sft", "reward"])
+def test_the_decodes_of_three_models_fail_where_the_device_computes_something_else(
+    role, monkeypatch
+):
+    def spoiled(made):
+        with torch.no_grad():
+            for weight in made[role].parameters():
+                if weight.dim() == 2:
+                    weight.copy_(weight.flip(0))
+        return made
+
+    monkeypatch.setattr(test_trio, "on_device", spoiled)
+    with OnTheCpu():
+        with pytest.raises(AssertionError):
+            test_trio.test_fp32_gives_the_tokens_of_the_cpu("log ratio", "graphs")
+        if role != "sft":
+            with pytest.raises(AssertionError):
+                test_trio.test_bf16_gives_the_values_of_fp32_up_to_rounding("direct", 4, "graphs")
