@@ -49,6 +49,13 @@ def test_captured_depths_give_the_tokens_of_separate_launches(cuda: SimulatedGra
     assert_same(ours, plain())
 
 
+def test_all_depths_run_on_the_device_of_the_model(cuda: SimulatedGraphs) -> None:
+    """The current device is another one, and kernels would be launched there."""
+    decode()
+    assert len(cuda.devices) > 6 and set(cuda.devices) == {torch.device("cpu")}
+    assert cuda.device is None
+
+
 def test_no_capture_starts_where_the_host_would_wait(cuda: SimulatedGraphs) -> None:
     cuda.step_waits = True
     ours, said = decode()

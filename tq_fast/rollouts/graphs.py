@@ -66,6 +66,12 @@ class RolloutGraphs:
         """
         if num_depths == 1:
             return 0
+        # Kernels, streams and events are those of the current device, which may be another one.
+        device = self.forest.device
+        with torch.cuda.device(device) if self.captures else contextlib.nullcontext():
+            return self._run(state, num_depths)
+
+    def _run(self, state: RolloutState, num_depths: int) -> int | None:
         num_rows = self._size_for(len(state.keys))
         self._load(state)
         if not self._prepare(num_rows):
@@ -133,23 +139,23 @@ class RolloutGraphs:
         return num_rows in self._replays
 
     def _capture(self, num_rows: int) -> Callable[[], None]:
+        """Return what runs a depth of so many rows; the current device is the model's."""
         if not self.captures:
             return lambda: self._step(num_rows)
-        with torch.cuda.device(self.forest.device):
-            now, aside = torch.cuda.current_stream(), _side_stream(self.forest.device)
-            aside.wait_stream(now)
-            try:
-                with torch.cuda.stream(aside):
-                    # The first trial compiles kernels and allocates workspaces, for which the host
-                    # may wait. A capture that meets a wait cannot end, and PyTorch does not recover
-                    # from that: whether there is one in the model shows in a second trial.
+        now, aside = torch.cuda.current_stream(), _side_stream(self.forest.device)
+        aside.wait_stream(now)
+        try:
+            with torch.cuda.stream(aside):
+                # The first trial compiles kernels and allocates workspaces, for which the host may
+                # wait. A capture that meets a wait cannot end, and PyTorch does not recover from
+                # that: whether there is one in the model shows in a second trial.
+                self._try_step(num_rows)
+                with _refusing_to_wait():
                     self._try_step(num_rows)
-                    with _refusing_to_wait():
-                        self._try_step(num_rows)
-            finally:
-                now.wait_stream(aside)
-            step = functools.partial(self._step, num_rows)
-            return _captured(step, pool=self._pool, stream=aside)
+        finally:
+            now.wait_stream(aside)
+        step = functools.partial(self._step, num_rows)
+        return _captured(step, pool=self._pool, stream=aside)
 
     def _try_step(self, num_rows: int) -> None:
         """Run a step that moves no roll-out on, since all are marked as finished.
