@@ -30,6 +30,9 @@ _LOOK_EVERY = 8
 class RolloutGraphs:
     """Depths of one forest, from the second on, each size captured once.
 
+    Graphs live no longer than their forest. They hold the addresses of its KV, which a call of
+    `decode` gives back at its end, and of the model's weights, which may lie elsewhere by the next.
+
     Args:
         forest: the baseline; its rows hold the first token of the roll-outs when `run` is called.
         sampler: how roll-outs are drawn.
@@ -106,7 +109,7 @@ class RolloutGraphs:
             tokens,
             depth=self.depth,
             tree=state.tree[:num_rows],
-            prefix_len=self.prefix_len[: self.forest.cache.num_trees],
+            prefix_len=self.prefix_len,
         )
         self.sampler.advance(logits, state, self.depth)
         self.num_running.copy_((~state.finished[:num_rows]).sum())
@@ -176,8 +179,10 @@ class RolloutGraphs:
         self.state.finished.fill_(True)
         self.state.tree.copy_(state.tree[-1:])
         state.copy_to(self.state)
-        lengths = torch.tensor(self.forest.cache.prefix_len)
-        self.prefix_len[: len(lengths)].copy_(lengths)
+        # Trees that were taken out stay in the graphs, empty and without rows.
+        lengths = self.forest.cache.prefix_len
+        gone = [0] * (len(self.prefix_len) - len(lengths))
+        self.prefix_len.copy_(torch.tensor([*lengths, *gone]))
         self.depth.fill_(1)
 
     def _gather_running(self, num_rows: int, smaller: int, depth: int) -> None:
