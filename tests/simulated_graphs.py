@@ -7,6 +7,7 @@ which stream is current, which waits are refused, and what is left behind when a
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ class SimulatedGraphs:
 
     Attributes:
         current: the current stream.
+        device: the current device; None outside of every block that sets it.
+        devices: the current device at every step, captured, replayed or neither.
         mode: what a wait of the host leads to: 2 where it raises.
         num_started: captures that were begun.
         allocating: pools that the allocator takes to be captured into.
@@ -45,6 +48,8 @@ class SimulatedGraphs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.main, self.aside = Stream(), Stream()
         self.current, self.mode, self.num_started = self.main, 0, 0
+        self.device: torch.device | None = None
+        self.devices: list[torch.device | None] = []
         self.allocating: list[Any] = []
         self.step_waits = False
         self.fails_inside: Exception | None = None
@@ -68,6 +73,7 @@ class SimulatedGraphs:
 
     def run(self, step: Callable[[], None]) -> None:
         """Run `step` as the device does: within a capture it is remembered only."""
+        self.devices.append(self.device)
         if self._is_capturing:
             self._captured = step
             if self.fails_inside is not None:
@@ -93,8 +99,12 @@ class SimulatedGraphs:
         self.allocating.remove(pool)
 
     @contextlib.contextmanager
-    def _device(self, device: Any) -> Iterator[None]:
-        yield
+    def _device(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device
+        try:
+            yield
+        finally:
+            self.device = before
 
     @contextlib.contextmanager
     def _stream(self, stream: Stream) -> Iterator[None]:
@@ -121,7 +131,8 @@ class SimulatedGraphs:
                 raise self.fails_at_end
             self.allocating.remove(pool)
             self.current = before
-            graph.captured = self._captured
+            assert self._captured is not None, "nothing was captured"
+            graph.captured = functools.partial(self.run, self._captured)
 
 
 class _Graph:

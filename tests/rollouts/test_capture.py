@@ -14,6 +14,7 @@ from tests.simulated_graphs import INVALIDATED, WAIT, SimulatedGraphs
 from tests.test_speed_options import NONE, assert_same, language_model, run
 from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
+from tq_fast.forest.cache import ForestCache
 from tq_fast.rollouts.graphs import RolloutGraphs, _captured
 from tq_fast.transfer.roles import open_roles
 
@@ -39,14 +40,47 @@ def decode(**options: Any) -> tuple[tq_fast.DecodeResult, list[str]]:
     return result, [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
 
 
-def plain() -> tq_fast.DecodeResult:
-    return run(language_model(scale=2.0), NONE, num_rollouts=4)
+def plain(**options: Any) -> tq_fast.DecodeResult:
+    return run(language_model(scale=2.0), NONE, num_rollouts=4, **options)
 
 
 def test_captured_depths_give_the_tokens_of_separate_launches(cuda: SimulatedGraphs) -> None:
     ours, said = decode()
     assert cuda.num_started and not said
     assert_same(ours, plain())
+
+
+def test_a_finished_prompt_costs_no_graph(cuda: SimulatedGraphs) -> None:
+    """Slots are not refilled where roll-outs run to the end: trees are taken out one by one."""
+    dropped = []
+    drop = ForestCache.drop_tree
+
+    def note(cache: ForestCache, tree: int) -> None:
+        dropped.append(cuda.num_started)
+        drop(cache, tree)
+
+    sizes: list[tuple[int, ...]] = []  # of the rows, and of the buffers that graphs point into
+    prepare = RolloutGraphs._capture
+
+    def count(graphs: RolloutGraphs, num_rows: int) -> Any:
+        cache = graphs.forest.cache
+        sizes.append((num_rows, cache.prefix_capacity, cache.branch_capacity))
+        return prepare(graphs, num_rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ForestCache, "drop_tree", note)
+        patch.setattr(RolloutGraphs, "_capture", count)
+        ours, said = decode(horizon=None)
+    assert not said and any(num_started for num_started in dropped)
+    assert len(sizes) == len(set(sizes)) == cuda.num_started
+    assert_same(ours, plain(horizon=None))
+
+
+def test_all_depths_run_on_the_device_of_the_model(cuda: SimulatedGraphs) -> None:
+    """The current device is another one, and kernels would be launched there."""
+    decode()
+    assert len(cuda.devices) > 6 and set(cuda.devices) == {torch.device("cpu")}
+    assert cuda.device is None
 
 
 def test_no_capture_starts_where_the_host_would_wait(cuda: SimulatedGraphs) -> None:

@@ -134,7 +134,7 @@ def forest_attention(
     else:
         args = (
             query,
-            *layer.prefix(cache.num_trees, now.max_prefix),
+            *layer.prefix(now.prefix_len.shape[0], now.max_prefix),
             now.prefix_len,
             *layer.branches(now.rows),
             now.branch_len,

@@ -194,7 +194,7 @@ class LanguageForest(Forest):
             tokens: int64 `[n, 1]`.
             depth: int64 `[1]`, tokens that the rows hold already.
             tree: int64 `[n]`, ascending, the tree of each row.
-            prefix_len: int64 `[G]`.
+            prefix_len: int64 `[G]`, of all trees that there were at the beginning.
         """
         now = self.cache.depth_pass(depth=depth, tree=tree, prefix_len=prefix_len)
         positions = (prefix_len.index_select(0, tree) + depth)[:, None]

@@ -30,6 +30,9 @@ _LOOK_EVERY = 8
 class RolloutGraphs:
     """Depths of one forest, from the second on, each size captured once.
 
+    Graphs live no longer than their forest. They hold the addresses of its KV, which a call of
+    `decode` gives back at its end, and of the model's weights, which may lie elsewhere by the next.
+
     Args:
         forest: the baseline; its rows hold the first token of the roll-outs when `run` is called.
         sampler: how roll-outs are drawn.
@@ -66,6 +69,12 @@ class RolloutGraphs:
         """
         if num_depths == 1:
             return 0
+        # Kernels, streams and events are those of the current device, which may be another one.
+        device = self.forest.device
+        with torch.cuda.device(device) if self.captures else contextlib.nullcontext():
+            return self._run(state, num_depths)
+
+    def _run(self, state: RolloutState, num_depths: int) -> int | None:
         num_rows = self._size_for(len(state.keys))
         self._load(state)
         if not self._prepare(num_rows):
@@ -100,7 +109,7 @@ class RolloutGraphs:
             tokens,
             depth=self.depth,
             tree=state.tree[:num_rows],
-            prefix_len=self.prefix_len[: self.forest.cache.num_trees],
+            prefix_len=self.prefix_len,
         )
         self.sampler.advance(logits, state, self.depth)
         self.num_running.copy_((~state.finished[:num_rows]).sum())
@@ -133,23 +142,23 @@ class RolloutGraphs:
         return num_rows in self._replays
 
     def _capture(self, num_rows: int) -> Callable[[], None]:
+        """Return what runs a depth of so many rows; the current device is the model's."""
         if not self.captures:
             return lambda: self._step(num_rows)
-        with torch.cuda.device(self.forest.device):
-            now, aside = torch.cuda.current_stream(), _side_stream(self.forest.device)
-            aside.wait_stream(now)
-            try:
-                with torch.cuda.stream(aside):
-                    # The first trial compiles kernels and allocates workspaces, for which the host
-                    # may wait. A capture that meets a wait cannot end, and PyTorch does not recover
-                    # from that: whether there is one in the model shows in a second trial.
+        now, aside = torch.cuda.current_stream(), _side_stream(self.forest.device)
+        aside.wait_stream(now)
+        try:
+            with torch.cuda.stream(aside):
+                # The first trial compiles kernels and allocates workspaces, for which the host may
+                # wait. A capture that meets a wait cannot end, and PyTorch does not recover from
+                # that: whether there is one in the model shows in a second trial.
+                self._try_step(num_rows)
+                with _refusing_to_wait():
                     self._try_step(num_rows)
-                    with _refusing_to_wait():
-                        self._try_step(num_rows)
-            finally:
-                now.wait_stream(aside)
-            step = functools.partial(self._step, num_rows)
-            return _captured(step, pool=self._pool, stream=aside)
+        finally:
+            now.wait_stream(aside)
+        step = functools.partial(self._step, num_rows)
+        return _captured(step, pool=self._pool, stream=aside)
 
     def _try_step(self, num_rows: int) -> None:
         """Run a step that moves no roll-out on, since all are marked as finished.
@@ -170,8 +179,10 @@ class RolloutGraphs:
         self.state.finished.fill_(True)
         self.state.tree.copy_(state.tree[-1:])
         state.copy_to(self.state)
-        lengths = torch.tensor(self.forest.cache.prefix_len)
-        self.prefix_len[: len(lengths)].copy_(lengths)
+        # Trees that were taken out stay in the graphs, empty and without rows.
+        lengths = self.forest.cache.prefix_len
+        gone = [0] * (len(self.prefix_len) - len(lengths))
+        self.prefix_len.copy_(torch.tensor([*lengths, *gone]))
         self.depth.fill_(1)
 
     def _gather_running(self, num_rows: int, smaller: int, depth: int) -> None:
