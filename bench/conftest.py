@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from bench.ceilings import Work, measure_machine
+from bench.runs import commit_id
 
 
 class Ratios(NamedTuple):
@@ -119,8 +119,8 @@ def _share(row: Ratios) -> str:
 
 
 def _describe_run(load: float) -> list[str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    versions = [f"tq_fast {commit.stdout.strip() or 'of no commit'}", f"torch {torch.__version__}"]
+    commit = commit_id(short=True) or "of no commit"
+    versions = [f"tq_fast {commit}", f"torch {torch.__version__}"]
     for name in ("triton", "transformers"):
         if importlib.util.find_spec(name):
             versions.append(f"{name} {importlib.metadata.version(name)}")

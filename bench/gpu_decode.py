@@ -8,6 +8,7 @@ one greedy roll-out of 20 tokens a candidate). Roll-outs run as CUDA graphs and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -22,6 +23,7 @@ import tq_fast
 from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
 from bench.expanded import decode_expanded
 from bench.gpu_table import describe_run, file_stem
+from bench.runs import fill_table
 from tq_fast.config import SpeedOptions
 
 K, HORIZON = 10, 20
@@ -115,12 +117,7 @@ def main(folder: Path) -> None:
     duo.baseline.cuda()
     duo.reward.cuda()
     run = describe_run()
-    rows: list[dict[str, Any]] = []
-    for case in CASES:
-        rows.append(measure(duo, case))
-        # The table is written after every row, so that a run that is cut off leaves what it has.
-        table = write_table(folder, run, rows)
-    sys.stdout.write(table.read_text())
+    fill_table(CASES, functools.partial(measure, duo), functools.partial(write_table, folder, run))
 
 
 if __name__ == "__main__":

@@ -4,18 +4,18 @@ Every figure is the median of replays of a CUDA graph, on random inputs that tak
 hold several times the L2 cache. A provider is timed only after its answer was compared with the
 reference. Shares are of the device-to-device copy (bytes read and written) measured in this run.
 
-The table is written again after every row, so that a run which is cut off leaves what it has.
+The table is written again after every row, and a row that fails is named while the rest goes on.
 torch.compile takes long to compile: once COMPILE_SECONDS have passed, its column stays empty.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_cases import Bench, Inputs, benches
+from bench.runs import commit_id, fill_table
 
 TURNS, REPLAYS = 8, 30
 COMPILE_SECONDS = 120.0
@@ -87,14 +88,13 @@ def measure_copy() -> float:
 
 
 def describe_run() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     return {
         "date": datetime.date.today().isoformat(),
         "machine": torch.cuda.get_device_name(0),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda),
-        "commit": commit.strip() or "unknown",
+        "commit": commit_id() or "unknown",
     }
 
 
@@ -164,12 +164,17 @@ def main(folder: Path) -> None:
     smallest = time_in_graph(lambda: one.add_(1), [()] * TURNS)
     run = describe_run()
     run |= {"copy GB/s": f"{copy:.0f}", "smallest kernel in a graph, us": f"{smallest:.2f}"}
-    rows: list[dict[str, Any]] = []
-    for bench in benches():
+
+    def measure_one(bench: Bench) -> dict[str, Any]:
         compiles = time.monotonic() - start < COMPILE_SECONDS
-        rows.append(measure(bench, copy, smallest, compiles=compiles))
-        table = write_table(folder, run, rows)
-    sys.stdout.write(table.read_text())
+        return measure(bench, copy, smallest, compiles=compiles)
+
+    fill_table(
+        benches(),
+        measure_one,
+        functools.partial(write_table, folder, run),
+        lambda bench: f"{bench.op}, {bench.shape}",
+    )
 
 
 if __name__ == "__main__":

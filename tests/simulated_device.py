@@ -66,7 +66,12 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     held_args, held_kwargs = tree_map(
         lambda x: x.held if isinstance(x, Remote) else x, (args, kwargs)
     )
-    out = function(*held_args, **held_kwargs)
+    if function is _aten.histc.default and not held_args[0].is_floating_point():
+        # A GPU counts integers; a CPU does not.
+        counts = function(held_args[0].double(), *held_args[1:], **held_kwargs)
+        out = counts.to(held_args[0].dtype)
+    else:
+        out = function(*held_args, **held_kwargs)
     if not goes_remote or function is _aten._local_scalar_dense.default:
         return out
     # A function that works in place returns the tensor that it was given.

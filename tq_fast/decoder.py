@@ -67,7 +67,7 @@ def decode(
             `(prompts, responses) -> floats`, or another kind that `tq_fast.rewards.base` lists.
         config: settings to start from; `options` replace its fields.
         template_options: what chat templates get beside messages: tools, enable_thinking, ...
-        batch_size: prompts that are decoded together, at most; results do not depend on it.
+        batch_size: prompts decoded together, at most; on a GPU it may change rounding, no more.
         memory_budget: most bytes of KV and logits, over all models; the rest waits its turn.
         progress: show a progress bar.
         **options: every field of `DecodeConfig`.

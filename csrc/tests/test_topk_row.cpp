@@ -113,6 +113,15 @@ void an_infinite_logit_is_first_and_its_lse_is_not_finite() {
   CHECK(!std::isfinite(got.lse[0]));
 }
 
+// tests/ops/test_topk_logprobs.py holds the same numbers against what Python asks of the card.
+void shared_memory_is_what_python_reckons() {
+  CHECK(tq::topk_shared_bytes(1, 1) == 548);
+  CHECK(tq::topk_shared_bytes(5000, 128) == 42592);
+  CHECK(tq::topk_shared_bytes(128256, 10) == 22136);
+  CHECK(tq::topk_shared_bytes(131072, 128) == 84232);
+  CHECK(tq::topk_shared_bytes(1 << 19, 128) == 134920);
+}
+
 }  // namespace
 
 int main() {
@@ -121,5 +130,6 @@ int main() {
   rows_of_few_values();
   padding_and_nan_take_no_part();
   an_infinite_logit_is_first_and_its_lse_is_not_finite();
+  shared_memory_is_what_python_reckons();
   return tq_test::num_failures();
 }

@@ -17,9 +17,11 @@ from transformers.masking_utils import (
 )
 
 from tests import zoo
+from tq_fast import env
 from tq_fast.errors import UnsupportedModel
 from tq_fast.forest import ForestCache, attention, forest_attention
 from tq_fast.forest.cache import PrefillPass
+from tq_fast.forest.support import check_runs
 
 
 def mask_of(mask_function, *, sliding_window: int | None = None, **options: object) -> object:
@@ -138,6 +140,56 @@ def test_a_prompt_is_attended_to_as_the_formula_says(
     expected = (shares @ values.double().repeat_interleave(2, 1)).transpose(1, 2)
     # fp32 against fp64 at outputs of about 1.
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+
+
+# Inputs that only the reference takes: head size and dtype of a model, and strides of its queries.
+ODD = {
+    "head size": (torch.zeros(1, 1, 3, 264), "the head size is 264; the Triton kernel takes at"),
+    "fp64": (
+        torch.zeros(1, 1, 3, 8, dtype=torch.float64),
+        "q is float64; the kernel takes",
+    ),
+    "strides": (torch.zeros(1, 1, 8, 3).transpose(2, 3), "the last axis of q is strided"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_on_a_gpu_nothing_falls_to_the_reference_in_silence(
+    name: str, monkeypatch: pytest.MonkeyPatch, environment: pytest.MonkeyPatch
+) -> None:
+    environment.delenv("TQ_FAST_BACKEND", raising=False)
+    query, reason = ODD[name]
+    keys = query.contiguous()
+    on_cpu = attend(query, keys, keys, attention_mask=None)
+    monkeypatch.setattr(attention, "_is_on_gpu", lambda tensor: True)
+    with pytest.raises(UnsupportedModel, match=f"Identity cannot attend .* on a GPU: {reason}"):
+        attend(query, keys, keys, attention_mask=None)
+    with pytest.raises(UnsupportedModel, match="TQ_FAST_BACKEND=ref runs it here"):
+        attend(query, keys, keys, attention_mask=None)
+    environment.setenv("TQ_FAST_BACKEND", "ref")
+    env.reload()
+    assert torch.equal(attend(query, keys, keys, attention_mask=None), on_cpu)
+    environment.delenv("TQ_FAST_BACKEND")
+    env.reload()
+    even = torch.zeros(1, 1, 3, 8)
+    assert torch.equal(attend(even, even, even, attention_mask=None), even.transpose(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*decoder layers run fused")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"head_dim": 264}, "the head size is 264"), ({"dtype": torch.float64}, "is float64")],
+    ids=str,
+)
+def test_a_model_with_such_layers_is_refused_before_a_prompt_is_read(
+    options: dict[str, object], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"head_dim": 8, "dtype": torch.float32, **options}
+    dtype = options.pop("dtype")
+    model = zoo.language_model("llama", num_hidden_layers=1, **options).to(dtype)
+    monkeypatch.setattr(attention, "_is_on_gpu", lambda tensor: True)
+    with pytest.raises(UnsupportedModel, match=f"'llama' does not run .*LlamaAttention .*{reason}"):
+        check_runs(model)
 
 
 def test_keys_that_were_changed_after_they_were_stored_are_refused() -> None:

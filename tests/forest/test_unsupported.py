@@ -49,7 +49,9 @@ from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
 
 import tq_fast
 from tests import zoo
+from tq_fast import ops
 from tq_fast.errors import InvalidArgument, UnsupportedModel
+from tq_fast.forest.support import check_runs
 
 SIZE = {
     "vocab_size": 150,
@@ -342,3 +344,44 @@ def test_longrope_is_refused_beyond_the_length_where_its_angles_change() -> None
     with pytest.raises(InvalidArgument, match="makes 17, but the baseline model allows 16"):
         tq_fast.decode([1] * 10, model, reward, max_new_tokens=3, **options)
     tq_fast.decode([1] * 10, model, reward, max_new_tokens=2, **options)
+
+
+def of_triton() -> Exception:
+    """An error such as Triton raises, whether or not it is installed."""
+    kind = type("CompilationError", (Exception,), {"__module__": "triton.compiler.errors"})
+    return kind("at 12:8: cannot convert")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        of_triton(),
+        ImportError("libcudart.so.13: cannot open shared object file"),
+        OSError("libtq_fast.so: undefined symbol"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"),
+        RuntimeError("Triton Error [CUDA]: invalid argument"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_broken_kernel_is_not_laid_on_the_model(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ops, "shared_prefix_attention", broken)
+    with pytest.raises(type(error)) as caught:
+        check_runs(zoo.language_model("llama"))
+    assert caught.value is error
+
+
+def test_what_goes_wrong_in_a_models_own_code_is_laid_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (2)")
+
+    monkeypatch.setattr(ops, "shared_prefix_attention", broken)
+    with pytest.raises(UnsupportedModel, match="does not run over the shared-prefix cache"):
+        check_runs(zoo.language_model("llama"))

@@ -28,15 +28,17 @@ def test_graphs_give_the_tokens_of_separate_launches(
     architecture: str, horizon: int | None, ends: tuple[int, ...], rollout: dict[str, Any]
 ) -> None:
     baseline = language_model(architecture).cuda()
-    try:
-        check_runs(baseline)
-    except UnsupportedModel as refusal:
-        # transformers 5.17 hands OPT a padding mask of its own making.
-        pytest.skip(str(refusal))
+    if architecture == "opt":
+        try:
+            check_runs(baseline)
+        except UnsupportedModel as refusal:
+            # transformers 5.17 hands OPT a padding mask of its own making. Any other architecture
+            # that is refused is a failure.
+            pytest.skip(str(refusal))
     options = {"horizon": horizon, "eos_token_id": ends, **rollout}
     with warnings.catch_warnings():
         # Falling back to separate launches would make this test compare them with themselves.
-        warnings.filterwarnings("error", message=".*cannot be captured")
+        warnings.filterwarnings("error", message=".*in a CUDA graph")
         ours = run(baseline, SpeedOptions(), **options)
     assert_same(ours, run(baseline, PLAIN, **options))
 

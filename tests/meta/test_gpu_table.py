@@ -7,11 +7,11 @@ import json
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
-from bench import gpu_cases, gpu_decode, gpu_table
+from bench import gpu_cases, gpu_decode, gpu_table, runs
 from bench.decode_models import Duo
 from tests import zoo
+from tests.on_the_cpu import OnTheCpu
 from tq_fast import ops
 
 # At these sizes each bench takes milliseconds.
@@ -25,16 +25,6 @@ SMALL = {
     "bench_linear_logprob": (3, 4, 32),
     "bench_attention": (6, 4, 2, 16, 70),
 }
-
-
-class OnTheCpu(TorchFunctionMode):
-    """A mode that makes tensors on the CPU where the device "cuda" is asked for."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
-        return function(*args, **kwargs)
 
 
 @pytest.fixture
@@ -129,3 +119,51 @@ def test_whole_decodes_fill_their_table(monkeypatch, tmp_path):
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| fp32 | 9 | 1 | ")
+
+
+@pytest.mark.parametrize("module", [gpu_table, gpu_decode], ids=["ops", "decodes"])
+def test_a_row_that_fails_is_said_and_the_others_are_measured(
+    module, small_benches, monkeypatch, tmp_path, capsys
+):
+    measured = []
+
+    def measure(*given, **options):
+        case = given[0] if module is gpu_table else given[1]
+        measured.append(case)
+        if len(measured) == 2:
+            raise RuntimeError("this kernel does not run")
+        return {"case": str(len(measured))}
+
+    def write(folder, run, rows):
+        (folder / "table.md").write_text(repr(rows))
+        return folder / "table.md"
+
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "write_table", write)
+    for name, value in (("is_available", True), ("get_device_name", "no GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(gpu_table, "benches", lambda: small_benches)
+    monkeypatch.setattr(gpu_table, "measure_copy", lambda: 100.0)
+    small = {"vocab_size": 50, "max_position_embeddings": 128}
+    monkeypatch.setattr(
+        gpu_decode,
+        "random_duo",
+        lambda: Duo(zoo.language_model("llama", **small), zoo.classifier("llama", **small)),
+    )
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda model: model)
+    # A machine that only measures has no git.
+    monkeypatch.setenv("PATH", "")
+    num_cases = len(small_benches if module is gpu_table else gpu_decode.CASES)
+    with pytest.raises(SystemExit, match=f"1 of {num_cases} rows failed"):
+        module.main(tmp_path)
+    said = capsys.readouterr()
+    assert "this kernel does not run" in said.err
+    assert len(measured) == num_cases and f"'{num_cases}'" in said.out and "'2'" not in said.out
+
+
+def test_a_table_names_its_commit_where_git_knows_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert runs.commit_id() is None
+    monkeypatch.setenv("PATH", "")
+    assert runs.commit_id() is None

@@ -5,7 +5,10 @@ eps32 = 1.2e-7 and eps16 = 7.8e-3 are the spacings of fp32 and bf16 numbers abov
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 # Relative error of an lse over at most 2^18 fp32 terms. Exponentials are good to 2 eps32 and sums
 # are blocked, so a few eps32; 2e-6 is the bound that the contract names.
@@ -50,3 +53,21 @@ FEW_ROWS = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 # of values below 100.
 LAYER_FACTOR = 2.0
 LAYER = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+
+# The same fp32 sums in another order. Triton lays a tile out by the alignment of the strides, so
+# that inputs of other strides are added up in another order: an eps32 of an lse below 16 either
+# way, and a few of them where log-probabilities are added or subtracted.
+REORDERED_REL = 1e-6
+REORDERED_ABS = 5e-6
+
+
+def assert_same_sums(backend: str, got: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Compare two calls whose inputs differ in their strides: bit for bit but for Triton's floats.
+
+    Integers and booleans are the same on every backend.
+    """
+    for a, b in zip(got, expected, strict=True):
+        if backend == "triton" and a.dtype.is_floating_point:
+            torch.testing.assert_close(a, b, rtol=REORDERED_REL, atol=REORDERED_ABS)
+        else:
+            assert torch.equal(a, b)

@@ -18,8 +18,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from .. import ops
+from .. import env, ops
 from ..errors import UnsupportedModel
+from ..ops.shared_prefix_attention import refuse_triton
 from .cache import BranchPass, ForestCache, PrefillPass
 from .view import view_of
 
@@ -133,18 +134,41 @@ def forest_attention(
     else:
         args = (
             query,
-            *layer.prefix(cache.num_trees, now.max_prefix),
+            *layer.prefix(now.prefix_len.shape[0], now.max_prefix),
             now.prefix_len,
             *layer.branches(now.rows),
             now.branch_len,
         )
         tree = now.tree
+    if _is_on_gpu(query):
+        _refuse_detour(module, backend, *args)
     out, lse = ops.shared_prefix_attention(
         *args, scale=scaling, softcap=softcap, window=attention_mask, tree=tree, backend=backend
     )
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux[:, None].to(lse)).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _refuse_detour(module: torch.nn.Module, backend: str | None, *args: torch.Tensor) -> None:
+    """Refuse what only the PyTorch reference of attention takes, which copies prefixes to rows.
+
+    On a GPU that would be the memory and the time that a forest is there to save, at every layer
+    and token. Who pins a backend knows what runs.
+    """
+    if (backend or env.backend()) != "auto":
+        return
+    reason = refuse_triton(*args)
+    if reason is not None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} cannot attend over the shared-prefix cache on a GPU: "
+            f"{reason}. Load the model in a dtype and with heads that the kernel takes, or run it "
+            "on the CPU; TQ_FAST_BACKEND=ref runs it here, with a copy of the prefix for every row"
+        )
 
 
 def _forest_mask(

@@ -81,7 +81,7 @@ class BranchPass:
         where: places of the new tokens in their branches; a tensor (int64 `[T]`) where only the
             device knows them.
         tree: tree of each row, int64 `[n]`, ascending.
-        prefix_len: prefix tokens of each tree, int64 `[G]`.
+        prefix_len: prefix tokens of each tree, int64 `[G]`; trees without rows may be among them.
         branch_len: branch tokens of each row after the pass, int64 `[n]`.
         max_prefix: no prefix is longer.
     """
@@ -127,9 +127,9 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
         )
 
     @property
-    def layout(self) -> tuple[int, int, int]:
-        """Changes whenever the buffers move, or the part of them that is used."""
-        return self.num_trees, self.prefix_capacity, self.branch_capacity
+    def layout(self) -> tuple[int, int]:
+        """Changes whenever the buffers move; a tree that is taken out moves none."""
+        return self.prefix_capacity, self.branch_capacity
 
     def branch_pass(
         self,
@@ -163,8 +163,8 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
         """Describe a pass of one token for each row of `tree` `[n]`, known to the device alone.
 
         The pass reads and writes fixed addresses for as long as `layout` stays the same. `depth`,
-        int64 `[1]`, is how many tokens each branch holds already; `prefix_len` `[G]` is a buffer
-        of the caller.
+        int64 `[1]`, is how many tokens each branch holds already; `prefix_len` is a buffer of the
+        caller, for all trees that there were at the beginning.
         """
         num_rows = tree.shape[0]
         return BranchPass(

@@ -15,6 +15,7 @@ from . import ForestCache, SavedTokens
 from .attention import attending, running
 from .cache import BranchPass, PrefillPass
 from .cpu_layers import CpuLayers
+from .experts import QuietExperts
 from .view import cache_argument, takes
 
 
@@ -158,6 +159,7 @@ class LanguageForest(Forest):
         )
         self.next_hidden: torch.Tensor | None = None
         self._head_input = self._watch_head() if keeps_hidden else None
+        self._experts = QuietExperts(self.model)
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
         """Encode what is left of the prompt of `tree`; its next_logits is ready afterwards."""
@@ -192,11 +194,12 @@ class LanguageForest(Forest):
             tokens: int64 `[n, 1]`.
             depth: int64 `[1]`, tokens that the rows hold already.
             tree: int64 `[n]`, ascending, the tree of each row.
-            prefix_len: int64 `[G]`.
+            prefix_len: int64 `[G]`, of all trees that there were at the beginning.
         """
         now = self.cache.depth_pass(depth=depth, tree=tree, prefix_len=prefix_len)
         positions = (prefix_len.index_select(0, tree) + depth)[:, None]
-        output = self._run(self.model, tokens, positions, now, self._last_only)
+        with self._experts.running(tokens.shape[0]):
+            output = self._run(self.model, tokens, positions, now, self._last_only)
         return output.logits[:, -1]
 
     def commit(

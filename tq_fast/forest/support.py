@@ -67,6 +67,8 @@ def check_runs(model: PreTrainedModel) -> int:
     except (torch.OutOfMemoryError, BackendRefused):
         raise
     except Exception as error:
+        if _is_of_installation(error):
+            raise
         # Whatever the model's own code makes of a cache that it does not expect.
         raise UnsupportedModel(
             f"model type {model.config.model_type!r} does not run over the shared-prefix cache: "
@@ -74,3 +76,13 @@ def check_runs(model: PreTrainedModel) -> int:
         ) from error
     _kv_bytes[model] = forest.cache.num_bytes // 3
     return _kv_bytes[model]
+
+
+def _is_of_installation(error: Exception) -> bool:
+    """Whether an error shows that a kernel or a library is broken, whatever the model."""
+    is_of_triton = any(kind.__module__.split(".")[0] == "triton" for kind in type(error).__mro__)
+    # Older releases of PyTorch raise a RuntimeError for errors of CUDA, as its libraries do.
+    is_of_device = isinstance(error, RuntimeError) and any(
+        name in str(error) for name in ("CUDA error", "CUBLAS_STATUS", "CUDA driver", "[CUDA]")
+    )
+    return isinstance(error, (ImportError, OSError)) or is_of_triton or is_of_device

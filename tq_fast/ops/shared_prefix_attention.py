@@ -252,7 +252,7 @@ def _refuse_cpu_for_many(
     return None
 
 
-def _refuse_triton(
+def refuse_triton(
     q: Tensor,
     prefix_k: Tensor,
     prefix_v: Tensor,
@@ -262,11 +262,13 @@ def _refuse_triton(
     *arguments: Any,
     **parameters: Any,
 ) -> str | None:
+    """Say why the Triton kernel does not take these inputs; None when it does."""
     if q.shape[-1] > 256:
         return f"the head size is {q.shape[-1]}; the Triton kernel takes at most 256"
-    for tensor in (q, prefix_k, prefix_v, branch_k, branch_v):
+    keys = {"prefix_k": prefix_k, "prefix_v": prefix_v, "branch_k": branch_k, "branch_v": branch_v}
+    for name, tensor in {"q": q, **keys}.items():
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            return "the last axis of an input is strided"
+            return f"the last axis of {name} is strided; the Triton kernel takes one without gaps"
     return _checks.refuse_float64(q=q)
 
 
@@ -280,7 +282,7 @@ _OP = Op(
     Backend(
         "triton",
         python_function("tq_fast.kernels.shared_prefix_attention", f"{_NAME}_triton"),
-        _refuse_triton,
+        refuse_triton,
     ),
     Backend("cpu", _native, _refuse_cpu_for_many),
     Backend("cpu", lambda: shared_prefix_attention_aten, refuse_aten),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._native import constant_when_compiling
 from . import _checks
 from ._checks import PerRow, split_per_row
 from ._dispatch import Backend, Op, native_function, python_function
@@ -159,6 +160,47 @@ def _refuse_gpu(
     )
 
 
+# What every card gives a block without being asked for more.
+_SHARED_BYTES_OF_EVERY_CARD = 48 << 10
+
+
+def shared_bytes(vocab_size: int, k: int) -> int:
+    """The shared memory of a block of the CUDA kernel: `topk_shared_bytes` of cuda/topk_row.h."""
+    tiles = -(-vocab_size // 2048)
+    keys = 32 * tiles + min(vocab_size, 64 * k) + k
+    return 8 * (keys + tiles) + 4 * (k + 2 * 32 + 2)
+
+
+def refuse_shared_bytes(vocab_size: int, k: int, limit: int) -> str | None:
+    """Say that these sizes want more shared memory than `limit` bytes; None when they do not."""
+    needed = shared_bytes(vocab_size, k)
+    if needed <= limit:
+        return None
+    return (
+        f"k {k} of a vocabulary of {vocab_size} takes {needed} bytes of shared memory; this GPU "
+        f"gives a block {limit}"
+    )
+
+
+@constant_when_compiling
+def _shared_bytes_of(device: torch.device) -> int:
+    """The bytes of shared memory that a block can have on `device`."""
+    properties = torch.cuda.get_device_properties(device)
+    # Where torch does not tell, it is what every card since compute capability 8.0 has.
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 << 10))
+
+
+def _refuse_cuda(
+    logits: Tensor, k: int, *, temperature: PerRow = 1.0, vocab_size: int | None = None
+) -> str | None:
+    reason = _refuse_gpu(logits, k, temperature=temperature, vocab_size=vocab_size)
+    width = logits.shape[-1] if vocab_size is None else vocab_size
+    # Usual sizes do not ask the card.
+    if reason or refuse_shared_bytes(width, k, _SHARED_BYTES_OF_EVERY_CARD) is None:
+        return reason
+    return refuse_shared_bytes(width, k, _shared_bytes_of(logits.device))
+
+
 def _refuse_cpu(logits: Tensor, k: int, **parameters: Any) -> str | None:
     return _checks.refuse_float64(logits=logits)
 
@@ -169,7 +211,7 @@ _OP = Op(
     Backend(
         "cuda",
         native_function("topk_logprobs", topk_logprobs_native, _fake, "cuda"),
-        _refuse_gpu,
+        _refuse_cuda,
     ),
     Backend(
         "triton",

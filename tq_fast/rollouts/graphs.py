@@ -12,8 +12,10 @@ learns of that late, without waiting: it reads how many ran a few depths ago, an
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -27,6 +29,9 @@ _LOOK_EVERY = 8
 
 class RolloutGraphs:
     """Depths of one forest, from the second on, each size captured once.
+
+    Graphs live no longer than their forest. They hold the addresses of its KV, which a call of
+    `decode` gives back at its end, and of the model's weights, which may lie elsewhere by the next.
 
     Args:
         forest: the baseline; its rows hold the first token of the roll-outs when `run` is called.
@@ -64,6 +69,12 @@ class RolloutGraphs:
         """
         if num_depths == 1:
             return 0
+        # Kernels, streams and events are those of the current device, which may be another one.
+        device = self.forest.device
+        with torch.cuda.device(device) if self.captures else contextlib.nullcontext():
+            return self._run(state, num_depths)
+
+    def _run(self, state: RolloutState, num_depths: int) -> int | None:
         num_rows = self._size_for(len(state.keys))
         self._load(state)
         if not self._prepare(num_rows):
@@ -98,7 +109,7 @@ class RolloutGraphs:
             tokens,
             depth=self.depth,
             tree=state.tree[:num_rows],
-            prefix_len=self.prefix_len[: self.forest.cache.num_trees],
+            prefix_len=self.prefix_len,
         )
         self.sampler.advance(logits, state, self.depth)
         self.num_running.copy_((~state.finished[:num_rows]).sum())
@@ -125,39 +136,42 @@ class RolloutGraphs:
                 raise
             except RuntimeError as error:
                 self._is_refused = True
-                warn_caller(
-                    f"model type {self.forest.model.config.model_type!r} cannot be captured in a "
-                    f"CUDA graph, so that each depth of a roll-out is launched kernel by kernel: "
-                    f"{error}"
-                )
+                warn_caller(_why_refused(error, self.forest.model.config.model_type))
             finally:
                 self.forest.num_token_forwards = counted
         return num_rows in self._replays
 
     def _capture(self, num_rows: int) -> Callable[[], None]:
+        """Return what runs a depth of so many rows; the current device is the model's."""
         if not self.captures:
             return lambda: self._step(num_rows)
-        depth, finished = self.depth.clone(), self.state.finished.clone()
-        with torch.cuda.device(self.forest.device):
-            now, aside = torch.cuda.current_stream(), _side_stream(self.forest.device)
-            aside.wait_stream(now)
+        now, aside = torch.cuda.current_stream(), _side_stream(self.forest.device)
+        aside.wait_stream(now)
+        try:
             with torch.cuda.stream(aside):
-                # A trial step compiles kernels and allocates workspaces. It moves no roll-out on,
-                # since all are marked finished, and the depth itself will overwrite its KV.
-                self.state.finished.fill_(True)
-                try:
-                    self._step(num_rows)
-                finally:
-                    self.depth.copy_(depth)
-                    self.state.finished.copy_(finished)
-                    now.wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            # The stream that torch.cuda.graph would take is one for all devices.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
-            ):
-                self._step(num_rows)
-        return graph.replay
+                # The first trial compiles kernels and allocates workspaces, for which the host may
+                # wait. A capture that meets a wait cannot end, and PyTorch does not recover from
+                # that: whether there is one in the model shows in a second trial.
+                self._try_step(num_rows)
+                with _refusing_to_wait():
+                    self._try_step(num_rows)
+        finally:
+            now.wait_stream(aside)
+        step = functools.partial(self._step, num_rows)
+        return _captured(step, pool=self._pool, stream=aside)
+
+    def _try_step(self, num_rows: int) -> None:
+        """Run a step that moves no roll-out on, since all are marked as finished.
+
+        The depth itself will overwrite the KV that it writes.
+        """
+        depth, finished = self.depth.clone(), self.state.finished.clone()
+        self.state.finished.fill_(True)
+        try:
+            self._step(num_rows)
+        finally:
+            self.depth.copy_(depth)
+            self.state.finished.copy_(finished)
 
     def _load(self, state: RolloutState) -> None:
         """Copy `state` to the fixed addresses; rows beyond it rest, in the last tree."""
@@ -165,8 +179,10 @@ class RolloutGraphs:
         self.state.finished.fill_(True)
         self.state.tree.copy_(state.tree[-1:])
         state.copy_to(self.state)
-        lengths = torch.tensor(self.forest.cache.prefix_len)
-        self.prefix_len[: len(lengths)].copy_(lengths)
+        # Trees that were taken out stay in the graphs, empty and without rows.
+        lengths = self.forest.cache.prefix_len
+        gone = [0] * (len(self.prefix_len) - len(lengths))
+        self.prefix_len.copy_(torch.tensor([*lengths, *gone]))
         self.depth.fill_(1)
 
     def _gather_running(self, num_rows: int, smaller: int, depth: int) -> None:
@@ -176,6 +192,73 @@ class RolloutGraphs:
         order[:smaller] = order[:smaller].sort().values
         self.forest.cache.take_rows(order[:smaller], depth)
         self.state.permute(order)
+
+
+@contextlib.contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Within the block, an operation for which the host waits for the device raises.
+
+    PyTorch has one such mode for all threads; the block is as short as one depth.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _captured(
+    step: Callable[[], None], *, pool: Any, stream: torch.cuda.Stream
+) -> Callable[[], None]:
+    """Capture `step` on `stream` and return its replay.
+
+    Raises:
+        RuntimeError: `step` cannot be captured; the current stream is again that of before.
+        OutOfMemoryError: likewise, and memory is what it ran out of.
+    """
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # The stream that torch.cuda.graph would take is one for all devices.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            step()
+    except RuntimeError as error:
+        # PyTorch leaves a capture that cannot end with the capture's stream as the current one, and
+        # with an allocator that takes it to go on, and so frees nothing any more.
+        torch.cuda.set_stream(before)
+        # This raises where the allocator knows better.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(before.device_index, pool)
+            torch._C._cuda_releasePool(before.device_index, pool)
+        for cause in _causes(error):
+            # The end of a capture hides behind its own error what went wrong within it.
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+        raise
+    return graph.replay
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and those that were being handled when it was raised, the first one last."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__context__
+
+
+def _why_refused(error: RuntimeError, model_type: str) -> str:
+    """Say why the roll-outs of a model go on without graphs."""
+    reason = str(list(_causes(error))[-1])
+    # The allocator invalidates a capture when it runs out of memory and frees what it can. Whether
+    # it did cannot be told apart here: if so, the launches one by one run out of memory too.
+    is_invalidated = "StreamCaptureInvalidated" in reason or "previous error during" in reason
+    what = (
+        "was not captured, perhaps for want of memory" if is_invalidated else "cannot be captured"
+    )
+    return (
+        f"model type {model_type!r}: a depth of a roll-out {what} in a CUDA graph, so that it is "
+        f"launched kernel by kernel: {reason}"
+    )
 
 
 @functools.cache
