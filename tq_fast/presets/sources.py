@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -97,9 +97,10 @@ class TextSource:
             weights: dict[Role, float] = {drawn_from: 1.0, **dict.fromkeys(measured, 0.0)}
             return mixture_law(session, weights, config, is_greedy=is_greedy)
         prior = session.languages[drawn_from]
-        _check_head(self.head, prior, drawn_from, session.num_tokens)
+        read = [prior]
         if self.head.config.reward_states:
-            check_reward_states(session, self.head)
+            read.append(check_reward_states(session, self.head))
+        _check_head(self.head, read, drawn_from, session.num_tokens)
         return ValueLaw(
             _on_device(self.head, device_of(prior)),
             drawn_from,
@@ -130,8 +131,8 @@ def prior_fingerprint(model: PreTrainedModel) -> str:
     return fingerprint_model(model, None, rounded_to=torch.bfloat16)
 
 
-def check_reward_states(session: Session, head: ValueHead | None = None) -> None:
-    """Refuse a reward whose states cannot be read over the language models' tokens.
+def check_reward_states(session: Session, head: ValueHead | None = None) -> PreTrainedModel:
+    """Return the reward's model; refuse one that cannot be read over the language models' tokens.
 
     Raises:
         InvalidArgument: there is no reward, it is no causal classifier over the same token ids, or
@@ -151,6 +152,7 @@ def check_reward_states(session: Session, head: ValueHead | None = None) -> None
         raise InvalidArgument(
             f"value was fitted on the states of another reward model than {reward.name}"
         )
+    return reward.model
 
 
 def _load(value: Any) -> ValueHead:
@@ -161,7 +163,11 @@ def _load(value: Any) -> ValueHead:
     return ValueHead.load(value)
 
 
-def _check_head(head: ValueHead, prior: PreTrainedModel, role: str, num_tokens: int) -> None:
+def _check_head(
+    head: ValueHead, read: Sequence[PreTrainedModel], role: str, num_tokens: int
+) -> None:
+    """Refuse a head that was made for other models than `read`, the prior before the reward's."""
+    prior = read[0]
     known = head.config.models.get("prior")
     if known is not None and known != prior_fingerprint(prior):
         raise InvalidArgument(
@@ -169,6 +175,8 @@ def _check_head(head: ValueHead, prior: PreTrainedModel, role: str, num_tokens: 
             f"with the fingerprint {known}, this one has {prior_fingerprint(prior)}"
         )
     width = getattr(prior.get_output_embeddings(), "in_features", None)
+    if isinstance(width, int):
+        width += sum(model.config.get_text_config().hidden_size for model in read[1:])
     if isinstance(width, int) and head.config.hidden_size != width:
         raise InvalidArgument(
             f"value reads states of {head.config.hidden_size} numbers, but those of {role} have "
