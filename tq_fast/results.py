@@ -199,7 +199,8 @@ class DecodeStats:
 
     Attributes:
         token_forwards: tokens that went through each model, by role ("baseline", "sft",
-            "reward", "baseline_reward"); a reward that is a plain callable counts none.
+            "reward", "baseline_reward"; "reward_states" for the reward model's pass beside the
+            prior, where a value head reads it); a reward that is a plain callable counts none.
         num_steps: tokens chosen, over all prompts.
         rollout_steps: forward passes of the baseline for roll-outs, each for all rows.
         rollouts_run: roll-outs that were run.

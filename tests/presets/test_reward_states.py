@@ -76,8 +76,8 @@ def test_methods_that_choose_between_texts_draw_from_it(method: str) -> None:
     together = presets.METHODS[method](PROMPTS, **options, **own)
     alone = presets.METHODS[method](PROMPTS[1], **options, **own)
     assert tokens(alone) == [tokens(together)[1]]
-    # Both the backbone that guides and the scorer count as the reward.
-    assert together.stats.token_forwards["reward"] > together.stats.token_forwards["sft"]
+    counts = together.stats.token_forwards
+    assert counts["reward_states"] == counts["sft"] and counts["reward"] > 0
 
 
 def test_a_fit_reads_both_states_before_every_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,8 +278,8 @@ class TextForest:
             own.token_forwards[role] = forest.num_token_forwards
             own.peak_kv_bytes[role] = forest.peak_kv_bytes
         if self.states is not None:
-            own.token_forwards["reward"] = self.states.num_token_forwards
-            own.peak_kv_bytes["reward"] = self.states.peak_kv_bytes
+            own.token_forwards["reward_states"] = self.states.num_token_forwards
+            own.peak_kv_bytes["reward_states"] = self.states.peak_kv_bytes
         stats.add(own)
 
 
