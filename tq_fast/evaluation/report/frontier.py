@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ..ceiling import CeilingPoint, read_curve
 from .labels import Label, Panel, place_labels
@@ -158,6 +159,10 @@ def _fit_across(axes: Sequence[Axes], paths: Sequence[Path], measures: Sequence[
             costs = [point[0] for points in found for point in points]
             left, right = min(costs), max(costs)
             axis.set_xscale("log")
+            # Costs of about one decade would get a number at every tenth of it, one over another.
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlim(left / 1.35, right * (right / left) ** 0.16 * 1.3)
         else:
             right = max(max(points, key=lambda point: point[1])[0] for points in found)
