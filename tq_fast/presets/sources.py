@@ -121,7 +121,8 @@ def mixture_law(
     session: Session, weights: Mapping[Role, float], config: DecodeConfig, *, is_greedy: bool
 ) -> MixtureLaw:
     """Return the law of a model, or of a mixture, over the models of `session`."""
-    known = {role: weight for role, weight in weights.items() if role in session.languages}
+    # In the session's order: where one model has two roles it counts as the first of them.
+    known = {role: weights[role] for role in session.languages if role in weights}
     eos = session.end_ids(config)
     return MixtureLaw(known, eos, session.num_tokens, config, is_greedy)
 
