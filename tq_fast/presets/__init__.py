@@ -1,4 +1,4 @@
-"""The methods that Transfer Q* is compared with, and itself, all called alike.
+"""Every method by its name, Transfer Q* among them, all called alike.
 
     presets.METHOD(prompts, baseline, reward, sft=sft, **options) -> DecodeResult
 
@@ -9,13 +9,16 @@ is run, to measure the divergence to it. Models that were loaded once (with `tok
 them) serve any number of calls.
 
 A method fixes some fields (`FIXED_FIELDS`). Another value is refused; in `config` a field at its
-default counts as not given. The methods without values (`sft`, `baseline`, `dera`, `best_of_n`)
-read only these fields of the config: strategy, rollout_temperature, rollout_top_k, rollout_top_p,
-max_new_tokens, min_new_tokens, stop, eos_token_id, num_return_sequences, skip_special_tokens, seed
-and backend. Their traces have one candidate a step, the token drawn: `prior_logprobs` is its
-log-prob before temperature and truncation, `final_logprobs` that of the distribution drawn from;
-`q`, `q_stderr` and `ess` are NaN, and `rewards` is `[1, 0]`. Their divergences are those of the
-distribution drawn from, over the whole vocabulary, and their certificates have no `kl_bound`.
+default counts as not given. The methods that draw whole texts (`sft`, `baseline`, `dera`,
+`best_of_n`, `value_guided`, `refine`, `blocks`) read only these fields of the config: strategy,
+rollout_temperature, rollout_top_k, rollout_top_p, max_new_tokens, min_new_tokens, stop,
+eos_token_id, num_return_sequences, skip_special_tokens, seed and backend; alpha where a value head
+guides or `refine` and `blocks` choose by `strategy="sample"`; prior where a head guides. Their
+traces have one candidate a step, the token drawn: `prior_logprobs` is its log-prob before
+temperature and truncation, `final_logprobs` that of the distribution drawn from; `q` is NaN without
+a head, `q_stderr` and `ess` always, and `rewards` is `[1, 0]` behind the first step, which holds
+the scores. Their divergences are those of the distribution drawn from, over the whole vocabulary,
+and their certificates have no `kl_bound`.
 
 Beside the errors of `tq_fast.decode`, all methods raise `InvalidArgument` for a model that is
 missing and for another value of a fixed field; the message names it and the method. Source: arXiv
@@ -243,8 +246,7 @@ def refine(  # type: ignore[misc]  # it gives the field `strategy` a default of 
 
     `result.stages` says where texts were cut, what was scored and which one stayed. The
     divergences of the certificate are upper bounds, whose mean over responses counts; with even
-    cuts they are approximate, since these depend on the length of the text. Like best of n, and
-    unlike a beam search, every text that is scored is drawn whole from the source itself.
+    cuts they are approximate, since these depend on the length of the text.
     """
     models = {"baseline": baseline, "sft": sft, "reward": reward}
     own: dict[str, Any] = {"source": source, "value": value, "first": first, "branches": branches}

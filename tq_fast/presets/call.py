@@ -20,8 +20,8 @@ RUNNING = ("template_options", "batch_size", "memory_budget", "progress")
 _MODELS = ("baseline", "reward", "sft", "baseline_reward")
 _OTHERS = ("config", *RUNNING, *_MODELS, *_LOADING)
 
-# The config fields that each method fixes. Two methods have an argument instead: `prior` of args
-# and `source` of best_of_n.
+# The config fields that each method fixes. Some are arguments of the method's own instead: `prior`
+# of args, and `strategy` of refine and blocks, which chooses between texts.
 FIXED_FIELDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sft": {},
@@ -34,7 +34,6 @@ FIXED_FIELDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "direct_on_target": {"transfer": "direct"},
         "transfer_q_indirect": {"transfer": "indirect"},
         "value_guided": {},
-        # What `strategy` chooses between are texts here: their tokens are always drawn.
         "refine": {},
         "blocks": {},
         "collab": {"transfer": "direct"},

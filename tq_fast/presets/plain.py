@@ -157,10 +157,10 @@ class PlainMethod:
         try:
             drawn = self._draw(group, per_wave, own, report)
             scores = self._score(group, drawn, per_wave, own)
+            results = self._finish(group, drawn, scores, own)
         except torch.OutOfMemoryError:
             report.bar.advance(counted - report.bar.num_done)
             raise
-        results = self._finish(group, drawn, scores, own)
         stats.add(own)
         for response, result in zip(group, results, strict=True):
             stats.num_steps += len(result.sequence)
@@ -274,6 +274,9 @@ def text_memory(
     per_token = sum(check_runs(model) for model in models)
     logits = 2 * 4 * session.vocab_size * len(models)
     reward = session.rewards.get("reward")
+    if reward is not None and law.reads_reward:
+        # The reward model runs beside the prior, too, over a forest of its own.
+        per_token += reward.kv_bytes_per_token()
     scored = 0 if reward is None else reward.kv_bytes_per_token() * (longest + most)
     per_prompt, per_row = per_token * longest + scored, per_token * most + logits + scored
     if keeps_texts:
