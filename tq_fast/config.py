@@ -115,17 +115,17 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         for name in ("k", "num_rollouts", "max_new_tokens", "num_return_sequences"):
-            _require_int(name, getattr(self, name), low=1)
+            require_int(name, getattr(self, name), low=1)
         self._check_response()
         if self.horizon is not None:
-            _require_int("horizon", self.horizon, low=0)
-        _require_int("rollout_top_k", self.rollout_top_k, low=0)
+            require_int("horizon", self.horizon, low=0)
+        require_int("rollout_top_k", self.rollout_top_k, low=0)
         if not _is_int(self.seed) or not -(2**63) <= self.seed < 2**64:
             raise InvalidArgument(f"seed must be an integer of 64 bits, got {self.seed!r}")
         for name in ("alpha", "rollout_temperature"):
-            _require_positive(name, getattr(self, name))
+            require_positive(name, getattr(self, name))
         if self.beta is not None:
-            _require_positive("beta", self.beta)
+            require_positive("beta", self.beta)
         top_p = self.rollout_top_p
         if not is_real(top_p) or not 0.0 < top_p <= 1.0:
             raise InvalidArgument(f"rollout_top_p must be in (0, 1], got {top_p!r}")
@@ -147,7 +147,7 @@ class DecodeConfig:
 
     def _check_response(self) -> None:
         """Check what ends a response and how it is shown; bring ids and strings into tuples."""
-        _require_int("min_new_tokens", self.min_new_tokens, low=0)
+        require_int("min_new_tokens", self.min_new_tokens, low=0)
         if self.min_new_tokens > self.max_new_tokens:
             raise InvalidArgument(
                 f"min_new_tokens must be at most max_new_tokens={self.max_new_tokens}, "
@@ -268,12 +268,14 @@ def is_real(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _require_int(name: str, value: object, *, low: int) -> None:
+def require_int(name: str, value: object, *, low: int = 1) -> None:
+    """Refuse what is no integer of at least `low`."""
     if not _is_int(value) or value < low:
         raise InvalidArgument(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
-def _require_positive(name: str, value: object) -> None:
+def require_positive(name: str, value: object) -> None:
+    """Refuse what is no finite number above 0, or so far from 1 that fp32 cannot divide by it."""
     low, high = _SCALES
     if not is_real(value) or not low <= value <= high:
         raise InvalidArgument(

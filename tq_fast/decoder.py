@@ -255,15 +255,6 @@ class TransferDecoder:
         """
         return self.session.prompt_reader(template_options)
 
-    def check_length(self, idx: int, prompt: Prompt, config: DecodeConfig) -> None:
-        """Refuse a prompt that is too long for a model; `decode` does this by itself.
-
-        Raises:
-            InvalidArgument: the message names `prompts[idx]`, its length and what is allowed.
-        """
-        method = TransferMethod(self.session, config)
-        self.session.check_fits(idx, prompt, method.num_new, method.room)
-
 
 class TransferMethod:
     """Transfer Q* as a session runs it.

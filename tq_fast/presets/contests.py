@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..config import DecodeConfig
+from ..errors import InvalidArgument
 from ..ops.philox import gumbel
-from ..results import DecodeStats, PromptResult, Response, StageTrace
+from ..prompts import Prompt
+from ..results import DecodeResult, DecodeStats, PromptResult, Response, StageTrace
 from ..rollouts.streams import stream_keys
 from ..session import Report, Session
+from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .drawing import Drawn, TextForest
 from .laws import TokenLaw
-from .plain import best_of_kl, certify_text, trace_tokens
+from .plain import best_of_kl, certify_text, text_memory, trace_tokens
 from .scoring import TextScorer, score_others
 
 # Takes the place of the candidate in the key of a choice between texts; no token has this id, nor
@@ -113,7 +116,8 @@ class Contests:
         """
         before = {tree: self.texts[tree].token_ids[:cut] for tree, cut in cuts.items()}
         with self.stats.phase("prefill"):
-            moved = {tree: text for tree, text in before.items() if self._is_elsewhere(tree)}
+            # A tree without a contest stands at its prompt already.
+            moved = {tree: text for tree, text in before.items() if self.texts[tree].stages}
             if moved:
                 self.forest.seek(moved)
         noise = {tree: self._noise(tree, stage, num) for tree in cuts}
@@ -148,13 +152,6 @@ class Contests:
             rewards = torch.tensor(scores[tree], dtype=torch.float32)
             choice = best[tree][1]
             self.texts[tree].stages.append(StageTrace(cut, rewards, choice, sequences))
-
-    def _is_elsewhere(self, tree: int) -> bool:
-        """Whether draws of the tree would follow something else than its prompt: it holds a text.
-
-        The prompt itself is where every tree stands at the beginning.
-        """
-        return bool(self.texts[tree].stages)
 
     def _noise(self, tree: int, stage: int, num: int) -> list[float]:
         """Noise of each continuation and, behind them, of the text that was there."""
@@ -262,14 +259,96 @@ class Contests:
         )
 
 
-def choice_kl(stage: StageTrace, alpha: float, *, is_soft: bool) -> float:
-    """Return the bound on the divergence that choosing among the new texts of a stage adds, nats.
+class ContestMethod:
+    """A method of contests as a session runs it.
 
-    The law of the winner of K equal draws diverges from theirs by at most log K - (K - 1) / K where
-    it is the best of them, and by sum_i w_i log(K w_i) where it is drawn with the weights w.
+    Args:
+        session: models, and the reward that judges.
+        law: what texts are drawn from.
+        config: how they are drawn; alpha weighs a soft choice.
+        rows: continuations of a prompt that a contest draws, at most.
+        tokens: tokens that all contests of a prompt draw, at most.
+        is_soft: whether winners are drawn from softmax(reward / alpha), or are the best.
     """
-    num = len(stage.rewards)
-    if not is_soft:
-        return best_of_kl(num)
-    weights = (stage.rewards.double() / alpha).log_softmax(0)
-    return float((weights.exp() * (weights + math.log(num))).sum())
+
+    def __init__(
+        self,
+        session: Session,
+        law: TokenLaw,
+        config: DecodeConfig,
+        *,
+        rows: int,
+        tokens: int,
+        is_soft: bool,
+    ) -> None:
+        self.session = session
+        self.law = law
+        self.config = config
+        session.stop_strings(config)
+        self.is_soft = is_soft
+        self.rows_per_prompt = rows
+        self.tokens_per_prompt = tokens
+        self.num_new = config.max_new_tokens
+        self.room = f"max_new_tokens={config.max_new_tokens}"
+
+    def search(self, contests: Contests) -> list[PromptResult]:
+        """Hold the contests of a group of prompts."""
+        raise NotImplementedError
+
+    def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
+        """Return the bytes of a prompt and of a text, for the longest of `prompts`."""
+        rows = self.rows_per_prompt
+        return text_memory(
+            self.session, self.law, prompts, self.config, rows=rows, keeps_texts=True
+        )
+
+    def decode(
+        self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
+    ) -> None:
+        """Decode the first prompts together, one forest for all contests."""
+        group = responses[: shape.num_prompts]
+        own, counted = DecodeStats(), report.bar.num_done
+        try:
+            contests = Contests(
+                self.session,
+                self.law,
+                group,
+                per_wave=max(1, min(self.rows_per_prompt, shape.max_rows // len(group))),
+                config=self.config,
+                is_soft=self.is_soft,
+                report=report,
+                stats=own,
+            )
+            results = self.search(contests)
+        except torch.OutOfMemoryError:
+            report.bar.advance(counted - report.bar.num_done)
+            raise
+        stats.add(own)
+        # Texts that ended early left the rest of their tokens undrawn.
+        rest = counted + len(group) * self.tokens_per_prompt - report.bar.num_done
+        for response, result in zip(group, results, strict=True):
+            stats.num_steps += len(result.sequence)
+            report.finish(response.idx, result, num_unused=rest)
+            rest = 0
+
+    def conclude(self, result: DecodeResult) -> None:
+        """Nothing is estimated, so that there is nothing to warn of."""
+
+    def choice_kl(self, stage: StageTrace) -> float:
+        """Return the bound on the divergence that choosing among new texts adds, nats.
+
+        The law of the winner of K equal draws diverges from theirs by at most log K - (K - 1) / K
+        where it is the best of them, and by sum_i w_i log(K w_i) where it is drawn with the
+        weights w.
+        """
+        num = len(stage.rewards)
+        if not self.is_soft:
+            return best_of_kl(num)
+        weights = (stage.rewards.double() / self.config.alpha).log_softmax(0)
+        return float((weights.exp() * (weights + math.log(num))).sum())
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse a way to choose between texts that does not exist."""
+    if strategy not in ("sample", "greedy"):
+        raise InvalidArgument(f"strategy must be one of 'sample', 'greedy', got {strategy!r}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from transformers import PreTrainedModel
 
-from ..config import DecodeConfig, Role, is_real
+from ..config import DecodeConfig, Role, require_int, require_positive
 from ..errors import InvalidArgument
 from ..forest.language import LanguageForest, StateForest, vocab_size_of
 from ..forest.support import check_runs
@@ -23,7 +23,7 @@ from ..values.fitting import FitOptions, LoggedTokens, fit_head
 from ..values.head import ValueHead, ValueHeadConfig
 from .call import RUNNING, OpenMethod, PresetCall, check_running
 from .laws import ValueLaw
-from .plain import PlainMethod, require_count
+from .plain import PlainMethod
 from .sources import TextSource, check_reward_states, prior_fingerprint, value_prior
 
 if TYPE_CHECKING:
@@ -81,20 +81,21 @@ class FitPlan:
     options: FitOptions = dataclasses.field(default_factory=FitOptions)
 
     def __post_init__(self) -> None:
-        require_count("rounds", self.rounds)
-        require_count("num_texts", self.num_texts)
-        require_count("epochs", self.options.epochs)
+        require_int("rounds", self.rounds)
+        require_int("num_texts", self.num_texts)
+        require_int("epochs", self.options.epochs)
         if self.transfer not in ("direct", "indirect"):
             raise InvalidArgument(
                 f"transfer must be one of 'direct', 'indirect', got {self.transfer!r}"
             )
-        if not is_real(self.alpha) or not 0.0 < self.alpha < float("inf"):
-            raise InvalidArgument(f"alpha must be a finite number above 0, got {self.alpha!r}")
+        require_positive("alpha", self.alpha)
+        if self.beta is not None:
+            require_positive("beta", self.beta)
         is_needed = self.transfer == "indirect"
-        if is_needed and (not is_real(self.beta) or not 0.0 < self.beta < float("inf")):
+        if is_needed and self.beta is None:
             raise InvalidArgument(
                 "beta must be given for transfer='indirect': the KL weight that the baseline was "
-                f"trained with, got {self.beta!r}"
+                "trained with, got None"
             )
         if is_needed and self.num_texts < 2:
             raise InvalidArgument(
@@ -195,7 +196,7 @@ def open_logging(
         num_texts: texts a prompt.
         source: the role whose model draws them.
     """
-    require_count("num_texts", num_texts)
+    require_int("num_texts", num_texts)
     call = PresetCall("best_of_n", options, models)
     call.method = name
     call.require(source, "reward")

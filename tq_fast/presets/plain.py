@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import DecodeConfig, Role
+from ..config import DecodeConfig, Role, is_real, require_int
 from ..errors import InvalidArgument
 from ..forest.support import check_runs
 from ..prompts import Prompt
@@ -47,8 +47,7 @@ def open_dera(
     """Open DeRA with the weight `mix` of the baseline."""
     call = PresetCall(name, options, {role: models[role] for role in ROLES})
     call.require("sft", "baseline")
-    is_real = isinstance(mix, (int, float)) and not isinstance(mix, bool)
-    if not is_real or not math.isfinite(mix) or mix < 0:
+    if not is_real(mix) or not math.isfinite(mix) or mix < 0:
         raise InvalidArgument(f"mix must be a finite number of at least 0, got {mix!r}")
     weights: dict[Role, float] = {"sft": 1.0 - mix, "baseline": float(mix)}
     return call.open(_mixture(weights))
@@ -64,7 +63,7 @@ def open_best_of_n(
     value: ValueLike | None,
 ) -> OpenMethod:
     """Open the best of `n` texts from `source`."""
-    require_count("n", n)
+    require_int("n", n)
     chosen = TextSource(name, source, value)
     call = PresetCall(name, options, chosen.models_of(models, options))
     chosen.require(call)
@@ -102,12 +101,6 @@ def _mixture(weights: Mapping[Role, float]) -> Callable[[Session, DecodeConfig],
         return PlainMethod(session, law, config)
 
     return make
-
-
-def require_count(name: str, value: object, *, low: int = 1) -> None:
-    """Refuse what is no integer of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise InvalidArgument(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
 class PlainMethod:

@@ -14,18 +14,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-import torch
-
-from ..config import DecodeConfig, Strategy
+from ..config import DecodeConfig, Strategy, require_int
 from ..errors import InvalidArgument
-from ..prompts import Prompt
-from ..results import DecodeResult, DecodeStats, Response, StageTrace
-from ..session import Report, Session
-from ..transfer.budget import BatchShape, MemoryPerPrompt
+from ..results import PromptResult, StageTrace
+from ..session import Session
 from .call import OpenMethod, PresetCall
-from .contests import Contests, choice_kl
+from .contests import ContestMethod, Contests, check_strategy
 from .laws import TokenLaw
-from .plain import require_count, text_memory
 from .sources import Source, TextSource, ValueLike
 
 Cuts: TypeAlias = Literal["even", "sentence"] | int | Sequence[int]
@@ -48,9 +43,9 @@ def open_refine(
     strategy: Strategy,
 ) -> OpenMethod:
     """Open the refinement of `first` texts from `source` in `stages` stages."""
-    require_count("first", first)
-    require_count("branches", branches)
-    require_count("stages", stages, low=0)
+    require_int("first", first)
+    require_int("branches", branches)
+    require_int("stages", stages, low=0)
     check_strategy(strategy)
     chosen = TextSource(name, source, value)
     plan = CutPlan(cuts, stages)
@@ -72,12 +67,6 @@ def open_refine(
         )
 
     return call.open(make)
-
-
-def check_strategy(strategy: object) -> None:
-    """Refuse a way to choose between texts that does not exist."""
-    if strategy not in ("sample", "greedy"):
-        raise InvalidArgument(f"strategy must be one of 'sample', 'greedy', got {strategy!r}")
 
 
 class CutPlan:
@@ -160,7 +149,7 @@ def _sentence_end(token_ids: Sequence[int], number: int, session: Session) -> in
     return None
 
 
-class RefineMethod:
+class RefineMethod(ContestMethod):
     """Refinement as a session runs it.
 
     Args:
@@ -184,71 +173,30 @@ class RefineMethod:
         plan: CutPlan,
         is_soft: bool,
     ) -> None:
-        self.session = session
-        self.law = law
-        self.config = config
-        session.stop_strings(config)
+        tokens = (first + plan.stages * branches) * config.max_new_tokens
+        rows = max(first, branches)
+        super().__init__(session, law, config, rows=rows, tokens=tokens, is_soft=is_soft)
         self.first = first
         self.branches = branches
         self.plan = plan
-        self.is_soft = is_soft
-        self.rows_per_prompt = max(first, branches)
-        most = config.max_new_tokens
-        self.tokens_per_prompt = (first + plan.stages * branches) * most
-        self.num_new = most
-        self.room = f"max_new_tokens={most}"
 
-    def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
-        """Return the bytes of a prompt and of a text, for the longest of `prompts`."""
-        rows = self.rows_per_prompt
-        return text_memory(
-            self.session, self.law, prompts, self.config, rows=rows, keeps_texts=True
+    def search(self, contests: Contests) -> list[PromptResult]:
+        """Draw, then cut and continue, stage by stage."""
+        trees = range(len(contests.texts))
+        contests.hold(0, dict.fromkeys(trees, 0), self.first, defends=False)
+        for stage in range(1, self.plan.stages + 1):
+            found = {
+                tree: self.plan.at(stage, contests.texts[tree].token_ids, self.session)
+                for tree in trees
+            }
+            cuts = {tree: cut for tree, cut in found.items() if cut is not None}
+            if cuts:
+                contests.hold(stage, cuts, self.branches, defends=True)
+        added = [self._choice_kl(text.stages) for text in contests.texts]
+        return contests.results(
+            added if self.first > 1 or self.plan.stages else None,
+            is_approximate=self.plan.is_approximate,
         )
-
-    def decode(
-        self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
-    ) -> None:
-        """Refine the first prompts together, one forest for all stages."""
-        group = responses[: shape.num_prompts]
-        own, counted = DecodeStats(), report.bar.num_done
-        try:
-            contests = Contests(
-                self.session,
-                self.law,
-                group,
-                per_wave=max(1, min(self.rows_per_prompt, shape.max_rows // len(group))),
-                config=self.config,
-                is_soft=self.is_soft,
-                report=report,
-                stats=own,
-            )
-            contests.hold(0, dict.fromkeys(range(len(group)), 0), self.first, defends=False)
-            for stage in range(1, self.plan.stages + 1):
-                found = {
-                    tree: self.plan.at(stage, text.token_ids, self.session)
-                    for tree, text in enumerate(contests.texts)
-                }
-                cuts = {tree: cut for tree, cut in found.items() if cut is not None}
-                if cuts:
-                    contests.hold(stage, cuts, self.branches, defends=True)
-            added = [self._choice_kl(text.stages) for text in contests.texts]
-            results = contests.results(
-                added if self.first > 1 or self.plan.stages else None,
-                is_approximate=self.plan.is_approximate,
-            )
-        except torch.OutOfMemoryError:
-            report.bar.advance(counted - report.bar.num_done)
-            raise
-        stats.add(own)
-        # Texts that ended early left the rest of their tokens undrawn.
-        rest = counted + len(group) * self.tokens_per_prompt - report.bar.num_done
-        for response, result in zip(group, results, strict=True):
-            stats.num_steps += len(result.sequence)
-            report.finish(response.idx, result, num_unused=rest)
-            rest = 0
-
-    def conclude(self, result: DecodeResult) -> None:
-        """Nothing is estimated, so that there is nothing to warn of."""
 
     def _choice_kl(self, stages: Sequence[StageTrace]) -> float:
         """Return the bound on the divergence that the choices of all stages add, nats.
@@ -262,7 +210,7 @@ class RefineMethod:
         the stages before), whose mean over responses is never less than the entropy.
         """
         first, *others = stages
-        total, stayed = choice_kl(first, self.config.alpha, is_soft=self.is_soft), 0
+        total, stayed = self.choice_kl(first), 0
         for number, stage in enumerate(others):
             chance = (stayed + 0.5) / (number + 1)
             if stage.choice is None:
@@ -270,5 +218,5 @@ class RefineMethod:
                 stayed += 1
             else:
                 total -= math.log(1 - chance)
-                total += choice_kl(stage, self.config.alpha, is_soft=self.is_soft)
+                total += self.choice_kl(stage)
         return total
