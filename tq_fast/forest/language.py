@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
-from . import ForestCache, SavedTokens
+from . import ForestCache, SavedTokens, share_prefix
 from .attention import attending, running
 from .cache import BranchPass, PrefillPass
 from .cpu_layers import CpuLayers
@@ -99,9 +99,28 @@ class Forest:
             positions.clamp_(max=self.limit - 1)
         return self._run(module, tokens, positions, branch_pass, options)
 
+    def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
+        """Encode what is left of the prompt of `tree`; what follows it is ready afterwards."""
+        raise NotImplementedError
+
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
         """Append `tokens[i]` to the prefix of `trees[i]` (ascending) by one forward pass."""
         raise NotImplementedError
+
+    def encode(
+        self, trees: Iterable[int], texts: Sequence[list[int]], *, shares: bool = True
+    ) -> None:
+        """Encode `texts[tree]` for each of `trees`, whose prefixes are empty.
+
+        Args:
+            trees: the trees.
+            texts: of every tree of the forest.
+            shares: what a text has in common with a prefix that is there is copied.
+        """
+        for tree in trees:
+            # Leave the last token to be encoded: its logits are the next-token logits.
+            known = share_prefix(self.cache, tree, texts[tree][:-1], texts) if shares else 0
+            self.prefill(tree, texts[tree][known:])
 
     def seek(self, trees: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
         """Set the prefixes of `trees` (ascending) to `texts`, of which the cache holds the KV.

@@ -150,9 +150,9 @@ class _CollabLoop:
         self.plan = plan
         self.stats = DecodeStats()
         with self.stats.phase("prefill"):
+            texts = [list(response.prompt.token_ids) for response in responses]
             for forest in self._forests():
-                for tree, response in enumerate(responses):
-                    forest.prefill(tree, response.prompt.token_ids)
+                forest.encode(range(len(texts)), texts, shares=plan.speed.share_prefixes)
 
     def _forests(self) -> list[Any]:
         """Every language model's forest once."""

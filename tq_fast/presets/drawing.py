@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from ..config import DecodeConfig, Role
 from ..errors import DecodingError
-from ..forest import share_prefix
 from ..forest.language import LanguageForest, StateForest
 from ..forest.support import check_runs
 from ..results import DecodeStats, Response
@@ -79,6 +78,7 @@ class TextForest:
         self.config = config
         self.responses = responses
         self.stop = session.stop_strings(config)
+        self.shares_prefixes = session.speed.share_prefixes
         self.prompts = [list(response.prompt.token_ids) for response in responses]
         self.forests = self._open(session, num_rows, keeps_texts)
         self.states = self._open_states(session, num_rows, keeps_texts)
@@ -130,10 +130,7 @@ class TextForest:
     def prefill(self) -> None:
         """Encode the prompts; draws follow them directly until `seek` says otherwise."""
         for forest in self.all_forests:
-            for tree, text in enumerate(self.prompts):
-                # Leave the last token to be encoded: its logits are the next-token logits.
-                known = share_prefix(forest.cache, tree, text[:-1], self.prompts)
-                forest.prefill(tree, text[known:])
+            forest.encode(range(len(self.prompts)), self.prompts, shares=self.shares_prefixes)
 
     def seek(self, texts: Mapping[int, Sequence[int]]) -> None:
         """Let the next draws of each tree follow `texts[tree]`, of which its KV is held."""

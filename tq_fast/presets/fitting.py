@@ -328,25 +328,27 @@ class _TokenReader:
         rewards = torch.tensor(list(entry.rewards), dtype=torch.float32)
         lengths = torch.tensor([len(row) for row in rows])
         needs = self.plan.transfer == "indirect"
-        roles = {self.prior, *(("sft", *laws[entry.drawn_from].roles) if needs else ())}
-        states: dict[Role, torch.Tensor] = {}
-        logits: dict[Role, list[Any]] = {}
-        for role in roles:
-            passes = list(self._run(role, entry.prompt, rows, keeps_logits=needs))
-            states[role] = torch.cat([hidden for hidden, _ in passes])
-            if needs:
-                logits[role] = [found for _, found in passes]
+        law = laws[entry.drawn_from]
+        own = list(self._run_reward(entry.prompt, rows)) if self.plan.reward_states else None
+        hidden: list[torch.Tensor] = []
+        # Log-probs of each text's tokens: under SFT, and under the law that drew them.
+        sft, drawn = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
+        for role in {self.prior, *(("sft", law.roles[0]) if needs else ())}:
+            for i, (states, logits) in enumerate(self._run(role, entry.prompt, rows)):
+                if own is not None:
+                    states = torch.cat([states.float(), own[i].float()], 1)
+                if role == self.prior:
+                    hidden.append(states)
+                if logits is not None and role == "sft":
+                    sft[i] = self._sft_logprobs(logits, rows[i])
+                if logits is not None and role == law.roles[0]:
+                    drawn[i] = self._drawn_logprobs(law, logits, states, rows[i])
         token_ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-        hidden = states[self.prior]
-        if self.plan.reward_states:
-            own = torch.cat(list(self._run_reward(entry.prompt, rows)))
-            hidden = torch.cat([hidden.float(), own.float()], 1)
         weights = torch.ones(len(token_ids))
         if needs:
-            law = laws[entry.drawn_from]
-            weights = self._weights(law, rows, rewards, token_ids, hidden, logits)
+            weights = self._weights(rewards, [a - b for a, b in zip(sft, drawn, strict=True)])
         return LoggedTokens(
-            hidden=hidden,
+            hidden=torch.cat(hidden),
             token_ids=token_ids,
             rewards=rewards.repeat_interleave(lengths),
             groups=torch.full((len(token_ids),), group, dtype=torch.int64),
@@ -354,9 +356,12 @@ class _TokenReader:
         )
 
     def _run(
-        self, role: Role, prompt: Prompt, rows: list[list[int]], *, keeps_logits: bool
+        self, role: Role, prompt: Prompt, rows: list[list[int]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Yield states `[N, D]`, and logits `[N, V]`, before the tokens of some rows at a time."""
+        """Yield states `[T, D]`, and logits `[T, V]` where weights need them, of each row.
+
+        They are those before its tokens.
+        """
         model = self.session.languages[role]
         check_runs(model)
         longest = max(map(len, rows))
@@ -386,7 +391,7 @@ class _TokenReader:
             for i, row in enumerate(chunk):
                 hidden = first_state if states is None else torch.cat([first_state, states[i]])
                 logits = None
-                if keeps_logits:
+                if self.plan.transfer == "indirect":
                     logits = first_logits if found is None else torch.cat([first_logits, found[i]])
                     logits = logits[: len(row)].cpu()
                 yield hidden[: len(row)].cpu(), logits
@@ -414,23 +419,44 @@ class _TokenReader:
             hidden = first if states is None else torch.cat([first, states[i]])
             yield hidden[: len(row)].cpu()
 
-    def _weights(
-        self,
-        law: Any,
-        rows: list[list[int]],
-        rewards: torch.Tensor,
-        token_ids: torch.Tensor,
-        hidden: torch.Tensor,
-        logits: dict[Role, list[Any]],
+    def _sft_logprobs(self, logits: torch.Tensor, row: list[int]) -> torch.Tensor:
+        """log pi_sft of every token of a text, fp64 `[T]`."""
+        law = clean_logits(logits, self.session.num_tokens).log_softmax(-1)
+        return law.gather(1, torch.tensor(row)[:, None]).squeeze(1).double()
+
+    def _drawn_logprobs(
+        self, law: Any, logits: torch.Tensor, states: torch.Tensor, row: list[int]
     ) -> torch.Tensor:
+        """Log density that every token of a text was drawn from, fp64 `[T]`."""
+        config, size = self.config, self.session.num_tokens
+        policy = clean_logits(logits, size)
+        early = [place < config.min_new_tokens for place in range(len(row))]
+        if any(early):
+            policy = without_tokens(policy, self.session.end_ids(config), early)
+        if isinstance(law, ValueLaw):
+            _, directions = law.head(states)
+            vectors = law.head.token_embeddings[:size].float()
+            policy = policy + directions @ vectors.t() / law.config.alpha
+        drawn = proposal_logprobs(
+            policy,
+            temperature=config.rollout_temperature,
+            top_k=config.rollout_top_k,
+            top_p=config.rollout_top_p,
+        )
+        return drawn.gather(1, torch.tensor(row)[:, None]).squeeze(1).double()
+
+    def _weights(self, rewards: torch.Tensor, ratios: Sequence[torch.Tensor]) -> torch.Tensor:
         """exp(r / beta) rho_sft / q of what follows each token, `[N]`, q being drawn from.
 
         Their mean is 1 over the texts at each place: a factor that depends on the text before a
         token alone moves no minimum, and without it few places would be all that counts.
+
+        Args:
+            rewards: of each text.
+            ratios: log pi_sft - log q of every token of each text, fp64 `[T]`.
         """
         assert self.plan.beta is not None
-        ratios = self._log_ratios(law, rows, token_ids, hidden, logits)
-        table = torch.full((len(rows), max(map(len, rows))), -torch.inf, dtype=torch.float64)
+        table = torch.full((len(ratios), max(map(len, ratios))), -torch.inf, dtype=torch.float64)
         for i, ratio in enumerate(ratios):
             # What follows a token: the sum over all, less that up to and with itself.
             after = ratio.sum() - ratio.cumsum(0)
@@ -438,33 +464,3 @@ class _TokenReader:
         used = table > -torch.inf
         table = table.softmax(0) * used.sum(0)
         return table[used].float()
-
-    def _log_ratios(
-        self,
-        law: Any,
-        rows: list[list[int]],
-        token_ids: torch.Tensor,
-        hidden: torch.Tensor,
-        logits: dict[Role, list[Any]],
-    ) -> Iterator[torch.Tensor]:
-        """Yield log pi_sft - log q of every token of each text, fp64 `[T]`."""
-        config, size, start = self.config, self.session.num_tokens, 0
-        for i, row in enumerate(rows):
-            ids = token_ids[start : start + len(row), None]
-            sft = clean_logits(logits["sft"][i], size).log_softmax(-1).gather(1, ids)
-            policy = clean_logits(logits[law.roles[0]][i], size)
-            early = [place < config.min_new_tokens for place in range(len(row))]
-            if any(early):
-                policy = without_tokens(policy, self.session.end_ids(config), early)
-            if isinstance(law, ValueLaw):
-                _, directions = law.head(hidden[start : start + len(row)])
-                vectors = law.head.token_embeddings[:size].float()
-                policy = policy + directions @ vectors.t() / law.config.alpha
-            drawn = proposal_logprobs(
-                policy,
-                temperature=config.rollout_temperature,
-                top_k=config.rollout_top_k,
-                top_p=config.rollout_top_p,
-            ).gather(1, ids)
-            yield (sft - drawn).squeeze(1).double()
-            start += len(row)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ..forest import share_prefix
 from ..results import DecodeStats, Response
 from ..rewards.base import drop_from
 from ..rollouts.records import ReusedRollout
@@ -61,12 +60,7 @@ class DecodeLoop:
         texts = [[*r.prompt.token_ids, *r.token_ids] for r in self.active]
         with self.stats.phase("prefill"):
             for forest in self.roles.forests.values():
-                for tree in trees:
-                    known = 0
-                    if self.plan.speed.share_prefixes:
-                        # Leave the last token to be encoded: its logits are the next-token logits.
-                        known = share_prefix(forest.cache, tree, texts[tree][:-1], texts)
-                    forest.prefill(tree, texts[tree][known:])
+                forest.encode(trees, texts, shares=self.plan.speed.share_prefixes)
 
     def _step(self) -> list[tuple[Response, bool]]:
         """Append a token to every response; return each with whether it is now complete."""
