@@ -10,7 +10,8 @@ import pytest
 
 from tq_fast import DecodeConfig, DecodeOptions
 from tq_fast.errors import InvalidArgument
-from tq_fast.session import LoadingOptions, MethodOptions
+from tq_fast.models.options import LoadingOptions
+from tq_fast.session import MethodOptions
 
 
 @pytest.mark.parametrize(

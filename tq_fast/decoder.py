@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
 from .errors import InvalidArgument
 from .models.loading import ModelLike, TokenizerLike
+from .models.options import LoadingOptions
 from .prompts import Prompt, PromptLike, PromptReader
 from .prompts.chats import TemplateOptions, check_template_options
 from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
 from .rewards.options import RewardOptions
-from .session import LoadingOptions, Report, Session
+from .session import Report, Session
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes
 from .transfer.certificate import certify
 from .transfer.loop import DecodeLoop

@@ -17,10 +17,11 @@ from tests.test_speed_options import share_of_low
 from tq_fast import session
 from tq_fast.config import DecodeConfig
 from tq_fast.errors import DecodingError, RewardError
+from tq_fast.models.options import LoadingOptions
 from tq_fast.presets.drawing import TextForest
 from tq_fast.presets.laws import MixtureLaw
 from tq_fast.results import Response
-from tq_fast.session import LoadingOptions, Session
+from tq_fast.session import Session
 
 WHOLE_TEXTS: dict[str, dict[str, object]] = {
     "best_of_n": {"n": 5},

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import tq_fast
-from tests.models.test_loading import (
+from tests.models.makers import (
     FAST,
     base,
     config,

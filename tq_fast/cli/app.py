@@ -210,7 +210,7 @@ def decode(
 
 @app.command(name="fit-value")
 @takes_models
-@takes_decode_options(*FIT_FIELDS)
+@takes_decode_options(*FIT_FIELDS, alpha=0.5)
 def fit_value(
     *,
     models: dict[str, Any],

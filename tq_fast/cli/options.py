@@ -77,17 +77,19 @@ def replace_parameter(
     return wrapper
 
 
-def takes_decode_options(*names: str) -> Callable[[Command], Command]:
+def takes_decode_options(*names: str, **defaults: Any) -> Callable[[Command], Command]:
     """Replace the parameter `config` of a command by one option for each field of `DecodeConfig`.
 
     Values that no field accepts are refused by `DecodeConfig` itself, in its own words.
 
     Args:
         names: the fields; not given: all of them.
+        **defaults: other defaults than those of `DecodeConfig`.
     """
     hints = typing.get_type_hints(DecodeConfig)
     fields = [f for f in dataclasses.fields(DecodeConfig) if not names or f.name in names]
     options = [_option(field, hints[field.name]) for field in fields]
+    options = [o.replace(default=defaults.get(o.name, o.default)) for o in options]
 
     def read(values: dict[str, Any]) -> DecodeConfig:
         if values.get("eos_token_id") is not None:

@@ -18,11 +18,11 @@ from ..forest.language import vocab_size_of
 from ..jobs.resume import read_dtype
 from ..models import tiny
 from ..models.loading import load_language_model, load_reward, load_tokenizer
+from ..models.options import place_models
 from ..models.tiny import load_tiny_world
 from ..prompts import Prompt
 from ..rewards.base import Opening, Reward, Texts
 from ..rewards.classifier import ClassifierReward
-from ..session import place_models
 from ..values.head import ValueHead
 from .config import Models, ModelSource
 from .shift import sparsify_reward

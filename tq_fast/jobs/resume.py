@@ -17,10 +17,10 @@ from .._version import __version__
 from ..config import DecodeConfig
 from ..errors import InvalidArgument, nearest
 from ..models.fingerprint import fingerprint_file, fingerprint_model
+from ..models.options import LOADED_ROLES, check_device
 from ..presets.call import OpenMethod
 from ..rewards.base import Reward
 from ..rewards.options import RewardOptions
-from ..session import LOADED_ROLES, check_device
 from .prompt_file import PromptEntry, digest_prompts
 from .record_file import Line, OutputRefused, RecordFile
 

@@ -9,10 +9,11 @@ from typing import Any, cast
 
 from ..config import DecodeConfig, Role
 from ..errors import InvalidArgument
+from ..models.options import ROLES, LoadingOptions
 from ..prompts import Prompt, PromptReader
 from ..prompts.chats import TemplateOptions
 from ..results import DecodeResult
-from ..session import ROLES, LoadingOptions, Method, Session
+from ..session import Method, Session
 from ..transfer.budget import check_sizes
 
 _LOADING = tuple(field.name for field in dataclasses.fields(LoadingOptions))

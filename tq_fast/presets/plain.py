@@ -11,6 +11,7 @@ import torch
 from ..config import DecodeConfig, Role, is_real, require_int
 from ..errors import InvalidArgument
 from ..forest.support import check_runs
+from ..models.options import ROLES
 from ..prompts import Prompt
 from ..results import (
     Certificate,
@@ -22,7 +23,7 @@ from ..results import (
     StageTrace,
     StepTrace,
 )
-from ..session import ROLES, Report, Session
+from ..session import Report, Session
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from ..transfer.roles import distinct
 from .call import OpenMethod, PresetCall
