@@ -13,9 +13,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import tq_fast
+from tests.models.conftest import base
 from tests.models.makers import (
     FAST,
-    base,
     config,
     decoder_of,
     logits_of,

@@ -93,10 +93,10 @@ def score_others(
             backend=config.backend,
             cpu_layers=session.speed.cpu_layers,
         )
-        for tree, prompt in enumerate(prompts):
-            # The last token leads the rows, because the first token of a row is not scored.
-            if prompt[:-1]:
-                forest.prefill(tree, prompt[:-1])
+        # The last token leads the rows, because the first token of a row is not scored.
+        starts = [prompt[:-1] for prompt in prompts]
+        trees = [tree for tree, start in enumerate(starts) if start]
+        forest.encode(trees, starts, shares=session.speed.share_prefixes)
         rows = [[prompt[-1], *ids] for prompt, ids in zip(prompts, texts, strict=True)]
         sums = score_rows(forest, rows, range(len(rows)), vocab_size=session.num_tokens)
     own = DecodeStats()
