@@ -159,8 +159,9 @@ def _fit_across(axes: Sequence[Axes], paths: Sequence[Path], measures: Sequence[
             costs = [point[0] for points in found for point in points]
             left, right = min(costs), max(costs)
             axis.set_xscale("log")
-            # Costs of about one decade would get a number at every tenth of it, one over another.
-            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=20))
+            # Three numbers a decade where there are few decades: more would lie over one another.
+            numbers = (1.0, 2.0, 5.0) if right < 50 * left else (1.0,)
+            axis.xaxis.set_major_locator(LogLocator(subs=numbers, numticks=20))
             axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlim(left / 1.35, right * (right / left) ** 0.16 * 1.3)
