@@ -30,7 +30,7 @@ from tests.test_speed_options import (
 )
 from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
-from tq_fast.forest import support
+from tq_fast.forest import language
 from tq_fast.forest.language import LanguageForest
 from tq_fast.rollouts.graphs import LaggedCount, RolloutGraphs
 from tq_fast.rollouts.state import RolloutSampler
@@ -122,8 +122,9 @@ def test_no_buffer_moves_from_step_to_step(
 
     def noted(graphs: RolloutGraphs, num_rows: int) -> None:
         step(graphs, num_rows)
-        buffers = [*graphs.state.tensors.values(), graphs.prefix_len, graphs.depth]
-        layers = graphs.forest.cache._kv.values()
+        cache = graphs.forest.cache
+        buffers = [*graphs.state.tensors.values(), graphs.lengths, graphs.depth]
+        layers = cache._layers.values()
         buffers += [
             buffer
             for layer in layers
@@ -155,7 +156,7 @@ def on_meta(architecture: str) -> LanguageForest:
             if isinstance(value, torch.Tensor):
                 setattr(module, name, value.to("meta"))
     # The trial run reads what it computes, which here is nothing.
-    support._kv_bytes[model] = 1
+    language.known_shapes[model] = {}
     sizes = {"num_trees": 2, "num_rows": 8, "prefix_capacity": 16, "branch_capacity": 6}
     forest = LanguageForest(model, **sizes, backend="ref", cpu_layers=False)
     forest.prefill(0, [1, 2, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..copies import upload
 from ..errors import UnsupportedModel
 from . import ForestCache, SavedTokens, share_prefix
 from .attention import attending, running
-from .cache import BranchPass, PrefillPass
+from .cache import BranchPass, LayerShapes, PrefillPass
 from .cpu_layers import CpuLayers
 from .experts import QuietExperts
 from .view import cache_argument, takes
+
+# What the layers of a model keep of a token, for models that ran over a forest before.
+known_shapes: weakref.WeakKeyDictionary[PreTrainedModel, LayerShapes] = weakref.WeakKeyDictionary()
 
 
 class Forest:
@@ -52,6 +57,7 @@ class Forest:
             num_rows=num_rows,
             prefix_capacity=prefix_capacity,
             branch_capacity=branch_capacity,
+            shapes=known_shapes.get(model),
         )
         self.num_token_forwards = 0
         has_layers = cpu_layers and self.device.type == "cpu"
@@ -68,7 +74,7 @@ class Forest:
     ) -> Any:
         """Append `token_ids` to the prefix of `tree` with `module`; return its output."""
         start = self.cache.prefix_len[tree]
-        tokens = torch.tensor([token_ids], device=self.device)
+        (tokens,) = upload(self.device, torch.tensor([token_ids]))
         positions = torch.arange(start, start + len(token_ids), device=self.device)[None]
         output = self._run(module, tokens, positions, PrefillPass(tree, start), options)
         self.cache.prefix_len[tree] = start + len(token_ids)
@@ -188,7 +194,7 @@ class LanguageForest(Forest):
         self.next_logits = self.next_logits.to(logits.dtype)
         self.next_logits[tree] = logits
         if self.hidden is not None:
-            self._keep_hidden([tree], self.hidden[:, -1])
+            self._keep_hidden(tree, self.hidden[0, -1])
 
     def forward_rows(self, tokens: torch.Tensor, *, start: int, tree: torch.Tensor) -> torch.Tensor:
         """Push one token a row (int64 `[n]`); return the logits `[n, V]` after it."""
@@ -203,7 +209,7 @@ class LanguageForest(Forest):
         *,
         depth: torch.Tensor,
         tree: torch.Tensor,
-        prefix_len: torch.Tensor,
+        lengths: torch.Tensor,
     ) -> torch.Tensor:
         """`forward_rows` at fixed addresses and a depth that only the device knows.
 
@@ -213,10 +219,10 @@ class LanguageForest(Forest):
             tokens: int64 `[n, 1]`.
             depth: int64 `[1]`, tokens that the rows hold already.
             tree: int64 `[n]`, ascending, the tree of each row.
-            prefix_len: int64 `[G]`, of all trees that there were at the beginning.
+            lengths: what the cache's `lengths_on` returned.
         """
-        now = self.cache.depth_pass(depth=depth, tree=tree, prefix_len=prefix_len)
-        positions = (prefix_len.index_select(0, tree) + depth)[:, None]
+        now = self.cache.fixed_pass(where=depth, tree=tree, lengths=lengths)
+        positions = (lengths.index_select(0, tree) + depth)[:, None]
         with self._experts.running(tokens.shape[0]):
             output = self._run(self.model, tokens, positions, now, self._last_only)
         return output.logits[:, -1]
@@ -225,23 +231,26 @@ class LanguageForest(Forest):
         self,
         trees: Sequence[int],
         rows: Sequence[int],
-        next_logits: torch.Tensor,
+        logits: torch.Tensor,
         saved: SavedTokens | None = None,
     ) -> None:
         """Move the first token of `rows[i]` into the prefix of `trees[i]`.
 
-        `next_logits[i]` are the logits after it. Its KV is read from `saved`, where that is given.
+        `logits` `[R, V]` are those after the first token of every row. Its KV is read from `saved`,
+        where that is given.
         """
-        self.cache.commit(trees, rows, saved=saved)
-        self.next_logits[torch.tensor(trees, device=self.device)] = next_logits
+        tree, row = upload(self.device, torch.tensor(trees), torch.tensor(rows))
+        self.cache.commit(trees, tree, row, saved)
+        self.next_logits[tree] = logits[row]
 
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
         """Append `tokens[i]` to the prefix of `trees[i]` (ascending) by one forward pass."""
-        tree, ids = torch.tensor([trees, tokens], device=self.device)
-        next_logits = self.forward_rows(ids, start=0, tree=tree)
-        self.commit(trees, range(len(trees)), next_logits)
+        tree, ids = upload(self.device, torch.tensor(trees), torch.tensor(tokens))
+        logits = self.forward_rows(ids, start=0, tree=tree)
+        self.cache.commit(trees, tree, torch.arange(len(trees), device=self.device))
+        self.next_logits[tree] = logits
         if self.hidden is not None:
-            self._keep_hidden(trees, self.hidden[:, -1])
+            self._keep_hidden(tree, self.hidden[:, -1])
 
     def drop_tree(self, tree: int) -> None:
         """Take `tree` out; the last tree takes over its place."""
@@ -267,11 +276,11 @@ class LanguageForest(Forest):
         head.register_forward_pre_hook(watched)
         return watched
 
-    def _keep_hidden(self, trees: Sequence[int], hidden: torch.Tensor) -> None:
-        """`hidden` `[n, D]` are the states after the prefixes of `trees`."""
+    def _keep_hidden(self, tree: int | torch.Tensor, hidden: torch.Tensor) -> None:
+        """`hidden` are the states after the prefix of `tree`, or of several (int64 `[n]`)."""
         if self.next_hidden is None:
-            self.next_hidden = hidden.new_zeros(len(self.next_logits), hidden.shape[1])
-        self.next_hidden[torch.tensor(trees, device=self.device)] = hidden
+            self.next_hidden = hidden.new_zeros(len(self.next_logits), hidden.shape[-1])
+        self.next_hidden[tree] = hidden
 
     @functools.cached_property
     def _last_only(self) -> dict[str, Any]:
@@ -323,9 +332,9 @@ class StateForest(Forest):
         return hidden
 
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
-        tree, ids = torch.tensor([trees, tokens], device=self.device)
+        tree, ids = upload(self.device, torch.tensor(trees), torch.tensor(tokens))
         hidden = self.forward_rows(ids[:, None], start=0, tree=tree)
-        self.cache.commit(trees, range(len(trees)))
+        self.cache.commit(trees, tree, torch.arange(len(trees), device=self.device))
         self.next_hidden[tree] = hidden[:, -1]
 
 

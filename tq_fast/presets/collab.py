@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from ..config import DecodeConfig, Role
+from ..copies import download, upload
 from ..decoder import TransferMethod
 from ..errors import InvalidArgument
 from ..prompts import Prompt
@@ -204,7 +205,7 @@ class _CollabLoop:
             return [dataclasses.replace(trace, agents=agents) for trace in traces]
         kept = torch.stack([_best_of_each(trace) for trace in traces])
         logprobs = {
-            role: found.masked_fill(~kept.to(found.device), -torch.inf) if role == prior else found
+            role: found.masked_fill(~kept, -torch.inf) if role == prior else found
             for role, found in candidates.logprobs.items()
         }
         reduced = dataclasses.replace(candidates, logprobs=logprobs)
@@ -223,7 +224,8 @@ class _CollabLoop:
             forest, size = self.agents[0].languages["baseline"], self.plan.vocab_size
             law = forest.next_logits[:, :size].float().log_softmax(1)
             own = steps[0].candidates.logprobs["baseline"]
-            logprobs["baseline"] = torch.cat([own, law.gather(1, ids[:, own.shape[1] :])], 1)
+            (others,) = upload(law.device, ids[:, own.shape[1] :])
+            logprobs["baseline"] = torch.cat([own, *download(law.gather(1, others))], 1)
         values = StepValues.beside([step.values for step in steps])
         return Candidates(ids, logprobs, steps[0].candidates.kl_baseline_to_sft), values
 

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import DecodeConfig, Role
+from ..copies import upload
 from ..errors import DecodingError
 from ..forest.language import LanguageForest, StateForest
 from ..forest.support import check_runs
@@ -239,7 +240,8 @@ class TextForest:
         limits = [most - len(before[tree]) for tree in trees]
         if limit is not None:
             limits = [min(limit, left) for left in limits]
-        return RolloutState.begin(keys.to(self.eos.device), limits, trees, self.law.columns)
+        there = upload(self.eos.device, keys, torch.tensor(limits), torch.tensor(trees))
+        return RolloutState.begin(*there, num_tokens=max(limits), columns=self.law.columns)
 
     def _early(
         self, state: RolloutState, depth: int, started: Sequence[Sequence[int]], num: int

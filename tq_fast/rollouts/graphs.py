@@ -45,9 +45,10 @@ class RolloutGraphs:
         self.forest, self.sampler, self.captures = forest, sampler, captures
         cache, device = forest.cache, forest.device
         keys = torch.zeros(cache.num_rows, dtype=torch.int64, device=device)
-        limits = [cache.branch_capacity] * cache.num_rows
-        self.state = RolloutState.begin(keys, limits, [0] * cache.num_rows)
-        self.prefix_len = torch.zeros(cache.num_trees, dtype=torch.int64, device=device)
+        self.state = RolloutState.begin(
+            keys, keys + cache.branch_capacity, keys.clone(), num_tokens=cache.branch_capacity
+        )
+        self.lengths = cache.lengths_on(device)
         self.depth = torch.ones(1, dtype=torch.int64, device=device)
         self.num_running = torch.zeros(1, dtype=torch.int64, device=device)
         self._replays: dict[int, Callable[[], None]] = {}
@@ -109,7 +110,7 @@ class RolloutGraphs:
             tokens,
             depth=self.depth,
             tree=state.tree[:num_rows],
-            prefix_len=self.prefix_len,
+            lengths=self.lengths,
         )
         self.sampler.advance(logits, state, self.depth)
         self.num_running.copy_((~state.finished[:num_rows]).sum())
@@ -179,10 +180,8 @@ class RolloutGraphs:
         self.state.finished.fill_(True)
         self.state.tree.copy_(state.tree[-1:])
         state.copy_to(self.state)
-        # Trees that were taken out stay in the graphs, empty and without rows.
-        lengths = self.forest.cache.prefix_len
-        gone = [0] * (len(self.prefix_len) - len(lengths))
-        self.prefix_len.copy_(torch.tensor([*lengths, *gone]))
+        # What lies at the address that graphs read may be of the step before.
+        self.forest.cache.lengths_on(self.forest.device)
         self.depth.fill_(1)
 
     def _gather_running(self, num_rows: int, smaller: int, depth: int) -> None:

@@ -9,6 +9,8 @@ from typing import NoReturn
 import torch
 
 from .. import ops
+from ..config import Role
+from ..copies import download, upload
 from ..errors import DecodingError
 from ..ops import philox
 from ..results import DecodeStats, Response, StepTrace
@@ -25,10 +27,10 @@ def without_tokens(
     logits: torch.Tensor, token_ids: Sequence[int], rows: Sequence[bool]
 ) -> torch.Tensor:
     """Return `logits` `[G, V]` with -inf at `token_ids` where `rows` is true; they stay as are."""
-    at = torch.tensor(rows, device=logits.device)[:, None]
+    at, ids = upload(logits.device, torch.tensor(rows), torch.tensor(token_ids, dtype=torch.int64))
     columns = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    columns[list(token_ids)] = True
-    return logits.masked_fill(at & columns, -math.inf)
+    columns[ids] = True
+    return logits.masked_fill(at[:, None] & columns, -math.inf)
 
 
 class Step:
@@ -101,10 +103,7 @@ class Step:
             # Ids without a token are never proposed, but are part of the model's law.
             sums = next_logits[:, :vocab_size].float().logsumexp(1)
             own = own + (proposed.lse - sums)[:, None]
-        for tree, lse in enumerate(sums.tolist()):
-            if not math.isfinite(lse):
-                self._fail(tree, f"the logits sum to {lse}")
-        logprobs = {}
+        logprobs: dict[Role, torch.Tensor] = {}
         for role, forest in languages.items():
             is_proposer = forest is languages[proposer]
             if is_proposer and not any(is_early):
@@ -114,28 +113,32 @@ class Step:
             logprobs[role] = logits.gather(1, proposed.ids) - logits.logsumexp(1, keepdim=True)
             if is_proposer:
                 # Only where tokens were taken out: no tree depends on how far the others are.
-                early = torch.tensor(is_early, device=logits.device)[:, None]
-                logprobs[role] = torch.where(early, logprobs[role], own)
-        drift = None
+                (early,) = upload(logits.device, torch.tensor(is_early))
+                logprobs[role] = torch.where(early[:, None], logprobs[role], own)
+        drift = []
         if len(languages) == 2:
             forests = (languages["baseline"], languages["sft"])
             laws = [forest.next_logits[:, :vocab_size].float().log_softmax(1) for forest in forests]
-            drift = kl_divergence(*laws)
+            drift = [kl_divergence(*laws)]
+        ids, sums, *columns = download(proposed.ids, sums, *logprobs.values(), *drift)
+        for tree, lse in enumerate(sums.tolist()):
+            if not math.isfinite(lse):
+                self._fail(tree, f"the logits sum to {lse}")
+        on_host = dict(zip(logprobs, columns, strict=False))
+        self.candidates = Candidates(ids, on_host, columns[-1] if drift else None)
         self.roots = [
-            Root(ids, response.prompt.key, response.step, config.horizon_at(response.step))
-            for ids, response in zip(proposed.ids.tolist(), self.responses, strict=True)
+            Root(of_tree, response.prompt.key, response.step, config.horizon_at(response.step))
+            for of_tree, response in zip(ids.tolist(), self.responses, strict=True)
         ]
-        keys = stream_keys([(root.key, root.step, 0, 0) for root in self.roots])
-        self.keys = keys.to(proposed.ids.device)
+        self.keys = stream_keys([(root.key, root.step, 0, 0) for root in self.roots])
         self.lazy = None
         if self.plan.is_lazy and self.plan.reward_bounds is not None:
-            noise = torch.zeros_like(proposed.logprobs)
+            prior = on_host[self.plan.prior]
+            noise = torch.zeros_like(prior)
             if config.strategy == "sample":
-                noise = philox.gumbel(config.seed, self.keys[:, None], 0, proposed.ids)
-            prior = logprobs[self.plan.prior]
+                noise = philox.gumbel(config.seed, self.keys[:, None], 0, ids)
             self.lazy = LazyArgmax(prior, noise, self.plan.reward_bounds, config)
         self.values = StepValues([root.num_rollouts(self.plan.eos, config) for root in self.roots])
-        self.candidates = Candidates(proposed.ids, logprobs, drift)
 
     def _next_ids(self) -> list[RolloutId]:
         """Return the roll-outs to run next; none when every tree can choose."""
@@ -205,8 +208,7 @@ class Step:
             ready = [rollout_id for rollout_id in left if rollout_id in wave.first_row]
             if ready and wave.first_logits is not None:
                 rows = [wave.first_row[rollout_id] for rollout_id in ready]
-                next_logits = wave.first_logits[rows]
-                roller.commit([tree for tree, _ in ready], rows, next_logits, wave.saved)
+                roller.commit([tree for tree, _ in ready], rows, wave.first_logits, wave.saved)
                 left = [rollout_id for rollout_id in left if rollout_id not in wave.first_row]
         if left:
             tokens = [self.roots[tree].candidates[idx] for tree, idx in left]
@@ -231,7 +233,8 @@ class Step:
         if rollout_id not in rows:
             return None
         cache = self.roles.roller.cache
-        saved = cache.save([rows[rollout_id]], 2, len(rollout.tokens))
+        row = rows[rollout_id]
+        saved = cache.save(slice(row, row + 1), 2, len(rollout.tokens))
         return ReusedRollout(child, rest, is_finished=False, saved=saved)
 
     def _count_skipped(self) -> None:
