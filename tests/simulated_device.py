@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,6 @@ class Traffic:
 
 
 _traffic: Traffic | None = None
-_is_in_op = False
 
 
 def _site() -> str:
@@ -80,7 +79,7 @@ def _site() -> str:
 
 def _count(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Add an operation, of which a tensor is on the device, to the traffic that is counted."""
-    if _traffic is None or _is_in_op:
+    if _traffic is None:
         return
     if function in _COPIES and _crosses(function, args, kwargs):
         is_quiet = bool(kwargs.get("non_blocking") or True in args[2:3])
@@ -128,31 +127,31 @@ def counted_traffic() -> Iterator[Traffic]:
         _traffic = None
 
 
-@contextlib.contextmanager
-def _within_op() -> Iterator[None]:
-    global _is_in_op
-    before, _is_in_op = _is_in_op, True
+def counted_as_one(
+    name: str, function: Callable[..., Any], *args: Any, hides_waits: bool = False, **kwargs: Any
+) -> Any:
+    """Call `function`, all of whose launches count as one. Its waits count too, unless hidden."""
+    global _traffic
+    before = _traffic
+    if before is None:
+        return function(*args, **kwargs)
+    before.launches.append(name)
+    _traffic = Traffic()
     try:
-        yield
+        return function(*args, **kwargs)
     finally:
-        _is_in_op = before
+        if not hides_waits:
+            before.waits += _traffic.waits
+        _traffic = before
 
 
 def ops_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every op of the package count as one launch, as its kernel would be."""
-
-    def counted(function: Any) -> Any:
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if _traffic is not None and not _is_in_op:
-                _traffic.launches.append(f"ops.{function.__name__}")
-            with _within_op():
-                return function(*args, **kwargs)
-
-        return run
-
+    """Let every op of the package count as one launch without a wait, as its kernel would be."""
     for name in ops.describe_backends():
-        monkeypatch.setattr(ops, name, counted(getattr(ops, name)))
+        function = functools.partial(
+            counted_as_one, f"ops.{name}", getattr(ops, name), hides_waits=True
+        )
+        monkeypatch.setattr(ops, name, function)
 
 
 class Remote(torch.Tensor):
@@ -242,7 +241,7 @@ class _FromAndToData(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.Tensor.tolist and isinstance(args[0], Remote):
-            if _traffic is not None and not _is_in_op:
+            if _traffic is not None:
                 _traffic.waits.append(_site())
             return args[0].held.tolist()
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):

@@ -6,13 +6,13 @@ as its kernel is.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 import tq_fast
+from tests.fixed_addresses import fixed_addresses
 from tests.simulated_device import (
     DEVICE,
     Traffic,
@@ -21,12 +21,10 @@ from tests.simulated_device import (
     ops_count_once,
     simulated_device,
 )
-from tests.test_other_device import SHORT, models
-from tests.test_speed_options import PROMPTS
-from tq_fast import decoder as decoder_module
+from tests.test_other_device import SHORT, models, random_head, run_preset
+from tests.test_speed_options import PROMPTS, share_of_low
 from tq_fast.copies import download, upload
-from tq_fast.rollouts.graphs import RolloutGraphs
-from tq_fast.transfer.roles import open_roles
+from tq_fast.presets.drawing import TextForest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
@@ -47,16 +45,9 @@ def traffic_of_a_step(
     num_prompts: int,
 ) -> Traffic:
     """Decode with roll-outs at fixed addresses and return the traffic of the third step."""
-
-    def opened(*args: Any) -> Any:
-        roles = open_roles(*args)
-        graphs = RolloutGraphs(roles.roller, roles.sampler, captures=False)
-        return dataclasses.replace(roles, graphs=graphs)
-
-    monkeypatch.setattr(decoder_module, "open_roles", opened)
     ops_count_once(monkeypatch)
     steps: list[Traffic] = []
-    with simulated_device(), counted_traffic() as traffic:
+    with fixed_addresses(), simulated_device(), counted_traffic() as traffic:
 
         def on_token(idx: int) -> None:
             if idx == 0:
@@ -75,19 +66,60 @@ def traffic_of_a_step(
 
 @pytest.mark.parametrize("num_prompts", [1, 8])
 @pytest.mark.parametrize(
-    ("decode", "most_waits", "most_uploads"), [(DIRECT, 3, 5), (INDIRECT, 4, 8)]
+    ("decode", "num_waits", "num_uploads", "num_graphs"), [(DIRECT, 3, 5, 5), (INDIRECT, 4, 8, 7)]
 )
 def test_the_host_waits_for_candidates_rollouts_and_scores_and_for_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
     num_prompts: int,
     decode: tuple[tuple[str, ...], dict[str, Any]],
-    most_waits: int,
-    most_uploads: int,
+    num_waits: int,
+    num_uploads: int,
+    num_graphs: int,
 ) -> None:
-    """Indirect transfer waits for the log-probs under the SFT model, too."""
+    """Indirect transfer waits for the log-probs under the SFT model, too.
+
+    Every forward pass is a graph: the four depths, the reward's, and two of the SFT model, which
+    scores the roll-outs and reads the chosen token.
+    """
     step = traffic_of_a_step(monkeypatch, *decode, num_prompts)
-    assert len(step.waits) == most_waits, step.waits
-    assert len(step.uploads) <= most_uploads, step.uploads
+    assert len(step.waits) == num_waits, step.waits
+    assert len(step.uploads) == num_uploads, step.uploads
+    assert step.launches.count("graph") == num_graphs
+    # A prompt takes one launch more: the reward's prefix grows by the token that was chosen.
+    assert len(step.launches) - num_graphs <= {5: 66, 7: 101}[num_graphs] + num_prompts
+
+
+@pytest.mark.parametrize("num_prompts", [1, 8])
+@pytest.mark.parametrize("method", ["sft", "value_guided"])
+def test_a_token_of_plain_and_of_guided_decoding_is_one_launch(
+    monkeypatch: pytest.MonkeyPatch, method: str, num_prompts: int
+) -> None:
+    ops_count_once(monkeypatch)
+    draw, tokens = TextForest.draw, []
+
+    def noted(forest: TextForest, *args: Any, on_depth: Any, **options: Any) -> Any:
+        def note(num: int) -> None:
+            tokens.append(traffic.take())
+            on_depth(num)
+
+        return draw(forest, *args, on_depth=note, **options)
+
+    monkeypatch.setattr(TextForest, "draw", noted)
+    with fixed_addresses(), simulated_device(), counted_traffic() as traffic:
+        run_preset(
+            method,
+            (PROMPTS * 2)[:num_prompts],
+            sft=move(models("sft")["sft"]),
+            reward=share_of_low,
+            head=random_head(),
+            max_new_tokens=6,
+            eos_token_id=(),
+            batch_size=8,
+        )
+    # The first is drawn from the prompt; before the second, everything goes to its fixed address.
+    for token in tokens[2:]:
+        assert (token.launches, token.waits, token.uploads) == (["graph"], [], [])
+    assert len(tokens) == 6
 
 
 def test_tensors_of_every_dtype_and_shape_arrive_in_one_copy_each_way() -> None:

@@ -63,6 +63,7 @@ class _CausalSession:
             prefix_capacity=capacity,
             branch_capacity=1,
             backend=opening.backend,
+            graphs=opening.graphs,
         )
         self.prefixes: list[list[int]] = [[] for _ in self.forms]
         # Tokens whose KV lies in each tree's prefix, those behind its end included.

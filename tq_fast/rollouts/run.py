@@ -124,7 +124,8 @@ class _Run:
             logits = self.forest.forward_rows(tokens, start=depth, tree=rows.tree)
             self.num_steps += 1
             if depth == 0:
-                self.first_logits = logits
+                # The next pass of this size writes to the memory of this one, if it is a graph.
+                self.first_logits = logits if self.forest.graphs is None else logits.clone()
                 self.saved = self.forest.cache.save(slice(len(tokens)), 0, 1)
             if rows.is_shared:
                 logits = logits.index_select(0, rows.row_of)

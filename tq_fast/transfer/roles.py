@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import DecodeConfig, Role, SpeedOptions
+from ..forest.graphs import has_graphs
 from ..forest.language import LanguageForest
 from ..forest.support import check_runs
 from ..prompts import Prompt
@@ -136,6 +137,7 @@ def open_roles(
         max_new=config.max_new_tokens + branch,
         backend=config.backend,
         waiting=waiting,
+        graphs=plan.speed.graph_rollouts,
     )
     scoring = _scoring(rewards, config)
     by_reward = {
@@ -161,13 +163,14 @@ def open_roles(
             branch_capacity=branch if has_branches else 1,
             backend=config.backend,
             cpu_layers=plan.speed.cpu_layers,
+            graphs=plan.speed.graph_rollouts,
         )
     forests = {role: by_model[model] for role, model in languages.items()}
     roller = forests[plan.roller]
     eos = torch.tensor(plan.eos, dtype=torch.int64, device=roller.device)
     sampler = RolloutSampler(eos, plan.num_tokens, config)
-    has_graphs = plan.speed.graph_rollouts and roller.device.type == "cuda"
-    graphs = RolloutGraphs(roller, sampler) if has_graphs else None
+    runs_graphs = plan.speed.graph_rollouts and has_graphs(roller.device)
+    graphs = RolloutGraphs(roller, sampler) if runs_graphs else None
     return Roles(forests, roller, scorers, sampler, graphs)
 
 
