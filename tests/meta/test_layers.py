@@ -17,7 +17,7 @@ REPOSITORY = ROOT.parent
 # its own folder. docs/develop/architecture.md says what lives where.
 FLOORS = (
     {"_version", "errors"},
-    {"config", "env", "kernels"},
+    {"config", "copies", "env", "kernels"},
     {"_native", "prompts"},
     {"ops", "results", "values"},
     {"forest"},
