@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from tests.simulated_device import counted_as_one
+from tq_fast.engines import local
 from tq_fast.forest import graphs, language
 from tq_fast.forest.graphs import Graphs
 from tq_fast.presets import drawing
-from tq_fast.transfer import roles
 
 Step = Callable[[], None]
 
 
 def let_graphs_run(patch: pytest.MonkeyPatch, *, anywhere: bool = True) -> None:
     """Let decodes use graphs on any device, or on none."""
-    for module in (graphs, language, roles, drawing):
+    for module in (graphs, language, local, drawing):
         patch.setattr(module, "has_graphs", lambda device: anywhere)
 
 

@@ -29,14 +29,18 @@ def upload(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def download(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return copies on the CPU of tensors that are on one device; the host waits once.
+    """Return copies on the CPU; the host waits once for every device that a tensor is on.
 
-    Where that device is the CPU, they are the tensors themselves.
+    Those that are on the CPU are returned themselves.
     """
-    if not tensors or tensors[0].device.type == "cpu":
-        return tensors
-    flat = [tensors[i].reshape(-1).view(torch.uint8) for i in _order(tensors)]
-    return tuple(_pieces(torch.cat(flat).cpu(), tensors))
+    found = list(tensors)
+    for device in {tensor.device: None for tensor in tensors if tensor.device.type != "cpu"}:
+        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        there = [tensors[i] for i in places]
+        flat = [there[i].reshape(-1).view(torch.uint8) for i in _order(there)]
+        for i, piece in zip(places, _pieces(torch.cat(flat).cpu(), there), strict=True):
+            found[i] = piece
+    return tuple(found)
 
 
 def _order(tensors: Sequence[Tensor]) -> list[int]:

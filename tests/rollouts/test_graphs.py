@@ -29,12 +29,12 @@ from tests.test_speed_options import (
     run,
 )
 from tq_fast.config import SpeedOptions
+from tq_fast.engines import local
 from tq_fast.forest import language
 from tq_fast.forest.graphs import Graphs
 from tq_fast.forest.language import LanguageForest
 from tq_fast.rollouts.graphs import LaggedCount, RolloutGraphs
 from tq_fast.rollouts.state import RolloutSampler
-from tq_fast.transfer import roles as roles_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
 
@@ -50,7 +50,7 @@ def with_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RolloutGraphs]
         made.append(RolloutGraphs(*args))
         return made[-1]
 
-    monkeypatch.setattr(roles_module, "RolloutGraphs", opened)
+    monkeypatch.setattr(local, "RolloutGraphs", opened)
     with fixed_addresses():
         yield made
 

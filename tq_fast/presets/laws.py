@@ -16,11 +16,11 @@ import torch
 
 from .. import ops
 from ..config import DecodeConfig, Role
+from ..engines.local import without_tokens
 from ..ops.sample_tokens import SampledTokens, proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..rollouts.state import RolloutState
 from ..transfer.certificate import kl_divergence
-from ..transfer.step import without_tokens
 from ..values.head import ValueHead
 
 

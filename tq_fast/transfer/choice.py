@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from .. import ops
 from ..config import DecodeConfig, Role
-from ..forest.language import LanguageForest
-from ..forest.logprobs import score_rows
 from ..results import StepTrace
-from ..rollouts.records import Rollout
 from .certificate import greatest_kl, kl_divergence
 from .pruning import LazyArgmax, StepValues
 from .weights import log_weights, published_values
@@ -33,19 +30,6 @@ class Candidates:
     ids: torch.Tensor
     logprobs: Mapping[Role, torch.Tensor]
     kl_baseline_to_sft: torch.Tensor | None = None
-
-
-def log_ratios(sft: LanguageForest, rollouts: Sequence[Rollout], *, vocab_size: int) -> list[float]:
-    """Return log pi_sft(tau) - log q(tau) of every roll-out tau, which was drawn from q."""
-    ratios = [0.0] * len(rollouts)
-    drawn = [i for i, rollout in enumerate(rollouts) if rollout.tokens]
-    if drawn:
-        rows = [[rollouts[i].candidate, *rollouts[i].tokens] for i in drawn]
-        trees = [rollouts[i].id.tree for i in drawn]
-        logprobs = score_rows(sft, rows, trees, vocab_size=vocab_size)
-        for i, logprob in zip(drawn, logprobs, strict=True):
-            ratios[i] = logprob - rollouts[i].proposal_logprob
-    return ratios
 
 
 def choose(
