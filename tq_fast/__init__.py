@@ -11,6 +11,7 @@ from .errors import (
     DecodingError,
     InvalidArgument,
     RewardError,
+    ServerUnavailable,
     TqFastError,
     UnsupportedModel,
 )
@@ -18,6 +19,7 @@ from .errors import (
 if TYPE_CHECKING:
     from . import ops, presets
     from .decoder import TransferDecoder, decode
+    from .engines.server import Server
     from .presets.fitting import fit_value
     from .results import (
         Certificate,
@@ -41,6 +43,8 @@ __all__ = [
     "PromptResult",
     "RewardError",
     "RewardOptions",
+    "Server",
+    "ServerUnavailable",
     "SpeedOptions",
     "StageTrace",
     "StepTrace",
@@ -63,6 +67,7 @@ _HOMES = {
     "DecodeStats": "results",
     "PromptResult": "results",
     "RewardOptions": "rewards.options",
+    "Server": "engines.server",
     "StageTrace": "results",
     "StepTrace": "results",
     "TransferDecoder": "decoder",

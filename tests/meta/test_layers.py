@@ -19,7 +19,7 @@ FLOORS = (
     {"_version", "errors"},
     {"config", "env", "kernels"},
     {"_native", "prompts"},
-    {"ops", "results", "values"},
+    {"engines", "ops", "results", "values"},
     {"forest"},
     {"rollouts"},
     {"rewards"},
