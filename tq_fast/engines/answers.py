@@ -49,22 +49,14 @@ def read_next_logprobs(choice: Mapping[str, Any]) -> dict[int, float]:
         raise misshapen("logprobs.top_logprobs", error) from error
 
 
-def read_token_logprobs(choice: Mapping[str, Any]) -> list[float]:
-    """Return the log-prob of every token that the server generated."""
-    try:
-        return [_logprob(logprob) for logprob in choice["logprobs"]["token_logprobs"]]
-    except (KeyError, TypeError) as error:
-        raise misshapen("logprobs.token_logprobs", error) from error
-
-
 def read_drawn(choice: Mapping[str, Any], max_tokens: int, end_ids: Collection[int]) -> DrawnTokens:
     """Return what was drawn; refuse a roll-out that ended where none was to end."""
-    logprobs = read_token_logprobs(choice)
     try:
         tokens = [_token_id(name) for name in choice["logprobs"]["tokens"]]
+        logprobs = [float(logprob) for logprob in choice["logprobs"]["token_logprobs"]]
         finish = choice["finish_reason"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise misshapen("logprobs.tokens and finish_reason", error) from error
+        raise misshapen("logprobs of tokens, and finish_reason", error) from error
     if finish == "stop" and tokens and tokens[-1] in end_ids:
         return DrawnTokens(tokens, logprobs, "stop")
     if finish == "length" and len(tokens) == max_tokens:

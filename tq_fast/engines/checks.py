@@ -36,6 +36,8 @@ _NEAR_SCORE = 0.25
 _HALF_GRID = 2.0**-10
 # Rounding of fp32 log-probs whose logits lie on the grid.
 _ON_GRID = 8e-6
+# Of fewer differences, all may lie on the grid by chance.
+_MIN_STEPS = 8
 # The tokens after a roll-out's last full block are encoded again with each roll-out.
 _GOOD_BLOCK_SIZE = 32
 # Ids are below this, whatever the vocabulary.
@@ -282,9 +284,13 @@ def _check_scores(language: LanguageServer) -> None:
 def _warn_of_cost_and_precision(connection: Connection, top: Sequence[Mapping[int, float]]) -> None:
     """Warn of what makes decoding slower or coarser than it has to be, as far as it shows."""
     steps = [
-        (max(of.values()) - value) / _HALF_GRID for of in top for value in sorted(of.values())[:-1]
+        (max(of.values()) - value) / _HALF_GRID
+        for of in top
+        for value in of.values()
+        if value < max(of.values())
     ]
-    if all(abs(step - round(step)) * _HALF_GRID < _ON_GRID for step in steps):
+    is_coarse = all(abs(step - round(step)) * _HALF_GRID < _ON_GRID for step in steps)
+    if is_coarse and len(steps) >= _MIN_STEPS:
         warn_caller(
             "the server rounds logits to half precision, which puts errors of some hundredths on "
             "log-probs and makes candidates tie; start it with --dtype float32, or with "

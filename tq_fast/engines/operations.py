@@ -11,7 +11,6 @@ docs/develop/server-engine.md says what a server makes of them, and what they co
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +23,6 @@ from .answers import (
     read_drawn,
     read_next_logprobs,
     read_score,
-    read_token_logprobs,
 )
 from .http import Connection
 
@@ -249,7 +247,7 @@ class LanguageServer:
                     law, prefixes, first.max_tokens, logprobs=0, stop_token_ids=ends, **drawn
                 )
             )
-        choices = iter(self._complete(bodies, _has_finite_logprobs))
+        choices = iter(self._complete(bodies))
         answers: dict[int, list[DrawnTokens]] = {}
         for i in (i for group in groups for i in group):
             request = requests[i]
@@ -329,10 +327,6 @@ def completion_body(
         "max_tokens": max_tokens,
         **fields,
     }
-
-
-def _has_finite_logprobs(choice: Mapping[str, Any]) -> bool:
-    return all(map(math.isfinite, read_token_logprobs(choice)))
 
 
 def _slices(num: int) -> list[slice]:
