@@ -30,8 +30,8 @@ class FakeServer:
     """A server at `url`, on a loopback port, until `close`.
 
     Attributes:
-        failures: one is taken at each POST: a status, (status, headers), seconds to wait first,
-            "drop" (the connection is closed), "mixed" (log-probs of another request) or "abort".
+        failures: one is taken at each POST: a status, (status, headers, message), seconds to wait
+            first, "drop" (the connection is closed), "mixed" (log-probs of another request) or "abort".
         requests: (path, body) of every POST that was answered in full.
         connections: sockets that were opened.
     """
@@ -193,8 +193,12 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 if isinstance(failure, float):
                     time.sleep(failure)
                 if isinstance(failure, (int, tuple)) and not isinstance(failure, bool):
-                    status, headers = failure if isinstance(failure, tuple) else (failure, {})
-                    self._send(status, {"error": {"message": "as the test asked"}}, headers)
+                    given = failure if isinstance(failure, tuple) else (failure,)
+                    status, headers, message = [
+                        *given,
+                        *(None, {}, "as the test asked")[len(given) :],
+                    ]
+                    self._send(status, {"error": {"message": message}}, headers)
                     return
                 self._answer(lambda: server.post(self.path, body, failure))
                 server.requests.append((self.path, body))
