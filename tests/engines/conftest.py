@@ -51,8 +51,13 @@ def patient(fake: FakeServer, **options: Any) -> tq_fast.Server:
 
 
 @pytest.fixture(scope="session")
-def tiny_classifier() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def tiny_folder() -> Path:
+    """Where the embedded reward model lies, with its tokenizer."""
+    return Path(tq_fast.__file__).parent / "models" / "tiny" / "weights" / "reward"
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tiny_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded reward model and its tokenizer."""
-    folder = Path(tq_fast.__file__).parent / "models" / "tiny" / "weights" / "reward"
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder).eval()
+    return model, AutoTokenizer.from_pretrained(tiny_folder)

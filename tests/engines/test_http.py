@@ -84,7 +84,7 @@ def test_a_server_that_is_too_slow_is_tried_again(fake, connect):
     fake.failures += [1.0]
     assert connection.post(PATH, [BODY])
     fake.failures += [1.0] * 4
-    with pytest.raises(ServerUnavailable, match="tried 4 times .* the last time: ReadTimeout"):
+    with pytest.raises(ServerUnavailable, match=r"tried 4 times .* the last time: ReadTimeout"):
         connection.post(PATH, [BODY])
 
 
@@ -121,7 +121,7 @@ def test_retry_after_is_honoured(fake, connect, monkeypatch, is_date):
 
 def test_a_server_that_asks_for_too_long_a_wait_ends_at_once(fake, connect):
     fake.failures += [(429, {"Retry-After": "86400"})]
-    with pytest.raises(ServerUnavailable, match="tried 1 times .* asks to wait 86400 s"):
+    with pytest.raises(ServerUnavailable, match=r"tried 1 times .* asks to wait 86400 s"):
         connect(patient(fake)).post(PATH, [BODY])
 
 
@@ -215,7 +215,7 @@ def test_a_missing_and_a_wrong_key_are_named_by_their_variable(guarded, connect,
     with pytest.raises(RequestRefused, match="put it into the environment variable VLLM_API_KEY"):
         connect(patient(guarded)).post(PATH, [BODY])
     monkeypatch.setenv("VLLM_API_KEY", "wr0ng")
-    with pytest.raises(RequestRefused, match="refuses the key in .* VLLM_API_KEY") as refusal:
+    with pytest.raises(RequestRefused, match=r"refuses the key in .* VLLM_API_KEY") as refusal:
         connect(patient(guarded)).post(PATH, [BODY])
     assert "wr0ng" not in str(refusal.value)
 

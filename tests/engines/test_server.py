@@ -61,7 +61,7 @@ def test_a_wrong_value_is_named(field, value):
 
 
 def test_a_key_in_place_of_its_variable_is_refused_and_not_shown():
-    with pytest.raises(InvalidArgument, match="^api_key_env must be the name") as refusal:
+    with pytest.raises(InvalidArgument, match=r"^api_key_env must be the name") as refusal:
         Server(URL, api_key_env="sk-s3cret")
     assert "s3cret" not in str(refusal.value)
 

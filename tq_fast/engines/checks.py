@@ -36,7 +36,7 @@ _NEAR_SCORE = 0.25
 _HALF_GRID = 2.0**-10
 # Rounding of fp32 log-probs whose logits lie on the grid.
 _ON_GRID = 8e-6
-# Of fewer differences, all may lie on the grid by chance.
+# One difference in sixty lies on the grid by chance; so many never do, nor half of all.
 _MIN_STEPS = 8
 # The tokens after a roll-out's last full block are encoded again with each roll-out.
 _GOOD_BLOCK_SIZE = 32
@@ -289,8 +289,8 @@ def _warn_of_cost_and_precision(connection: Connection, top: Sequence[Mapping[in
         for value in of.values()
         if value < max(of.values())
     ]
-    is_coarse = all(abs(step - round(step)) * _HALF_GRID < _ON_GRID for step in steps)
-    if is_coarse and len(steps) >= _MIN_STEPS:
+    num_coarse = sum(abs(step - round(step)) * _HALF_GRID < _ON_GRID for step in steps)
+    if num_coarse >= max(_MIN_STEPS, len(steps) / 2):
         warn_caller(
             "the server rounds logits to half precision, which puts errors of some hundredths on "
             "log-probs and makes candidates tie; start it with --dtype float32, or with "
