@@ -11,6 +11,7 @@ from .errors import (
     DecodingError,
     InvalidArgument,
     RewardError,
+    ServerUnavailable,
     TqFastError,
     UnsupportedModel,
 )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         StageTrace,
         StepTrace,
     )
+    from .servers.server import Server
     from .values.head import ValueHead
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "PromptResult",
     "RewardError",
     "RewardOptions",
+    "Server",
+    "ServerUnavailable",
     "SpeedOptions",
     "StageTrace",
     "StepTrace",
@@ -63,6 +67,7 @@ _HOMES = {
     "DecodeStats": "results",
     "PromptResult": "results",
     "RewardOptions": "rewards.options",
+    "Server": "servers.server",
     "StageTrace": "results",
     "StepTrace": "results",
     "TransferDecoder": "decoder",

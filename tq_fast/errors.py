@@ -28,6 +28,10 @@ class BackendRefused(TqFastError, RuntimeError):
     """A backend, pinned by the caller, that cannot run the op on these inputs."""
 
 
+class ServerUnavailable(TqFastError, RuntimeError):
+    """A model server that stayed away; the message names the URL, what was tried and how long."""
+
+
 class DecodingError(TqFastError, RuntimeError):
     """A failure to decode one prompt.
 

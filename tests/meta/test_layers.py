@@ -19,7 +19,7 @@ FLOORS = (
     {"_version", "errors"},
     {"config", "copies", "env", "kernels"},
     {"_native", "prompts"},
-    {"ops", "results", "values"},
+    {"ops", "results", "servers", "values"},
     {"forest"},
     {"rollouts"},
     {"rewards"},
