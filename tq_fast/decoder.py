@@ -10,14 +10,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
+from .engines.remote import rollout_law
 from .errors import InvalidArgument
 from .models.loading import ModelLike, TokenizerLike
 from .models.options import LoadingOptions
+from .models.served import LanguageModel, ServedModel
 from .prompts import Prompt, PromptLike, PromptReader
 from .prompts.chats import TemplateOptions, check_template_options
 from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
 from .rewards.options import RewardOptions
+from .servers import LanguageServer
 from .session import Report, Session
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes
 from .transfer.certificate import certify
@@ -189,12 +192,12 @@ class TransferDecoder:
         )
 
     @property
-    def baseline(self) -> PreTrainedModel:
+    def baseline(self) -> LanguageModel:
         """The model that rolls out."""
         return self.session.languages["baseline"]
 
     @property
-    def sft(self) -> PreTrainedModel | None:
+    def sft(self) -> LanguageModel | None:
         """The SFT model, where there is one."""
         return self.session.languages.get("sft")
 
@@ -284,10 +287,28 @@ class TransferMethod:
         self.is_aligned = is_aligned
         # `max_rows` follows the shape of each batch.
         self.plan = _make_plan(session, config, roller)
+        self.languages = self._open_languages()
         self.rows_per_prompt = rows_per_prompt(config)
         self.tokens_per_prompt = config.max_new_tokens
         self.num_new = config.max_new_tokens + (config.horizon or 0)
         self.room = f"max_new_tokens={config.max_new_tokens} and horizon={config.horizon}"
+
+    def _open_languages(self) -> dict[Role, PreTrainedModel | LanguageServer]:
+        """The models of the session; those behind a URL are opened for these settings."""
+        config, eos = self.config, self.plan.eos
+        opened: dict[Role, PreTrainedModel | LanguageServer] = {}
+        for role, model in self.session.languages.items():
+            if isinstance(model, ServedModel):
+                opened[role] = model.open(
+                    k=config.k,
+                    law=rollout_law(config),
+                    end_ids=eos if config.min_new_tokens else (),
+                    needs_scores=config.needs_log_ratio
+                    and model is self.session.languages.get("sft"),
+                )
+            else:
+                opened[role] = model
+        return opened
 
     def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
         return memory_per_prompt(self.session.languages, self.session.rewards, prompts, self.plan)
@@ -303,7 +324,7 @@ class TransferMethod:
         active = responses[: shape.num_prompts]
         waiting = responses[shape.num_prompts :] if refills else []
         roles = open_roles(
-            self.session.languages,
+            self.languages,
             self.session.rewards,
             [response.prompt for response in active],
             [response.prompt for response in waiting],

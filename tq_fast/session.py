@@ -17,11 +17,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
 from .errors import InvalidArgument
-from .forest.language import vocab_size_of
 from .models.generation import warn_of_ignored
 from .models.loading import (
     ModelLike,
@@ -34,14 +33,22 @@ from .models.loading import (
     num_token_ids,
 )
 from .models.options import LoadingOptions, place_models
+from .models.served import (
+    LanguageModel,
+    ServedModel,
+    is_local,
+    position_limit,
+    vocabulary_size,
+)
 from .models.shared_weights import Loader
 from .prompts import Prompt, PromptLike, PromptReader, read_prompts, repeat_prompts
 from .prompts.chats import TemplateOptions
 from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
 from .rewards.base import Reward, RewardFunction, Texts
-from .rewards.lengths import check_room, positions_of
+from .rewards.lengths import check_room
 from .rewards.options import RewardOptions
 from .rollouts.stopping import StopStrings
+from .servers import Server
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 
 
@@ -199,18 +206,26 @@ class Session:
                     f"model_kwargs of {role} cannot be honoured: {role} is loaded already"
                 )
         loader = Loader(sources, devices=places, dtype=dtype, model_kwargs=model_kwargs)
-        self.languages: dict[Role, PreTrainedModel] = {
-            role: load_language_model(model, role, device=places[role], dtype=dtype, loader=loader)
-            for role, model in given.items()
-        }
-        warn_of_ignored(self.languages)
+        self.languages: dict[Role, LanguageModel] = {}
+        served: dict[Server, ServedModel] = {}
+        for role, model in given.items():
+            server = Server.named(model, loader.options_of(role))
+            if server is None:
+                self.languages[role] = load_language_model(
+                    model, role, device=places[role], dtype=dtype, loader=loader
+                )
+                continue
+            if server not in served:
+                served[server] = ServedModel(server, role, loading.tokenizer)
+            self.languages[role] = served[server]
+        warn_of_ignored({role: m for role, m in self.languages.items() if is_local(m)})
         first = next(iter(given))
-        self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(
-            loading.tokenizer, given[first], "tokenizer", loader.options_of(first)
+        self.tokenizer: PreTrainedTokenizerBase | None = self._load_tokenizer(
+            loading.tokenizer, given, first, loader, "tokenizer"
         )
         tokenizers = [self.tokenizer]
         for role in [role for role in given if role != first]:
-            other = load_tokenizer(None, given[role], role, loader.options_of(role))
+            other = self._load_tokenizer(None, given, role, loader, role)
             check_same_vocabulary(
                 role,
                 (self.tokenizer, other),
@@ -218,7 +233,7 @@ class Session:
                 is_given=loading.tokenizer is not None,
             )
             tokenizers.append(other)
-        sizes = [vocab_size_of(model) for model in self.languages.values()]
+        sizes = [vocabulary_size(model) for model in self.languages.values()]
         known = [num_token_ids(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
         self.vocab_size = min(sizes)
         # Prompts may have any id that all models embed; what is chosen is a token to everybody.
@@ -252,6 +267,21 @@ class Session:
         if is_one_reward:
             self.rewards["baseline_reward"] = self.rewards["reward"]
 
+    def _load_tokenizer(
+        self,
+        source: TokenizerLike | None,
+        given: Mapping[Role, ModelLike],
+        role: Role,
+        loader: Loader,
+        name: str,
+    ) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer `source`, else the model's; `name` is for messages."""
+        model = self.languages[role]
+        if source is None and isinstance(model, ServedModel):
+            return model.tokenizer
+        beside = None if isinstance(model, ServedModel) else given[role]
+        return load_tokenizer(source, beside, name, loader.options_of(role))
+
     def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
         """Return a reader of one prompt at a time, with the random streams of a single call."""
         return PromptReader(
@@ -277,7 +307,7 @@ class Session:
         """
         num_prompt = len(prompt.token_ids)
         for role, model in self.languages.items():
-            limit = positions_of(model)
+            limit = position_limit(model)
             check_room(idx, num_prompt, num_new, settings, role=role, limit=limit)
         for name, reward in self.rewards.items():
             reward.check_prompt(idx, prompt, num_new, settings, role=name)

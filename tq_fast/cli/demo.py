@@ -12,6 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from rich import box
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import presets
 from ..config import DecodeConfig
@@ -168,9 +169,11 @@ def compare(
         "eos_token_id": end_token_ids(decoder.baseline, tokenizer),
         "seed": config.seed,
     }
+    # The embedded models are of this process.
+    sft, baseline = (cast(PreTrainedModel, model) for model in (decoder.sft, decoder.baseline))
     drawn = {
-        "SFT": presets.sft(prompts, sft=decoder.sft, **options),
-        "baseline": presets.baseline(prompts, decoder.baseline, **options),
+        "SFT": presets.sft(prompts, sft=sft, **options),
+        "baseline": presets.baseline(prompts, baseline, **options),
     }
     took = time.perf_counter() - start
     say(console, f"sampled the SFT and baseline responses in {took:.1f} s")

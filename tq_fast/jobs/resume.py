@@ -18,6 +18,7 @@ from ..config import DecodeConfig
 from ..errors import InvalidArgument, nearest
 from ..models.fingerprint import fingerprint_file, fingerprint_model
 from ..models.options import LOADED_ROLES, check_device
+from ..models.served import LanguageModel, ServedModel
 from ..presets.call import OpenMethod
 from ..rewards.base import Reward
 from ..rewards.options import RewardOptions
@@ -176,7 +177,7 @@ def stated_settings(
 def model_settings(method: OpenMethod, models: ModelChoice) -> dict[str, Any]:
     """Return name and fingerprint of each model that was loaded, by role."""
     session = method.session
-    present: dict[str, PreTrainedModel | Reward] = dict(session.rewards)
+    present: dict[str, LanguageModel | Reward] = dict(session.rewards)
     present |= {str(role): model for role, model in session.languages.items()}
     given = models.names()
     names = {role: given.get(role, role) for role in present}
@@ -189,7 +190,7 @@ def model_settings(method: OpenMethod, models: ModelChoice) -> dict[str, Any]:
 
 
 def fingerprint_models(
-    models: Mapping[str, PreTrainedModel | Reward],
+    models: Mapping[str, LanguageModel | Reward],
     names: Mapping[str, str],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, Any]:
@@ -205,6 +206,9 @@ def fingerprint_models(
     for role, model in models.items():
         if isinstance(model, PreTrainedModel):
             fingerprint = fingerprint_model(model, tokenizer)
+        elif isinstance(model, ServedModel):
+            # A server that comes back may have another address.
+            fingerprint = f"served as {model.name}"
         elif isinstance(model.model, PreTrainedModel):
             fingerprint = fingerprint_model(model.model, model.tokenizer)
         else:

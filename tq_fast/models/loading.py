@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,17 +12,26 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InvalidArgument
-from ..forest.language import vocab_size_of
 from ..forest.support import check_supported
 from ..rewards.base import Reward, RewardFunction, Texts
-from ..rewards.kinds import is_classifier, open_classifier, open_object, resolve_reward
+from ..rewards.kinds import (
+    is_classifier,
+    open_classifier,
+    open_object,
+    resolve_reward,
+    with_special_tokens,
+)
 from ..rewards.options import RewardOptions
+from ..rewards.served import ServedReward
+from ..servers import Server, open_reward_server
 from .adapters import read_adapter_folder, short, unwrap
 from .checkpoints import existing, tokenizer_options
+from .served import LanguageModel, ServedModel, vocabulary_size
 from .shared_weights import Loader
 
-# A module is a model of transformers, or what torch.compile or peft made of one.
-ModelLike: TypeAlias = str | os.PathLike[str] | torch.nn.Module
+# A module is a model of transformers, or what torch.compile or peft made of one; a server holds one
+# behind a URL, and may be named by the URL alone.
+ModelLike: TypeAlias = str | os.PathLike[str] | torch.nn.Module | Server
 TokenizerLike: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 
 
@@ -130,6 +140,16 @@ def load_reward(
         loader: loads for all roles what they have in common; None: this role is alone.
     """
     options = options or RewardOptions()
+    server = Server.named(source, None if loader is None else loader.options_of(role))
+    if server is not None:
+        if tokenizer is not None:
+            server = dataclasses.replace(server, tokenizer=tokenizer)
+        return ServedReward(
+            open_reward_server(server, label=label),
+            role,
+            with_special_tokens(texts, options),
+            options=options,
+        )
     loader = loader or Loader({role: source}, devices={role: device}, dtype=dtype)
     resolved: Any = resolve_reward(loader.object_of(source, role), role)
     if not is_classifier(resolved):
@@ -167,7 +187,7 @@ def load_reward(
 def check_same_vocabulary(
     role: str,
     tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None],
-    models: tuple[PreTrainedModel, PreTrainedModel],
+    models: tuple[LanguageModel, LanguageModel],
     *,
     is_given: bool,
 ) -> None:
@@ -198,15 +218,15 @@ def check_same_vocabulary(
                 f"{len(theirs)} and {len(ours)}), for one in the token {differing!r}"
             )
         return
-    sizes = [vocab_size_of(model) for model in models[::-1]]
+    sizes = [vocabulary_size(model) for model in models[::-1]]
     if sizes[0] != sizes[1]:
         raise InvalidArgument(
             f"{role} and baseline must have the same vocabulary, got sizes {sizes[0]} and "
             f"{sizes[1]} and not both tokenizers"
         )
     # A model that was made in memory, without a name, was made for the ids at hand.
-    name = models[1].name_or_path
-    if baseline is not None and name and not is_given and name != models[0].name_or_path:
+    first, name = (getattr(model, "name_or_path", "a server") for model in models)
+    if baseline is not None and name and not is_given and name != first:
         raise InvalidArgument(
             f"{role} comes from {name!r}, where no tokenizer is found; vocabularies of one size "
             "need not be one vocabulary: pass tokenizer=, where it is both models'"
@@ -230,11 +250,16 @@ def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def end_token_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    model: LanguageModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[int, ...]:
-    """The model's own end-of-sequence ids, else its tokenizer's, else none."""
-    generation = getattr(model, "generation_config", None)
-    for owner in (generation, model.config.get_text_config(), tokenizer):
+    """The model's own end-of-sequence ids, else its tokenizer's, else none.
+
+    Of a model behind a URL its tokenizer's are known alone.
+    """
+    own: tuple[Any, ...] = ()
+    if not isinstance(model, ServedModel):
+        own = (getattr(model, "generation_config", None), model.config.get_text_config())
+    for owner in (*own, tokenizer):
         ids = getattr(owner, "eos_token_id", None)
         if ids is not None:
             return (ids,) if isinstance(ids, int) else tuple(ids)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ..errors import InvalidArgument
 from ..forest.view import Adapters, view_of
 from ..rewards.function import names_a_function
+from ..servers import Server
 from .adapters import (
     AdapterFolder,
     Unwrapped,
@@ -106,6 +107,8 @@ class Loader:
         self._bases: list[tuple[_Named, PreTrainedModel]] = []
         self._views: list[tuple[PreTrainedModel, Adapters, PreTrainedModel]] = []
         for role, source in sources.items():
+            if Server.named(source) is not None:
+                continue
             if isinstance(source, torch.nn.Module):
                 self._objects[role] = unwrap(source, role)
             elif not isinstance(source, (str, os.PathLike)):

@@ -16,7 +16,7 @@ from ..results import PromptResult
 from ..session import Session
 from .call import OpenMethod, PresetCall
 from .contests import ContestMethod, Contests, check_strategy
-from .laws import TokenLaw
+from .served import Law
 from .sources import Source, TextSource, ValueLike
 
 Judge: TypeAlias = Literal["prefix", "rollout"]
@@ -76,7 +76,7 @@ class BlocksMethod(ContestMethod):
     def __init__(
         self,
         session: Session,
-        law: TokenLaw,
+        law: Law,
         config: DecodeConfig,
         *,
         branches: int,

@@ -21,6 +21,7 @@ from ..copies import download
 from ..decoder import TransferMethod
 from ..engines.base import LanguageEngine
 from ..errors import InvalidArgument
+from ..models.served import require_local
 from ..prompts import Prompt
 from ..results import DecodeResult, DecodeStats, Response, StepTrace
 from ..rewards.base import drop_from
@@ -73,6 +74,7 @@ class CollabMethod:
     """
 
     def __init__(self, session: Session, config: DecodeConfig) -> None:
+        require_local(session.languages, "collab", "it compares the log-probs of all baselines")
         self.session = session
         self.config = config
         self.agents = [role for role in session.languages if role != "sft"]

@@ -19,10 +19,10 @@ from ..results import DecodeResult, DecodeStats, PromptResult, Response, StageTr
 from ..rollouts.streams import stream_keys
 from ..session import Report, Session
 from ..transfer.budget import BatchShape, MemoryPerPrompt
-from .drawing import Drawn, TextForest
-from .laws import TokenLaw
+from .drawing import Drawn
 from .plain import best_of_kl, certify_text, text_memory, trace_tokens
-from .scoring import TextScorer, score_others
+from .scoring import TextScorer, check_scoring, score_others
+from .served import Law, open_texts
 
 # Takes the place of the candidate in the key of a choice between texts; no token has this id, nor
 # has a draw (drawing.py).
@@ -67,7 +67,7 @@ class Contests:
     def __init__(
         self,
         session: Session,
-        law: TokenLaw,
+        law: Law,
         responses: Sequence[Response],
         *,
         per_wave: int,
@@ -87,7 +87,7 @@ class Contests:
         empty = dict.fromkeys(law.columns, torch.empty(0))
         self.texts = [Text([], dict(empty)) for _ in responses]
         num_rows = len(responses) * per_wave
-        self.forest = TextForest(
+        self.forest = open_texts(
             session, law, responses, num_rows=num_rows, config=config, keeps_texts=True
         )
         self.scorer = TextScorer(session, responses, num_rows=num_rows, config=config)
@@ -274,7 +274,7 @@ class ContestMethod:
     def __init__(
         self,
         session: Session,
-        law: TokenLaw,
+        law: Law,
         config: DecodeConfig,
         *,
         rows: int,
@@ -285,6 +285,7 @@ class ContestMethod:
         self.law = law
         self.config = config
         session.stop_strings(config)
+        check_scoring(session, law.roles)
         self.is_soft = is_soft
         self.rows_per_prompt = rows
         self.tokens_per_prompt = tokens

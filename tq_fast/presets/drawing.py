@@ -31,7 +31,7 @@ from .depths import TextGraphs
 from .laws import Output, TokenLaw, record_draw
 
 # Takes the place of the candidate in the key of a random stream; no token has this id.
-_NO_CANDIDATE = 0xFFFFFFFF
+NO_CANDIDATE = 0xFFFFFFFF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +294,7 @@ class TextForest:
     ) -> RolloutState:
         keys = stream_keys(
             [
-                (self.responses[tree].prompt.key, stage, _NO_CANDIDATE, number)
+                (self.responses[tree].prompt.key, stage, NO_CANDIDATE, number)
                 for tree in sorted(before)
                 for number in numbers
             ]

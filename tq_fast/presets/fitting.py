@@ -15,6 +15,7 @@ from ..errors import InvalidArgument
 from ..forest.language import LanguageForest, StateForest, vocab_size_of
 from ..forest.support import check_runs
 from ..models.loading import ModelLike
+from ..models.served import require_local
 from ..ops.sample_tokens import proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..prompts import Prompt
@@ -220,6 +221,7 @@ def check_plan(session: Session, plan: FitPlan) -> None:
         InvalidArgument: indirect transfer without both language models, or states of a reward that
             has none over the same tokens.
     """
+    require_local(session.languages, "fit_value", "a value head reads a model's states")
     if plan.transfer == "indirect" and len(session.languages) < 2:
         raise InvalidArgument("transfer='indirect' needs sft and baseline, one of them is None")
     if plan.reward_states:
@@ -278,7 +280,8 @@ def _fit(
     on_epoch: Callable[[int, float], None],
     num_prompts: int,
 ) -> ValueHead:
-    model, reward = session.languages[prior], session.rewards["reward"]
+    model = cast(PreTrainedModel, session.languages[prior])
+    reward = session.rewards["reward"]
     foretold = reward.name
     if plan.reward_states:
         foretold = prior_fingerprint(cast(PreTrainedModel, reward.model))

@@ -25,11 +25,10 @@ from ..results import (
 )
 from ..session import Report, Session
 from ..transfer.budget import BatchShape, MemoryPerPrompt
-from ..transfer.roles import distinct
 from .call import OpenMethod, PresetCall
-from .drawing import Drawn, TextForest
-from .laws import TokenLaw
-from .scoring import TextScorer, score_others
+from .drawing import Drawn
+from .scoring import TextScorer, check_scoring, local_models, score_others
+from .served import Law, open_texts
 from .sources import Source, TextSource, ValueLike, mixture_law
 
 
@@ -120,7 +119,7 @@ class PlainMethod:
     def __init__(
         self,
         session: Session,
-        law: TokenLaw,
+        law: Law,
         config: DecodeConfig,
         *,
         num: int = 1,
@@ -131,6 +130,7 @@ class PlainMethod:
         self.law = law
         self.config = config
         session.stop_strings(config)
+        check_scoring(session, law.roles)
         self.rows_per_prompt = num
         self.tokens_per_prompt = num * config.max_new_tokens
         self.num_new = config.max_new_tokens
@@ -168,7 +168,7 @@ class PlainMethod:
     ) -> list[Drawn]:
         """Return every response of every prompt, ordered by prompt and then by number."""
         num, most = self.rows_per_prompt, self.config.max_new_tokens
-        texts = TextForest(
+        texts = open_texts(
             self.session,
             self.law,
             group,
@@ -255,7 +255,7 @@ def best_of_kl(num: int) -> float:
 
 def text_memory(
     session: Session,
-    law: TokenLaw,
+    law: Law,
     prompts: Sequence[Prompt],
     config: DecodeConfig,
     *,
@@ -263,7 +263,7 @@ def text_memory(
     keeps_texts: bool = False,
 ) -> MemoryPerPrompt:
     """Return the bytes of a prompt and of a row of whole texts, for the longest of `prompts`."""
-    models = distinct({role: session.languages[role] for role in law.roles}).values()
+    models = local_models(session, law.roles)
     longest, most = max(len(prompt.token_ids) for prompt in prompts), config.max_new_tokens
     per_token = sum(check_runs(model) for model in models)
     logits = 2 * 4 * session.vocab_size * len(models)
@@ -275,9 +275,10 @@ def text_memory(
     per_prompt, per_row = per_token * longest + scored, per_token * most + logits + scored
     if keeps_texts:
         per_prompt += per_token * most
-        if "sft" in session.languages and "sft" not in law.roles:
+        if "sft" not in law.roles:
             # The texts are read by the SFT model in the end, while the other forests still stand.
-            per_prompt += check_runs(session.languages["sft"]) * (longest + most)
+            for model in local_models(session, ["sft"]):
+                per_prompt += check_runs(model) * (longest + most)
     return MemoryPerPrompt(per_prompt, per_row, rows)
 
 
@@ -319,7 +320,7 @@ def trace_tokens(
 
 def certify_text(
     columns: Mapping[str, torch.Tensor],
-    law: TokenLaw,
+    law: Law,
     *,
     extra_kl: float | None,
     logprobs: Mapping[str, float] | None = None,
@@ -340,6 +341,8 @@ def certify_text(
 
     The divergence of a single text is exact, whatever truncates the law that it was drawn from.
     """
+    # The log-ratio of one text is the divergence on the average alone.
+    is_approximate = is_approximate or (extra_kl is None and bool(logprobs))
     bound: KlKind = "approximate" if is_approximate else "at most"
     is_exact = extra_kl is None and not logprobs
     totals: dict[str, float | None] = {"sft": None, "baseline": None}

@@ -20,7 +20,7 @@ from ..results import PromptResult, StageTrace
 from ..session import Session
 from .call import OpenMethod, PresetCall
 from .contests import ContestMethod, Contests, check_strategy
-from .laws import TokenLaw
+from .served import Law
 from .sources import Source, TextSource, ValueLike
 
 Cuts: TypeAlias = Literal["even", "sentence"] | int | Sequence[int]
@@ -165,7 +165,7 @@ class RefineMethod(ContestMethod):
     def __init__(
         self,
         session: Session,
-        law: TokenLaw,
+        law: Law,
         config: DecodeConfig,
         *,
         first: int,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedModel
+
 from ..config import DecodeConfig, Role
 from ..forest.language import LanguageForest
 from ..forest.logprobs import score_rows
+from ..models.served import LanguageModel, ServedModel
 from ..results import DecodeStats, Response
 from ..rewards.base import Opening
 from ..rewards.scorer import Scorer
 from ..session import Session
+from ..transfer.roles import distinct
 
 
 class TextScorer:
@@ -75,17 +79,55 @@ def score_others(
     config: DecodeConfig,
     stats: DecodeStats,
 ) -> dict[str, list[float]]:
-    """Return log pi(y | x) of a text for each prompt, under the SFT model, by role.
+    """Return log pi(y | x) of a text for each prompt, by role, under the models not in `known`.
 
     Only texts that were kept are scored, which costs one pass where measuring all draws along the
-    way would cost one a draw. Nothing is scored without an SFT model, or where it is among `known`.
+    way would cost one a draw.
     """
-    if "sft" not in session.languages or "sft" in known:
-        return {}
     prompts = [list(response.prompt.token_ids) for response in responses]
+    found: dict[str, list[float]] = {}
+    for role, model in _unknown(session, known).items():
+        if isinstance(model, ServedModel):
+            with stats.phase("reward"):
+                found[role] = model.open_for_scores().score(prompts, texts)
+        else:
+            found[role] = _score(session, role, prompts, texts, config, stats)
+    return found
+
+
+def check_scoring(session: Session, known: Sequence[Role]) -> None:
+    """Let servers show that they can score texts, where `score_others` will ask them.
+
+    Raises:
+        UnsupportedModel: one cannot; the message says what to change in its command line.
+    """
+    for model in _unknown(session, known).values():
+        if isinstance(model, ServedModel):
+            model.open_for_scores()
+
+
+def local_models(session: Session, roles: Sequence[Role]) -> list[PreTrainedModel]:
+    """Return the models of `roles` that are in this process, each once."""
+    languages = {role: session.languages[role] for role in roles if role in session.languages}
+    return [model for model in distinct(languages).values() if not isinstance(model, ServedModel)]
+
+
+def _unknown(session: Session, known: Sequence[Role]) -> dict[Role, LanguageModel]:
+    return {role: model for role, model in session.languages.items() if role not in known}
+
+
+def _score(
+    session: Session,
+    role: Role,
+    prompts: Sequence[list[int]],
+    texts: Sequence[Sequence[int]],
+    config: DecodeConfig,
+    stats: DecodeStats,
+) -> list[float]:
+    """Return log pi(y | x) of each text under a model of this process."""
     with stats.phase("prefill"):
         forest = LanguageForest(
-            session.languages["sft"],
+            session.languages[role],
             num_trees=len(prompts),
             num_rows=len(prompts),
             prefix_capacity=max(map(len, prompts)),
@@ -100,7 +142,7 @@ def score_others(
         rows = [[prompt[-1], *ids] for prompt, ids in zip(prompts, texts, strict=True)]
         sums = score_rows(forest, rows, range(len(rows)), vocab_size=session.num_tokens)
     own = DecodeStats()
-    own.token_forwards["sft"] = forest.num_token_forwards
-    own.peak_kv_bytes["sft"] = forest.peak_kv_bytes
+    own.token_forwards[role] = forest.num_token_forwards
+    own.peak_kv_bytes[role] = forest.peak_kv_bytes
     stats.add(own)
-    return {"sft": sums}
+    return sums

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -13,11 +13,13 @@ from ..config import DecodeConfig, Role
 from ..errors import InvalidArgument
 from ..forest.language import device_of, vocab_size_of
 from ..models.fingerprint import fingerprint_model
+from ..models.served import ServedModel, is_local, require_local
 from ..rewards.causal import CausalReward
 from ..session import Session
 from ..values.head import ValueHead
 from .call import PresetCall
-from .laws import MixtureLaw, TokenLaw, ValueLaw
+from .laws import MixtureLaw, ValueLaw
+from .served import Law, ServedLaw, served_law
 
 Source: TypeAlias = Literal["baseline", "sft", "value"]
 ValueLike: TypeAlias = ValueHead | str | os.PathLike[str]
@@ -78,7 +80,7 @@ class TextSource:
         *,
         is_greedy: bool,
         measures_sft: bool,
-    ) -> TokenLaw:
+    ) -> Law:
         """Return the law over the models of `session`.
 
         Args:
@@ -96,7 +98,8 @@ class TextSource:
         if self.head is None:
             weights: dict[Role, float] = {drawn_from: 1.0, **dict.fromkeys(measured, 0.0)}
             return mixture_law(session, weights, config, is_greedy=is_greedy)
-        prior = session.languages[drawn_from]
+        require_local(session.languages, "value_guided", "a value head reads a model's states")
+        prior = cast(PreTrainedModel, session.languages[drawn_from])
         read = [prior]
         if self.head.config.reward_states:
             read.append(check_reward_states(session, self.head))
@@ -119,10 +122,18 @@ def value_prior(session: Session, config: DecodeConfig) -> Role:
 
 def mixture_law(
     session: Session, weights: Mapping[Role, float], config: DecodeConfig, *, is_greedy: bool
-) -> MixtureLaw:
+) -> MixtureLaw | ServedLaw:
     """Return the law of a model, or of a mixture, over the models of `session`."""
     # In the session's order: where one model has two roles it counts as the first of them.
     known = {role: weights[role] for role in session.languages if role in weights}
+    drawn_from = {role: session.languages[role] for role, weight in known.items() if weight != 0.0}
+    if len(drawn_from) > 1:
+        require_local(drawn_from, "dera", "a mixture needs the log-probs of all tokens")
+    (first, model), *_ = drawn_from.items()
+    if isinstance(model, ServedModel):
+        return served_law(session, first, config, is_greedy=is_greedy)
+    # A server measures whole texts, which it does in the end.
+    known = {role: weight for role, weight in known.items() if is_local(session.languages[role])}
     eos = session.end_ids(config)
     return MixtureLaw(known, eos, session.num_tokens, config, is_greedy)
 

@@ -66,7 +66,7 @@ def open_object(
     Raises:
         InvalidArgument: it is no reward; the message says what is expected.
     """
-    texts = _keeping(texts, options)
+    texts = with_special_tokens(texts, options)
     reads_texts = is_pipeline(source) or _predicts(source)
     if reads_texts and texts.tokenizer is None:
         raise InvalidArgument(
@@ -116,7 +116,7 @@ def open_classifier(
         InvalidArgument: it gives no scores, or what its token ids mean is not known.
         UnsupportedModel: a causal classifier that the forest does not honour.
     """
-    texts = _keeping(texts, options)
+    texts = with_special_tokens(texts, options)
     if tokenizer is None and texts.tokenizer is not None:
         tokenizer = _tokenizer_by_name(model)
     _check_vocabulary(model, role, tokenizer, texts, vocab_size)
@@ -196,7 +196,8 @@ def _tokenizer_by_name(model: torch.nn.Module) -> PreTrainedTokenizerBase | None
         return None
 
 
-def _keeping(texts: Texts, options: RewardOptions) -> Texts:
+def with_special_tokens(texts: Texts, options: RewardOptions) -> Texts:
+    """Return `texts` that keep special tokens of responses, where the options ask for it."""
     if not options.keep_special_tokens:
         return texts
     return Texts(texts.tokenizer, keep_special_tokens=True)

@@ -137,7 +137,7 @@ def open_reward_server(server: Server, *, label: int | None = None) -> RewardSer
             )
         if label is not None and not 0 <= label < num_labels:
             raise InvalidArgument(f"label must be in [0, {num_labels}), got {label}")
-        reward.label = label or 0
+        reward.label, reward.num_labels = label or 0, num_labels
         return reward
     except BaseException:
         connection.close()

@@ -26,6 +26,7 @@ class RewardServer:
         connection: to the server.
         model: the name under which it serves the model.
         label: which label is the reward.
+        num_labels: scores that the model gives a text.
         tokenizer: the model's, on this machine; None: there is none.
 
     Raises:
@@ -40,11 +41,13 @@ class RewardServer:
         model: str,
         *,
         label: int = 0,
+        num_labels: int = 1,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.connection = connection
         self.model = model
         self.label = label
+        self.num_labels = num_labels
         self.tokenizer = tokenizer
 
     def rewards(self, texts: Sequence[Text]) -> list[float]:

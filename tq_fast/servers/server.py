@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import urllib.parse
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import require_int, require_positive
@@ -73,6 +74,26 @@ class Server:
     def read_api_key(self) -> str | None:
         """Return the key, None where the variable is unset or empty."""
         return os.environ.get(self.api_key_env) or None
+
+    @staticmethod
+    def named(source: Any, options: Mapping[str, Any] | None = None) -> Server | None:
+        """Return the server that `source` is, or is the URL of; None where it is neither.
+
+        Raises:
+            InvalidArgument: `options`, the fields of a server that is named by its URL, are wrong.
+        """
+        if isinstance(source, Server):
+            return source
+        if not isinstance(source, str) or not source.startswith(("http://", "https://")):
+            return None
+        known = {field.name for field in dataclasses.fields(Server)} - {"url"}
+        for name in options or {}:
+            if name not in known:
+                raise InvalidArgument(
+                    f"model_kwargs: {name!r} is no field of a server; expected one of "
+                    f"{', '.join(sorted(known))}"
+                )
+        return Server(source, **(options or {}))
 
     def _check_url(self) -> None:
         try:

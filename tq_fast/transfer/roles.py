@@ -11,12 +11,15 @@ from transformers import PreTrainedModel
 from ..config import DecodeConfig, Role, SpeedOptions
 from ..engines.base import LanguageEngine
 from ..engines.local import ForestEngine
+from ..engines.remote import ServerEngine
 from ..forest.language import LanguageForest
 from ..forest.support import check_runs
+from ..models.served import LanguageModel, ServedModel
 from ..prompts import Prompt
 from ..rewards.base import Opening, Reward
 from ..rewards.scorer import Scorer
 from ..rollouts.stopping import StopStrings
+from ..servers import LanguageServer
 from .budget import MemoryPerPrompt
 
 
@@ -107,7 +110,7 @@ def distinct(parts: Mapping[_Name, _Part]) -> dict[_Name, _Part]:
 
 
 def open_roles(
-    languages: Mapping[Role, PreTrainedModel],
+    languages: Mapping[Role, PreTrainedModel | LanguageServer],
     rewards: Mapping[str, Reward],
     prompts: Sequence[Prompt],
     waiting: Sequence[Prompt],
@@ -116,7 +119,8 @@ def open_roles(
     """Open a forest for each model, with a tree for each of `prompts`.
 
     Args:
-        languages: language models by role.
+        languages: language models by role; of a model behind a URL, the server that is open for
+            these settings.
         rewards: rewards by role.
         prompts: the prompts decoded first.
         waiting: prompts that take the places of those that are finished.
@@ -145,10 +149,20 @@ def open_roles(
         for role, reward in distinct(scoring).items()
     }
     scorers = {role: by_reward[id(reward)] for role, reward in scoring.items()}
-    by_model: dict[PreTrainedModel, LanguageEngine] = {}
+    by_model: dict[PreTrainedModel | LanguageServer, LanguageEngine] = {}
     for model in distinct(languages).values():
+        is_roller = model is languages[plan.roller]
+        if isinstance(model, LanguageServer):
+            by_model[model] = ServerEngine(
+                model,
+                num_trees,
+                config=config,
+                eos=plan.eos,
+                scores_own=config.needs_log_ratio and model is languages["sft"],
+            )
+            continue
         check_runs(model)
-        has_branches = model is languages[plan.roller] or config.needs_log_ratio
+        has_branches = is_roller or config.needs_log_ratio
         forest = LanguageForest(
             model,
             num_trees=num_trees,
@@ -166,23 +180,28 @@ def open_roles(
             vocab_size=plan.vocab_size,
             num_tokens=plan.num_tokens,
             merges=plan.speed.merge_equal,
-            graphs=plan.speed.graph_rollouts and model is languages[plan.roller],
+            graphs=plan.speed.graph_rollouts and is_roller,
         )
     engines = {role: by_model[model] for role, model in languages.items()}
     return Roles(engines, engines[plan.roller], scorers)
 
 
 def memory_per_prompt(
-    languages: Mapping[Role, PreTrainedModel],
+    languages: Mapping[Role, LanguageModel],
     rewards: Mapping[str, Reward],
     prompts: Sequence[Prompt],
     plan: DecodePlan,
 ) -> MemoryPerPrompt:
-    """Return the bytes of a prompt and of a roll-out, for the longest of `prompts`."""
+    """Return the bytes of a prompt and of a roll-out, for the longest of `prompts`.
+
+    A model behind a URL takes none of this process.
+    """
     config = plan.config
     prefix, branch = _prefix_capacity(prompts, config), _branch_capacity(config)
     per_prompt, per_row = 0, 2 * 4 * plan.vocab_size
     for model in distinct(languages).values():
+        if isinstance(model, ServedModel):
+            continue
         per_token = check_runs(model)
         if model is languages[plan.roller]:
             per_prompt += per_token * prefix

@@ -1,0 +1,192 @@
+"""Whole decodes over servers: the tokens of the forest, whichever roles are behind a URL."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+import tq_fast
+from tests.servers.conftest import patient
+from tests.servers.fake_server import FakeServer
+from tq_fast.errors import InvalidArgument, ServerUnavailable
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
+    pytest.mark.filterwarnings("ignore:the weights of indirect transfer"),
+]
+
+WEIGHTS = Path(tq_fast.__file__).parent / "models" / "tiny" / "weights"
+PROMPTS = ["the old cat", "a small bird sat", "the dog"]
+SETTINGS: dict[str, Any] = {"max_new_tokens": 6}
+STEERED = {**SETTINGS, "k": 4, "alpha": 0.2, "horizon": 4}
+GREEDY = {"rollout": "greedy", "strategy": "greedy"}
+
+
+@functools.cache
+def load(role: str) -> PreTrainedModel:
+    kind = AutoModelForSequenceClassification if "reward" in role else AutoModelForCausalLM
+    return kind.from_pretrained(WEIGHTS / role).eval()
+
+
+@functools.cache
+def tokenizer_of(role: str) -> Any:
+    return AutoTokenizer.from_pretrained(WEIGHTS / role)
+
+
+Served = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def served(serve: Callable[..., FakeServer]) -> Served:
+    """Models by role, those that are named behind servers of their own."""
+
+    def start(*roles: str, behind: tuple[str, ...], **settings: Any) -> dict[str, Any]:
+        models: dict[str, Any] = {}
+        for role in roles:
+            if role in behind:
+                fake = serve(load(role), tokenizer_of(role), max_logprobs=60, **settings)
+                models[role] = patient(fake, tokenizer=tokenizer_of(role))
+            else:
+                models[role] = str(WEIGHTS / role)
+        return models
+
+    return start
+
+
+def here(*roles: str) -> dict[str, Any]:
+    return {role: str(WEIGHTS / role) for role in roles}
+
+
+def tokens_of(result: tq_fast.DecodeResult) -> list[list[int]]:
+    return [ids.tolist() for ids in result.sequences]
+
+
+METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "transfer_q": (("baseline", "reward"), {**STEERED, **GREEDY}),
+    "transfer_q with sft": (("baseline", "sft", "reward"), {**STEERED, **GREEDY}),
+    "args": (("sft", "reward"), {**SETTINGS, "k": 4, "alpha": 0.2, "strategy": "greedy"}),
+    "controlled_decoding": (("sft", "reward"), {**STEERED, **GREEDY}),
+    "sft": (("sft",), {**SETTINGS, "strategy": "greedy"}),
+    "baseline": (("baseline", "sft"), {**SETTINGS, "strategy": "greedy"}),
+}
+
+
+CASES = [
+    (name, behind)
+    for name, (roles, _) in METHODS.items()
+    for behind in ("all", "language models", "reward")
+    if "reward" in roles or behind == "all"
+]
+
+
+@pytest.mark.parametrize(("name", "behind"), CASES)
+def test_greedy_methods_give_the_tokens_of_the_forest(
+    name: str, behind: str, served: Served
+) -> None:
+    roles, options = METHODS[name]
+    moved = tuple(r for r in roles if behind == "all" or (r == "reward") == (behind == "reward"))
+    method = getattr(tq_fast.presets, name.split()[0])
+    ours = method(PROMPTS, **served(*roles, behind=moved), **options)
+    truth = method(PROMPTS, **here(*roles), **options)
+    assert tokens_of(ours) == tokens_of(truth)
+    for trace, other in zip(ours.traces, truth.traces, strict=True):
+        for step, expected in zip(trace, other, strict=True):
+            assert step.candidates.tolist() == expected.candidates.tolist()
+            torch.testing.assert_close(step.q, expected.q, rtol=0, atol=1e-4, equal_nan=True)
+            torch.testing.assert_close(
+                step.prior_logprobs, expected.prior_logprobs, rtol=0, atol=1e-4
+            )
+    for certificate, expected in zip(ours.certificates, truth.certificates, strict=True):
+        for field in ("kl_to_sft", "kl_to_baseline"):
+            pair = getattr(certificate, field), getattr(expected, field)
+            assert pair[0] == pytest.approx(pair[1], abs=1e-3) or pair[0] is None, field
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "refine", "blocks"])
+def test_methods_that_draw_texts_do_not_depend_on_the_batch(name: str, served: Served) -> None:
+    own = {
+        "best_of_n": {"n": 3},
+        "refine": {"first": 2, "branches": 2, "stages": 2},
+        "blocks": {"branches": 2, "block_len": 2},
+    }[name]
+    method = getattr(tq_fast.presets, name)
+    models = served("baseline", "reward", behind=("baseline", "reward"))
+    together = method(PROMPTS, **models, **own, **SETTINGS, seed=5)
+    alone = [method(PROMPTS, **models, **own, **SETTINGS, seed=5, batch_size=1)]
+    assert tokens_of(together) == tokens_of(alone[0])
+    assert len({tuple(ids) for ids in tokens_of(together)}) > 1
+
+
+def test_a_lazy_choice_and_reused_rollouts_give_the_tokens_of_full_evaluation(
+    served: Served,
+) -> None:
+    options = {**STEERED, "num_rollouts": 3, "reward_bounds": (-10.0, 10.0), "seed": 3}
+    models = served("baseline", "reward", behind=("baseline",))
+    lazy = tq_fast.decode(PROMPTS, **models, **options)
+    off = tq_fast.SpeedOptions(lazy_argmax=False, reuse_greedy=False, score_once=False)
+    full = tq_fast.decode(PROMPTS, **models, **options, speed=off)
+    assert tokens_of(lazy) == tokens_of(full)
+
+
+def test_indirect_transfer_scores_roll_outs_at_the_server(served: Served) -> None:
+    roles = ("baseline", "sft", "reward")
+    options = {**STEERED, "transfer": "indirect", "beta": 1.0, "num_rollouts": 2}
+    ours = tq_fast.decode(PROMPTS, **served(*roles, behind=("sft",)), **options)
+    truth = tq_fast.decode(PROMPTS, **here(*roles), **options)
+    assert tokens_of(ours) == tokens_of(truth)
+
+
+def test_a_server_that_goes_away_loses_no_finished_response(
+    serve: Callable[..., FakeServer],
+) -> None:
+    fake = serve(load("baseline"), tokenizer_of("baseline"))
+    server = patient(fake, tokenizer=tokenizer_of("baseline"))
+    decoder = tq_fast.TransferDecoder(server, **here("reward"))
+
+    def fail_after(idx: int, result: Any) -> None:
+        fake.failures.extend([500] * 1000)
+
+    with pytest.raises(ServerUnavailable) as caught:
+        decoder.decode(PROMPTS, **STEERED, **GREEDY, batch_size=1, on_finished=fail_after)
+    finished: Any = caught.value.finished  # type: ignore[attr-defined]
+    assert list(finished) == [0]
+
+
+@pytest.mark.parametrize(
+    ("method", "roles", "own", "words"),
+    [
+        ("dera", ("baseline", "sft"), {"mix": 0.5}, "a mixture needs"),
+        ("collab", ("reward",), {"k": 2}, "it compares"),
+    ],
+)
+def test_methods_that_read_whole_laws_refuse_a_server(
+    method: str, roles: tuple[str, ...], own: dict[str, Any], words: str, served: Served
+) -> None:
+    models = served("baseline", *roles, behind=("baseline",))
+    if method == "collab":
+        own = {**own, "baselines": [models.pop("baseline")]}
+    with pytest.raises(InvalidArgument, match=words):
+        getattr(tq_fast.presets, method)(PROMPTS, **models, **own, **SETTINGS)
+
+
+def test_a_url_names_a_server_and_its_fields_come_by_model_kwargs(
+    serve: Callable[..., FakeServer],
+) -> None:
+    fake = serve(load("baseline"), tokenizer_of("baseline"), root=str(WEIGHTS / "baseline"))
+    result = tq_fast.presets.baseline(
+        PROMPTS, fake.url, model_kwargs={"baseline": {"backoff": 0.001}}, **SETTINGS
+    )
+    assert len(result.sequences) == len(PROMPTS)
+    with pytest.raises(InvalidArgument, match="no field of a server"):
+        tq_fast.presets.baseline(PROMPTS, fake.url, model_kwargs={"baseline": {"retry": 1}})
