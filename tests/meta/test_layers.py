@@ -18,7 +18,7 @@ REPOSITORY = ROOT.parent
 FLOORS = (
     {"_version", "errors"},
     {"config", "env", "kernels"},
-    {"_native", "prompts"},
+    {"_native", "device_times", "prompts"},
     {"ops", "results", "values"},
     {"forest"},
     {"rollouts"},
