@@ -7,18 +7,151 @@ pass from one to the other. A whole decode therefore shows whether every tensor 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+import functools
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tq_fast import ops
+
 DEVICE = torch.device("meta")
 _FROM_DATA = (torch.tensor, torch.as_tensor)
 _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default)
+_COPIES = (_aten.copy_.default, _aten._to_copy.default)
+# The host reads their results, or has to know a size that depends on the numbers.
+_WAITED_FOR = (
+    _aten._local_scalar_dense.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten._unique2.default,
+    _aten.unique_consecutive.default,
+    _aten.unique_dim.default,
+    _aten.repeat_interleave.Tensor,
+    _aten.bincount.default,
+    _aten.equal.default,
+    _aten.is_nonzero.default,
+)
+_HERE = Path(__file__).resolve().parent.parent / "tq_fast"
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What passes between the CPU and the simulated device, by the line of the package behind it.
+
+    Attributes:
+        uploads: copies to the device for which the host does not wait.
+        waits: what the host waits for: copies to the host, copies of unpinned memory to the device,
+            and results of a size that only the device knows.
+        launches: operations on the device; one of the package's counts as one.
+    """
+
+    uploads: list[str] = dataclasses.field(default_factory=list)
+    waits: list[str] = dataclasses.field(default_factory=list)
+    launches: list[str] = dataclasses.field(default_factory=list)
+
+    def take(self) -> Traffic:
+        """Return what was counted so far, and begin anew."""
+        taken = Traffic(self.uploads, self.waits, self.launches)
+        self.uploads, self.waits, self.launches = [], [], []
+        return taken
+
+
+_traffic: Traffic | None = None
+
+
+def _site() -> str:
+    """The innermost line of the package on the stack."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if _HERE in path.parents:
+            return f"{path.relative_to(_HERE)}:{frame.lineno} {frame.line}"
+    return "outside of the package"
+
+
+def _count(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Add an operation, of which a tensor is on the device, to the traffic that is counted."""
+    if _traffic is None:
+        return
+    if function in _COPIES and _crosses(function, args, kwargs):
+        is_quiet = bool(kwargs.get("non_blocking") or True in args[2:3])
+        goes_there = not isinstance(args[-1 if len(args) < 3 else 1], Remote)
+        (_traffic.uploads if goes_there and is_quiet else _traffic.waits).append(_site())
+        return
+    if function in _WAITED_FOR or (function in _INDEXING and _asks_the_host(args[1])):
+        _traffic.waits.append(_site())
+    if not _is_view(function):
+        _traffic.launches.append(_site())
+
+
+def _crosses(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a copy goes from one device to the other."""
+    if function is _aten.copy_.default:
+        return isinstance(args[0], Remote) != isinstance(args[1], Remote)
+    target = kwargs.get("device")
+    return target is not None and isinstance(args[0], Remote) != (torch.device(target) == DEVICE)
+
+
+def _asks_the_host(indices: Any) -> bool:
+    """Whether an index comes from the host, or is a mask, whose number of places it must know."""
+    tensors = [x for x in tree_leaves(indices) if isinstance(x, torch.Tensor)]
+    return any(not isinstance(x, Remote) or x.dtype == torch.bool for x in tensors)
+
+
+def _is_view(function: Any) -> bool:
+    """Whether an operation only looks at its input in another way."""
+    if function in (_aten.detach.default, _aten.lift_fresh.default):
+        return True
+    returns = function._schema.returns
+    return bool(returns) and all(
+        one.alias_info is not None and not one.alias_info.is_write for one in returns
+    )
+
+
+@contextlib.contextmanager
+def counted_traffic() -> Iterator[Traffic]:
+    """Count what passes between the CPU and the simulated device within the block."""
+    global _traffic
+    _traffic = Traffic()
+    try:
+        yield _traffic
+    finally:
+        _traffic = None
+
+
+def counted_as_one(
+    name: str, function: Callable[..., Any], *args: Any, hides_waits: bool = False, **kwargs: Any
+) -> Any:
+    """Call `function`, all of whose launches count as one. Its waits count too, unless hidden."""
+    global _traffic
+    before = _traffic
+    if before is None:
+        return function(*args, **kwargs)
+    before.launches.append(name)
+    _traffic = Traffic()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        if not hides_waits:
+            before.waits += _traffic.waits
+        _traffic = before
+
+
+def ops_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every op of the package count as one launch without a wait, as its kernel would be."""
+    for name in ops.describe_backends():
+        function = functools.partial(
+            counted_as_one, f"ops.{name}", getattr(ops, name), hides_waits=True
+        )
+        monkeypatch.setattr(ops, name, function)
 
 
 class Remote(torch.Tensor):
@@ -51,6 +184,9 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `function` on what the tensors hold; give its results the device that they belong to."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     remote = [isinstance(x, Remote) for x in tensors]
+    target = kwargs.get("device")
+    if any(remote) or (target is not None and torch.device(target) == DEVICE):
+        _count(function, args, kwargs)
     if any(remote) and function not in (_aten.copy_.default, _aten._to_copy.default):
         # Indices may be on either device.
         bound = (args[0], *args[2:]) if function in _INDEXING else (args, kwargs)
@@ -105,6 +241,8 @@ class _FromAndToData(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.Tensor.tolist and isinstance(args[0], Remote):
+            if _traffic is not None:
+                _traffic.waits.append(_site())
             return args[0].held.tolist()
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], _with_tensors(args[1]), *args[2:])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tq_fast.rollouts import graphs as graphs_module
-from tq_fast.rollouts.graphs import RolloutGraphs
+from tq_fast.forest import graphs as graphs_module
+from tq_fast.forest.graphs import Graphs
 
 WAIT = "called a synchronizing CUDA operation"
 INVALIDATED = "CUDA error: operation failed due to a previous error during capture"
@@ -68,8 +68,12 @@ class SimulatedGraphs:
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self._end_allocation)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: None)
         monkeypatch.setattr(graphs_module, "_side_stream", lambda device: self.aside)
-        step = RolloutGraphs._step
-        monkeypatch.setattr(RolloutGraphs, "_step", lambda *args: self.run(lambda: step(*args)))
+        capture = Graphs._capture
+
+        def capture_here(graphs: Graphs, *steps: Callable[[], None]) -> Callable[[], None]:
+            return capture(graphs, *(functools.partial(self.run, step) for step in steps))
+
+        monkeypatch.setattr(Graphs, "_capture", capture_here)
 
     def run(self, step: Callable[[], None]) -> None:
         """Run `step` as the device does: within a capture it is remembered only."""

@@ -6,7 +6,6 @@ a GPU refuses. The tokens are those of the CPU.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +15,10 @@ import torch
 
 import tq_fast
 from tests import zoo
+from tests.fixed_addresses import fixed_addresses
 from tests.simulated_device import Remote, move, simulated_device
 from tests.test_speed_options import NONE, PROMPTS, VOCAB, assert_same, language_model, share_of_low
-from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
-from tq_fast.rollouts.graphs import RolloutGraphs
-from tq_fast.transfer.roles import open_roles
 from tq_fast.values.head import ValueHead, ValueHeadConfig
 
 pytestmark = [
@@ -89,21 +86,13 @@ def test_a_decode_on_another_device_gives_the_tokens_of_the_cpu(
 
 
 @pytest.mark.parametrize("name", DECODES)
-def test_rollouts_at_fixed_addresses_give_the_tokens_of_the_cpu(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-
-    def opened(*args: Any) -> Any:
-        roles = open_roles(*args)
-        if roles.roller.device.type == "cpu":
-            return roles
-        made.append(RolloutGraphs(roles.roller, roles.sampler, captures=False))
-        return dataclasses.replace(roles, graphs=made[-1])
-
-    monkeypatch.setattr(decoder_module, "open_roles", opened)
+def test_a_decode_at_fixed_addresses_gives_the_tokens_of_the_cpu(name: str) -> None:
     names, options = DECODES[name]
-    assert_alike(*decode_on_both(tq_fast.decode, names, **{**SHORT, **options}))
+    options = {**SHORT, **options}
+    with simulated_device(), fixed_addresses() as made:
+        there = {role: move(model) for role, model in models(*names).items()}
+        remote = tq_fast.decode(PROMPTS[:3], **there, **options)
+    assert_alike(remote, tq_fast.decode(PROMPTS[:3], **models(*names), **options))
     assert made
 
 
@@ -127,10 +116,13 @@ def run_preset(
     """Run a preset; a head, which the presets move themselves, and several baselines are added."""
     if name == "value_guided":
         options["value"] = head
+    if name in ("sft", "baseline", "dera"):
+        options.pop("reward", None)
     if name == "collab":
         others = models("baseline", "sft").values()
-        is_remote = isinstance(next(options["reward"].parameters()), Remote)
-        options["baselines"] = [move(m) if is_remote else m for m in others]
+        weight = next(options["reward"].parameters())
+        is_remote = isinstance(weight, Remote)
+        options["baselines"] = [move(m) if is_remote else m.to(weight.device) for m in others]
     return getattr(tq_fast.presets, name)(prompts, **options)
 
 
@@ -139,6 +131,17 @@ def test_a_preset_on_another_device_gives_the_tokens_of_the_cpu(name: str) -> No
     names, options = PRESETS[name]
     options = {"max_new_tokens": 4, "eos_token_id": (0, 11), "head": random_head(), **options}
     assert_alike(*decode_on_both(functools.partial(run_preset, name), names, **options))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_at_fixed_addresses_gives_the_tokens_of_the_cpu(name: str) -> None:
+    names, options = PRESETS[name]
+    options = {"max_new_tokens": 6, "eos_token_id": (0, 11), "head": random_head(), **options}
+    with simulated_device(), fixed_addresses() as made:
+        there = {role: move(model) for role, model in models(*names).items()}
+        remote = run_preset(name, PROMPTS[:3], **there, **options)
+    assert_alike(remote, run_preset(name, PROMPTS[:3], **models(*names), **options))
+    assert made
 
 
 def random_head() -> ValueHead:

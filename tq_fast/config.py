@@ -331,9 +331,11 @@ class SpeedOptions:
             prompt at once (same tokens). Prompts that roll out to the end stay together.
         share_prefixes: what a prompt has in common with another one in the forest is not encoded
             again (same tokens up to rounding).
-        graph_rollouts: on a CUDA device, each depth of the roll-outs is one CUDA graph, replayed
-            (same tokens). Equal roll-outs part after the first depth then, and a greedy roll-out
-            serves again only where it was run to its end.
+        graph_rollouts: on a CUDA device, each forward pass over branches (a depth of the roll-outs,
+            the pass of the reward or of the SFT model) is one CUDA graph, replayed, and so is a
+            token of plain and of value-guided decoding (same tokens). Equal roll-outs part after
+            the first depth then, and a greedy roll-out serves again only where it was run to its
+            end.
         cpu_layers: linear and decoder layers on CPU run in kernels made for few rows (same
             tokens up to rounding).
     """

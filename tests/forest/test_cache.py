@@ -7,17 +7,30 @@ import torch
 
 from tq_fast.errors import UnsupportedModel
 from tq_fast.forest import ForestCache
-from tq_fast.forest.cache import PrefillPass
+from tq_fast.forest.cache import KvShape, PrefillPass
 
 TREES, ROWS, PREFIX, BRANCH = 3, 6, 8, 4
 HEADS, SIZE = 2, 5
 
 
-@pytest.fixture
-def cache() -> ForestCache:
+# Keys and values of one shape in every layer, as `Writer` makes them.
+SHAPE = KvShape(HEADS, SIZE, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture(params=[None, {0: (SHAPE, SHAPE), 1: (SHAPE, SHAPE)}], ids=["new", "known"])
+def cache(request: pytest.FixtureRequest) -> ForestCache:
+    """A cache whose layers' shapes are known from another one, and a cache where they are not."""
     return ForestCache(
-        num_trees=TREES, num_rows=ROWS, prefix_capacity=PREFIX, branch_capacity=BRANCH
+        num_trees=TREES,
+        num_rows=ROWS,
+        prefix_capacity=PREFIX,
+        branch_capacity=BRANCH,
+        shapes=request.param,
     )
+
+
+def commit(cache: ForestCache, trees: list[int], rows: list[int]) -> None:
+    cache.commit(trees, torch.tensor(trees), torch.tensor(rows))
 
 
 class Writer:
@@ -63,7 +76,7 @@ class Writer:
 
     def _ids(self, buffers) -> list[int]:
         found = []
-        for idx, layer in self.cache._kv.items():
+        for idx, layer in self.cache._layers.items():
             keys, values = buffers(layer)
             written = keys != 0
             ids = torch.where(written, keys - 1000.0 * idx, 0.0)
@@ -92,13 +105,13 @@ def test_a_prefix_is_stored_once_and_a_branch_by_row(writer: Writer) -> None:
 
 
 def test_commit_moves_the_start_of_a_row_to_the_end_of_a_prefix(writer: Writer) -> None:
-    writer.cache.commit([0, 2], [1, 4])
+    commit(writer.cache, [0, 2], [1, 4])
     assert [writer.prefix(tree) for tree in range(3)] == [
         [1, 2, 3, 11],
         [4],
         [5, 6, 7, 8, 9, 14],
     ]
-    writer.cache.commit([], [])
+    commit(writer.cache, [], [])
     writer.cache.commit_rows([0, 1], [2, 3], [1, 2])
     assert writer.prefix(0) == [1, 2, 3, 11, 12]
     assert writer.prefix(1) == [4, 13, 23]
@@ -107,7 +120,7 @@ def test_commit_moves_the_start_of_a_row_to_the_end_of_a_prefix(writer: Writer) 
 def test_truncate_cuts_a_prefix_that_grows_again_from_there(writer: Writer) -> None:
     writer.cache.truncate(2, 2)
     assert writer.prefix(2) == [5, 6]
-    writer.cache.commit([2], [5])
+    commit(writer.cache, [2], [5])
     assert writer.prefix(2) == [5, 6, 15]
 
 

@@ -54,7 +54,7 @@ def depth_logits(model: Any) -> tuple[LanguageForest, torch.Tensor]:
         torch.tensor([[2], [8], [9]], device=device),
         depth=torch.tensor([1], device=device),
         tree=tree,
-        prefix_len=torch.tensor([3], device=device),
+        lengths=torch.tensor([3], device=device),
     )
     return forest, logits
 

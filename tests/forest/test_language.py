@@ -91,7 +91,7 @@ def test_every_architecture_has_the_logits_of_the_plain_model(name: str, random_
 
     # Commit another row in each tree but the second.
     chosen = [1, 2 * ROWS_PER_TREE + 3]
-    forest.commit([0, 2], chosen, first_logits[chosen])
+    forest.commit([0, 2], chosen, first_logits)
     for tree, row in zip([0, 2], chosen, strict=True):
         prefixes[tree].append(int(tokens[row, 0]))
     assert_logits(model, forest.next_logits, prefixes)
@@ -132,7 +132,7 @@ def test_rows_can_be_put_in_another_order_and_some_left_behind(name: str, random
 
     # Row 2 of the first tree left, but its first token can still be committed.
     place = order.tolist().index(2)
-    forest.cache.commit([0], [place])
+    forest.cache.commit([0], torch.tensor([0]), torch.tensor([place]))
     prompts[0].append(int(tokens[2, 0]))
     forest.advance([0], [5])
     assert_logits(model, forest.next_logits[:1], [[*prompts[0], 5]])

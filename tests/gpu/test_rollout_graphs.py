@@ -63,11 +63,11 @@ def test_the_host_waits_for_nothing_between_depths(monkeypatch: pytest.MonkeyPat
     replay = RolloutGraphs._replay
     depths = []
 
-    def watched(graphs: RolloutGraphs, num_rows: int) -> None:
+    def watched(graphs: RolloutGraphs, *args: Any) -> None:
         torch.cuda.set_sync_debug_mode("error")
-        replay(graphs, num_rows)
+        replay(graphs, *args)
         torch.cuda.set_sync_debug_mode("default")
-        depths.append(num_rows)
+        depths.append(args[-1])
 
     monkeypatch.setattr(RolloutGraphs, "_replay", watched)
     run(language_model().cuda(), SpeedOptions(), num_rollouts=4)

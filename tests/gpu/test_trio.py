@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tq_fast
-from tests.test_other_device import DECODES, SHORT, models
+from tests.test_other_device import DECODES, PRESETS, SHORT, models, random_head, run_preset
 from tests.test_speed_options import PROMPTS
 from tq_fast.config import SpeedOptions
 
@@ -63,6 +63,17 @@ def test_fp32_gives_the_tokens_of_the_cpu(name: str, speed: str) -> None:
             torch.testing.assert_close(
                 step.q, truth.q, rtol=1e-5, atol=FP32_ABS, equal_nan=True, check_device=False
             )
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_in_fp32_gives_the_tokens_of_the_cpu(name: str, speed: str) -> None:
+    names, options = PRESETS[name]
+    options = {"max_new_tokens": 6, "eos_token_id": (0, 11), "head": random_head(), **options}
+    options["speed"] = SPEEDS[speed]
+    there = run_preset(name, PROMPTS[:3], **on_device(models(*names)), **options)
+    here = run_preset(name, PROMPTS[:3], **models(*names), **options)
+    assert [ids.tolist() for ids in there.sequences] == [ids.tolist() for ids in here.sequences]
 
 
 @pytest.mark.parametrize("speed", SPEEDS)

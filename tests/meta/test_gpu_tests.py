@@ -122,6 +122,8 @@ def test_the_decodes_of_three_models_pass_with_the_cpu_as_their_device():
     with OnTheCpu():
         for name in ("sft", "log ratio", "reward gap", "greedy"):
             test_trio.test_fp32_gives_the_tokens_of_the_cpu(name, "graphs")
+        for name in ("sft", "value_guided", "refine", "collab"):
+            test_trio.test_a_preset_in_fp32_gives_the_tokens_of_the_cpu(name, "graphs")
         for name in test_trio.TRANSFERS:
             for horizon in (1, 4):
                 test_trio.test_bf16_gives_the_values_of_fp32_up_to_rounding(name, horizon, "graphs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from typing import Any
 
@@ -10,13 +9,12 @@ import pytest
 import torch
 
 import tq_fast
+from tests.fixed_addresses import let_graphs_run
 from tests.simulated_graphs import INVALIDATED, WAIT, SimulatedGraphs
 from tests.test_speed_options import NONE, assert_same, language_model, run
-from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
 from tq_fast.forest.cache import ForestCache
-from tq_fast.rollouts.graphs import RolloutGraphs, _captured
-from tq_fast.transfer.roles import open_roles
+from tq_fast.forest.graphs import Graphs, _captured
 
 pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
 
@@ -28,13 +26,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimulatedGraphs:
 
 def decode(**options: Any) -> tuple[tq_fast.DecodeResult, list[str]]:
     """Decode with graphs; return what was said of captures beside the result."""
-
-    def opened(*args: Any) -> Any:
-        roles = open_roles(*args)
-        return dataclasses.replace(roles, graphs=RolloutGraphs(roles.roller, roles.sampler))
-
     with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_module, "open_roles", opened)
+        let_graphs_run(patch)
         warnings.simplefilter("always")
         result = run(language_model(scale=2.0), SpeedOptions(), num_rollouts=4, **options)
     return result, [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
@@ -60,16 +53,16 @@ def test_a_finished_prompt_costs_no_graph(cuda: SimulatedGraphs) -> None:
         drop(cache, tree)
 
     sizes: list[tuple[int, ...]] = []  # of the rows, and of the buffers that graphs point into
-    prepare = RolloutGraphs._capture
+    prepare = Graphs._capture
 
-    def count(graphs: RolloutGraphs, num_rows: int) -> Any:
-        cache = graphs.forest.cache
-        sizes.append((num_rows, cache.prefix_capacity, cache.branch_capacity))
-        return prepare(graphs, num_rows)
+    def count(graphs: Graphs, step: Any, trial: Any) -> Any:
+        cache = graphs.forests[0].cache
+        sizes.append((step.args[0], cache.prefix_capacity, cache.branch_capacity))
+        return prepare(graphs, step, trial)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ForestCache, "drop_tree", note)
-        patch.setattr(RolloutGraphs, "_capture", count)
+        patch.setattr(Graphs, "_capture", count)
         ours, said = decode(horizon=None)
     assert not said and any(num_started for num_started in dropped)
     assert len(sizes) == len(set(sizes)) == cuda.num_started

@@ -5,7 +5,6 @@ A graph itself needs a GPU (tests/gpu/test_rollout_graphs.py). What it replays r
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import tq_fast
 from tests import zoo
+from tests.fixed_addresses import fixed_addresses, no_graphs
 from tests.test_speed_options import (
     ARCHITECTURES,
     ENDS,
@@ -28,13 +28,13 @@ from tests.test_speed_options import (
     language_model,
     run,
 )
-from tq_fast import decoder as decoder_module
 from tq_fast.config import SpeedOptions
-from tq_fast.forest import support
+from tq_fast.engines import local
+from tq_fast.forest import language
+from tq_fast.forest.graphs import Graphs
 from tq_fast.forest.language import LanguageForest
 from tq_fast.rollouts.graphs import LaggedCount, RolloutGraphs
 from tq_fast.rollouts.state import RolloutSampler
-from tq_fast.transfer.roles import open_roles
 
 pytestmark = pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha")
 
@@ -43,23 +43,21 @@ Making = Callable[[RolloutGraphs], None]
 
 @pytest.fixture
 def with_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RolloutGraphs]]:
-    """Within the test every decode runs its roll-outs at fixed addresses; yields what ran them."""
+    """Within the test every decode works at fixed addresses; yields what ran its roll-outs."""
     made: list[RolloutGraphs] = []
 
-    def opened(*args: Any) -> Any:
-        roles = open_roles(*args)
-        made.append(RolloutGraphs(roles.roller, roles.sampler, captures=False))
-        return dataclasses.replace(roles, graphs=made[-1])
+    def opened(*args: Any) -> RolloutGraphs:
+        made.append(RolloutGraphs(*args))
+        return made[-1]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(decoder_module, "open_roles", opened)
+    monkeypatch.setattr(local, "RolloutGraphs", opened)
+    with fixed_addresses():
         yield made
 
 
 def plain(baseline: Any, speed: SpeedOptions, **options: Any) -> tq_fast.DecodeResult:
     """`run` without graphs, whatever the fixture has patched."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_module, "open_roles", open_roles)
+    with no_graphs():
         return run(baseline, speed, **options)
 
 
@@ -122,8 +120,9 @@ def test_no_buffer_moves_from_step_to_step(
 
     def noted(graphs: RolloutGraphs, num_rows: int) -> None:
         step(graphs, num_rows)
-        buffers = [*graphs.state.tensors.values(), graphs.prefix_len, graphs.depth]
-        layers = graphs.forest.cache._kv.values()
+        cache = graphs.forest.cache
+        buffers = [*graphs.state.tensors.values(), *graphs.lengths, graphs.depth]
+        layers = cache._layers.values()
         buffers += [
             buffer
             for layer in layers
@@ -155,7 +154,7 @@ def on_meta(architecture: str) -> LanguageForest:
             if isinstance(value, torch.Tensor):
                 setattr(module, name, value.to("meta"))
     # The trial run reads what it computes, which here is nothing.
-    support._kv_bytes[model] = 1
+    language.known_shapes[model] = {}
     sizes = {"num_trees": 2, "num_rows": 8, "prefix_capacity": 16, "branch_capacity": 6}
     forest = LanguageForest(model, **sizes, backend="ref", cpu_layers=False)
     forest.prefill(0, [1, 2, 3])
@@ -172,7 +171,8 @@ def test_the_host_learns_nothing_of_a_depth_and_tells_it_nothing(
     forest = on_meta(architecture)
     config = tq_fast.DecodeConfig(k=4, backend="ref", **rollout)
     eos = torch.zeros(1, dtype=torch.int64, device="meta")
-    graphs = RolloutGraphs(forest, RolloutSampler(eos, VOCAB, config), captures=False)
+    with fixed_addresses():
+        graphs = RolloutGraphs(forest, RolloutSampler(eos, VOCAB, config))
     with _OneDevice():
         graphs._step(8)
         graphs._gather_running(8, 4, 1)
@@ -185,13 +185,13 @@ def test_graphs_of_another_layout_share_no_memory_with_those_before(
     """PyTorch refuses a capture into a pool that has lost all its graphs."""
     handles, pools = itertools.count(), []
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
-    monkeypatch.setattr(RolloutGraphs, "_capture", lambda graphs, _: pools.append(graphs._pool))
+    monkeypatch.setattr(Graphs, "_capture", lambda graphs, *_: pools.append(graphs._pool) or print)
     forest = on_meta("llama")
     eos = torch.zeros(1, dtype=torch.int64, device="meta")
     graphs = RolloutGraphs(forest, RolloutSampler(eos, VOCAB, tq_fast.DecodeConfig()))
     for capacity in (6, 9):
         forest.cache.reserve(prefix_capacity=0, branch_capacity=capacity)
-        assert graphs._prepare(8) and graphs._prepare(4)
+        assert graphs._graph(8) is graphs._graph(4) is print
     assert pools == [0, 0, 1, 1]
 
 
@@ -208,10 +208,10 @@ def test_what_the_host_reads_or_sends_would_be_noticed() -> None:
 def test_a_model_that_cannot_be_captured_is_said_once_and_decoded_all_the_same(
     with_graphs: list[RolloutGraphs], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    def refuse(graphs: RolloutGraphs, num_rows: int) -> None:
+    def refuse(graphs: Graphs, *steps: Callable[[], None]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(RolloutGraphs, "_capture", refuse)
+    monkeypatch.setattr(Graphs, "_capture", refuse)
     baseline = language_model(scale=2.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -226,13 +226,13 @@ def test_running_out_of_memory_in_a_capture_is_not_taken_for_a_refusal(
 ) -> None:
     tried = []
 
-    def fail_once(graphs: RolloutGraphs, num_rows: int) -> Callable[[], None]:
-        tried.append(num_rows)
+    def fail_once(graphs: Graphs, step: Any, trial: Any) -> Callable[[], None]:
+        tried.append(graphs.forests[0].cache.num_rows)
         if len(tried) == 1:
             raise torch.OutOfMemoryError("no room for the graph")
-        return lambda: graphs._step(num_rows)
+        return step
 
-    monkeypatch.setattr(RolloutGraphs, "_capture", fail_once)
+    monkeypatch.setattr(Graphs, "_capture", fail_once)
     baseline = language_model(scale=2.0)
     with pytest.warns(UserWarning, match="out of memory with 5 prompts"):
         ours = run(baseline, SpeedOptions(), num_rollouts=4)

@@ -19,8 +19,15 @@ class Forest:
 
     def __init__(self, row_of: list[int] | None, seed: int, vocab: int = 3) -> None:
         num = len(TREES)
-        self.state = RolloutState.begin(torch.arange(num), [DEPTHS] * num, TREES, ["origin"])
-        self.rows = RowMap(self.state, row_of)
+        self.state = RolloutState.begin(
+            torch.arange(num),
+            torch.full((num,), DEPTHS),
+            torch.tensor(TREES),
+            num_tokens=DEPTHS,
+            columns=["origin"],
+        )
+        shared = None if row_of is None else torch.tensor(row_of)
+        self.rows = RowMap(self.state, shared, 0 if row_of is None else row_of[-1] + 1)
         self.cache: list[list[int]] = [[] for _ in range(num)]
         self.generator = torch.Generator().manual_seed(seed)
         self.vocab = vocab
@@ -130,8 +137,8 @@ def test_nothing_is_moved_where_nobody_has_to() -> None:
 
 
 def test_a_state_is_copied_as_far_as_both_reach() -> None:
-    small = RolloutState.begin(torch.tensor([7, 8]), [2, 1], [0, 1])
-    large = RolloutState.begin(torch.zeros(3, dtype=torch.int64), [4] * 3, [5] * 3)
+    small = RolloutState.begin(*torch.tensor([[7, 8], [2, 1], [0, 1]]), num_tokens=2)
+    large = RolloutState.begin(*torch.tensor([[0] * 3, [4] * 3, [5] * 3]), num_tokens=4)
     small.tokens.fill_(9)
     small.copy_to(large)
     assert large.tokens.tolist() == [[9, 9, 0, 0], [9, 9, 0, 0], [0, 0, 0, 0]]

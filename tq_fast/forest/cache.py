@@ -3,34 +3,92 @@
 A forest holds G trees. A tree's prefix (prompt and emitted tokens) is stored once, whatever the
 number of branches; a row (one roll-out of one candidate of one tree) stores only its own tokens.
 
-    prefix_k, prefix_v   [G, H_kv, P, d] a layer, `prefix_len` [G] of it in use
-    branch_k, branch_v   [N, H_kv, S, d] a layer, the same number of tokens in use for every row
+    prefix   [S, G, H_kv, P, d], `prefix_len` [G] of it in use
+    branch   [S, N, H_kv, B, d], the same number of tokens in use for every row
 
-Buffers are made once, at the first forward pass, and keep their addresses.
+The S slots are the keys and the values of all layers of one shape, so that what is done to every
+layer (a token that moves to the prefix, rows that change places) is one operation. Buffers are made
+once, at the first forward pass, and keep their addresses.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from transformers.cache_utils import Cache
 
+from ..copies import upload
 from ..errors import UnsupportedModel
 
 
-@dataclasses.dataclass
-class _Layer:
-    """KV buffers of one decoder layer."""
+class KvShape(NamedTuple):
+    """What the keys, or the values, of one token are in one layer."""
 
-    prefix_k: torch.Tensor
-    prefix_v: torch.Tensor
-    branch_k: torch.Tensor
-    branch_v: torch.Tensor
-    # The views that `prefix` returned last, and the arguments that they are for.
-    _prefix: tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+    heads: int
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(states: torch.Tensor) -> KvShape:
+        """The shape of new keys or values `[rows, H_kv, T, d]`."""
+        return KvShape(states.shape[1], states.shape[3], states.dtype, states.device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.heads * self.size * self.dtype.itemsize
+
+
+# Of each layer, by its index: the shapes of its keys and of its values.
+LayerShapes: TypeAlias = Mapping[int, tuple[KvShape, KvShape]]
+
+
+class _Pool:
+    """The keys and values of one shape, a slot for those of each layer."""
+
+    def __init__(
+        self, shape: KvShape, *, num_slots: int, trees: int, rows: int, prefix: int, branch: int
+    ) -> None:
+        def zeros(*sizes: int) -> torch.Tensor:
+            # Zeros, not empty: a NaN in an unused position would survive a mask (0 * NaN).
+            return torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
+
+        self.prefix = zeros(num_slots, trees, shape.heads, prefix, shape.size)
+        self.branch = zeros(num_slots, rows, shape.heads, branch, shape.size)
+        self.num_taken = 0
+
+    def take_slot(self) -> int:
+        """Return the number of a slot that no layer has yet."""
+        self.num_taken += 1
+        return self.num_taken - 1
+
+    def grow(self, prefix_capacity: int, branch_capacity: int) -> None:
+        """Make room for so many tokens a row and keep those that the buffers hold."""
+        if prefix_capacity > self.prefix.shape[3]:
+            self.prefix = _grown(self.prefix, prefix_capacity)
+        if branch_capacity > self.branch.shape[3]:
+            self.branch = _grown(self.branch, branch_capacity)
+
+
+class _Layer:
+    """Views of the slots that hold the keys and the values of one decoder layer."""
+
+    def __init__(self, keys: tuple[_Pool, int], values: tuple[_Pool, int]) -> None:
+        self._slots = keys, values
+        self.look()
+
+    def look(self) -> None:
+        """Take the views again: the buffers have moved."""
+        (pool_k, slot_k), (pool_v, slot_v) = self._slots
+        self.prefix_k, self.prefix_v = pool_k.prefix[slot_k], pool_v.prefix[slot_v]
+        self.branch_k, self.branch_v = pool_k.branch[slot_k], pool_v.branch[slot_v]
+        # The views that `prefix` returned last, and the arguments that they are for.
+        self._prefix: tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def prefix(self, num_trees: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the first `num_tokens` keys and values of the first `num_trees` trees."""
@@ -49,19 +107,9 @@ class _Layer:
             return self.branch_k, self.branch_v
         return self.branch_k[rows], self.branch_v[rows]
 
-    def grow(self, prefix_capacity: int, branch_capacity: int) -> None:
-        """Make room for so many tokens a row and keep those that the buffers hold."""
-        if prefix_capacity > self.prefix_k.shape[2]:
-            self.prefix_k = _grown(self.prefix_k, prefix_capacity)
-            self.prefix_v = _grown(self.prefix_v, prefix_capacity)
-            self._prefix = None
-        if branch_capacity > self.branch_k.shape[2]:
-            self.branch_k = _grown(self.branch_k, branch_capacity)
-            self.branch_v = _grown(self.branch_v, branch_capacity)
 
-
-# Keys and values `[n, H_kv, T, d]` of some rows and tokens, for each layer.
-SavedTokens: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
+# Keys and values `[S, n, H_kv, T, d]` of some rows and tokens, for each pool.
+SavedTokens: TypeAlias = list[torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +150,18 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
         num_rows: N, rows at most.
         prefix_capacity: tokens that a prefix can hold.
         branch_capacity: tokens that a branch can hold.
+        shapes: of the layers, as another cache of the same model found them; None where they are
+            not known yet, so that the slots of each layer are buffers of their own.
     """
 
     def __init__(
-        self, *, num_trees: int, num_rows: int, prefix_capacity: int, branch_capacity: int
+        self,
+        *,
+        num_trees: int,
+        num_rows: int,
+        prefix_capacity: int,
+        branch_capacity: int,
+        shapes: LayerShapes | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.num_trees = num_trees
@@ -115,16 +171,35 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
         self.prefix_len = [0] * num_trees
         self.current_pass: PrefillPass | BranchPass | None = None
         self.current_layer: _Layer | None = None
-        self._kv: dict[int, _Layer] = {}
+        # Layers that are still to come, by the shapes of their keys and values.
+        every = [shape for layer in (shapes or {}).values() for shape in layer]
+        self._expected = Counter(every)
+        self._layers: dict[int, _Layer] = {}
+        self._pools: list[tuple[KvShape, _Pool]] = []
+        # `prefix_len` as the device has it, and the numbers that were sent there.
+        self._lengths: torch.Tensor | None = None
+        self._sent: list[int] = []
+        self._num_trees_at_first = num_trees
+        self.shapes: dict[int, tuple[KvShape, KvShape]] = {}
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all KV buffers."""
-        return sum(
-            buffer.nbytes
-            for layer in self._kv.values()
-            for buffer in (layer.prefix_k, layer.prefix_v, layer.branch_k, layer.branch_v)
-        )
+        return sum(pool.prefix.nbytes + pool.branch.nbytes for _, pool in self._pools)
+
+    def lengths_on(self, device: torch.device) -> torch.Tensor:
+        """`prefix_len` on `device`, int64, at an address that never changes.
+
+        It is as long as the forest had trees at first; trees that were taken out have length 0.
+        The host does not wait.
+        """
+        now = [*self.prefix_len, *[0] * (self._num_trees_at_first - len(self.prefix_len))]
+        if self._lengths is None:
+            self._lengths = torch.zeros(len(now), dtype=torch.int64, device=device)
+        if now != self._sent:
+            self._lengths.copy_(upload(device, torch.tensor(now))[0])
+            self._sent = now
+        return self._lengths
 
     @property
     def layout(self) -> tuple[int, int]:
@@ -143,36 +218,39 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
 
         They are the rows from `first_row` on, and hold `start` tokens already.
         """
-        num_rows, device = len(tree), tree.device
+        num_rows = len(tree)
         assert first_row + num_rows <= self.num_rows, (first_row, num_rows, self.num_rows)
         assert start + num_tokens <= self.branch_capacity, (start, num_tokens)
-        prefix_len = torch.tensor(self.prefix_len[: self.num_trees], device=device)
-        branch_len = torch.full((num_rows,), start + num_tokens, device=device)
+        branch_len = torch.full((num_rows,), start + num_tokens, device=tree.device)
         return BranchPass(
             slice(first_row, first_row + num_rows),
             slice(start, start + num_tokens),
             tree,
-            prefix_len,
+            self.lengths_on(tree.device)[: self.num_trees],
             branch_len,
             max(self.prefix_len),
         )
 
-    def depth_pass(
-        self, *, depth: torch.Tensor, tree: torch.Tensor, prefix_len: torch.Tensor
+    def fixed_pass(
+        self, *, where: torch.Tensor, tree: torch.Tensor, lengths: torch.Tensor, first_row: int = 0
     ) -> BranchPass:
-        """Describe a pass of one token for each row of `tree` `[n]`, known to the device alone.
+        """Describe a pass for each row of `tree` `[n]` whose places the device alone knows.
 
-        The pass reads and writes fixed addresses for as long as `layout` stays the same. `depth`,
-        int64 `[1]`, is how many tokens each branch holds already; `prefix_len` is a buffer of the
-        caller, for all trees that there were at the beginning.
+        The pass reads and writes fixed addresses for as long as `layout` stays the same.
+
+        Args:
+            where: places of the new tokens in their branches, int64 `[T]`, one behind the other.
+            tree: tree of each row, ascending.
+            lengths: what `lengths_on` returned.
+            first_row: of the rows.
         """
         num_rows = tree.shape[0]
         return BranchPass(
-            slice(0, num_rows),
-            depth,
+            slice(first_row, first_row + num_rows),
+            where,
             tree,
-            prefix_len,
-            (depth + 1).expand(num_rows),
+            lengths,
+            (where[-1:] + 1).expand(num_rows),
             self.prefix_capacity,
         )
 
@@ -186,9 +264,9 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values `[rows, H_kv, T, d]` where the current pass puts them."""
         self.check_attended()
-        layer = self._kv.get(layer_idx)
+        layer = self._layers.get(layer_idx)
         if layer is None:
-            layer = self._kv[layer_idx] = self._allocate(key_states, value_states)
+            layer = self._layers[layer_idx] = self._allocate(layer_idx, key_states, value_states)
         now = self.current_pass
         if isinstance(now, PrefillPass):
             end = now.start + key_states.shape[2]
@@ -226,41 +304,42 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
                 "transformers through which the shared-prefix cache works"
             )
 
-    def save(self, rows: slice | Sequence[int], start: int, end: int) -> SavedTokens:
+    def save(self, rows: slice, start: int, end: int) -> SavedTokens:
         """Copy branch tokens `start` to `end` of `rows`."""
-        return [
-            (layer.branch_k[rows, :, start:end].clone(), layer.branch_v[rows, :, start:end].clone())
-            for layer in self._kv.values()
-        ]
+        return [pool.branch[:, rows, :, start:end].clone() for _, pool in self._pools]
 
     def write(self, row: int, start: int, saved: SavedTokens) -> None:
         """Put the tokens of the one row in `saved` into branch `row`, from token `start` on."""
-        for layer, (keys, values) in zip(self._kv.values(), saved, strict=True):
-            end = start + keys.shape[2]
-            layer.branch_k[row, :, start:end] = keys[0]
-            layer.branch_v[row, :, start:end] = values[0]
+        for (_, pool), tokens in zip(self._pools, saved, strict=True):
+            pool.branch[:, row, :, start : start + tokens.shape[3]] = tokens[:, 0]
 
     def commit(
-        self, trees: Sequence[int], rows: Sequence[int], saved: SavedTokens | None = None
+        self,
+        trees: Sequence[int],
+        tree: torch.Tensor,
+        row: torch.Tensor,
+        saved: SavedTokens | None = None,
     ) -> None:
-        """Move the first branch token of `rows[i]` to the prefix of `trees[i]`.
+        """Move the first branch token of rows `row` to the prefixes of `trees`.
 
         It is read from `saved`, where that is given, and from the branches otherwise.
+
+        Args:
+            trees: the trees; none makes no difference.
+            tree: the same, int64 `[n]`, on the device.
+            row: the row of each, likewise.
+            saved: as `save` returned it.
         """
         if not trees:
             return
-        device = next(iter(self._kv.values())).prefix_k.device
-        tree_idx = torch.tensor(trees, device=device)
-        row_idx = torch.tensor(rows, device=device)
-        start = torch.tensor([self.prefix_len[tree] for tree in trees], device=device)
-        if saved is None:
-            saved = [(layer.branch_k, layer.branch_v) for layer in self._kv.values()]
-        for layer, (keys, values) in zip(self._kv.values(), saved, strict=True):
-            at = (tree_idx, slice(None), start)
-            layer.prefix_k[at] = keys[row_idx, :, 0]
-            layer.prefix_v[at] = values[row_idx, :, 0]
-        for tree in trees:
-            self.prefix_len[tree] += 1
+        start = self.lengths_on(tree.device)[tree]
+        sources = saved or [pool.branch for _, pool in self._pools]
+        for (shape, pool), source in zip(self._pools, sources, strict=True):
+            at = [index.to(shape.device) for index in (tree, row, start)]
+            # Between two indices by tensors stands a slice: the rows come first.
+            pool.prefix[:, at[0], :, at[2]] = source[:, at[1], :, 0].movedim(1, 0)
+        for idx in trees:
+            self.prefix_len[idx] += 1
 
     def commit_rows(
         self, trees: Sequence[int], rows: Sequence[int], num_tokens: Sequence[int]
@@ -271,17 +350,14 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
         """
         for tree, row, num in zip(trees, rows, num_tokens, strict=True):
             start = self.prefix_len[tree]
-            for layer in self._kv.values():
-                layer.prefix_k[tree, :, start : start + num] = layer.branch_k[row, :, :num]
-                layer.prefix_v[tree, :, start : start + num] = layer.branch_v[row, :, :num]
+            for _, pool in self._pools:
+                pool.prefix[:, tree, :, start : start + num] = pool.branch[:, row, :, :num]
             self.prefix_len[tree] = start + num
 
     def copy_prefix(self, source: int, tree: int, num_tokens: int) -> None:
         """`tree`, whose prefix is empty, takes over the first `num_tokens` of `source`'s."""
         assert self.prefix_len[tree] == 0 and num_tokens <= self.prefix_len[source]
-        for layer in self._kv.values():
-            for buffer in (layer.prefix_k, layer.prefix_v):
-                buffer[tree, :, :num_tokens] = buffer[source, :, :num_tokens]
+        self._move_prefix(source, tree, num_tokens)
         self.prefix_len[tree] = num_tokens
 
     def truncate(self, tree: int, num_tokens: int) -> None:
@@ -295,19 +371,15 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
         `order` may name a row several times, and leave rows out.
         """
         num_rows = order.shape[0]
-        for layer in self._kv.values():
-            for buffer in (layer.branch_k, layer.branch_v):
-                used = buffer[:, :, :num_tokens]
-                used[:num_rows] = used.index_select(0, order)
+        for shape, pool in self._pools:
+            used = pool.branch[:, :, :, :num_tokens]
+            used[:, :num_rows] = used.index_select(1, order.to(shape.device))
 
     def drop_tree(self, tree: int) -> None:
         """Take `tree` out of the forest; the last tree takes over its place."""
         last = self.num_trees - 1
         if tree != last:
-            num_tokens = self.prefix_len[last]
-            for layer in self._kv.values():
-                for buffer in (layer.prefix_k, layer.prefix_v):
-                    buffer[tree, :, :num_tokens] = buffer[last, :, :num_tokens]
+            self._move_prefix(last, tree, self.prefix_len[last])
             self.prefix_len[tree] = self.prefix_len[last]
         self.prefix_len.pop()
         self.num_trees = last
@@ -316,8 +388,10 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
         """Grow the buffers to at least so many tokens a row and keep those that they hold."""
         self.prefix_capacity = max(prefix_capacity, self.prefix_capacity)
         self.branch_capacity = max(branch_capacity, self.branch_capacity)
-        for layer in self._kv.values():
-            layer.grow(self.prefix_capacity, self.branch_capacity)
+        for _, pool in self._pools:
+            pool.grow(self.prefix_capacity, self.branch_capacity)
+        for layer in self._layers.values():
+            layer.look()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen; positions are passed to the model explicitly, so nothing reads this."""
@@ -329,21 +403,33 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
 
-    def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> _Layer:
-        def zeros(like: torch.Tensor, rows: int, tokens: int) -> torch.Tensor:
-            # Zeros, not empty: a NaN in an unused position would survive a mask (0 * NaN).
-            return like.new_zeros(rows, like.shape[1], tokens, like.shape[3])
+    def _move_prefix(self, source: int, tree: int, num_tokens: int) -> None:
+        for _, pool in self._pools:
+            pool.prefix[:, tree, :, :num_tokens] = pool.prefix[:, source, :, :num_tokens]
 
-        return _Layer(
-            zeros(key_states, self.num_trees, self.prefix_capacity),
-            zeros(value_states, self.num_trees, self.prefix_capacity),
-            zeros(key_states, self.num_rows, self.branch_capacity),
-            zeros(value_states, self.num_rows, self.branch_capacity),
+    def _allocate(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> _Layer:
+        shapes = self.shapes[layer_idx] = KvShape.of(keys), KvShape.of(values)
+        return _Layer(*((pool, pool.take_slot()) for pool in map(self._pool_for, shapes)))
+
+    def _pool_for(self, shape: KvShape) -> _Pool:
+        """The pool of `shape` that has a slot left, made where there is none."""
+        for known, pool in self._pools:
+            if known == shape and pool.num_taken < len(pool.prefix):
+                return pool
+        pool = _Pool(
+            shape,
+            num_slots=max(1, self._expected.pop(shape, 1)),
+            trees=self.num_trees,
+            rows=self.num_rows,
+            prefix=self.prefix_capacity,
+            branch=self.branch_capacity,
         )
+        self._pools.append((shape, pool))
+        return pool
 
 
 def _grown(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
-    rows, heads, tokens, size = buffer.shape
-    grown = buffer.new_zeros(rows, heads, capacity, size)
-    grown[:, :, :tokens] = buffer
+    *sizes, tokens, size = buffer.shape
+    grown = buffer.new_zeros(*sizes, capacity, size)
+    grown[..., :tokens, :] = buffer
     return grown

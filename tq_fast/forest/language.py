@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,17 +11,29 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..copies import upload
 from ..errors import UnsupportedModel
 from . import ForestCache, SavedTokens, share_prefix
 from .attention import attending, running
-from .cache import BranchPass, PrefillPass
+from .cache import BranchPass, LayerShapes, PrefillPass
 from .cpu_layers import CpuLayers
 from .experts import QuietExperts
+from .graphs import PassGraphs, has_graphs
 from .view import cache_argument, takes
+
+# What the layers of a model keep of a token, for models that ran over a forest before.
+known_shapes: weakref.WeakKeyDictionary[PreTrainedModel, LayerShapes] = weakref.WeakKeyDictionary()
 
 
 class Forest:
     """A model's backbone and its cache: positions, passes and counts, for any head.
+
+    Args:
+        model: a causal model of transformers.
+        num_trees, num_rows, prefix_capacity, branch_capacity: those of the cache.
+        backend: which backend the ops use.
+        cpu_layers: whether layers run fused where the model is on a CPU.
+        graphs: whether passes over branches run as CUDA graphs where it is on a GPU.
 
     Attributes:
         source: the model as the user has it; nothing of it is changed.
@@ -29,6 +42,8 @@ class Forest:
         cache: the KV of every tree and row.
         limit: positions that the model has, or None.
         num_token_forwards: tokens that went through the model so far.
+        graphs: of passes over branches; None where there are none.
+        refuses_graphs: whether a step over this forest could not be captured.
     """
 
     def __init__(
@@ -41,6 +56,7 @@ class Forest:
         branch_capacity: int,
         backend: str | None,
         cpu_layers: bool = True,
+        graphs: bool = False,
     ) -> None:
         self.source = model
         self.model = attending(model)
@@ -52,10 +68,15 @@ class Forest:
             num_rows=num_rows,
             prefix_capacity=prefix_capacity,
             branch_capacity=branch_capacity,
+            shapes=known_shapes.get(model),
         )
         self.num_token_forwards = 0
         has_layers = cpu_layers and self.device.type == "cpu"
         self.cpu_layers = CpuLayers(self.model, model, backend) if has_layers else None
+        self.refuses_graphs = False
+        self.graphs = PassGraphs(self) if graphs and has_graphs(self.device) else None
+        self._experts = QuietExperts(self.model)
+        self._head_input: _HeadInput | None = None
         self._cache_argument = cache_argument(model)
 
     @property
@@ -68,7 +89,7 @@ class Forest:
     ) -> Any:
         """Append `token_ids` to the prefix of `tree` with `module`; return its output."""
         start = self.cache.prefix_len[tree]
-        tokens = torch.tensor([token_ids], device=self.device)
+        (tokens,) = upload(self.device, torch.tensor([token_ids]))
         positions = torch.arange(start, start + len(token_ids), device=self.device)[None]
         output = self._run(module, tokens, positions, PrefillPass(tree, start), options)
         self.cache.prefix_len[tree] = start + len(token_ids)
@@ -86,8 +107,15 @@ class Forest:
     ) -> Any:
         """Push `tokens` `[n, T]` through n rows, which hold `start` tokens already.
 
-        `tree` is the tree of each row, int64 `[n]`, ascending.
+        `tree` is the tree of each row, int64 `[n]`, ascending. What is returned is valid until the
+        next pass: the graph of a pass writes to the same memory each time.
         """
+        if self.graphs is not None:
+            output = self.graphs.run(
+                module, tokens, start=start, tree=tree, first_row=first_row, **options
+            )
+            if output is not None:
+                return output
         num_tokens = tokens.shape[1]
         branch_pass = self.cache.branch_pass(
             tree=tree, start=start, num_tokens=num_tokens, first_row=first_row
@@ -98,6 +126,46 @@ class Forest:
             # The padding of a short row may reach beyond the model's last position.
             positions.clamp_(max=self.limit - 1)
         return self._run(module, tokens, positions, branch_pass, options)
+
+    def run_fixed(
+        self,
+        module: PreTrainedModel,
+        tokens: torch.Tensor,
+        *,
+        where: torch.Tensor,
+        tree: torch.Tensor,
+        lengths: torch.Tensor,
+        first_row: int = 0,
+        **options: Any,
+    ) -> Any:
+        """`run_branches` at fixed addresses, over tokens whose places only the device knows.
+
+        The host does not wait for the device.
+
+        Args:
+            module: the model, or its backbone.
+            tokens: int64 `[n, T]`.
+            where: int64 `[T]`, places of the tokens in their branches, one behind the other.
+            tree: int64 `[n]`, ascending, the tree of each row.
+            lengths: what the cache's `lengths_on` returned.
+            first_row: of the rows.
+        """
+        now = self.cache.fixed_pass(where=where, tree=tree, lengths=lengths, first_row=first_row)
+        positions = lengths.index_select(0, tree)[:, None] + where
+        if tokens.shape[1] > 1 and self.limit is not None:
+            positions.clamp_(max=self.limit - 1)
+        with self._experts.running(tokens.numel()):
+            return self._run(module, tokens, positions, now, options)
+
+    @property
+    def hidden(self) -> torch.Tensor | None:
+        """The states `[n, T, D]` that the LM head read last; None where they are not kept."""
+        return None if self._head_input is None else self._head_input.states
+
+    @hidden.setter
+    def hidden(self, states: torch.Tensor) -> None:
+        assert self._head_input is not None, "nobody keeps the states of this forest"
+        self._head_input.states = states
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
         """Encode what is left of the prompt of `tree`; what follows it is ready afterwards."""
@@ -177,8 +245,8 @@ class LanguageForest(Forest):
             self.cache.num_trees, self.vocab_size, dtype=model.dtype, device=self.device
         )
         self.next_hidden: torch.Tensor | None = None
-        self._head_input = self._watch_head() if keeps_hidden else None
-        self._experts = QuietExperts(self.model)
+        if keeps_hidden:
+            self._head_input = self._watch_head()
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
         """Encode what is left of the prompt of `tree`; its next_logits is ready afterwards."""
@@ -188,7 +256,7 @@ class LanguageForest(Forest):
         self.next_logits = self.next_logits.to(logits.dtype)
         self.next_logits[tree] = logits
         if self.hidden is not None:
-            self._keep_hidden([tree], self.hidden[:, -1])
+            self._keep_hidden(tree, self.hidden[0, -1])
 
     def forward_rows(self, tokens: torch.Tensor, *, start: int, tree: torch.Tensor) -> torch.Tensor:
         """Push one token a row (int64 `[n]`); return the logits `[n, V]` after it."""
@@ -203,45 +271,45 @@ class LanguageForest(Forest):
         *,
         depth: torch.Tensor,
         tree: torch.Tensor,
-        prefix_len: torch.Tensor,
+        lengths: torch.Tensor,
     ) -> torch.Tensor:
         """`forward_rows` at fixed addresses and a depth that only the device knows.
-
-        The host does not wait for the device.
 
         Args:
             tokens: int64 `[n, 1]`.
             depth: int64 `[1]`, tokens that the rows hold already.
             tree: int64 `[n]`, ascending, the tree of each row.
-            prefix_len: int64 `[G]`, of all trees that there were at the beginning.
+            lengths: what the cache's `lengths_on` returned.
         """
-        now = self.cache.depth_pass(depth=depth, tree=tree, prefix_len=prefix_len)
-        positions = (prefix_len.index_select(0, tree) + depth)[:, None]
-        with self._experts.running(tokens.shape[0]):
-            output = self._run(self.model, tokens, positions, now, self._last_only)
+        output = self.run_fixed(
+            self.model, tokens, where=depth, tree=tree, lengths=lengths, **self._last_only
+        )
         return output.logits[:, -1]
 
     def commit(
         self,
         trees: Sequence[int],
         rows: Sequence[int],
-        next_logits: torch.Tensor,
+        logits: torch.Tensor,
         saved: SavedTokens | None = None,
     ) -> None:
         """Move the first token of `rows[i]` into the prefix of `trees[i]`.
 
-        `next_logits[i]` are the logits after it. Its KV is read from `saved`, where that is given.
+        `logits` `[R, V]` are those after the first token of every row. Its KV is read from `saved`,
+        where that is given.
         """
-        self.cache.commit(trees, rows, saved=saved)
-        self.next_logits[torch.tensor(trees, device=self.device)] = next_logits
+        tree, row = upload(self.device, torch.tensor(trees), torch.tensor(rows))
+        self.cache.commit(trees, tree, row, saved)
+        self.next_logits[tree] = logits[row]
 
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
         """Append `tokens[i]` to the prefix of `trees[i]` (ascending) by one forward pass."""
-        tree, ids = torch.tensor([trees, tokens], device=self.device)
-        next_logits = self.forward_rows(ids, start=0, tree=tree)
-        self.commit(trees, range(len(trees)), next_logits)
+        tree, ids = upload(self.device, torch.tensor(trees), torch.tensor(tokens))
+        logits = self.forward_rows(ids, start=0, tree=tree)
+        self.cache.commit(trees, tree, torch.arange(len(trees), device=self.device))
+        self.next_logits[tree] = logits
         if self.hidden is not None:
-            self._keep_hidden(trees, self.hidden[:, -1])
+            self._keep_hidden(tree, self.hidden[:, -1])
 
     def drop_tree(self, tree: int) -> None:
         """Take `tree` out; the last tree takes over its place."""
@@ -249,10 +317,6 @@ class LanguageForest(Forest):
         self.cache.drop_tree(tree)
         self.next_logits[tree] = self.next_logits[last]
         self.next_logits = self.next_logits[:last]
-
-    @property
-    def hidden(self) -> torch.Tensor | None:
-        return None if self._head_input is None else self._head_input.states
 
     def _watch_head(self) -> _HeadInput:
         """Keep what the LM head of the view reads, pass for pass."""
@@ -267,11 +331,11 @@ class LanguageForest(Forest):
         head.register_forward_pre_hook(watched)
         return watched
 
-    def _keep_hidden(self, trees: Sequence[int], hidden: torch.Tensor) -> None:
-        """`hidden` `[n, D]` are the states after the prefixes of `trees`."""
+    def _keep_hidden(self, tree: int | torch.Tensor, hidden: torch.Tensor) -> None:
+        """`hidden` are the states after the prefix of `tree`, or of several (int64 `[n]`)."""
         if self.next_hidden is None:
-            self.next_hidden = hidden.new_zeros(len(self.next_logits), hidden.shape[1])
-        self.next_hidden[torch.tensor(trees, device=self.device)] = hidden
+            self.next_hidden = hidden.new_zeros(len(self.next_logits), hidden.shape[-1])
+        self.next_hidden[tree] = hidden
 
     @functools.cached_property
     def _last_only(self) -> dict[str, Any]:
@@ -322,10 +386,25 @@ class StateForest(Forest):
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
+    def forward_depth(
+        self,
+        tokens: torch.Tensor,
+        *,
+        depth: torch.Tensor,
+        tree: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """The states `[n, D]` after `tokens` `[n, 1]`, as `LanguageForest.forward_depth` runs."""
+        output = self.run_fixed(
+            self.model.base_model, tokens, where=depth, tree=tree, lengths=lengths
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden[:, -1]
+
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
-        tree, ids = torch.tensor([trees, tokens], device=self.device)
+        tree, ids = upload(self.device, torch.tensor(trees), torch.tensor(tokens))
         hidden = self.forward_rows(ids[:, None], start=0, tree=tree)
-        self.cache.commit(trees, range(len(trees)))
+        self.cache.commit(trees, tree, torch.arange(len(trees), device=self.device))
         self.next_hidden[tree] = hidden[:, -1]
 
 

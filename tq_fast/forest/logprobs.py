@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import ops
+from ..copies import upload
 from .language import LanguageForest
 from .view import view_of
 
@@ -48,11 +49,9 @@ def score_rows(
     sums = [0.0] * len(rows)
     for chunk in split_by_length(lengths, device_type=forest.device.type, max_rows=per_pass):
         width = max(lengths[i] for i in chunk)
-        tokens = torch.tensor(
-            [[*rows[i], *[0] * (width - lengths[i])] for i in chunk], device=forest.device
-        )
-        used = torch.tensor([lengths[i] for i in chunk], device=forest.device)
-        tree = torch.tensor([trees[i] for i in chunk], device=forest.device)
+        padded = [[*rows[i], *[0] * (width - lengths[i])] for i in chunk]
+        columns = (padded, [lengths[i] for i in chunk], [trees[i] for i in chunk])
+        tokens, used, tree = upload(forest.device, *map(torch.tensor, columns))
         found = _score_pass(forest, head, tokens, used, tree, vocab_size)
         for i, logprob in zip(chunk, found.tolist(), strict=True):
             sums[i] = logprob

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import BackendRefused, UnsupportedModel
-from .language import Forest
-
-# Bytes of KV that a token takes in models that ran over a forest.
-_kv_bytes: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+from .cache import LayerShapes
+from .language import Forest, known_shapes
 
 
 def check_supported(model: PreTrainedModel, role: str) -> None:
@@ -53,8 +49,8 @@ def check_runs(model: PreTrainedModel) -> int:
     Raises:
         UnsupportedModel: the message names the model type and the feature.
     """
-    if model in _kv_bytes:
-        return _kv_bytes[model]
+    if model in known_shapes:
+        return _bytes_per_token(known_shapes[model])
     forest = Forest(
         model, num_trees=1, num_rows=1, prefix_capacity=2, branch_capacity=1, backend=None
     )
@@ -74,8 +70,12 @@ def check_runs(model: PreTrainedModel) -> int:
             f"model type {model.config.model_type!r} does not run over the shared-prefix cache: "
             f"{error}"
         ) from error
-    _kv_bytes[model] = forest.cache.num_bytes // 3
-    return _kv_bytes[model]
+    known_shapes[model] = forest.cache.shapes
+    return _bytes_per_token(forest.cache.shapes)
+
+
+def _bytes_per_token(shapes: LayerShapes) -> int:
+    return sum(keys.num_bytes + values.num_bytes for keys, values in shapes.values())
 
 
 def _is_of_installation(error: Exception) -> bool:

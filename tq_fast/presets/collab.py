@@ -17,7 +17,9 @@ from typing import Any, cast
 import torch
 
 from ..config import DecodeConfig, Role
+from ..copies import download
 from ..decoder import TransferMethod
+from ..engines.base import LanguageEngine
 from ..errors import InvalidArgument
 from ..prompts import Prompt
 from ..results import DecodeResult, DecodeStats, Response, StepTrace
@@ -32,6 +34,8 @@ from .call import OpenMethod, PresetCall
 
 # Multiplied by the number of the baseline, it parts the random streams of their roll-outs.
 _STREAM = 0x9E3779B97F4A7C15
+# Stands for a place among the candidates of a baseline that did not propose a token.
+_NO_CANDIDATE = -1
 
 
 def open_collab(
@@ -151,13 +155,13 @@ class _CollabLoop:
         self.stats = DecodeStats()
         with self.stats.phase("prefill"):
             texts = [list(response.prompt.token_ids) for response in responses]
-            for forest in self._forests():
-                forest.encode(range(len(texts)), texts, shares=plan.speed.share_prefixes)
+            for engine in self._engines():
+                engine.encode(range(len(texts)), texts, shares=plan.speed.share_prefixes)
 
-    def _forests(self) -> list[Any]:
-        """Every language model's forest once."""
-        forests = [forest for roles in self.agents for forest in roles.languages.values()]
-        return list({id(forest): forest for forest in forests}.values())
+    def _engines(self) -> list[LanguageEngine]:
+        """Every language model's engine once."""
+        engines = [engine for roles in self.agents for engine in roles.languages.values()]
+        return list({id(engine): engine for engine in engines}.values())
 
     def step(self) -> list[tuple[Response, bool]]:
         """Append a token to every response; return each with whether it is now complete."""
@@ -204,7 +208,7 @@ class _CollabLoop:
             return [dataclasses.replace(trace, agents=agents) for trace in traces]
         kept = torch.stack([_best_of_each(trace) for trace in traces])
         logprobs = {
-            role: found.masked_fill(~kept.to(found.device), -torch.inf) if role == prior else found
+            role: found.masked_fill(~kept, -torch.inf) if role == prior else found
             for role, found in candidates.logprobs.items()
         }
         reduced = dataclasses.replace(candidates, logprobs=logprobs)
@@ -220,10 +224,9 @@ class _CollabLoop:
         }
         if len(steps) > 1:
             # What "baseline" says of every candidate is what the first one says.
-            forest, size = self.agents[0].languages["baseline"], self.plan.vocab_size
-            law = forest.next_logits[:, :size].float().log_softmax(1)
             own = steps[0].candidates.logprobs["baseline"]
-            logprobs["baseline"] = torch.cat([own, law.gather(1, ids[:, own.shape[1] :])], 1)
+            others = self.agents[0].languages["baseline"].logprobs(ids[:, own.shape[1] :])
+            logprobs["baseline"] = torch.cat([own, *download(others)], 1)
         values = StepValues.beside([step.values for step in steps])
         return Candidates(ids, logprobs, steps[0].candidates.kl_baseline_to_sft), values
 
@@ -232,24 +235,27 @@ class _CollabLoop:
     ) -> None:
         """Move the chosen tokens into the prefixes of all models."""
         staying = [tree for tree, ended in enumerate(is_finished) if not ended]
-        tokens = {tree: traces[tree].token_id for tree in staying}
-        for step in steps:
-            known = [tree for tree in staying if tokens[tree] in step.roots[tree].candidates]
-            step.commit_roller(
-                [(tree, step.roots[tree].candidates.index(tokens[tree])) for tree in known]
-            )
-            others = [tree for tree in staying if tree not in known]
-            if others:
-                step.roles.roller.advance(others, [tokens[tree] for tree in others])
-        rollers = [step.roles.roller for step in steps]
-        for forest in self._forests():
-            if staying and not any(forest is roller for roller in rollers):
-                forest.advance(staying, [tokens[tree] for tree in staying])
+        tokens = [traces[tree].token_id for tree in staying]
+        if not staying:
+            return
+        waves = {id(step.roles.roller): step for step in steps}
+        for engine in self._engines():
+            step = waves.get(id(engine))
+            chosen = [(tree, _NO_CANDIDATE) for tree in staying]
+            if step is not None:
+                own = [step.roots[tree].candidates for tree in staying]
+                chosen = [
+                    (tree, ids.index(token) if token in ids else _NO_CANDIDATE)
+                    for tree, ids, token in zip(staying, own, tokens, strict=True)
+                ]
+            engine.commit(chosen, tokens, () if step is None else step.waves)
 
     def _drop(self, tree: int) -> None:
         drop_from(self.active, tree)
-        for part in (*self._forests(), *self.agents[0].scorers.values()):
-            part.drop_tree(tree)
+        for engine in self._engines():
+            engine.drop_tree(tree)
+        for scorer in self.agents[0].scorers.values():
+            scorer.drop_tree(tree)
 
     def count(self, names: Sequence[Role]) -> None:
         """Write what went through the models into `stats`."""

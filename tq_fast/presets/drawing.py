@@ -16,7 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import DecodeConfig, Role
+from ..copies import download, upload
 from ..errors import DecodingError
+from ..forest.graphs import has_graphs
 from ..forest.language import LanguageForest, StateForest
 from ..forest.support import check_runs
 from ..results import DecodeStats, Response
@@ -25,6 +27,7 @@ from ..rollouts.state import RolloutState
 from ..rollouts.streams import stream_keys
 from ..session import Session
 from ..transfer.roles import distinct
+from .depths import TextGraphs
 from .laws import Output, TokenLaw, record_draw
 
 # Takes the place of the candidate in the key of a random stream; no token has this id.
@@ -79,11 +82,13 @@ class TextForest:
         self.responses = responses
         self.stop = session.stop_strings(config)
         self.shares_prefixes = session.speed.share_prefixes
+        self.uses_graphs = session.speed.graph_rollouts
         self.prompts = [list(response.prompt.token_ids) for response in responses]
         self.forests = self._open(session, num_rows, keeps_texts)
         self.states = self._open_states(session, num_rows, keeps_texts)
         device = next(iter(self.forests.values())).device
         self.eos = torch.tensor(session.end_ids(config), dtype=torch.int64, device=device)
+        self.graphs = self._open_graphs() if self._runs_graphs() else None
 
     def _open(
         self, session: Session, num_rows: int, keeps_texts: bool
@@ -111,6 +116,22 @@ class TextForest:
             model, cpu_layers=session.speed.cpu_layers, **self._sizes(num_rows, keeps_texts)
         )
 
+    def _runs_graphs(self) -> bool:
+        """Whether tokens are drawn in graphs: a stop string is looked for on the host."""
+        devices = {forest.device for forest in self.all_forests}
+        is_on_one = len(devices) == 1 and has_graphs(*devices)
+        return self.uses_graphs and is_on_one and not self.stop
+
+    def _open_graphs(self) -> TextGraphs:
+        return TextGraphs(
+            list(distinct(self.forests).values()),
+            self.states,
+            self.law,
+            gather=self._gather,
+            eos=self.eos,
+            num_tokens=self.config.max_new_tokens,
+        )
+
     def _sizes(self, num_rows: int, keeps_texts: bool) -> dict[str, Any]:
         longest, most = max(map(len, self.prompts)), self.config.max_new_tokens
         return {
@@ -119,6 +140,7 @@ class TextForest:
             "prefix_capacity": longest + (most if keeps_texts else 0),
             "branch_capacity": max(1, most - 1),
             "backend": self.config.backend,
+            "graphs": self.uses_graphs,
         }
 
     @property
@@ -184,20 +206,53 @@ class TextForest:
             num = rows.num_active
             early = self._early(state, depth, started, num)
             draw = self.law.draw(outputs, state.keys[:num], depth, early)
-            try:
-                record_draw(draw, state, depth, eos=self.eos, stop=self.stop, before=started)
-            except DecodingError as error:
-                place = {"prompt_idx": self.responses[error.prompt_idx].idx, "step": error.step}
-                raise type(error)(error.reason, **place) from error.__cause__
+            record_draw(draw, state, depth, eos=self.eos)
+            self._stop(state, num, depth, started)
             on_depth(len(trees))
-            order = rows.compact()
-            if not rows.num_active:
-                break
-            if order is not None:
-                for forest in self.all_forests:
-                    forest.cache.take_rows(order, depth)
+            if self.graphs is not None:
+                # Graphs take rows that ascend in their trees, and so as they began.
+                is_last = depth + 1 == state.tokens.shape[1]
+                if is_last or (
+                    early is None and self._finish_in(self.graphs, state, depth + 1, on_depth)
+                ):
+                    break
+            else:
+                order = rows.compact()
+                if not rows.num_active:
+                    break
+                if order is not None:
+                    for forest in self.all_forests:
+                        forest.cache.take_rows(order, depth)
             outputs = self._forward(rows.tokens(depth), depth, rows.tree)
-        return self._collect(state)
+        return self._collect(state, started)
+
+    def _finish_in(
+        self,
+        graphs: TextGraphs,
+        state: RolloutState,
+        first: int,
+        on_depth: Callable[[int], None],
+    ) -> bool:
+        """Leave all tokens after the `first` to `graphs`; False where a model is not captured."""
+        num = len(state.keys)
+        num_depths = state.tokens.shape[1]
+        if graphs.run(state, num_depths, first=first, on_depth=lambda: on_depth(num)) is None:
+            self.graphs = None
+            return False
+        return True
+
+    def _stop(
+        self, state: RolloutState, num: int, depth: int, started: Sequence[Sequence[int]]
+    ) -> None:
+        """Finish those of the first `num` draws that end with a stop string."""
+        if not self.stop:
+            return
+        trees, drawn = state.tree[:num].tolist(), state.tokens[:num, : depth + 1].tolist()
+        is_met = [
+            self.stop.is_met([*started[tree], *tokens])
+            for tree, tokens in zip(trees, drawn, strict=True)
+        ]
+        state.finished[:num] |= torch.tensor(is_met, device=state.finished.device)
 
     def _next_outputs(self, tree: torch.Tensor) -> dict[Role, Output]:
         """What the models give after the prefixes of `tree` `[n]`."""
@@ -213,11 +268,20 @@ class TextForest:
         states = None
         if self.states is not None:
             states = self.states.forward_rows(tokens[:, None], start=depth, tree=tree)[:, -1]
+        logits = {
+            forest: forest.forward_rows(tokens, start=depth, tree=tree)
+            for forest in distinct(self.forests).values()
+        }
+        return self._gather(logits, states)
+
+    def _gather(
+        self, logits: Mapping[LanguageForest, torch.Tensor], states: torch.Tensor | None
+    ) -> dict[Role, Output]:
+        """What the models give, from the logits `[n, V]` and the reward model's states `[n, D]`."""
         found = {}
-        for forest in distinct(self.forests).values():
-            logits = forest.forward_rows(tokens, start=depth, tree=tree)
+        for forest, of_forest in logits.items():
             hidden = None if forest.hidden is None else forest.hidden[:, -1]
-            found[forest] = Output(logits, _beside(hidden, states))
+            found[forest] = Output(of_forest, _beside(hidden, states))
         return {role: found[forest] for role, forest in self.forests.items()}
 
     def _begin(
@@ -239,7 +303,8 @@ class TextForest:
         limits = [most - len(before[tree]) for tree in trees]
         if limit is not None:
             limits = [min(limit, left) for left in limits]
-        return RolloutState.begin(keys.to(self.eos.device), limits, trees, self.law.columns)
+        there = upload(self.eos.device, keys, torch.tensor(limits), torch.tensor(trees))
+        return RolloutState.begin(*there, num_tokens=max(limits), columns=self.law.columns)
 
     def _early(
         self, state: RolloutState, depth: int, started: Sequence[Sequence[int]], num: int
@@ -251,22 +316,31 @@ class TextForest:
         early = [len(started[tree]) + depth < least for tree in state.tree[:num].tolist()]
         return early if any(early) else None
 
-    def _collect(self, state: RolloutState) -> list[Drawn]:
+    def _collect(self, state: RolloutState, started: Sequence[Sequence[int]]) -> list[Drawn]:
         """Return what came of every draw, in the order in which they began."""
-        places = state.places
-        columns = {name: column[places].cpu() for name, column in state.columns.items()}
-        fields = [field[places].tolist() for field in (state.tree, state.lengths, state.tokens)]
-        return [
+        fields = (state.origin, state.tree, state.lengths, state.tokens, *state.columns.values())
+        origin, *ended = download(*fields)
+        places = origin.argsort()
+        tree, lengths, tokens, *values = (field[places] for field in ended)
+        columns = dict(zip(state.columns, values, strict=True))
+        drawn = [
             Drawn(
-                tree,
+                of_tree,
                 row,
-                tokens[:length],
+                of_row[:length],
                 {name: column[i, :length] for name, column in columns.items()},
             )
-            for i, (row, tree, length, tokens) in enumerate(
-                zip(places.tolist(), *fields, strict=True)
+            for i, (row, of_tree, length, of_row) in enumerate(
+                zip(*(field.tolist() for field in (places, tree, lengths, tokens)), strict=True)
             )
         ]
+        for one in drawn:
+            broken = (one.columns["policy"] == -torch.inf).nonzero()
+            if len(broken):
+                step = int(broken[0]) + len(started[one.tree])
+                idx = self.responses[one.tree].idx
+                raise DecodingError("the logits are not finite", prompt_idx=idx, step=step)
+        return drawn
 
     def count(self, stats: DecodeStats) -> None:
         """Write what went through the models into `stats`."""

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import DecodeConfig, Role, require_int, require_positive
+from ..engines.local import without_tokens
 from ..errors import InvalidArgument
 from ..forest.language import LanguageForest, StateForest, vocab_size_of
 from ..forest.support import check_runs
@@ -18,7 +19,6 @@ from ..ops.sample_tokens import proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..prompts import Prompt
 from ..session import MethodOptions, Session, neutral_torch
-from ..transfer.step import without_tokens
 from ..values.fitting import FitOptions, LoggedTokens, fit_head
 from ..values.head import ValueHead, ValueHeadConfig
 from .call import RUNNING, OpenMethod, PresetCall, check_running

@@ -16,13 +16,11 @@ import torch
 
 from .. import ops
 from ..config import DecodeConfig, Role
-from ..errors import DecodingError
+from ..engines.local import without_tokens
 from ..ops.sample_tokens import SampledTokens, proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..rollouts.state import RolloutState
-from ..rollouts.stopping import StopStrings
 from ..transfer.certificate import kl_divergence
-from ..transfer.step import without_tokens
 from ..values.head import ValueHead
 
 
@@ -73,7 +71,7 @@ class TokenLaw(Protocol):
         self,
         outputs: Mapping[Role, Output],
         keys: torch.Tensor,
-        depth: int,
+        depth: int | torch.Tensor,
         early: Sequence[bool] | None,
     ) -> Draw:
         """Draw a token for every row; those that are `early` draw no EOS."""
@@ -119,7 +117,7 @@ class MixtureLaw:
         self,
         outputs: Mapping[Role, Output],
         keys: torch.Tensor,
-        depth: int,
+        depth: int | torch.Tensor,
         early: Sequence[bool] | None,
     ) -> Draw:
         logits = {role: output.logits for role, output in outputs.items()}
@@ -214,7 +212,7 @@ class ValueLaw:
         self,
         outputs: Mapping[Role, Output],
         keys: torch.Tensor,
-        depth: int,
+        depth: int | torch.Tensor,
         early: Sequence[bool] | None,
     ) -> Draw:
         config, (logits, hidden) = self.config, outputs[self.prior]
@@ -300,42 +298,27 @@ def mix_policies(
 
 
 def record_draw(
-    draw: Draw,
-    state: RolloutState,
-    depth: int,
-    *,
-    eos: torch.Tensor,
-    stop: StopStrings,
-    before: Sequence[Sequence[int]],
+    draw: Draw, state: RolloutState, depth: int | torch.Tensor, *, eos: torch.Tensor
 ) -> None:
     """Append the drawn tokens at `depth` to the first responses of `state`.
+
+    Logits that are no law end their response; its "policy" is -inf there, as of no other token.
 
     Args:
         draw: of the first responses.
         state: changed in place.
-        depth: tokens that every response holds already.
+        depth: tokens that every response holds already; a tensor (int64 `[1]`) where only the
+            device knows it.
         eos: int64 `[E]`, ids that end a response.
-        stop: strings that end it.
-        before: the tokens that each tree's responses begin with.
-
-    Raises:
-        DecodingError: logits that are no law; prompt_idx is the tree.
     """
     num = len(draw.ids)
     finished = state.finished[:num]
-    broken = (~draw.valid & ~finished).nonzero()
-    if broken.numel():
-        tree = int(state.tree[broken[0, 0]])
-        step = depth + len(before[tree])
-        raise DecodingError("the logits are not finite", prompt_idx=tree, step=step)
-    state.tokens[:num, depth] = draw.ids
     state.lengths[:num] += ~finished
-    finished |= torch.isin(draw.ids, eos) | (state.lengths[:num] >= state.limits[:num])
-    if stop:
-        trees, drawn = state.tree[:num].tolist(), state.tokens[:num, : depth + 1].tolist()
-        is_met = [
-            stop.is_met([*before[tree], *tokens]) for tree, tokens in zip(trees, drawn, strict=True)
-        ]
-        finished |= torch.tensor(is_met, device=finished.device)
-    for name, values in draw.recorded.items():
-        state.columns[name][:num, depth] = values
+    finished |= torch.isin(draw.ids, eos) | ~draw.valid
+    finished |= state.lengths[:num] >= state.limits[:num]
+    written = [(state.columns[name], values) for name, values in draw.recorded.items()]
+    for column, values in [(state.tokens, draw.ids), *written]:
+        if isinstance(depth, int):
+            column[:num, depth] = values
+        else:
+            column[:num].index_copy_(1, depth, values[:, None])

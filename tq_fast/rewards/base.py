@@ -46,6 +46,7 @@ class Opening:
         max_new: tokens of a response, at most.
         backend: which backend the ops of a forest use.
         waiting: prompts that will replace those.
+        graphs: whether passes over a forest run as CUDA graphs, on a GPU.
     """
 
     prompts: Sequence[Prompt]
@@ -53,6 +54,7 @@ class Opening:
     max_new: int
     backend: str | None
     waiting: Sequence[Prompt] = ()
+    graphs: bool = False
 
 
 class RewardSession(Protocol):

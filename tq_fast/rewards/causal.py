@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ..copies import upload
 from ..forest import common_length, share_prefix
 from ..forest.language import Forest
 from ..forest.logprobs import split_by_length
@@ -62,6 +63,7 @@ class _CausalSession:
             prefix_capacity=capacity,
             branch_capacity=1,
             backend=opening.backend,
+            graphs=opening.graphs,
         )
         self.prefixes: list[list[int]] = [[] for _ in self.forms]
         # Tokens whose KV lies in each tree's prefix, those behind its end included.
@@ -167,16 +169,11 @@ class _CausalSession:
         """Scores of the rows from `first_row` on, in one forward pass."""
         forest = self.forest
         width = max(map(len, suffixes))
-        tokens = torch.tensor(
-            [suffix + [0] * (width - len(suffix)) for suffix in suffixes], device=forest.device
-        )
-        last = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=forest.device)
+        padded = [suffix + [0] * (width - len(suffix)) for suffix in suffixes]
+        lengths = [len(suffix) - 1 for suffix in suffixes]
+        tokens, last, tree = upload(forest.device, *map(torch.tensor, (padded, lengths, trees)))
         output: Any = forest.run_branches(
-            forest.model.base_model,
-            tokens,
-            start=0,
-            tree=torch.tensor(trees, device=forest.device),
-            first_row=first_row,
+            forest.model.base_model, tokens, start=0, tree=tree, first_row=first_row
         )
         hidden = output.last_hidden_state
         pooled = hidden[torch.arange(len(suffixes), device=forest.device), last]

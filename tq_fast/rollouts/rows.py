@@ -19,18 +19,25 @@ class RowMap:
     `split`, `compact` and `join` return what is to be moved in every cache, an order for
     `ForestCache.take_rows`, or None where each row stays where it is.
 
-    Attributes:
+    Args:
         state: all roll-outs; this map puts them in order.
+        row_of: int64 `[N]`, ascending, the row of each roll-out; None gives each a row of its own.
+        num_rows: rows that `row_of` names.
+
+    Attributes:
+        state: all roll-outs.
         row_of: int64 `[n]`, ascending, the row of each active roll-out.
         leaders: int64 `[R]`, one active roll-out of each row.
     """
 
-    def __init__(self, state: RolloutState, row_of: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, state: RolloutState, row_of: torch.Tensor | None = None, num_rows: int = 0
+    ) -> None:
         self.state = state
         if row_of is None:
             self._keep(len(state.keys))
         else:
-            self._share(torch.tensor(row_of, device=state.keys.device), row_of[-1] + 1)
+            self._share(row_of, num_rows)
 
     def _keep(self, num_active: int) -> None:
         """The first roll-outs are active, each in a row of its own."""

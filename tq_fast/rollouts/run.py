@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..copies import download, upload
 from ..forest import SavedTokens
 from ..forest.language import LanguageForest
 from .graphs import RolloutGraphs
@@ -47,6 +48,7 @@ def run_rollouts(
     merge = merge and sampler.config.rollout == "sample"
     run = _Run(forest, roots, live, reused, sampler, merge)
     run.advance(graphs)
+    run.fetch()
     rollouts.update((rollout.id, rollout) for rollout in run.rollouts())
     return RolloutWave(
         list(rollouts.values()),
@@ -75,17 +77,21 @@ class _Run:
         self.candidates = [token for _, token, _ in own]
         keys = stream_keys([(root.key, root.step, token, r.number) for root, token, r in own])
         self.horizons = [root.horizon for root, _, _ in own]
-        trees = [r.tree for r in rollout_ids]
-        self.state = RolloutState.begin(keys.to(forest.device), self.horizons, trees)
         owners = [r.candidate for r in rollout_ids]
+        self.first_row = {owner: row for row, owner in enumerate(dict.fromkeys(owners))}
+        row_of = [self.first_row[owner] for owner in owners]
+        trees = [r.tree for r in rollout_ids]
+        columns = map(torch.tensor, (self.candidates, self.horizons, trees, row_of))
+        there = upload(forest.device, keys, *columns)
+        self.first_tokens = there[1]
+        self.state = RolloutState.begin(there[0], there[2], there[3], num_tokens=max(self.horizons))
         self.reused = {i: reused[owner] for i, owner in enumerate(owners) if owner in reused}
         self._fill_reused()
-        row_of = None
         if merge:
-            numbers = {owner: row for row, owner in enumerate(dict.fromkeys(owners))}
-            row_of, owners = [numbers[owner] for owner in owners], list(numbers)
-        self.rows = RowMap(self.state, row_of)
-        self.first_row = {owner: row for row, owner in reversed([*enumerate(owners)])}
+            self.rows = RowMap(self.state, there[4], len(self.first_row))
+        else:
+            self.rows = RowMap(self.state)
+            self.first_row = {owner: row for row, owner in reversed([*enumerate(owners)])}
         # Finished roll-outs have no rows where some are shared, and graphs report none at all.
         self.is_traced = not self.rows.is_shared
         self.num_steps = 0
@@ -96,24 +102,30 @@ class _Run:
         """Write down known tokens, which are not drawn: the roll-out rests behind them."""
         # Roll-outs that go on once their known tokens end, by their places at the beginning.
         self.resting: dict[int, ReusedRollout] = {}
+        if not self.reused:
+            return
+        tokens = torch.zeros(self.state.tokens.shape, dtype=torch.int64)
+        lengths = torch.zeros(len(self.horizons), dtype=torch.int64)
         for i, known in self.reused.items():
-            tokens = known.tokens[: self.horizons[i]]
-            self.state.tokens[i, : len(tokens)] = torch.tensor(tokens, device=self.forest.device)
-            self.state.lengths[i] = len(tokens)
-            self.state.finished[i] = True
+            lengths[i] = num = min(len(known.tokens), self.horizons[i])
+            tokens[i, :num] = torch.tensor(known.tokens[:num])
             if not known.is_finished and len(known.tokens) < self.horizons[i]:
                 self.resting[i] = known
+        state = self.state
+        state.tokens, state.lengths = upload(self.forest.device, tokens, lengths)
+        state.finished = state.lengths > 0
 
     def advance(self, graphs: RolloutGraphs | None) -> None:
         """Run one forward pass and one draw a depth until every roll-out is finished or full."""
         depth = 0
-        tokens = torch.tensor(self.candidates, device=self.forest.device)[self.rows.leaders]
+        tokens = self.first_tokens[self.rows.leaders]
         while self.rows.num_active:
             rows = self.rows
             logits = self.forest.forward_rows(tokens, start=depth, tree=rows.tree)
             self.num_steps += 1
             if depth == 0:
-                self.first_logits = logits
+                # The next pass of this size writes to the memory of this one, if it is a graph.
+                self.first_logits = logits if self.forest.graphs is None else logits.clone()
                 self.saved = self.forest.cache.save(slice(len(tokens)), 0, 1)
             if rows.is_shared:
                 logits = logits.index_select(0, rows.row_of)
@@ -173,11 +185,18 @@ class _Run:
         if order is not None:
             self.forest.cache.take_rows(order, num_tokens)
 
+    def fetch(self) -> None:
+        """Read what came of the roll-outs from the device."""
+        state = self.state
+        self.ended = download(
+            state.origin, state.tokens, state.lengths, state.logprob, state.proposal_logprob
+        )
+        # Where each roll-out of the beginning is now.
+        self.places = self.ended[0].argsort()
+
     def rollouts(self) -> list[Rollout]:
         """Return what came of every roll-out."""
-        state, places = self.state, self.state.places
-        fields = (state.tokens, state.lengths, state.logprob, state.proposal_logprob)
-        columns = [field[places].tolist() for field in fields]
+        columns = [field[self.places].tolist() for field in self.ended[1:]]
         return [
             Rollout(rollout_id, candidate, tokens[:length], logprob, proposal)
             for rollout_id, candidate, tokens, length, logprob, proposal in zip(
@@ -187,5 +206,5 @@ class _Run:
 
     def row_of_id(self) -> dict[RolloutId, int]:
         """Row of the cache that holds each roll-out; empty where that was not kept track of."""
-        places = self.state.places.tolist() if self.is_traced else []
+        places = self.places.tolist() if self.is_traced else []
         return dict(zip(self.rollout_ids, places, strict=False))

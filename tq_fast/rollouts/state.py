@@ -42,16 +42,21 @@ class RolloutState:
 
     @staticmethod
     def begin(
-        keys: torch.Tensor, limits: Sequence[int], trees: Sequence[int], columns: Sequence[str] = ()
+        keys: torch.Tensor,
+        limits: torch.Tensor,
+        tree: torch.Tensor,
+        *,
+        num_tokens: int,
+        columns: Sequence[str] = (),
     ) -> RolloutState:
-        """Roll-outs without a token yet, on the device of `keys`."""
+        """Roll-outs without a token yet, of at most `num_tokens`, on the device of `keys`."""
         num, device = len(limits), keys.device
-        tokens = keys.new_zeros(num, max(limits))
+        tokens = keys.new_zeros(num, num_tokens)
         sums: dict[str, Any] = {"dtype": torch.float32, "device": device}
         return RolloutState(
             keys=keys,
-            limits=torch.tensor(limits, device=device),
-            tree=torch.tensor(trees, device=device),
+            limits=limits,
+            tree=tree,
             tokens=tokens,
             lengths=keys.new_zeros(num),
             finished=torch.zeros(num, dtype=torch.bool, device=device),

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from .. import ops
 from ..config import DecodeConfig, Role
-from ..forest.language import LanguageForest
-from ..forest.logprobs import score_rows
 from ..results import StepTrace
-from ..rollouts.records import Rollout
 from .certificate import greatest_kl, kl_divergence
 from .pruning import LazyArgmax, StepValues
 from .weights import log_weights, published_values
@@ -21,7 +18,7 @@ from .weights import log_weights, published_values
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The k candidates of every tree at one step.
+    """The k candidates of every tree at one step, on the CPU.
 
     Attributes:
         ids: token ids `[G, k]`.
@@ -35,19 +32,6 @@ class Candidates:
     kl_baseline_to_sft: torch.Tensor | None = None
 
 
-def log_ratios(sft: LanguageForest, rollouts: Sequence[Rollout], *, vocab_size: int) -> list[float]:
-    """Return log pi_sft(tau) - log q(tau) of every roll-out tau, which was drawn from q."""
-    ratios = [0.0] * len(rollouts)
-    drawn = [i for i, rollout in enumerate(rollouts) if rollout.tokens]
-    if drawn:
-        rows = [[rollouts[i].candidate, *rollouts[i].tokens] for i in drawn]
-        trees = [rollouts[i].id.tree for i in drawn]
-        logprobs = score_rows(sft, rows, trees, vocab_size=vocab_size)
-        for i, logprob in zip(drawn, logprobs, strict=True):
-            ratios[i] = logprob - rollouts[i].proposal_logprob
-    return ratios
-
-
 def choose(
     candidates: Candidates,
     values: StepValues,
@@ -59,6 +43,9 @@ def choose(
 ) -> list[StepTrace]:
     """Turn rewards into values, reweight the prior and choose one candidate a tree.
 
+    The k x n numbers are reweighted on the CPU, where the scores are: to take them to a GPU and to
+    wait for the choice would take longer than the choice.
+
     Args:
         candidates: the candidates of every tree.
         values: the rewards of their roll-outs.
@@ -68,18 +55,17 @@ def choose(
         config: how roll-outs are weighed and the choice is made.
     """
     prior_logprobs = candidates.logprobs[prior]
-    device = prior_logprobs.device
-    unknown = ~values.is_complete.to(device)
+    unknown = ~values.is_complete
     if lazy is not None:
-        beaten = ~lazy.contenders(values).to(device) & unknown.any(1, keepdim=True)
+        beaten = ~lazy.contenders(values) & unknown.any(1, keepdim=True)
         prior_logprobs = prior_logprobs.masked_fill(beaten, -math.inf)
     rewards, weights, lengths = _weighed(values, config)
     chosen = ops.reweight_sample(
         prior_logprobs,
         candidates.ids,
-        rewards.to(device),
-        None if weights is None else weights.to(device),
-        lengths.to(device),
+        rewards,
+        weights,
+        lengths,
         alpha=config.alpha,
         estimator=config.estimator,
         greedy=config.strategy == "greedy",
@@ -99,19 +85,18 @@ def choose(
         "prior_logprobs": candidates.logprobs[prior],
         "final_logprobs": chosen.final_logprobs.masked_fill(is_open, math.nan),
     }
-    on_cpu = {name: column.cpu() for name, column in columns.items()}
     choices = chosen.choice.tolist()
     drift = candidates.kl_baseline_to_sft
     drifts = [None] * len(choices) if drift is None else drift.tolist()
     return [
         StepTrace(
-            candidates=on_cpu["candidates"][tree],
-            rewards=on_cpu["rewards"][tree],
-            q=on_cpu["q"][tree],
-            q_stderr=on_cpu["q_stderr"][tree],
-            ess=on_cpu["ess"][tree],
-            prior_logprobs=on_cpu["prior_logprobs"][tree],
-            final_logprobs=on_cpu["final_logprobs"][tree],
+            candidates=columns["candidates"][tree],
+            rewards=columns["rewards"][tree],
+            q=columns["q"][tree],
+            q_stderr=columns["q_stderr"][tree],
+            ess=columns["ess"][tree],
+            prior_logprobs=columns["prior_logprobs"][tree],
+            final_logprobs=columns["final_logprobs"][tree],
             kl_to_sft=divergences["sft"][tree] if "sft" in divergences else None,
             kl_to_baseline=divergences["baseline"][tree] if "baseline" in divergences else None,
             choice=choices[tree],
@@ -154,8 +139,8 @@ def _divergences(
         for role, logprobs in candidates.logprobs.items():
             for tree in open_trees:
                 divergences[role][tree] = greatest_kl(
-                    candidates.logprobs[prior][tree].cpu(),
-                    logprobs[tree].cpu(),
+                    candidates.logprobs[prior][tree],
+                    logprobs[tree],
                     low[tree] / config.alpha,
                     high[tree] / config.alpha,
                 )

@@ -59,8 +59,8 @@ class DecodeLoop:
         """Encode the prompts of `trees`, whose prefixes are empty."""
         texts = [[*r.prompt.token_ids, *r.token_ids] for r in self.active]
         with self.stats.phase("prefill"):
-            for forest in self.roles.forests.values():
-                forest.encode(trees, texts, shares=self.plan.speed.share_prefixes)
+            for engine in self.roles.engines.values():
+                engine.encode(trees, texts, shares=self.plan.speed.share_prefixes)
 
     def _step(self) -> list[tuple[Response, bool]]:
         """Append a token to every response; return each with whether it is now complete."""
@@ -86,7 +86,6 @@ class DecodeLoop:
 
     def _replace(self, tree: int) -> None:
         """Give the slot of a complete response to one that waits; remove it where none waits."""
-        forests, scorers = self.roles.forests.values(), self.roles.scorers.values()
         if not self.waiting:
             drop_from(self.active, tree)
             drop_from(self.reused, tree)
@@ -95,8 +94,8 @@ class DecodeLoop:
             return
         response = self.waiting.popleft()
         self.active[tree], self.reused[tree] = response, None
-        for forest in forests:
-            forest.cache.truncate(tree, 0)
-        for scorer in scorers:
+        for engine in self.roles.engines.values():
+            engine.clear(tree)
+        for scorer in self.roles.scorers.values():
             scorer.replace_tree(tree, response.prompt)
         self._prefill([tree])

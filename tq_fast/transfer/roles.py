@@ -6,17 +6,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-import torch
 from transformers import PreTrainedModel
 
 from ..config import DecodeConfig, Role, SpeedOptions
+from ..engines.base import LanguageEngine
+from ..engines.local import ForestEngine
 from ..forest.language import LanguageForest
 from ..forest.support import check_runs
 from ..prompts import Prompt
 from ..rewards.base import Opening, Reward
 from ..rewards.scorer import Scorer
-from ..rollouts.graphs import RolloutGraphs
-from ..rollouts.state import RolloutSampler
 from ..rollouts.stopping import StopStrings
 from .budget import MemoryPerPrompt
 
@@ -69,24 +68,20 @@ class Roles:
     """The models of one decode, each over a forest with one tree a prompt.
 
     Attributes:
-        languages: language models by role, "baseline" before "sft"; one forest stands under both
+        languages: language models by role, "baseline" before "sft"; one engine stands under both
             where they are the same model.
         roller: the language model that rolls out.
         rewards: rewards that take part by role, "reward" before "baseline_reward"; one scorer
             stands under both where they are the same reward.
-        sampler: how roll-outs are drawn.
-        graphs: CUDA graphs that run the roll-outs; None where they are not used.
     """
 
-    languages: Mapping[Role, LanguageForest]
-    roller: LanguageForest
+    languages: Mapping[Role, LanguageEngine]
+    roller: LanguageEngine
     rewards: Mapping[str, Scorer]
-    sampler: RolloutSampler
-    graphs: RolloutGraphs | None
 
     @property
-    def forests(self) -> dict[Role, LanguageForest]:
-        """Every forest once, under the first of its roles: "baseline" where it plays both."""
+    def engines(self) -> dict[Role, LanguageEngine]:
+        """Every engine once, under the first of its roles: "baseline" where it plays both."""
         return distinct(self.languages)
 
     @property
@@ -95,10 +90,10 @@ class Roles:
         return distinct(self.rewards)
 
     @property
-    def by_role(self) -> dict[str, LanguageForest | Scorer]:
-        """The forests and the reward scorers that take part, each once, by role."""
-        parts: dict[str, LanguageForest | Scorer] = dict(self.scorers)
-        return {**{str(role): forest for role, forest in self.forests.items()}, **parts}
+    def by_role(self) -> dict[str, LanguageEngine | Scorer]:
+        """The engines and the reward scorers that take part, each once, by role."""
+        parts: dict[str, LanguageEngine | Scorer] = dict(self.scorers)
+        return {**{str(role): engine for role, engine in self.engines.items()}, **parts}
 
 
 _Name = TypeVar("_Name", bound=str)
@@ -136,6 +131,7 @@ def open_roles(
         max_new=config.max_new_tokens + branch,
         backend=config.backend,
         waiting=waiting,
+        graphs=plan.speed.graph_rollouts,
     )
     scoring = _scoring(rewards, config)
     by_reward = {
@@ -149,11 +145,11 @@ def open_roles(
         for role, reward in distinct(scoring).items()
     }
     scorers = {role: by_reward[id(reward)] for role, reward in scoring.items()}
-    by_model: dict[PreTrainedModel, LanguageForest] = {}
+    by_model: dict[PreTrainedModel, LanguageEngine] = {}
     for model in distinct(languages).values():
         check_runs(model)
         has_branches = model is languages[plan.roller] or config.needs_log_ratio
-        by_model[model] = LanguageForest(
+        forest = LanguageForest(
             model,
             num_trees=num_trees,
             num_rows=num_rows if has_branches else num_trees,
@@ -161,14 +157,19 @@ def open_roles(
             branch_capacity=branch if has_branches else 1,
             backend=config.backend,
             cpu_layers=plan.speed.cpu_layers,
+            graphs=plan.speed.graph_rollouts,
         )
-    forests = {role: by_model[model] for role, model in languages.items()}
-    roller = forests[plan.roller]
-    eos = torch.tensor(plan.eos, dtype=torch.int64, device=roller.device)
-    sampler = RolloutSampler(eos, plan.num_tokens, config)
-    has_graphs = plan.speed.graph_rollouts and roller.device.type == "cuda"
-    graphs = RolloutGraphs(roller, sampler) if has_graphs else None
-    return Roles(forests, roller, scorers, sampler, graphs)
+        by_model[model] = ForestEngine(
+            forest,
+            config=config,
+            eos=plan.eos,
+            vocab_size=plan.vocab_size,
+            num_tokens=plan.num_tokens,
+            merges=plan.speed.merge_equal,
+            graphs=plan.speed.graph_rollouts and model is languages[plan.roller],
+        )
+    engines = {role: by_model[model] for role, model in languages.items()}
+    return Roles(engines, engines[plan.roller], scorers)
 
 
 def memory_per_prompt(

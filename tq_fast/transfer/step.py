@@ -8,27 +8,16 @@ from typing import NoReturn
 
 import torch
 
-from .. import ops
+from ..copies import download
 from ..errors import DecodingError
 from ..ops import philox
 from ..results import DecodeStats, Response, StepTrace
 from ..rollouts.records import ReusedRollout, Rollout, RolloutId, RolloutWave, Root
-from ..rollouts.run import run_rollouts
 from ..rollouts.streams import stream_keys
 from .certificate import kl_divergence
-from .choice import Candidates, choose, log_ratios
+from .choice import Candidates, choose
 from .pruning import LazyArgmax, StepValues
 from .roles import DecodePlan, Roles
-
-
-def without_tokens(
-    logits: torch.Tensor, token_ids: Sequence[int], rows: Sequence[bool]
-) -> torch.Tensor:
-    """Return `logits` `[G, V]` with -inf at `token_ids` where `rows` is true; they stay as are."""
-    at = torch.tensor(rows, device=logits.device)[:, None]
-    columns = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    columns[list(token_ids)] = True
-    return logits.masked_fill(at & columns, -math.inf)
 
 
 class Step:
@@ -87,55 +76,42 @@ class Step:
     def _propose(self) -> None:
         """Propose the k likeliest next tokens of every tree and prepare the choice between them."""
         languages, config = self.roles.languages, self.config
-        vocab_size, proposer = self.plan.vocab_size, self.plan.candidates_from
-        next_logits = languages[proposer].next_logits
+        proposer = languages[self.plan.candidates_from]
         is_early = [response.step < config.min_new_tokens for response in self.responses]
-        if any(is_early):
-            next_logits = without_tokens(next_logits, self.plan.eos, is_early)
-        num_tokens = self.plan.num_tokens
-        proposed = ops.topk_logprobs(
-            next_logits, config.k, vocab_size=num_tokens, backend=config.backend
-        )
-        sums, own = proposed.lse, proposed.logprobs
-        if num_tokens < vocab_size:
-            # Ids without a token are never proposed, but are part of the model's law.
-            sums = next_logits[:, :vocab_size].float().logsumexp(1)
-            own = own + (proposed.lse - sums)[:, None]
-        for tree, lse in enumerate(sums.tolist()):
-            if not math.isfinite(lse):
-                self._fail(tree, f"the logits sum to {lse}")
-        logprobs = {}
-        for role, forest in languages.items():
-            is_proposer = forest is languages[proposer]
-            if is_proposer and not any(is_early):
-                logprobs[role] = own
-                continue
-            logits = forest.next_logits[:, :vocab_size].float()
-            logprobs[role] = logits.gather(1, proposed.ids) - logits.logsumexp(1, keepdim=True)
-            if is_proposer:
-                # Only where tokens were taken out: no tree depends on how far the others are.
-                early = torch.tensor(is_early, device=logits.device)[:, None]
-                logprobs[role] = torch.where(early, logprobs[role], own)
-        drift = None
-        if len(languages) == 2:
-            forests = (languages["baseline"], languages["sft"])
-            laws = [forest.next_logits[:, :vocab_size].float().log_softmax(1) for forest in forests]
-            drift = kl_divergence(*laws)
+        ids, own, lse = proposer.propose(config.k, is_early)
+        logprobs = {
+            role: own if engine is proposer else engine.logprobs(ids)
+            for role, engine in languages.items()
+        }
+        drift = self._drift()
+        ids, lse, *columns = download(ids, lse, *logprobs.values(), *drift)
+        for tree, total in enumerate(lse.tolist()):
+            if not math.isfinite(total):
+                self._fail(tree, f"the logits sum to {total}")
+        on_host = dict(zip(logprobs, columns, strict=False))
+        self.candidates = Candidates(ids, on_host, columns[-1] if drift else None)
         self.roots = [
-            Root(ids, response.prompt.key, response.step, config.horizon_at(response.step))
-            for ids, response in zip(proposed.ids.tolist(), self.responses, strict=True)
+            Root(of_tree, response.prompt.key, response.step, config.horizon_at(response.step))
+            for of_tree, response in zip(ids.tolist(), self.responses, strict=True)
         ]
-        keys = stream_keys([(root.key, root.step, 0, 0) for root in self.roots])
-        self.keys = keys.to(proposed.ids.device)
+        self.keys = stream_keys([(root.key, root.step, 0, 0) for root in self.roots])
         self.lazy = None
         if self.plan.is_lazy and self.plan.reward_bounds is not None:
-            noise = torch.zeros_like(proposed.logprobs)
+            prior = on_host[self.plan.prior]
+            noise = torch.zeros_like(prior)
             if config.strategy == "sample":
-                noise = philox.gumbel(config.seed, self.keys[:, None], 0, proposed.ids)
-            prior = logprobs[self.plan.prior]
+                noise = philox.gumbel(config.seed, self.keys[:, None], 0, ids)
             self.lazy = LazyArgmax(prior, noise, self.plan.reward_bounds, config)
         self.values = StepValues([root.num_rollouts(self.plan.eos, config) for root in self.roots])
-        self.candidates = Candidates(proposed.ids, logprobs, drift)
+
+    def _drift(self) -> list[torch.Tensor]:
+        """KL(pi_BL || pi_sft) `[G]` over the full vocabulary; none where a law is not to be had."""
+        if len(self.roles.languages) < 2:
+            return []
+        ours, theirs = (self.roles.languages[role].law() for role in ("baseline", "sft"))
+        if ours is None or theirs is None:
+            return []
+        return [kl_divergence(ours, theirs.to(ours.device))]
 
     def _next_ids(self) -> list[RolloutId]:
         """Return the roll-outs to run next; none when every tree can choose."""
@@ -150,16 +126,7 @@ class Step:
         """Run and score the roll-outs `rollout_ids`."""
         config, phase = self.config, self.stats.phase
         with phase("rollout"):
-            wave = run_rollouts(
-                self.roles.roller,
-                self.roots,
-                rollout_ids,
-                reused=self.reused,
-                merge=self.plan.speed.merge_equal,
-                eos=self.plan.eos,
-                sampler=self.roles.sampler,
-                graphs=self.roles.graphs,
-            )
+            wave = self.roles.roller.roll_out(self.roots, rollout_ids, self.reused)
             for rollout in wave.rollouts:
                 if math.isnan(rollout.logprob):
                     self._fail(rollout.id.tree, "a roll-out met logits that are not finite")
@@ -180,59 +147,39 @@ class Step:
         self.values.record(wave.rollouts, scores["reward"], baseline_scores, ratios)
 
     def _log_ratios(self, wave: RolloutWave) -> list[float]:
-        """Return log pi_sft(tau) - log q(tau) of every roll-out of `wave`."""
+        """Return log pi_sft(tau) - log q(tau) of every roll-out of `wave`, drawn from q."""
         sft = self.roles.languages["sft"]
         if sft is self.roles.roller:
             # The model scored its own tokens when it drew them, and its rows are still needed.
-            return [rollout.logprob - rollout.proposal_logprob for rollout in wave.rollouts]
-        return log_ratios(sft, wave.rollouts, vocab_size=self.plan.num_tokens)
+            sums = [rollout.logprob for rollout in wave.rollouts]
+        else:
+            sums = sft.score(wave.rollouts)
+        return [
+            logprob - rollout.proposal_logprob
+            for logprob, rollout in zip(sums, wave.rollouts, strict=True)
+        ]
 
     def commit(self, chosen: Sequence[tuple[int, int]]) -> None:
-        """Move the KV of the candidates `(tree, candidate_idx)` into the prefixes of all models."""
-        self.commit_roller(chosen)
+        """Append the candidates `(tree, candidate_idx)` to the trees of all models."""
+        if not chosen:
+            return
         tokens = [self.roots[tree].candidates[idx] for tree, idx in chosen]
-        for forest in self.roles.forests.values():
-            if chosen and forest is not self.roles.roller:
-                forest.advance([tree for tree, _ in chosen], tokens)
-
-    def commit_roller(self, chosen: Sequence[tuple[int, int]]) -> None:
-        """Move the KV of the candidates `(tree, candidate_idx)` into the roller's prefixes.
-
-        A candidate that was never rolled out has no KV yet and is encoded.
-        """
-        roller, left = self.roles.roller, list(chosen)
-        for wave in self.waves:
-            ready = [rollout_id for rollout_id in left if rollout_id in wave.first_row]
-            if ready and wave.first_logits is not None:
-                rows = [wave.first_row[rollout_id] for rollout_id in ready]
-                next_logits = wave.first_logits[rows]
-                roller.commit([tree for tree, _ in ready], rows, next_logits, wave.saved)
-                left = [rollout_id for rollout_id in left if rollout_id not in wave.first_row]
-        if left:
-            tokens = [self.roots[tree].candidates[idx] for tree, idx in left]
-            roller.advance([tree for tree, _ in left], tokens)
+        for engine in self.roles.engines.values():
+            engine.commit(chosen, tokens, self.waves if engine is self.roles.roller else ())
 
     def reused_after(self, tree: int, choice: int) -> ReusedRollout | None:
         """Return what the next step can reuse of the greedy roll-out of `choice`, if anything.
 
-        Call this before `commit`, which writes over the rows of the cache.
+        Call this before `commit`, which may write over what is reused.
         """
         config = self.config
         is_on = config.rollout == "greedy" and self.plan.speed.reuse_greedy
         if not is_on or not self.waves:
             return None
-        rollout_id = RolloutId(tree, choice, 0)
-        rollout, rows = self.rollouts.get(rollout_id), self.waves[-1].row_of
+        rollout = self.rollouts.get(RolloutId(tree, choice, 0))
         if rollout is None or len(rollout.tokens) < 2 or rollout.tokens[0] in self.plan.eos:
             return None
-        child, *rest = rollout.tokens
-        if rest[-1] in self.plan.eos or config.horizon is None:
-            return ReusedRollout(child, rest, is_finished=True, saved=None)
-        if rollout_id not in rows:
-            return None
-        cache = self.roles.roller.cache
-        saved = cache.save([rows[rollout_id]], 2, len(rollout.tokens))
-        return ReusedRollout(child, rest, is_finished=False, saved=saved)
+        return self.roles.roller.reusable(self.waves[-1], rollout)
 
     def _count_skipped(self) -> None:
         run = sum(bool(rollout.tokens) for rollout in self.rollouts.values())
