@@ -317,8 +317,54 @@ def bench_attention(rows: int, heads: int, kv_heads: int, size: int, prefix: int
     )
 
 
+def bench_prompt(
+    length: int, heads: int, kv_heads: int, size: int, backend: str | None = None
+) -> Bench:
+    """A prompt without a known prefix, which flash attention takes where it is there."""
+
+    def make() -> Inputs:
+        keys, values = torch.randn(2, 1, kv_heads, length, size, device="cuda").bfloat16().unbind()
+        return torch.randn(1, heads, length, size, device="cuda").bfloat16(), keys, values
+
+    def run(backend: str | None) -> Callable[..., Any]:
+        return lambda q, keys, values: ops.shared_prefix_attention(
+            q, keys[:, :, :0], values[:, :, :0], None, keys, values, None, backend=backend
+        )
+
+    def eager(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, is_causal=True, enable_gqa=True
+        )
+
+    def gate(got: Any, expected: Any) -> None:
+        torch.testing.assert_close(got.out, expected.out, rtol=0, atol=3e-2)
+        torch.testing.assert_close(got.lse, expected.lse, rtol=0, atol=2e-3)
+
+    kernel = "" if backend is None else f", {backend}"
+    return Bench(
+        "shared_prefix_attention",
+        f"a prompt of {length}, {heads}/{kv_heads} heads of {size}, bfloat16{kernel}",
+        make,
+        run(backend),
+        eager,
+        run("ref"),
+        2 * size * length * 2 * (heads + kv_heads),
+        gate,
+        # Half of the scores are above the diagonal.
+        flops=2 * heads * length * length * size,
+    )
+
+
 def benches() -> list[Bench]:
-    found = [
+    # Attention comes first, because a run may be cut off. Its last case of roll-outs shows what a
+    # prefix that is hardly there costs.
+    found = [bench_attention(rows, 16, 4, 64, 1024) for rows in (10, 40, 160)]
+    found += [bench_attention(160, 32, 8, 128, 4096), bench_attention(40, 16, 4, 64, 16)]
+    found += [
+        bench_prompt(length, 32, 32, 128, backend)
+        for length, backend in itertools.product((512, 4096), (None, "triton"))
+    ]
+    found += [
         bench_topk(rows, dtype)
         for rows, dtype in itertools.product((1, 32, 160, 512), (torch.bfloat16, torch.float32))
     ]
@@ -332,7 +378,4 @@ def benches() -> list[Bench]:
     found += [bench_reweight(prompts) for prompts in (1, 32)]
     found += [bench_advance(rows) for rows in (10, 160)]
     found += [bench_log_ratio(40, 20, 32000), bench_log_ratio(8, 16, VOCAB)]
-    found += [bench_linear_logprob(40, 20, 1024), bench_linear_logprob(160, 20, 2048)]
-    # The last case shows what a prefix that is hardly there costs.
-    found += [bench_attention(rows, 16, 4, 64, 1024) for rows in (10, 40, 160)]
-    return [*found, bench_attention(160, 32, 8, 128, 4096), bench_attention(40, 16, 4, 64, 16)]
+    return [*found, bench_linear_logprob(40, 20, 1024), bench_linear_logprob(160, 20, 2048)]

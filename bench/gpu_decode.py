@@ -3,6 +3,7 @@
 The set-up is that of bench/test_decode.py (random-weight Llama shapes of 134 M parameters, k = 10,
 one greedy roll-out of 20 tokens a candidate). Roll-outs run as CUDA graphs and without, beside
 `generate` over copies of the prompt's KV. The clock stops at every token, whose id the host reads.
+Models of 7B, beside the roofline and phase by phase, are those of bench/gpu_trio.py.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ from rich.progress import (
 from transformers import PreTrainedTokenizerBase
 
 from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
+from .device_times import timing_on
 from .errors import InvalidArgument
+from .forest.language import device_of
 from .models.generation import warn_of_ignored
 from .models.loading import (
     ModelLike,
@@ -312,6 +314,12 @@ class Session:
         for name, reward in self.rewards.items():
             reward.check_prompt(idx, prompt, num_new, settings, role=name)
 
+    def modules(self) -> list[torch.nn.Module]:
+        """Return the models of all roles that are in this process."""
+        rewards = [reward.model for reward in self.rewards.values()]
+        every = (*self.languages.values(), *rewards)
+        return [model for model in every if isinstance(model, torch.nn.Module)]
+
     def end_ids(self, config: DecodeConfig) -> tuple[int, ...]:
         """Return the ids that end a response: the config's, else the first model's own.
 
@@ -404,6 +412,7 @@ class Session:
         stats = DecodeStats()
         finished: dict[int, PromptResult] = {}
         with (
+            timing_on(gpus_of(self.modules())),
             TokenBar(len(prompts) * method.tokens_per_prompt, visible=progress) as bar,
             carry_finished(finished),
         ):
@@ -413,8 +422,16 @@ class Session:
                     method.decode(unfinished, shape, stats, report)
                 except torch.OutOfMemoryError as error:
                     shape = smaller_after(error, shape)
+            stats.settle()
         results = [finished[idx] for idx in range(len(prompts))]
         return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
+
+
+def gpus_of(modules: Sequence[torch.nn.Module]) -> list[torch.device]:
+    """Return the GPUs on which `modules` compute, each once."""
+    places = {device_of(module) for module in modules}
+    places |= {weight.device for module in modules for weight in module.parameters()}
+    return sorted((gpu for gpu in places if gpu.type == "cuda"), key=str)
 
 
 def _is_same(first: Any, second: Any) -> bool:

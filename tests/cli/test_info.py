@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tq_fast import _native
+from tq_fast import _native, env
 from tq_fast.cli import info
 from tq_fast.models.tiny import load_tiny_world
 from tq_fast.ops._dispatch import describe_backends
@@ -91,6 +91,42 @@ def test_on_a_gpu_the_gpu_backends_count(monkeypatch: pytest.MonkeyPatch, on_cpu
     shown = show()
     assert "one_op  triton  no (1)  yes     yes" in shown
     assert "No CUDA library" in shown and "No GPU" not in shown
+
+
+MISSING_FLASH = "flash_attn cannot be imported: No module named 'flash_attn'"
+OLD_TORCH = "this torch was built without flash attention"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "said"),
+    [
+        ({"flash_attn": None, "torch": None}, "flash_attn, in fp16 and bf16"),
+        (
+            {"flash_attn": MISSING_FLASH, "torch": None},
+            f"torch, in fp16 and bf16; {MISSING_FLASH}",
+        ),
+        (
+            {"flash_attn": MISSING_FLASH, "torch": OLD_TORCH},
+            f"no flash attention: {MISSING_FLASH}; {OLD_TORCH}",
+        ),
+    ],
+)
+def test_it_is_said_which_library_attends_over_prompts(
+    on_cpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: pytest.MonkeyPatch,
+    reasons: dict[str, str | None],
+    said: str,
+) -> None:
+    assert "attention of prompts no flash attention: PyTorch sees no CUDA" in " ".join(
+        show().split()
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(info, "describe_flash", lambda: reasons)
+    assert f"attention of prompts {said} " in " ".join(show().split())
+    environment.setenv("TQ_FAST_BACKEND", "triton")
+    env.reload()
+    assert "TQ_FAST_BACKEND=triton pins another kernel" in " ".join(show().split())
 
 
 def test_a_model_is_told_of_its_layers_and_of_its_cache(on_cpu: None) -> None:

@@ -17,6 +17,7 @@ from transformers.masking_utils import (
 )
 
 from tests import zoo
+from tests.ops.flash_stand_in import FLASH_ATTN, TORCH, FlashStandIns
 from tq_fast import env
 from tq_fast.errors import UnsupportedModel
 from tq_fast.forest import ForestCache, attention, forest_attention
@@ -203,6 +204,39 @@ def test_keys_that_were_changed_after_they_were_stored_are_refused() -> None:
         cache.update(keys, keys, 0)
         repeated = keys.repeat(1, 2, 1, 1)
         forest_attention(torch.nn.Identity(), query, repeated, repeated, None)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 0.0, 2.0])])
+@pytest.mark.parametrize("library", [FLASH_ATTN, TORCH])
+def test_a_prompt_and_what_follows_it_go_to_flash_attention_where_it_is_there(
+    library: str,
+    sinks: torch.Tensor | None,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    query = torch.randn(1, 4, 9, 16, generator=generator).bfloat16()
+    keys, values = torch.randn(2, 1, 2, 9, 16, generator=generator).bfloat16()
+
+    def encode(backend: str | None) -> list[torch.Tensor]:
+        cache = ForestCache(num_trees=2, num_rows=1, prefix_capacity=12, branch_capacity=1)
+        outputs = []
+        for start, end in ((0, 5), (5, 9)):
+            new = [x[:, :, start:end] for x in (query, keys, values)]
+            with attention.running(cache, PrefillPass(1, start), backend):
+                cache.update(*new[1:], 0)
+                out, _ = forest_attention(torch.nn.Identity(), *new, 4, scaling=0.3, s_aux=sinks)
+            outputs.append(out)
+        return outputs
+
+    expected = encode("ref")
+    flash = FlashStandIns(monkeypatch)
+    flash.install(library)
+    monkeypatch.setattr(torch, "cat", None)
+    served = encode(None)
+    flash.remove()
+    assert flash.calls == [library, library]
+    for a, b in zip(served, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-2)
 
 
 def test_a_layer_that_never_attends_is_refused_at_the_end_of_the_pass() -> None:

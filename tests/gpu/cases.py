@@ -94,6 +94,16 @@ def shared_prefix_attention(backend: str | None, new: int) -> Case:
     )
 
 
+def prompt_attention(backend: str | None) -> Case:
+    """A prompt after 40 known tokens, in views of one cache, as flash attention takes it."""
+    q = random(1, 8, 300, 64).bfloat16()
+    keys, values = random(2, 1, 2, 340, 64, seed=4).bfloat16()
+    prefix_k, branch_k = keys.tensor_split((40,), dim=2)
+    prefix_v, branch_v = values.tensor_split((40,), dim=2)
+    inputs = (q, prefix_k, prefix_v, None, branch_k, branch_v, None)
+    return lambda seed, step: tuple(ops.shared_prefix_attention(*inputs, backend=backend))
+
+
 def value_sample_tokens(backend: str | None) -> Case:
     logits, directions = random(ROWS, VOCAB), random(ROWS, 64, seed=4)
     embeddings, keys = random(VOCAB, 64, seed=5) / 8, torch.arange(ROWS, device="cuda")
@@ -110,6 +120,7 @@ CUDA_CASES: dict[str, Callable[[str | None], Case]] = {
     "sample_tokens, truncated": lambda backend: sample_tokens(backend, top_k=300, top_p=0.9),
     "advance_rollouts_": advance_rollouts,
     "reweight_sample": reweight_sample,
+    "shared_prefix_attention, a prompt": prompt_attention,
 }
 TRITON_CASES: dict[str, Callable[[str | None], Case]] = {
     "topk_logprobs, Triton": topk_logprobs,
@@ -117,6 +128,7 @@ TRITON_CASES: dict[str, Callable[[str | None], Case]] = {
     "trajectory_log_ratio": trajectory_log_ratio,
     "linear_trajectory_logprob": linear_trajectory_logprob,
     "shared_prefix_attention": lambda backend: shared_prefix_attention(backend, 1),
+    "shared_prefix_attention, Triton, a prompt": prompt_attention,
     "shared_prefix_attention, many queries": lambda backend: shared_prefix_attention(backend, 20),
 }
 

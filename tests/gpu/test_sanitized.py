@@ -57,6 +57,11 @@ def test_rollouts():
     assert lengths.tolist() == [2, 2, 2]
 
 
+def test_prompts():
+    kernel("shared_prefix_attention, a prompt")(device_int(1), device_int(0))
+    torch.cuda.synchronize()
+
+
 def test_reweighting():
     ids = torch.arange(10, device="cuda").reshape(2, 5)
     prior, rewards = torch.randn(2, 5, device="cuda"), torch.randn(2, 5, 3, device="cuda")

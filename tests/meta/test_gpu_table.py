@@ -24,6 +24,7 @@ SMALL = {
     "bench_log_ratio": (3, 4, 500),
     "bench_linear_logprob": (3, 4, 32),
     "bench_attention": (6, 4, 2, 16, 70),
+    "bench_prompt": (33, 4, 2, 16),
 }
 
 

@@ -47,6 +47,7 @@ def test_the_sanitizer_sees_every_kernel(monkeypatch):
         for name in cases.TRITON_CASES:
             test_sanitized.test_triton(name)
         test_sanitized.test_rollouts()
+        test_sanitized.test_prompts()
         test_sanitized.test_reweighting()
     for backend in ("cuda", "triton"):
         assert {name for name, pinned in calls if pinned == backend} == ops_with(backend)

@@ -18,7 +18,7 @@ REPOSITORY = ROOT.parent
 FLOORS = (
     {"_version", "errors"},
     {"config", "copies", "env", "kernels"},
-    {"_native", "prompts"},
+    {"_native", "device_times", "prompts"},
     {"ops", "results", "servers", "values"},
     {"forest"},
     {"rollouts"},

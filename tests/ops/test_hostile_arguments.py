@@ -58,7 +58,9 @@ def test_what_is_no_tensor_of_rows_is_refused(op_name):
 @pytest.mark.parametrize("op_name", VALID)
 def test_a_tensor_that_is_missing_is_refused(op_name):
     optional = (
-        {"log_weights", "lengths", "keys"} if op_name == "reweight_sample" else {"bias", "tree"}
+        {"log_weights", "lengths", "keys"}
+        if op_name == "reweight_sample"
+        else {"bias", "tree", "prefix_len", "branch_len"}
     )
     for name, _, replaced in tensors_of(op_name):
         if name in optional or name.endswith("_bias"):

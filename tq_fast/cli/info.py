@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .. import _native, env
 from .._version import __version__
+from ..ops._attention_flash import describe_flash
 from ..ops._dispatch import describe_backends
 from .terminal import explain, say
 
@@ -29,7 +30,7 @@ def show_info(console: Console, model: str | None = None) -> None:
         console: where to print.
         model: a language model, a folder or a hub id, of which to say how its layers run.
     """
-    facts = [*_versions(), *_hardware(), *_libraries()]
+    facts = [*_versions(), *_hardware(), *_libraries(), ("attention of prompts", _prompts())]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -104,6 +105,20 @@ def _libraries() -> list[tuple[str, str]]:
         (name, "loaded" if reason is None else f"not loaded: {reason}")
         for name, reason in refusals.items()
     ]
+
+
+def _prompts() -> str:
+    """Say which library attends over prompts on a GPU, before the kernels of the op, and why."""
+    if not torch.cuda.is_available():
+        return "no flash attention: PyTorch sees no CUDA device"
+    if env.backend() not in ("auto", "cuda"):
+        return f"no flash attention: TQ_FAST_BACKEND={env.backend()} pins another kernel"
+    reasons: list[str] = []
+    for name, reason in describe_flash().items():
+        if reason is None:
+            return "; ".join([f"{name}, in fp16 and bf16", *reasons])
+        reasons.append(reason)
+    return f"no flash attention: {'; '.join(reasons)}"
 
 
 def _show_ops(console: Console, device: str) -> dict[str, str]:

@@ -123,13 +123,12 @@ def forest_attention(
             f"{layer.branch_k.shape[1]}, which the shared-prefix cache does not honour"
         )
     if isinstance(now, PrefillPass):
-        # A prompt is a branch of what is known of it, often of an empty prefix.
-        one = slice(now.tree, now.tree + 1)
-        known = torch.full((1,), now.start, device=query.device)
-        length = torch.full((1,), key.shape[2], device=query.device)
-        prefix_k = layer.prefix_k[one, :, : now.start]
-        prefix_v = layer.prefix_v[one, :, : now.start]
-        args = (query, prefix_k, prefix_v, known, key, value, length)
+        # A prompt is a branch of what is known of it, often of an empty prefix. The cache has
+        # stored its keys behind the known ones; all of these views are full, hence no lengths.
+        one, end = slice(now.tree, now.tree + 1), now.start + key.shape[2]
+        prefix_k, branch_k = layer.prefix_k[one, :, :end].tensor_split((now.start,), dim=2)
+        prefix_v, branch_v = layer.prefix_v[one, :, :end].tensor_split((now.start,), dim=2)
+        args: tuple[Any, ...] = (query, prefix_k, prefix_v, None, branch_k, branch_v, None)
         tree = None
     else:
         args = (
@@ -154,7 +153,7 @@ def _is_on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _refuse_detour(module: torch.nn.Module, backend: str | None, *args: torch.Tensor) -> None:
+def _refuse_detour(module: torch.nn.Module, backend: str | None, *args: Any) -> None:
     """Refuse what only the PyTorch reference of attention takes, which copies prefixes to rows.
 
     On a GPU that would be the memory and the time that a forest is there to save, at every layer

@@ -54,11 +54,14 @@ class Backend(NamedTuple):
         resolve: makes the implementation, once, at first use. Raises BackendRefused with a
             sentence when it is not there (not built, not importable).
         refuse: None when the implementation takes these inputs, else a sentence.
+        serves: the inputs that it is for, in words, where it takes a special case of the op only;
+            None for an implementation of the whole op.
     """
 
     name: BackendName
     resolve: Callable[[], Implementation]
     refuse: Refusal = _accept
+    serves: str | None = None
 
 
 def python_function(module: str, name: str) -> Callable[[], Implementation]:
@@ -167,11 +170,17 @@ class Op:
         self._plans.clear()
 
     def why_not(self, name: str) -> str | None:
-        """None when backend `name` of this op is usable on this machine, else a sentence."""
+        """None when backend `name` of this op is usable on this machine, else a sentence.
+
+        A backend whose implementations all serve special cases is not usable for the op.
+        """
         if name == "ref":
             return None
         if not self._indices(name):
             return f"{self.name} has no {name} kernel"
+        special = [self._backends[idx].serves for idx in self._indices(name)]
+        if None not in special:
+            return f"the {name} kernels of {self.name} serve {special[0]} only"
         missing = _missing_device(name)
         if missing is not None:
             return missing

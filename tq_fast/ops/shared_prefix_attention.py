@@ -14,6 +14,7 @@ and each row's branch.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ from .._native import cpu_has
 from ..errors import InvalidArgument
 from . import _checks
 from ._attention_aten import refuse_aten, shared_prefix_attention_aten
-from ._dispatch import Backend, Op, native_function, python_function
+from ._attention_flash import (
+    SERVES,
+    load_flash_attn,
+    load_torch_flash,
+    refuse_flash_attn,
+    refuse_torch_flash,
+)
+from ._dispatch import Backend, Implementation, Op, native_function, python_function
 from .merge_attention_states import AttentionState
 
 
@@ -31,10 +39,10 @@ def shared_prefix_attention(
     q: Tensor,
     prefix_k: Tensor,
     prefix_v: Tensor,
-    prefix_len: Tensor,
+    prefix_len: Tensor | None,
     branch_k: Tensor,
     branch_v: Tensor,
-    branch_len: Tensor,
+    branch_len: Tensor | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -52,10 +60,11 @@ def shared_prefix_attention(
     Args:
         q: `[N, H_q, T, d]`, floating point; the last T branch tokens of each row.
         prefix_k, prefix_v: `[G, H_kv, P, d]`, the dtype of q; views of larger buffers are fine.
-        prefix_len: int64 or int32 `[G]`, valid prefix tokens of each tree, 0 to P.
+        prefix_len: int64 or int32 `[G]`, valid prefix tokens of each tree, 0 to P; None: all P.
         branch_k, branch_v: `[N, H_kv, S, d]`, the dtype of q.
         branch_len: int64 or int32 `[N]`, valid branch tokens of each row, the T new ones among
-            them, so T to S.
+            them, so T to S; None: all S. Without both lengths the host knows them, and kernels
+            that take none may serve (flash attention, for the prompt of a single row).
         scale: factor on the scores; None: `d ** -0.5`.
         softcap: bounds the scores, above 0; None: not bounded.
         window: a query sees only the last `window` positions, its own among them; None: all.
@@ -83,10 +92,10 @@ def shared_prefix_attention_ref(
     q: Tensor,
     prefix_k: Tensor,
     prefix_v: Tensor,
-    prefix_len: Tensor,
+    prefix_len: Tensor | None,
     branch_k: Tensor,
     branch_v: Tensor,
-    branch_len: Tensor,
+    branch_len: Tensor | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -96,6 +105,7 @@ def shared_prefix_attention_ref(
     """The reference of `shared_prefix_attention`: prefixes expanded to rows, fp32 inside."""
     rows, num_heads, num_queries, head_size = q.shape
     trees, num_kv_heads = prefix_k.shape[:2]
+    prefix_len, branch_len = _lengths(prefix_k, prefix_len), _lengths(branch_k, branch_len)
     if tree is None:
         tree = torch.arange(rows, device=q.device) // max(rows // max(trees, 1), 1)
     group = num_heads // num_kv_heads
@@ -118,6 +128,13 @@ def shared_prefix_attention_ref(
     seen = visible.any(dim=1)[:, None, :, None]
     out = shares @ torch.where(seen, values, 0.0)
     return AttentionState(out.to(q.dtype), lse)
+
+
+def _lengths(buffer: Tensor, lengths: Tensor | None) -> Tensor:
+    """The valid tokens of each row of `buffer` `[n, H_kv, S, d]`: all S where nothing is given."""
+    if lengths is not None:
+        return lengths
+    return torch.full(buffer.shape[:1], buffer.shape[2], device=buffer.device)
 
 
 def _visible(
@@ -149,19 +166,20 @@ def _check(
     q: Tensor,
     prefix_k: Tensor,
     prefix_v: Tensor,
-    prefix_len: Tensor,
+    prefix_len: Tensor | None,
     branch_k: Tensor,
     branch_v: Tensor,
-    branch_len: Tensor,
+    branch_len: Tensor | None,
     *,
     scale: float | None,
     softcap: float | None,
     window: int | None,
     tree: Tensor | None,
 ) -> None:
-    keys = {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_len": prefix_len}
-    own = {"branch_k": branch_k, "branch_v": branch_v, "branch_len": branch_len}
-    _checks.require_tensors(_NAME, q=q, **keys, **own, **_checks.given(tree=tree))
+    keys = {"prefix_k": prefix_k, "prefix_v": prefix_v}
+    own = {"branch_k": branch_k, "branch_v": branch_v}
+    optional = _checks.given(prefix_len=prefix_len, branch_len=branch_len, tree=tree)
+    _checks.require_tensors(_NAME, q=q, **keys, **own, **optional)
     if scale is not None:
         _checks.require_number(_NAME, "scale", scale)
     _checks.require_softcap(_NAME, softcap)
@@ -171,7 +189,7 @@ def _check(
         _checks.require_dim(_NAME, "q", q, 4, "[N, H_q, T, d]")
         _checks.require_dim(_NAME, "prefix_k", prefix_k, 4, "[G, H_kv, P, d]")
         _checks.require_dim(_NAME, "branch_k", branch_k, 4, "[N, H_kv, S, d]")
-    rows, num_heads, _, head_size = q.shape
+    rows, num_heads, num_queries, head_size = q.shape
     _checks.require_count(_NAME, "d, the last axis of q,", head_size, 1, _checks.LARGEST_COUNT)
     trees, num_kv_heads, num_prefix, _ = prefix_k.shape
     shape = (trees, num_kv_heads, num_prefix, head_size)
@@ -188,8 +206,15 @@ def _check(
         raise InvalidArgument(
             f"{_NAME}: q has {num_heads} heads, expected a multiple of prefix_k's {num_kv_heads}"
         )
-    _check_lengths("prefix_len", prefix_len, "[G]", trees, num_prefix)
-    _check_lengths("branch_len", branch_len, "[N]", rows, branch_k.shape[2])
+    if prefix_len is not None:
+        _check_lengths("prefix_len", prefix_len, "[G]", trees, num_prefix)
+    if branch_len is not None:
+        _check_lengths("branch_len", branch_len, "[N]", rows, branch_k.shape[2])
+    elif branch_k.shape[2] < num_queries:
+        raise InvalidArgument(
+            f"{_NAME}: branch_k has {branch_k.shape[2]} tokens a row and branch_len is None, "
+            f"expected at least the {num_queries} of q"
+        )
     if tree is not None:
         _check_lengths("tree", tree, "[N]", rows, trees - 1)
     elif rows % trees if trees else rows:
@@ -272,19 +297,50 @@ def refuse_triton(
     return _checks.refuse_float64(q=q)
 
 
+def _with_lengths(resolve: Callable[[], Implementation]) -> Callable[[], Implementation]:
+    """A resolver of the same kernel, which needs lengths, for callers who give none."""
+
+    def resolve_with_lengths() -> Implementation:
+        kernel = resolve()
+
+        def run(
+            q: Tensor,
+            prefix_k: Tensor,
+            prefix_v: Tensor,
+            prefix_len: Tensor | None,
+            branch_k: Tensor,
+            branch_v: Tensor,
+            branch_len: Tensor | None,
+            **parameters: Any,
+        ) -> Any:
+            prefix = (prefix_k, prefix_v, _lengths(prefix_k, prefix_len))
+            branch = (branch_k, branch_v, _lengths(branch_k, branch_len))
+            return kernel(q, *prefix, *branch, **parameters)
+
+        return run
+
+    return resolve_with_lengths
+
+
 # The kernel computes in fp32. With avx512_bf16 it multiplies bf16 heads of a multiple of 32 as they
 # are, and rounds the weights of the values to bf16; every sum stays in fp32.
-_native = native_function(_NAME, None, _fake)
+_native = _with_lengths(native_function(_NAME, None, _fake))
 
+# Flash attention is compiled CUDA code of others for a special case, so it stands under "cuda",
+# before Triton: who pins "triton" gets the tiles for prompts too.
 _OP = Op(
     _NAME,
     shared_prefix_attention_ref,
+    Backend("cuda", load_flash_attn, refuse_flash_attn, SERVES),
+    Backend("cuda", load_torch_flash, refuse_torch_flash, SERVES),
     Backend(
         "triton",
-        python_function("tq_fast.kernels.shared_prefix_attention", f"{_NAME}_triton"),
+        _with_lengths(
+            python_function("tq_fast.kernels.shared_prefix_attention", f"{_NAME}_triton")
+        ),
         refuse_triton,
     ),
     Backend("cpu", _native, _refuse_cpu_for_many),
-    Backend("cpu", lambda: shared_prefix_attention_aten, refuse_aten),
+    Backend("cpu", _with_lengths(lambda: shared_prefix_attention_aten), refuse_aten),
     Backend("cpu", _native, _refuse_cpu),
 )
