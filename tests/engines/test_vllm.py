@@ -30,7 +30,7 @@ from tq_fast.engines.checks import open_language_server, open_reward_server
 from tq_fast.engines.operations import LanguageServer, RolloutRequest, SamplingLaw
 
 REPOSITORY = Path(__file__).parents[2]
-VLLM = Path(os.environ.get("TEST_VLLM", REPOSITORY / "build" / "vllm" / "bin" / "vllm"))
+VLLM = Path(os.environ.get("TEST_VLLM", REPOSITORY / "build" / "vllm" / "bin" / "vllm")).absolute()
 WEIGHTS = Path(tq_fast.__file__).parent / "models" / "tiny" / "weights"
 # A server takes a minute to start on two cores; the tests of retries start one anew.
 pytestmark = [
