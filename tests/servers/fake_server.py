@@ -31,7 +31,7 @@ class FakeServer:
 
     Attributes:
         failures: one is taken at each POST: a status, (status, headers, message), seconds to wait
-            first, "drop" (the connection is closed), "mixed" (others' log-probs), "abort".
+            first, "drop" (the connection closes), "mixed" (another request's log-probs), "abort".
         requests: (path, body) of every POST that was answered in full.
         connections: sockets that were opened.
     """

@@ -79,7 +79,7 @@ def test_a_url_of_something_else_is_refused(serve, model):
 def test_a_server_of_another_kind_is_refused(serve, model, classifier):
     with pytest.raises(UnsupportedModel, match="--runner pooling --convert classify"):
         open_reward_server(patient(serve(model)))
-    with pytest.raises(InvalidArgument, match="completions was refused with status 404"):
+    with pytest.raises(UnsupportedModel, match="the server completes no texts"):
         opened(serve(classifier))
 
 

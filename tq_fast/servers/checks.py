@@ -190,6 +190,11 @@ def _vocab_size(connection: Connection, model: str) -> int | None:
             "/v1/completions", [completion_body(model, ARG_MAX, [_PROBES[0]], 1, **fields)]
         )
     except RequestRefused as error:
+        if error.status in (404, 405):
+            raise UnsupportedModel(
+                f"the server completes no texts: start it with a language model and without "
+                f"--runner pooling ({error})"
+            ) from error
         said = re.search(r"[Vv]ocabulary size: (\d+)", error.detail)
         return int(said.group(1)) if said else None
     return None

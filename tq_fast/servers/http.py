@@ -188,7 +188,7 @@ class Connection:
         """What the server says of an error, as it stands in its JSON; never the key."""
         try:
             said = response.json()
-            detail = str(said.get("error", said).get("message", said))
+            detail = str(said.get("error", said).get("message", said.get("detail", said)))
         except (ValueError, AttributeError):
             detail = response.text
         if self._key:
