@@ -30,7 +30,7 @@ class Splits(NamedTuple):
         """The largest number of splits that a prefix of up to `num_prefix` keys can have."""
         most_keys = num_prefix
         if window is not None:
-            most_keys = min(num_prefix, window + num_queries + self.unit)
+            most_keys = min(num_prefix, window + num_queries + self.unit - 2)
         return min(self.most, triton.cdiv(most_keys, self.unit))
 
 

@@ -58,7 +58,7 @@ def choose_tiles(queries: int, size: int, dtype: torch.dtype) -> Tiles:
     if queries <= 16:
         return Tiles(16, 32, 4 if size > 128 else 2)
     if size > 128:
-        return Tiles(32, 32, 8)
+        return Tiles(32, 32, 8, has_all_registers=True)
     return Tiles(64, 32, 8, has_all_registers=True)
 
 
