@@ -28,6 +28,37 @@ def folds_rows(per_row: int, queries: int) -> bool:
     return 8 * (places - per_row) >= places
 
 
+@triton.jit
+def _rows_of_tile(blocks, num_rows, per_row, FOLDS_ROWS: tl.constexpr, QUERIES: tl.constexpr):
+    """(first row, last row, row of each query, its place among the row's, whether it exists)."""
+    program = tl.program_id(0)
+    if FOLDS_ROWS:
+        first = program * QUERIES
+        folded = first + tl.arange(0, QUERIES)
+        exists = folded < num_rows * per_row
+        first_row = first // per_row
+        last_row = tl.minimum((first + QUERIES - 1) // per_row, num_rows - 1)
+        row = tl.minimum(folded // per_row, num_rows - 1)
+        folded = folded % per_row
+    else:
+        folded = program % blocks * QUERIES + tl.arange(0, QUERIES)
+        exists = folded < per_row
+        first_row = program // blocks
+        last_row = first_row
+        row = tl.zeros((QUERIES,), tl.int32) + first_row
+    return first_row.to(tl.int64), last_row.to(tl.int64), row.to(tl.int64), folded, exists
+
+
+@triton.jit
+def _tree_of(row, tree, stride_tree, rows_per_unit, HAS_TREE: tl.constexpr):
+    """The tree of each of these rows."""
+    if HAS_TREE:
+        own_tree = tl.load(tree + row * stride_tree).to(tl.int32)
+    else:
+        own_tree = (row // rows_per_unit).to(tl.int32)
+    return own_tree
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _shared_prefix_attention_walk_kernel(
     q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len, tree, out, lse,
@@ -49,33 +80,17 @@ def _shared_prefix_attention_walk_kernel(
     Programs: [blocks, H_kv] where FOLDS_ROWS, else [N * blocks, H_kv].
     """
     kv_head = tl.program_id(1).to(tl.int64)
-    per_row = group * num_queries
-    if FOLDS_ROWS:
-        first = tl.program_id(0) * QUERIES
-        folded = first + tl.arange(0, QUERIES)
-        exists = folded < num_rows * per_row
-        first_row = first // per_row
-        last_row = tl.minimum((first + QUERIES - 1) // per_row, num_rows - 1)
-        row = tl.minimum(folded // per_row, num_rows - 1)
-        folded = folded % per_row
-    else:
-        folded = tl.program_id(0) % blocks * QUERIES + tl.arange(0, QUERIES)
-        exists = folded < per_row
-        first_row = tl.program_id(0) // blocks
-        last_row = first_row
-        row = tl.zeros((QUERIES,), tl.int32) + first_row
-    row = row.to(tl.int64)
+    first_row, last_row, row, folded, exists = _rows_of_tile(
+        blocks, num_rows, group * num_queries, FOLDS_ROWS, QUERIES
+    )
     head = kv_head * group + folded // num_queries
     t = folded % num_queries
     at = row * stride_qn + head * stride_qh + t.to(tl.int64) * stride_qt
     queries = load_rows(q, at, exists, head_size, SIZE)
 
-    own_tree = (row // rows_per_unit).to(tl.int32)
-    first_tree, last_tree = first_row // rows_per_unit, last_row // rows_per_unit
-    if HAS_TREE:
-        own_tree = tl.load(tree + row * stride_tree).to(tl.int32)
-        first_tree = tl.load(tree + first_row.to(tl.int64) * stride_tree).to(tl.int32)
-        last_tree = tl.load(tree + last_row.to(tl.int64) * stride_tree).to(tl.int32)
+    own_tree = _tree_of(row, tree, stride_tree, rows_per_unit, HAS_TREE)
+    first_tree = _tree_of(first_row, tree, stride_tree, rows_per_unit, HAS_TREE)
+    last_tree = _tree_of(last_row, tree, stride_tree, rows_per_unit, HAS_TREE)
     own_len = tl.load(branch_len + row * stride_branch_len).to(tl.int32)
     position = tl.minimum(own_len, num_branch) - num_queries + t
 
@@ -110,9 +125,8 @@ def _shared_prefix_attention_walk_kernel(
         if HAS_WINDOW:
             first_seen = position - window + 1
             begin = skip_unseen(begin, end, first_seen, is_ours)
-        place = tl.zeros((), tl.int64) + r
-        keys = branch_k + place * stride_bkn + kv_head * stride_bkh
-        values = branch_v + place * stride_bvn + kv_head * stride_bvh
+        keys = branch_k + r * stride_bkn + kv_head * stride_bkh
+        values = branch_v + r * stride_bvn + kv_head * stride_bvh
         source, span = (keys, values, stride_bks, stride_bvs), (begin, end)
         seen = (first_seen, position, is_ours)
         state = attend(
