@@ -14,25 +14,32 @@ namespace tq {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Makes a dense tensor, uninitialised, by the C interface: torch::stable::empty goes through the
-// dispatcher, which costs more than some of the ops here.
-inline Tensor new_tensor_on(
-    int32_t device_type, int32_t device_index, std::initializer_list<int64_t> sizes, ScalarType type) {
+// Makes a tensor, uninitialised, with one stride for each size, by the C interface: torch::stable::empty goes
+// through the dispatcher, which costs more than some of the ops here.
+inline Tensor new_strided_tensor_on(
+    int32_t device_type, int32_t device_index, std::initializer_list<int64_t> sizes, const int64_t* strides,
+    ScalarType type) {
   const int32_t dtype = type == ScalarType::Long       ? aoti_torch_dtype_int64()
                         : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
                         : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                         : type == ScalarType::Half     ? aoti_torch_dtype_float16()
                                                        : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// Makes a dense tensor, uninitialised.
+inline Tensor new_tensor_on(
+    int32_t device_type, int32_t device_index, std::initializer_list<int64_t> sizes, ScalarType type) {
   int64_t strides[4] = {};
   int64_t stride = 1;
   for (int64_t axis = static_cast<int64_t>(sizes.size()) - 1; axis >= 0; --axis) {
     strides[axis] = stride;
     stride *= sizes.begin()[axis] > 0 ? sizes.begin()[axis] : 1;
   }
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, device_type, device_index, &handle));
-  return Tensor(handle);
+  return new_strided_tensor_on(device_type, device_index, sizes, strides, type);
 }
 
 // Returns `tensor` if it is contiguous and of this type, else a copy. The test is made here because asking

@@ -42,11 +42,11 @@ __global__ void __launch_bounds__(kThreads) draw_rows_kernel(const DrawJob<Type,
   const int64_t row = simt::group_idx();
   // All blocks of a group read the row's state here, before the leader writes it after the last barrier.
   if (!job.sink.wants(row)) return;
-  const double uniform =
-      philox_uniform(read(rows.seed), kPurposeRollout, rows.keys[row], read(rows.step), 0);
   draw_row<Type, kMayCut>(
-      LogitRow<Type>::at(rows.logits, row, rows.stride, rows.vocab_size, 1.0f), parameters_of(rows, row), uniform,
-      [&](const DrawnToken& token) { job.sink.take(row, token); });
+      LogitRow<Type>::at(rows.logits, row, rows.stride, rows.vocab_size, 1.0f),
+      [&] { return parameters_of(rows, row); },
+      [&] { return philox_uniform(read(rows.seed), kPurposeRollout, rows.keys[row], read(rows.step), 0); },
+      kMayCut ? kNearbyRoom : 0, [&](const DrawnToken& token) { job.sink.take(row, token); });
 }
 
 // The arguments as dense tensors on the device, which must outlive the launch.
@@ -99,7 +99,7 @@ void draw_rows(const DrawArguments& arguments, const Sink& sink) {
     launch_rows(
         may_cut ? draw_rows_kernel<Type, true, Sink> : draw_rows_kernel<Type, false, Sink>,
         DrawJob<Type, Sink>{rows, sink}, arguments.logits.size(0), num_tiles(rows.vocab_size),
-        draw_shared_bytes(rows.vocab_size), current_stream(arguments.device));
+        draw_shared_bytes(rows.vocab_size, may_cut ? kNearbyRoom : 0), current_stream(arguments.device));
   });
 }
 

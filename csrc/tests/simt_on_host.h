@@ -149,7 +149,13 @@ TQ_DEVICE int highest_bit(uint32_t bits) { return 31 - __builtin_clz(bits); }
 struct alignas(16) Quad {
   uint32_t words[4];
 };
+// Loads of 16 bytes so far, by all threads: what a test counts passes over a row by.
+inline int64_t& num_quads_loaded() {
+  static int64_t count = 0;
+  return count;
+}
 TQ_DEVICE Quad load_quad(const void* place) {
+  ++num_quads_loaded();
   Quad loaded;
   memcpy(&loaded, __builtin_assume_aligned(place, 16), sizeof loaded);
   return loaded;

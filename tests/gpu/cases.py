@@ -118,6 +118,7 @@ CUDA_CASES: dict[str, Callable[[str | None], Case]] = {
     "topk_logprobs": topk_logprobs,
     "sample_tokens": sample_tokens,
     "sample_tokens, truncated": lambda backend: sample_tokens(backend, top_k=300, top_p=0.9),
+    "sample_tokens, top-p": lambda backend: sample_tokens(backend, top_p=0.95),
     "advance_rollouts_": advance_rollouts,
     "reweight_sample": reweight_sample,
     "shared_prefix_attention, a prompt": prompt_attention,
@@ -149,6 +150,7 @@ def reference(name: str) -> Case:
 RANDOM_CASES = {
     "sample_tokens": 0,
     "sample_tokens, truncated": 0,
+    "sample_tokens, top-p": 0,
     "advance_rollouts_": 0,
     "reweight_sample": 0,
     "value_sample_tokens": 0,

@@ -33,7 +33,7 @@ def test_rows_of_a_cluster(size, dtype):
     logits = torch.randn(2, size + 1, device="cuda").to(dtype)[:, 1:]
     keys = torch.arange(2, device="cuda")
     assert (ops.topk_logprobs(logits, MOST_K, backend="cuda").ids < size).all()
-    for cut in ({}, {"top_k": 300, "top_p": 0.7}):
+    for cut in ({}, {"top_k": 300, "top_p": 0.7}, {"top_p": 0.9}):
         drawn = ops.sample_tokens(logits, keys, 1, backend="cuda", **cut)
         assert drawn.valid.all() and (drawn.ids < size).all()
 

@@ -164,6 +164,13 @@ def test_strided_views_are_read_where_they_lie(dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("queries", [1, 3, 9])
+def test_a_layer_reads_the_output_without_a_copy(queries):
+    inputs = problem((2, 4, 4, 2, 32, 10, 50, queries), torch.float32, False)
+    out, _ = shared_prefix_attention_cpu(*inputs, **options(32))
+    assert out.transpose(1, 2).is_contiguous()
+
+
 def test_opcheck_passes():
     op = torch.ops.tq_fast.shared_prefix_attention.default
     inputs = problem((2, 4, 4, 2, 16, 5, 10, 2), torch.float32, True)

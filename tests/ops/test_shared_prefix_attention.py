@@ -141,6 +141,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "a prompt": {"counts": (1,), "prefix": 0, "new": 33, "branch": 33},
     "more rows than a block": {"counts": (70,), "prefix": 600},
+    "rows that share tiles": {
+        "counts": (2, 0, 3, 1),
+        "new": 17,
+        "branch": 20,
+        "branch_len": [20, 17, 19, 18, 20, 17],
+        "prefix_len": [20, 5, 0, 13],
+    },
 }
 HEADS = {"one head": (1, 1), "own keys": (3, 3), "grouped": (8, 2), "one for all": (5, 1)}
 
@@ -162,10 +169,29 @@ def test_head_sizes_and_dtypes(op, generator, size, dtype):
 @pytest.mark.parametrize(
     "case",
     ["one tree", "even trees", "uneven and ragged", "all ragged", "no prefix", "a prompt"]
-    + [name for name in CASES if name.startswith("several")],
+    + [name for name in CASES if name.startswith("several")]
+    + ["rows that share tiles"],
 )
 def test_sliding_windows(op, generator, case, window):
     check(op.or_auto, problem(generator, **CASES[case]), window=window)
+
+
+def test_a_window_over_long_prefixes_of_several_lengths(op, generator):
+    inputs = problem(generator, counts=(2, 1), prefix=400, prefix_len=[400, 170])
+    check(op.or_auto, inputs, window=150)
+
+
+def test_a_row_does_not_depend_on_longer_prefixes_in_the_batch(op, generator):
+    inputs = problem(generator, counts=(2, 2), prefix=2500, prefix_len=[300, 2500])
+    positional, _ = arguments(inputs)
+    whole = op(*positional)
+    q, prefix_k, prefix_v, prefix_len, *branch = positional
+    own = (prefix_k[:1, :, :300], prefix_v[:1, :, :300], prefix_len[:1])
+    alone = op(q[:2], *own, *(tensor[:2] for tensor in branch))
+    # The reference sums over the whole buffer, in an order that follows from its size.
+    atol = 1e-6 if op.backend == "ref" else 0.0
+    for a, b in zip(alone, whole, strict=True):
+        torch.testing.assert_close(a, b[:2], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
@@ -217,6 +243,14 @@ def test_a_query_that_sees_no_key_gives_zero_and_minus_infinity(op, generator, b
     atol = tolerances.ATTENTION_OUT[torch.float32]
     torch.testing.assert_close(out.double(), expected_out, rtol=0, atol=atol)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("new", [1, 3, 20])
+def test_a_layer_reads_the_output_without_a_copy(op, generator, new):
+    positional, _ = arguments(problem(generator, heads=(8, 2), new=new, branch=new))
+    out, _ = op(*positional)
+    # tests/native asks the same of the C++ kernel; other ways on a CPU may copy.
+    assert out.transpose(1, 2).is_contiguous() or op.backend != "triton"
 
 
 def test_int32_lengths_and_trees(op, generator):

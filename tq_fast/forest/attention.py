@@ -146,6 +146,7 @@ def forest_attention(
     )
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux[:, None].to(lse)).unsqueeze(-1).to(out.dtype)
+    # The kernels return a view of memory in this order, which is not copied.
     return out.transpose(1, 2).contiguous(), None
 
 

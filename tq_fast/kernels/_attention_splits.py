@@ -1,17 +1,71 @@
-"""The prefix of a tree in splits of fixed length: the kernel that makes them, and their merge.
+"""The prefix of a tree in splits: the kernel that attends to them, and their merge.
 
 A program attends from one tile of folded queries to one split and leaves (peak, mass, unnormalised
 output) of each query; `merge_splits` takes these, in the order of the prefix, into the state of a
 query. Between the two lies `partial_state` [splits, H_kv, folded, 2] and `partial_out`
 [splits, H_kv, folded, d], fp32.
+
+The length of a tree's splits follows from the length of its own prefix, which the device reads, and
+from shapes of the model: a longer prefix in the batch, and with it a larger buffer, changes no
+result. Programs of the launch that have no split write nothing.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from ._attention_tile import COUNTS, attend, empty_state, load_rows, skip_unseen, store_rows
+
+
+class Splits(NamedTuple):
+    """How prefixes are split: into at most `most` splits, each a multiple of `unit` keys."""
+
+    unit: int
+    most: int
+
+    def bound(self, num_prefix: int, num_queries: int, window: int | None) -> int:
+        """The largest number of splits that a prefix of up to `num_prefix` keys can have."""
+        most_keys = num_prefix
+        if window is not None:
+            most_keys = min(num_prefix, window + num_queries + self.unit - 2)
+        return min(self.most, triton.cdiv(most_keys, self.unit))
+
+
+def choose_splits(num_queries: int, num_kv_heads: int) -> Splits:
+    """The splits for rows of `num_queries` queries, which depend on shapes of the model only.
+
+    While a row has one query, splits are short, so that one tree with a short prompt fills the
+    multiprocessors (132 on an H100). There are at most as many as the merge, which takes them one
+    after the other, can afford. Programs that have a split, for one tree of 10 rows, d = 128:
+
+    =============================  ============  ==============
+    heads                          prefix 512    prefix 4,096
+    =============================  ============  ==============
+    32 (Llama 7B)                  256           512
+    32 on 8 key-value heads (GQA)  64            256
+    =============================  ============  ==============
+
+    Splits of several queries are longer, because their partial results take more memory.
+    """
+    if num_queries > 1:
+        return Splits(unit=1024, most=16)
+    return Splits(unit=64, most=16 if num_kv_heads >= 16 else 32)
+
+
+@triton.jit
+def place_splits(length, window, num_queries, unit, most, HAS_WINDOW: tl.constexpr):
+    """(first key, keys of a split, number of splits) of a prefix of `length` keys.
+
+    The first split begins where the window of the oldest of the `num_queries` queries can begin.
+    """
+    start = 0
+    if HAS_WINDOW:
+        start = tl.maximum(length - window - num_queries + 1, 0) // unit * unit
+    split_len = unit * tl.maximum(tl.cdiv(length - start, unit * most), 1)
+    return start, split_len, tl.cdiv(length - start, split_len)
 
 
 @triton.jit
@@ -36,7 +90,7 @@ def _shared_prefix_attention_prefix_kernel(
     stride_vg, stride_vh, stride_vp,
     stride_prefix_len, stride_branch_len, stride_tree,
     scale, softcap,
-    rows_per_unit, num_queries, num_prefix, num_folded, split_len, blocks, window,
+    rows_per_unit, num_queries, num_prefix, num_folded, split_unit, most_splits, blocks, window,
     group, head_size,
     HAS_TREE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
@@ -62,12 +116,17 @@ def _shared_prefix_attention_prefix_kernel(
     own_tree, first_tree, last_tree = _trees_of_tile(tree, stride_tree, row, unit, HAS_TREE)
 
     state = empty_state(QUERIES, SIZE)
+    own_splits = tl.zeros((QUERIES,), tl.int32)
     for g in range(first_tree, last_tree + 1):
         length = tl.load(prefix_len + g * stride_prefix_len).to(tl.int32)
         length = tl.minimum(length, num_prefix)
-        begin = split * split_len
+        start, split_len, num_splits = place_splits(
+            length, window, num_queries, split_unit, most_splits, HAS_WINDOW
+        )
+        begin = start + split * split_len
         end = tl.minimum(begin + split_len, length)
         is_ours = exists & (own_tree == g)
+        own_splits = tl.where(is_ours, num_splits, own_splits)
         if HAS_TREE:
             # Do not read a tree that has no rows in this tile.
             end = tl.where(tl.max(is_ours.to(tl.int32), axis=0) > 0, end, begin)
@@ -97,9 +156,10 @@ def _shared_prefix_attention_prefix_kernel(
 
     peak, mass, acc = state
     place = (split * tl.num_programs(1) + kv_head) * num_folded + row * per_row + folded % per_row
-    tl.store(partial_state + place * 2, peak, mask=exists)
-    tl.store(partial_state + place * 2 + 1, mass, mask=exists)
-    store_rows(partial_out, place * head_size, acc, exists, head_size, SIZE)
+    has_split = exists & (split < own_splits)
+    tl.store(partial_state + place * 2, peak, mask=has_split)
+    tl.store(partial_state + place * 2 + 1, mass, mask=has_split)
+    store_rows(partial_out, place * head_size, acc, has_split, head_size, SIZE)
 
 
 @triton.jit
@@ -129,12 +189,3 @@ def merge_splits(
         acc = acc * fade[:, None] + part * share[:, None]
         peak = highest
     return peak, mass, acc
-
-
-def split_length(num_queries: int) -> int:
-    """Keys of one split, for rows of `num_queries` queries.
-
-    The length depends on nothing else, so that a result never depends on what else runs. It is
-    longer where a row has several queries, whose partial results take more memory.
-    """
-    return 256 if num_queries == 1 else 1024

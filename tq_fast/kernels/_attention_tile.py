@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._device import all_registers
-from ._softcap import LOG2_E, soften
+from ._softcap import LN_2, LOG2_E, soften
 
 # Sizes that follow the batch, the caches and the step: never specialised.
 COUNTS = (
@@ -21,15 +21,17 @@ COUNTS = (
     "num_queries",
     "num_prefix",
     "num_branch",
+    "num_rows",
     "num_folded",
-    "split_len",
+    "split_unit",
+    "most_splits",
     "blocks",
     "window",
 )
 
 
 class Tiles(NamedTuple):
-    """Sizes of the tiles of one kernel, by head size and dtype only."""
+    """Sizes of the tiles of one kernel."""
 
     queries: int
     keys: int
@@ -43,18 +45,20 @@ class Tiles(NamedTuple):
         return options | all_registers() if self.has_all_registers else options
 
 
-def choose_tiles(queries: int, size: int, dtype: torch.dtype, folds: bool) -> Tiles:
-    """Tiles for `queries` of one key-value head, with `folds` those of many rows.
+def choose_tiles(queries: int, size: int, dtype: torch.dtype) -> Tiles:
+    """Tiles for `queries` that share the keys of one key-value head.
 
     Chosen so that nothing is spilled on sm_80 to sm_100, with Triton 3.6 as with 3.9; products in
-    fp32 run outside the tensor cores and take more registers.
+    fp32 run outside the tensor cores and take more registers. Tensor cores sum in an order that
+    follows from the tile, so that in 16 bits the last bits follow from `queries`; fp32 has one
+    tile.
     """
     if dtype == torch.float32:
         return Tiles(16, 16, 8 if size > 64 else 4, has_all_registers=True)
     if queries <= 16:
         return Tiles(16, 32, 4 if size > 128 else 2)
     if size > 128:
-        return Tiles(32, 32, 8)
+        return Tiles(32, 32, 8, has_all_registers=True)
     return Tiles(64, 32, 8, has_all_registers=True)
 
 
@@ -72,6 +76,17 @@ def store_rows(start, offset, rows, exists, head_size, SIZE: tl.constexpr):
     d = tl.arange(0, SIZE)
     mask = exists[:, None] & (d < head_size)[None, :]
     tl.store(start + offset[:, None] + d[None, :], rows.to(start.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_result(out, lse, at, place, peak, mass, acc, exists, head_size, SIZE: tl.constexpr):
+    """The normalised output at the offsets `at`, and the natural lse at `place`."""
+    # A mass of 0 means that the query saw no key. A NaN mass is not 0, so it stays visible.
+    is_empty = mass == 0.0
+    result = acc / tl.where(is_empty, 1.0, mass)[:, None]
+    store_rows(out, at, result, exists, head_size, SIZE)
+    whole = tl.where(is_empty, float("-inf"), (peak + tl.log2(mass)) * LN_2)
+    tl.store(lse + place, whole, mask=exists)
 
 
 @triton.jit

@@ -73,7 +73,7 @@ def shared_prefix_attention(
 
     Returns:
         AttentionState: out `[N, H_q, T, d]` in the dtype of q, lse fp32 `[N, H_q, T]`. A query
-        that sees no key has out 0 and lse -inf.
+        that sees no key has out 0 and lse -inf. The kernels lay out in memory as `[N, T, H_q, d]`.
 
     Raises:
         InvalidArgument: wrong shapes, dtypes or parameters, an input with grad, or, on a CPU, a
@@ -244,7 +244,10 @@ def _check_lengths(name: str, lengths: Tensor, axes: str, size: int, most: int) 
 
 
 def _fake(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    rows, num_heads, num_queries, head_size = q.shape
+    # The kernels write an output whose heads lie side by side, as a layer reads it.
+    out = q.new_empty((rows, num_queries, num_heads, head_size)).transpose(1, 2)
+    return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def _refuse_cpu(q: Tensor, *arguments: Any, **parameters: Any) -> str | None:

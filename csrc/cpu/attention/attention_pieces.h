@@ -47,8 +47,8 @@ struct Problem {
   int64_t window;  // 0: none
   int64_t num_heads, num_kv_heads, num_queries, head_size;
   bool use_bf16_dot;
-  char* out;
-  float* lse;
+  char* out;   // [N, T, H_q, d]
+  float* lse;  // [N, H_q, T]
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t queries_per_row() const { return group() * num_queries; }
@@ -265,10 +265,10 @@ class PieceWorker {
   void finish(const Piece& piece) {
     const auto finish_query = TQ_SELECT_ISA(finish_query);
     for_each_query(piece, [&](int64_t m, int64_t row, int64_t, int64_t head, int64_t t) {
-      const int64_t at = (row * problem_.num_heads + head) * problem_.num_queries + t;
+      const int64_t at = (row * problem_.num_queries + t) * problem_.num_heads + head;
       finish_query(
           tile_, m, problem_.type, problem_.out + at * problem_.head_size * problem_.element_size,
-          problem_.lse + at);
+          problem_.lse + (row * problem_.num_heads + head) * problem_.num_queries + t);
     });
   }
 

@@ -98,6 +98,16 @@ ScoreTransform transform_of(double scale, std::optional<double> softcap) {
   return {static_cast<float>(scale / *softcap), static_cast<float>(*softcap * kLog2E)};
 }
 
+// Makes the output [N, H_q, T, d], which lies in memory as [N, T, H_q, d]: a layer reads it with its heads side
+// by side.
+Tensor new_output(const Tensor& q) {
+  const int64_t size = q.size(3);
+  const int64_t token = std::max<int64_t>(q.size(1), 1) * size;
+  const int64_t strides[] = {std::max<int64_t>(q.size(2), 1) * token, size, token, 1};
+  return new_strided_tensor_on(
+      aoti_torch_device_type_cpu(), 0, {q.size(0), q.size(1), q.size(2), size}, strides, q.scalar_type());
+}
+
 bool splits_evenly(int64_t rows, int64_t trees) { return trees == 0 ? rows == 0 : rows % trees == 0; }
 
 }  // namespace
@@ -117,7 +127,7 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
   const Tensor branch_lens = dense(branch_len, ScalarType::Long);
   const std::optional<Tensor> tree = dense(tree_in, ScalarType::Long);
   const int64_t rows = q.size(0);
-  Tensor out = new_tensor({rows, q.size(1), q.size(2), q.size(3)}, q.scalar_type());
+  Tensor out = new_output(q);
   Tensor lse = new_tensor({rows, q.size(1), q.size(2)}, ScalarType::Float);
   const Problem problem{
       HeadRows(q),
