@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 import tq_fast
+from tests.ops.statistics import chi_square_excess
 from tests.servers.conftest import patient
 from tests.servers.fake_server import FakeServer
 from tq_fast.errors import InvalidArgument, ServerUnavailable
@@ -75,6 +77,9 @@ def tokens_of(result: tq_fast.DecodeResult) -> list[list[int]]:
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "transfer_q": (("baseline", "reward"), {**STEERED, **GREEDY}),
     "transfer_q with sft": (("baseline", "sft", "reward"), {**STEERED, **GREEDY}),
+    # The noise of the choice has its own stream here, so that the same token is drawn.
+    "transfer_q sampled": (("baseline", "sft", "reward"), {**STEERED, "rollout": "greedy"}),
+    "transfer_q early": (("baseline", "reward"), {**STEERED, **GREEDY, "min_new_tokens": 6}),
     "args": (("sft", "reward"), {**SETTINGS, "k": 4, "alpha": 0.2, "strategy": "greedy"}),
     "controlled_decoding": (("sft", "reward"), {**STEERED, **GREEDY}),
     "sft": (("sft",), {**SETTINGS, "strategy": "greedy"}),
@@ -137,6 +142,33 @@ def test_a_lazy_choice_and_reused_rollouts_give_the_tokens_of_full_evaluation(
     off = tq_fast.SpeedOptions(lazy_argmax=False, reuse_greedy=False, score_once=False)
     full = tq_fast.decode(PROMPTS, **models, **options, speed=off)
     assert tokens_of(lazy) == tokens_of(full)
+
+
+@pytest.mark.parametrize("truncation", [{}, {"rollout_temperature": 0.7, "rollout_top_k": 5}])
+def test_sampled_texts_have_the_law_of_the_model(
+    truncation: dict[str, Any], served: Served
+) -> None:
+    num = 300
+    result = tq_fast.presets.baseline(
+        [PROMPTS[0]],
+        **served("baseline", behind=("baseline",)),
+        max_new_tokens=2,
+        num_return_sequences=num,
+        batch_size=num,
+        **truncation,
+    )
+    tokenizer, model = tokenizer_of("baseline"), load("baseline")
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1].double() / truncation.get("rollout_temperature", 1.0)
+    if truncation:
+        logits[logits < logits.topk(truncation["rollout_top_k"]).values[-1]] = -torch.inf
+    first = torch.tensor([sequence[0] for sequence in result.sequences])
+    assert chi_square_excess(first, logits.softmax(0)) < 10
+    for trace, certificate in zip(result.traces, result.certificates, strict=True):
+        drawn = sum(float(step.final_logprobs[0]) for step in trace)
+        assert math.isfinite(drawn)
+        assert certificate.kl_kind == ("approximate" if truncation else "exact")
 
 
 def test_indirect_transfer_scores_roll_outs_at_the_server(served: Served) -> None:
