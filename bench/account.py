@@ -27,9 +27,9 @@ from torch import nn
 import tq_fast
 from bench.ceilings import Machine, Work, measure_machine
 from bench.decode_models import DTYPES, Duo, prompt_of, random_duo
+from tq_fast.engines import local
 from tq_fast.forest.language import LanguageForest
 from tq_fast.rollouts.state import RolloutSampler
-from tq_fast.transfer import step
 
 _ROUNDS = 5
 
@@ -178,7 +178,7 @@ def measure_phases(
         with (
             _timed(LanguageForest, "forward_rows", inner, "rollout forward"),
             _timed(RolloutSampler, "advance", inner, "sampling"),
-            _timed(step, "run_rollouts", inner, "rollout"),
+            _timed(local, "run_rollouts", inner, "rollout"),
         ):
             result = decoder.decode(prompt, max_new_tokens=tokens, **options)
         phases = dict(result.stats.seconds)

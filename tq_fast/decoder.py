@@ -329,6 +329,7 @@ class TransferMethod:
             [response.prompt for response in active],
             [response.prompt for response in waiting],
             plan,
+            self.session.forests,
         )
 
         def on_token(response: Response, is_finished: bool) -> None:

@@ -23,6 +23,7 @@ from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
 from .device_times import timing_on
 from .errors import InvalidArgument
 from .forest.language import device_of
+from .forest.store import ForestStore
 from .models.generation import warn_of_ignored
 from .models.loading import (
     ModelLike,
@@ -177,6 +178,7 @@ class Session:
         loading: options for loading both.
 
     Attributes:
+        forests: where the forests of every decode come from, and stay on a GPU.
         vocab_size: number of ids that every language model embeds and predicts.
         num_tokens: number of ids that may be chosen. Models have embeddings for more than their
             tokenizer has tokens, so that sizes are round, and one of two models may know a token
@@ -196,6 +198,7 @@ class Session:
     ) -> None:
         self.reward_bounds = loading.reward_bounds
         self.speed = loading.speed or SpeedOptions()
+        self.forests = ForestStore()
         dtype = loading.dtype
         given = {role: model for role, model in languages.items() if model is not None}
         sources: dict[str, Any] = {str(role): model for role, model in given.items()}
@@ -208,18 +211,7 @@ class Session:
                     f"model_kwargs of {role} cannot be honoured: {role} is loaded already"
                 )
         loader = Loader(sources, devices=places, dtype=dtype, model_kwargs=model_kwargs)
-        self.languages: dict[Role, LanguageModel] = {}
-        served: dict[Server, ServedModel] = {}
-        for role, model in given.items():
-            server = Server.named(model, loader.options_of(role))
-            if server is None:
-                self.languages[role] = load_language_model(
-                    model, role, device=places[role], dtype=dtype, loader=loader
-                )
-                continue
-            if server not in served:
-                served[server] = ServedModel(server, role, loading.tokenizer)
-            self.languages[role] = served[server]
+        self.languages = _load_languages(given, places, loading, loader)
         warn_of_ignored({role: m for role, m in self.languages.items() if is_local(m)})
         first = next(iter(given))
         self.tokenizer: PreTrainedTokenizerBase | None = self._load_tokenizer(
@@ -421,10 +413,37 @@ class Session:
                 try:
                     method.decode(unfinished, shape, stats, report)
                 except torch.OutOfMemoryError as error:
+                    self.forests.clear()
                     shape = smaller_after(error, shape)
+                except BaseException:
+                    # Numbers that are not finite may lie in the buffers now.
+                    self.forests = ForestStore()
+                    raise
             stats.settle()
         results = [finished[idx] for idx in range(len(prompts))]
         return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
+
+
+def _load_languages(
+    given: Mapping[Role, ModelLike],
+    places: Mapping[str, torch.device],
+    loading: LoadingOptions,
+    loader: Loader,
+) -> dict[Role, LanguageModel]:
+    """Return the language models by role; a server that is named twice is opened once."""
+    languages: dict[Role, LanguageModel] = {}
+    served: dict[Server, ServedModel] = {}
+    for role, model in given.items():
+        server = Server.named(model, loader.options_of(role))
+        if server is None:
+            languages[role] = load_language_model(
+                model, role, device=places[role], dtype=loading.dtype, loader=loader
+            )
+            continue
+        if server not in served:
+            served[server] = ServedModel(server, role, loading.tokenizer)
+        languages[role] = served[server]
+    return languages
 
 
 def gpus_of(modules: Sequence[torch.nn.Module]) -> list[torch.device]:

@@ -120,7 +120,7 @@ def test_no_buffer_moves_from_step_to_step(
 
     def noted(graphs: RolloutGraphs, num_rows: int) -> None:
         step(graphs, num_rows)
-        cache = graphs.forest.cache
+        cache = graphs.forests[0].cache
         buffers = [*graphs.state.tensors.values(), *graphs.lengths, graphs.depth]
         layers = cache._layers.values()
         buffers += [

@@ -13,6 +13,7 @@ from ..copies import upload
 from ..forest.graphs import has_graphs
 from ..forest.language import LanguageForest
 from ..forest.logprobs import score_rows
+from ..forest.store import ForestStore, Lease
 from ..rollouts.graphs import RolloutGraphs
 from ..rollouts.records import ReusedRollout, Rollout, RolloutId, RolloutWave, Root
 from ..rollouts.run import run_rollouts
@@ -31,6 +32,8 @@ class ForestEngine:
         num_tokens: ids from here on have no token and are never chosen.
         merges: equal sampled roll-outs share a row until they part.
         graphs: whether the depths of roll-outs run as CUDA graphs, on a GPU.
+        forests: where the forest comes from, and its graphs stay.
+        lease: of the forest.
     """
 
     def __init__(
@@ -43,8 +46,10 @@ class ForestEngine:
         num_tokens: int,
         merges: bool,
         graphs: bool,
+        forests: ForestStore,
+        lease: Lease,
     ) -> None:
-        self.forest = forest
+        self.forest, self._lease = forest, lease
         self.config = config
         self.eos = eos
         self.vocab_size, self.num_tokens = vocab_size, num_tokens
@@ -52,8 +57,12 @@ class ForestEngine:
         self.sampler = RolloutSampler(
             torch.tensor(eos, dtype=torch.int64, device=forest.device), num_tokens, config
         )
-        runs_graphs = graphs and has_graphs(forest.device)
-        self.graphs = RolloutGraphs(forest, self.sampler) if runs_graphs else None
+        self.graphs: RolloutGraphs | None = None
+        if graphs and has_graphs(forest.device):
+            sampler = self.sampler
+            self.graphs = forests.graphs_for(
+                forest, (config, eos, num_tokens), lambda: RolloutGraphs(forest, sampler)
+            )
 
     @property
     def num_token_forwards(self) -> int:

@@ -182,6 +182,23 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
         self._num_trees_at_first = num_trees
         self.shapes: dict[int, tuple[KvShape, KvShape]] = {}
 
+    def begin(self, num_trees: int) -> None:
+        """Hold that many empty trees, at most as many as at first."""
+        assert num_trees <= self._num_trees_at_first
+        self.num_trees = num_trees
+        self.prefix_len = [0] * num_trees
+
+    def fits(
+        self, num_trees: int, num_rows: int, prefix_capacity: int, branch_capacity: int
+    ) -> bool:
+        """Whether the buffers hold as much."""
+        return (
+            num_trees <= self._num_trees_at_first
+            and num_rows <= self.num_rows
+            and prefix_capacity <= self.prefix_capacity
+            and branch_capacity <= self.branch_capacity
+        )
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all KV buffers."""

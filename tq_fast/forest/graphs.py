@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -42,11 +43,20 @@ class Graphs:
     """
 
     def __init__(self, forests: Sequence[Forest]) -> None:
-        self.forests = forests
+        # A forest that knew its graphs, and they it, would hold its KV until Python looks for
+        # circles.
+        self._forests = [weakref.ref(forest) for forest in forests]
         self.device = forests[0].device
         self._replays: dict[Hashable, Callable[[], None]] = {}
         self._layouts = [forest.cache.layout for forest in forests]
         self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def forests(self) -> list[Forest]:
+        """The forests, which are there as long as anybody runs a step over them."""
+        found = [known() for known in self._forests]
+        assert None not in found, "a forest is gone, and its graphs with it"
+        return cast("list[Forest]", found)
 
     def on_device(self) -> contextlib.AbstractContextManager[None]:
         """Within the block, the current device is that of the forests.
@@ -206,7 +216,7 @@ class PassGraphs:
         fixed.where[:] = torch.arange(start, start + width, device=forest.device)
         # What lies at the address that graphs read may be of the step before.
         lengths = forest.cache.lengths_on(forest.device)
-        step = functools.partial(_run_fixed, forest, module, fixed, lengths, first_row, options)
+        step = functools.partial(self._step, module, fixed, lengths, first_row, options)
         replay = self._graphs.graph(key, step, step)
         if replay is None:
             return None
@@ -222,25 +232,26 @@ class PassGraphs:
         }
         return SimpleNamespace(**found)
 
-
-def _run_fixed(
-    forest: Forest,
-    module: torch.nn.Module,
-    fixed: _FixedPass,
-    lengths: torch.Tensor,
-    first_row: int,
-    options: dict[str, Any],
-) -> None:
-    fixed.output = forest.run_fixed(
-        module,
-        fixed.tokens,
-        where=fixed.where,
-        tree=fixed.tree,
-        lengths=lengths,
-        first_row=first_row,
-        **options,
-    )
-    fixed.hidden = forest.hidden
+    def _step(
+        self,
+        module: torch.nn.Module,
+        fixed: _FixedPass,
+        lengths: torch.Tensor,
+        first_row: int,
+        options: dict[str, Any],
+    ) -> None:
+        """Run a pass at its fixed addresses."""
+        (forest,) = self._graphs.forests
+        fixed.output = forest.run_fixed(
+            module,
+            fixed.tokens,
+            where=fixed.where,
+            tree=fixed.tree,
+            lengths=lengths,
+            first_row=first_row,
+            **options,
+        )
+        fixed.hidden = forest.hidden
 
 
 @contextlib.contextmanager

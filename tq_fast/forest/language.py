@@ -84,6 +84,15 @@ class Forest:
         """Most bytes of KV held so far; buffers only ever grow."""
         return self.cache.num_bytes
 
+    def fits(self, *sizes: int) -> bool:
+        """Whether the buffers hold as many trees, rows, prefix tokens and branch tokens."""
+        return self.cache.fits(*sizes)
+
+    def begin(self, num_trees: int) -> None:
+        """Hold that many empty trees, as a new forest would."""
+        self.cache.begin(num_trees)
+        self.num_token_forwards = 0
+
     def run_prefill(
         self, module: PreTrainedModel, tree: int, token_ids: Sequence[int], **options: Any
     ) -> Any:
@@ -241,12 +250,14 @@ class LanguageForest(Forest):
     def __init__(self, model: PreTrainedModel, *, keeps_hidden: bool = False, **sizes: Any) -> None:
         super().__init__(model, **sizes)
         self.vocab_size = vocab_size_of(model)
-        self.next_logits = torch.empty(
-            self.cache.num_trees, self.vocab_size, dtype=model.dtype, device=self.device
-        )
+        self.next_logits = self._no_logits()
         self.next_hidden: torch.Tensor | None = None
         if keeps_hidden:
             self._head_input = self._watch_head()
+
+    def begin(self, num_trees: int) -> None:
+        super().begin(num_trees)
+        self.next_logits, self.next_hidden = self._no_logits(), None
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
         """Encode what is left of the prompt of `tree`; its next_logits is ready afterwards."""
@@ -337,6 +348,11 @@ class LanguageForest(Forest):
             self.next_hidden = hidden.new_zeros(len(self.next_logits), hidden.shape[-1])
         self.next_hidden[tree] = hidden
 
+    def _no_logits(self) -> torch.Tensor:
+        return torch.empty(
+            self.cache.num_trees, self.vocab_size, dtype=self.source.dtype, device=self.device
+        )
+
     @functools.cached_property
     def _last_only(self) -> dict[str, Any]:
         """Options that ask the model for the logits of the last token alone."""
@@ -370,10 +386,11 @@ class StateForest(Forest):
 
     def __init__(self, model: PreTrainedModel, **sizes: Any) -> None:
         super().__init__(model, **sizes)
-        size = model.config.get_text_config().hidden_size
-        self.next_hidden = torch.empty(
-            self.cache.num_trees, size, dtype=model.dtype, device=self.device
-        )
+        self.next_hidden = self._no_states()
+
+    def begin(self, num_trees: int) -> None:
+        super().begin(num_trees)
+        self.next_hidden = self._no_states()
 
     def prefill(self, tree: int, token_ids: Sequence[int]) -> None:
         """Encode what is left of the prompt of `tree`; its next_hidden is ready afterwards."""
@@ -400,6 +417,10 @@ class StateForest(Forest):
         )
         hidden: torch.Tensor = output.last_hidden_state
         return hidden[:, -1]
+
+    def _no_states(self) -> torch.Tensor:
+        size = self.source.config.get_text_config().hidden_size
+        return torch.empty(self.cache.num_trees, size, dtype=self.source.dtype, device=self.device)
 
     def advance(self, trees: Sequence[int], tokens: Sequence[int]) -> None:
         tree, ids = upload(self.device, torch.tensor(trees), torch.tensor(tokens))

@@ -125,11 +125,18 @@ class CollabMethod:
     def _open(self, active: Sequence[Response], plan: DecodePlan) -> list[Roles]:
         """Open a forest for every baseline; the SFT model and the reward have one for all."""
         prompts = [response.prompt for response in active]
-        first = open_roles(self._languages(self.agents[0]), self.session.rewards, prompts, [], plan)
+        first = open_roles(
+            self._languages(self.agents[0]),
+            self.session.rewards,
+            prompts,
+            [],
+            plan,
+            self.session.forests,
+        )
         opened = [first]
         for agent in self.agents[1:]:
             alone = {"baseline": self.session.languages[agent]}
-            roles = open_roles(cast(Any, alone), {}, prompts, [], plan)
+            roles = open_roles(cast(Any, alone), {}, prompts, [], plan, self.session.forests)
             languages = {**first.languages, "baseline": roles.roller}
             opened.append(dataclasses.replace(roles, languages=languages, rewards=first.rewards))
         return opened

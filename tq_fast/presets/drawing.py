@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ from ..copies import download, upload
 from ..errors import DecodingError
 from ..forest.graphs import has_graphs
 from ..forest.language import LanguageForest, StateForest
+from ..forest.store import Lease
 from ..forest.support import check_runs
 from ..results import DecodeStats, Response
 from ..rollouts.rows import RowMap
@@ -27,9 +28,10 @@ from ..rollouts.state import RolloutState
 from ..rollouts.streams import stream_keys
 from ..session import Session
 from ..transfer.roles import distinct
-from .depths import TextGraphs
+from .depths import TextGraphs, beside, gather
 from .laws import Output, TokenLaw, record_draw
 
+_Kind = TypeVar("_Kind", LanguageForest, StateForest)
 # Takes the place of the candidate in the key of a random stream; no token has this id.
 NO_CANDIDATE = 0xFFFFFFFF
 
@@ -84,11 +86,12 @@ class TextForest:
         self.shares_prefixes = session.speed.share_prefixes
         self.uses_graphs = session.speed.graph_rollouts
         self.prompts = [list(response.prompt.token_ids) for response in responses]
+        self._leases: list[Lease] = []
         self.forests = self._open(session, num_rows, keeps_texts)
         self.states = self._open_states(session, num_rows, keeps_texts)
         device = next(iter(self.forests.values())).device
         self.eos = torch.tensor(session.end_ids(config), dtype=torch.int64, device=device)
-        self.graphs = self._open_graphs() if self._runs_graphs() else None
+        self.graphs = self._open_graphs(session) if self._runs_graphs() else None
 
     def _open(
         self, session: Session, num_rows: int, keeps_texts: bool
@@ -98,7 +101,9 @@ class TextForest:
         for model in distinct(languages).values():
             check_runs(model)
             reads = self.law.reads_hidden
-            by_model[model] = LanguageForest(
+            by_model[model] = self._take(
+                session,
+                LanguageForest,
                 model,
                 keeps_hidden=reads is not None and languages[reads] is model,
                 cpu_layers=session.speed.cpu_layers,
@@ -112,9 +117,18 @@ class TextForest:
         if not self.law.reads_reward:
             return None
         model: Any = session.rewards["reward"].model
-        return StateForest(
-            model, cpu_layers=session.speed.cpu_layers, **self._sizes(num_rows, keeps_texts)
+        return self._take(
+            session,
+            StateForest,
+            model,
+            cpu_layers=session.speed.cpu_layers,
+            **self._sizes(num_rows, keeps_texts),
         )
+
+    def _take(self, session: Session, kind: type[_Kind], model: Any, **options: Any) -> _Kind:
+        forest, lease = session.forests.open(kind, model, **options)
+        self._leases.append(lease)
+        return forest
 
     def _runs_graphs(self) -> bool:
         """Whether tokens are drawn in graphs: a stop string is looked for on the host."""
@@ -122,14 +136,14 @@ class TextForest:
         is_on_one = len(devices) == 1 and has_graphs(*devices)
         return self.uses_graphs and is_on_one and not self.stop
 
-    def _open_graphs(self) -> TextGraphs:
-        return TextGraphs(
-            list(distinct(self.forests).values()),
-            self.states,
-            self.law,
-            gather=self._gather,
-            eos=self.eos,
-            num_tokens=self.config.max_new_tokens,
+    def _open_graphs(self, session: Session) -> TextGraphs:
+        forests, states, law, eos = self.forests, self.states, self.law, self.eos
+        num_tokens, first = self.config.max_new_tokens, self.all_forests[0]
+        others = tuple(map(id, self.all_forests))
+        return session.forests.graphs_for(
+            first,
+            (law, session.end_ids(self.config), num_tokens, others),
+            lambda: TextGraphs(forests, states, law, eos=eos, num_tokens=num_tokens),
         )
 
     def _sizes(self, num_rows: int, keeps_texts: bool) -> dict[str, Any]:
@@ -260,7 +274,7 @@ class TextForest:
         outputs = {}
         for role, forest in self.forests.items():
             hidden = None if forest.next_hidden is None else forest.next_hidden[tree]
-            outputs[role] = Output(forest.next_logits[tree], _beside(hidden, states))
+            outputs[role] = Output(forest.next_logits[tree], beside(hidden, states))
         return outputs
 
     def _forward(self, tokens: torch.Tensor, depth: int, tree: torch.Tensor) -> dict[Role, Output]:
@@ -272,17 +286,7 @@ class TextForest:
             forest: forest.forward_rows(tokens, start=depth, tree=tree)
             for forest in distinct(self.forests).values()
         }
-        return self._gather(logits, states)
-
-    def _gather(
-        self, logits: Mapping[LanguageForest, torch.Tensor], states: torch.Tensor | None
-    ) -> dict[Role, Output]:
-        """What the models give, from the logits `[n, V]` and the reward model's states `[n, D]`."""
-        found = {}
-        for forest, of_forest in logits.items():
-            hidden = None if forest.hidden is None else forest.hidden[:, -1]
-            found[forest] = Output(of_forest, _beside(hidden, states))
-        return {role: found[forest] for role, forest in self.forests.items()}
+        return gather(self.forests, logits, states)
 
     def _begin(
         self,
@@ -352,10 +356,3 @@ class TextForest:
             own.token_forwards["reward_states"] = self.states.num_token_forwards
             own.peak_kv_bytes["reward_states"] = self.states.peak_kv_bytes
         stats.add(own)
-
-
-def _beside(hidden: torch.Tensor | None, states: torch.Tensor | None) -> torch.Tensor | None:
-    """The prior's states with the reward model's behind them, where both are read."""
-    if hidden is None or states is None:
-        return hidden
-    return torch.cat([hidden.float(), states.float().to(hidden.device)], 1)

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..forest.store import ForestStore
 from ..prompts import Prompt
 
 RewardFunction = Callable[..., Any]
@@ -47,6 +48,7 @@ class Opening:
         backend: which backend the ops of a forest use.
         waiting: prompts that will replace those.
         graphs: whether passes over a forest run as CUDA graphs, on a GPU.
+        forests: where forests come from.
     """
 
     prompts: Sequence[Prompt]
@@ -55,6 +57,7 @@ class Opening:
     backend: str | None
     waiting: Sequence[Prompt] = ()
     graphs: bool = False
+    forests: ForestStore = dataclasses.field(default_factory=ForestStore)
 
 
 class RewardSession(Protocol):

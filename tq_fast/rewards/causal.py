@@ -56,7 +56,8 @@ class _CausalSession:
         self.forms = [reward.form(prompt) for prompt in opening.prompts]
         model = reward.model
         self.pad = model.config.get_text_config().pad_token_id
-        self.forest = Forest(
+        self.forest, self._lease = opening.forests.open(
+            Forest,
             model,
             num_trees=len(self.forms),
             num_rows=opening.num_rows,

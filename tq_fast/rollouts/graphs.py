@@ -13,6 +13,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -47,7 +48,6 @@ class DepthGraphs(abc.ABC):
         columns: Sequence[str] = (),
         keeps_finished: bool = False,
     ) -> None:
-        self.forests = forests
         self.keeps_finished = keeps_finished
         self.graphs = Graphs(forests)
         self.num_rows = min(forest.cache.num_rows for forest in forests)
@@ -58,6 +58,11 @@ class DepthGraphs(abc.ABC):
         self.lengths = [forest.cache.lengths_on(forest.device) for forest in forests]
         self.depth = torch.ones(1, dtype=torch.int64, device=self.graphs.device)
         self.num_running = torch.zeros(1, dtype=torch.int64, device=self.graphs.device)
+
+    @property
+    def forests(self) -> list[Any]:
+        """The forests, which whoever runs depths over them holds."""
+        return self.graphs.forests
 
     @abc.abstractmethod
     def advance(self, tokens: torch.Tensor) -> None:
@@ -177,13 +182,13 @@ class RolloutGraphs(DepthGraphs):
 
     def __init__(self, forest: LanguageForest, sampler: RolloutSampler) -> None:
         super().__init__([forest], num_tokens=forest.cache.branch_capacity)
-        self.forest, self.sampler = forest, sampler
+        self.sampler = sampler
 
     def advance(self, tokens: torch.Tensor) -> None:
         # A candidate lies before the tokens that are drawn.
-        (lengths,) = self.lengths
+        (forest,), (lengths,) = self.forests, self.lengths
         tree = self.state.tree[: len(tokens)]
-        logits = self.forest.forward_depth(tokens, depth=self.depth, tree=tree, lengths=lengths)
+        logits = forest.forward_depth(tokens, depth=self.depth, tree=tree, lengths=lengths)
         self.sampler.advance(logits, self.state, self.depth)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -13,6 +13,7 @@ from ..engines.base import LanguageEngine
 from ..engines.local import ForestEngine
 from ..engines.remote import ServerEngine
 from ..forest.language import LanguageForest
+from ..forest.store import ForestStore
 from ..forest.support import check_runs
 from ..models.served import LanguageModel, ServedModel
 from ..prompts import Prompt
@@ -115,6 +116,7 @@ def open_roles(
     prompts: Sequence[Prompt],
     waiting: Sequence[Prompt],
     plan: DecodePlan,
+    forests: ForestStore,
 ) -> Roles:
     """Open a forest for each model, with a tree for each of `prompts`.
 
@@ -125,6 +127,7 @@ def open_roles(
         prompts: the prompts decoded first.
         waiting: prompts that take the places of those that are finished.
         plan: the settings of the decode.
+        forests: where forests come from.
     """
     config, num_trees = plan.config, len(prompts)
     num_rows = max(num_trees, min(plan.max_rows, num_trees * rows_per_prompt(config)))
@@ -136,6 +139,7 @@ def open_roles(
         backend=config.backend,
         waiting=waiting,
         graphs=plan.speed.graph_rollouts,
+        forests=forests,
     )
     scoring = _scoring(rewards, config)
     by_reward = {
@@ -149,41 +153,66 @@ def open_roles(
         for role, reward in distinct(scoring).items()
     }
     scorers = {role: by_reward[id(reward)] for role, reward in scoring.items()}
-    by_model: dict[PreTrainedModel | LanguageServer, LanguageEngine] = {}
-    for model in distinct(languages).values():
-        is_roller = model is languages[plan.roller]
-        if isinstance(model, LanguageServer):
-            by_model[model] = ServerEngine(
-                model,
-                num_trees,
-                config=config,
-                eos=plan.eos,
-                scores_own=config.needs_log_ratio and model is languages["sft"],
-            )
-            continue
-        check_runs(model)
-        has_branches = is_roller or config.needs_log_ratio
-        forest = LanguageForest(
+    sizes = _Sizes(num_trees, num_rows, _prefix_capacity([*prompts, *waiting], config), branch)
+    by_model = {
+        id(model): _open_engine(model, languages, plan, sizes, forests)
+        for model in distinct(languages).values()
+    }
+    engines = {role: by_model[id(model)] for role, model in languages.items()}
+    return Roles(engines, engines[plan.roller], scorers)
+
+
+class _Sizes(NamedTuple):
+    """Those of a forest that rolls out."""
+
+    num_trees: int
+    num_rows: int
+    prefix: int
+    branch: int
+
+
+def _open_engine(
+    model: PreTrainedModel | LanguageServer,
+    languages: Mapping[Role, PreTrainedModel | LanguageServer],
+    plan: DecodePlan,
+    sizes: _Sizes,
+    forests: ForestStore,
+) -> LanguageEngine:
+    """Open the engine of one of `languages`."""
+    config = plan.config
+    is_roller = model is languages[plan.roller]
+    if isinstance(model, LanguageServer):
+        return ServerEngine(
             model,
-            num_trees=num_trees,
-            num_rows=num_rows if has_branches else num_trees,
-            prefix_capacity=_prefix_capacity([*prompts, *waiting], config),
-            branch_capacity=branch if has_branches else 1,
-            backend=config.backend,
-            cpu_layers=plan.speed.cpu_layers,
-            graphs=plan.speed.graph_rollouts,
-        )
-        by_model[model] = ForestEngine(
-            forest,
+            sizes.num_trees,
             config=config,
             eos=plan.eos,
-            vocab_size=plan.vocab_size,
-            num_tokens=plan.num_tokens,
-            merges=plan.speed.merge_equal,
-            graphs=plan.speed.graph_rollouts and is_roller,
+            scores_own=config.needs_log_ratio and model is languages["sft"],
         )
-    engines = {role: by_model[model] for role, model in languages.items()}
-    return Roles(engines, engines[plan.roller], scorers)
+    check_runs(model)
+    has_branches = is_roller or config.needs_log_ratio
+    forest, lease = forests.open(
+        LanguageForest,
+        model,
+        num_trees=sizes.num_trees,
+        num_rows=sizes.num_rows if has_branches else sizes.num_trees,
+        prefix_capacity=sizes.prefix,
+        branch_capacity=sizes.branch if has_branches else 1,
+        backend=config.backend,
+        cpu_layers=plan.speed.cpu_layers,
+        graphs=plan.speed.graph_rollouts,
+    )
+    return ForestEngine(
+        forest,
+        config=config,
+        eos=plan.eos,
+        vocab_size=plan.vocab_size,
+        num_tokens=plan.num_tokens,
+        merges=plan.speed.merge_equal,
+        graphs=plan.speed.graph_rollouts and is_roller,
+        forests=forests,
+        lease=lease,
+    )
 
 
 def memory_per_prompt(
