@@ -37,9 +37,10 @@ class Splits(NamedTuple):
 def choose_splits(num_queries: int, num_kv_heads: int) -> Splits:
     """The splits for rows of `num_queries` queries, which depend on shapes of the model only.
 
-    While a row has one query, splits are short, so that one tree with a short prompt fills the
-    multiprocessors (132 on an H100). There are at most as many as the merge, which takes them one
-    after the other, can afford. Programs that have a split, for one tree of 10 rows, d = 128:
+    While a row has one query, splits are short, because one tree with a short prompt gives few
+    programs for the multiprocessors (132 on an H100). There are at most as many splits as the
+    merge, which takes them one after the other, can afford. Programs, each with a split, for one
+    tree of 10 rows, d = 128, in 16 bits:
 
     =============================  ============  ==============
     heads                          prefix 512    prefix 4,096
@@ -48,6 +49,7 @@ def choose_splits(num_queries: int, num_kv_heads: int) -> Splits:
     32 on 8 key-value heads (GQA)  64            256
     =============================  ============  ==============
 
+    Splits of 256 keys whatever the prefix would give 64 and 512, and 16 and 128.
     Splits of several queries are longer, because their partial results take more memory.
     """
     if num_queries > 1:
