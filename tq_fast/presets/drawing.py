@@ -102,6 +102,7 @@ class TextForest:
                 model,
                 keeps_hidden=reads is not None and languages[reads] is model,
                 cpu_layers=session.speed.cpu_layers,
+                compiled_modules=session.speed.compiled_modules,
                 **self._sizes(num_rows, keeps_texts),
             )
         return {role: by_model[model] for role, model in languages.items()}
@@ -113,7 +114,10 @@ class TextForest:
             return None
         model: Any = session.rewards["reward"].model
         return StateForest(
-            model, cpu_layers=session.speed.cpu_layers, **self._sizes(num_rows, keeps_texts)
+            model,
+            cpu_layers=session.speed.cpu_layers,
+            compiled_modules=session.speed.compiled_modules,
+            **self._sizes(num_rows, keeps_texts),
         )
 
     def _runs_graphs(self) -> bool:

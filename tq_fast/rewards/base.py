@@ -47,6 +47,7 @@ class Opening:
         backend: which backend the ops of a forest use.
         waiting: prompts that will replace those.
         graphs: whether passes over a forest run as CUDA graphs, on a GPU.
+        compiled_modules: whether norms, MLPs and rotary embeddings of a forest run compiled.
     """
 
     prompts: Sequence[Prompt]
@@ -55,6 +56,7 @@ class Opening:
     backend: str | None
     waiting: Sequence[Prompt] = ()
     graphs: bool = False
+    compiled_modules: bool = False
 
 
 class RewardSession(Protocol):

@@ -132,6 +132,7 @@ def open_roles(
         backend=config.backend,
         waiting=waiting,
         graphs=plan.speed.graph_rollouts,
+        compiled_modules=plan.speed.compiled_modules,
     )
     scoring = _scoring(rewards, config)
     by_reward = {
@@ -158,6 +159,7 @@ def open_roles(
             backend=config.backend,
             cpu_layers=plan.speed.cpu_layers,
             graphs=plan.speed.graph_rollouts,
+            compiled_modules=plan.speed.compiled_modules,
         )
         by_model[model] = ForestEngine(
             forest,
