@@ -170,7 +170,8 @@ def _compile(function: Callable[..., Any]) -> _Function:
     assert isinstance(function, types.FunctionType)
     # PyTorch gives up on a code object that it has compiled eight times.
     own = _with_code(function, function.__code__.replace(), function.__globals__)
-    compiled: _Function = torch.compile(own, fullgraph=True, options=_OPTIONS)
+    # Only sizes that are marked are open: otherwise PyTorch opens those by which kinds differ, too.
+    compiled: _Function = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS)
     return compiled
 
 
