@@ -171,7 +171,33 @@ def test_a_norm_that_is_something_else_stays_as_it_is_with_one_warning(
     compiled(model)
 
 
-def test_watched_and_adapted_modules_are_left_alone() -> None:
+class _Numbered(_Branching):
+    """A norm whose code depends on a number of its own."""
+
+    def __init__(self, weight: nn.Parameter, number: int) -> None:
+        super().__init__(weight)
+        self.number = number
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.weight * (states + self.number)
+
+
+def test_modules_that_would_each_be_compiled_anew_stay_as_they_are() -> None:
+    model = zoo.language_model("llama")
+    layers = model.model.layers
+    for number, layer in enumerate(layers):
+        layer.input_layernorm = _Numbered(layer.input_layernorm.weight, number)
+    # Two compilations are those of the first one.
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.warns(UserWarning, match="1 would each be compiled anew"),
+    ):
+        view, _ = compiled(model)
+    kept = ["forward" in layer.input_layernorm.__dict__ for layer in view.model.layers]
+    assert kept == [True, False]
+
+
+def test_modules_with_hooks_are_left_alone() -> None:
     model = zoo.language_model("llama")
     seen = []
     model.model.norm.register_forward_hook(lambda *args: seen.append(args))

@@ -48,13 +48,15 @@ _Function: TypeAlias = Callable[..., Any]
 
 _DISAGREES = "compute something else compiled, by a trial on a few states"
 _NOT_ONE_GRAPH = "cannot be compiled as one graph"
+_ALL_DIFFERENT = "would each be compiled anew"
 
 
 class _Kind(NamedTuple):
     """What compiled code is made for; modules of one kind share it, whatever model they are in."""
 
     forward: _Function
-    weights: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+    # Shape, dtype, device and requires_grad of each.
+    weights: tuple[tuple[torch.Size, torch.dtype, torch.device, bool], ...]
     # PyTorch compiles anew for another number.
     num_threads: int
 
@@ -161,7 +163,10 @@ def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _kind_of(module: nn.Module) -> _Kind:
-    weights = [(weight.shape, weight.dtype, weight.device) for weight in module.parameters()]
+    weights = [
+        (weight.shape, weight.dtype, weight.device, weight.requires_grad)
+        for weight in module.parameters()
+    ]
     return _Kind(type(module).forward, tuple(weights), torch.get_num_threads())
 
 
@@ -197,8 +202,12 @@ def _forward_of(module: nn.Module, kind: _Kind) -> _Function:
 
     def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         states = args[0] if args else kwargs[name]
-        rows = states.reshape(-1, states.shape[-1]).contiguous()
-        return run(reference(), rows).view(states.shape)
+        # Heads before tokens `[n, H, T, d]` lie in memory as `[n, T, H, d]`, and stay so.
+        is_turned = states.dim() == 4 and not states.is_contiguous()
+        laid_out = states.transpose(1, 2) if is_turned else states
+        rows = laid_out.reshape(-1, states.shape[-1]).contiguous()
+        result: torch.Tensor = run(reference(), rows).view(laid_out.shape)
+        return result.transpose(1, 2) if is_turned else result
 
     return forward
 
@@ -244,10 +253,10 @@ def _open_size(part: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _try_compiled(name: str, run: Callable[[], Any]) -> Any:
-    """Return what `run` returns, or a sentence where PyTorch cannot make one graph of it.
+    """Return what `run` returns, or why it cannot run compiled, from its own code.
 
     Raises:
-        BackendRefused: it can, but it cannot compile the graph.
+        BackendRefused: PyTorch finds a graph in the code, but cannot compile it.
     """
     try:
         return run()
@@ -255,10 +264,12 @@ def _try_compiled(name: str, run: Callable[[], Any]) -> Any:
         raise
     except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError):
         return _NOT_ONE_GRAPH
+    except torch._dynamo.exc.FailOnRecompileLimitHit:
+        return _ALL_DIFFERENT
     except Exception as error:
         raise BackendRefused(
-            f"speed.compiled_modules=True: torch.compile failed at {name}. It needs a C++ compiler "
-            f"on a CPU and Triton on a GPU; leave the option off where they are missing: {error}"
+            f"speed.compiled_modules=True: torch.compile failed at {name}. It needs a C++ "
+            f"compiler, and Triton on a GPU; leave the option off where they are missing: {error}"
         ) from error
 
 
@@ -304,14 +315,17 @@ class _Rotary:
 
     def __init__(self, function: types.FunctionType) -> None:
         self._function = function
-        # By sizes, dtypes and devices; None where the function itself is to be called.
+        # By sizes, strides, dtypes and devices; None where the function itself is to be called.
         self._compiled: dict[Any, _Function | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         flat = None if kwargs else _in_one_text(args)
         run = None
         if flat is not None:
-            parts = [(part.shape[1], part.shape[3], part.dtype, part.device) for part in flat[:2]]
+            parts = [
+                (part.shape[1], part.shape[3], part.stride(2), part.dtype, part.device)
+                for part in flat[:2]
+            ]
             kind = (*parts, flat[0].shape[2] == 1, torch.get_num_threads())
             if kind not in self._compiled:
                 self._compiled[kind] = self._try(args, flat)
@@ -346,8 +360,11 @@ def _in_one_text(args: Sequence[Any]) -> tuple[torch.Tensor, ...] | None:
     q, k, cos, sin = args
     if not cos.shape[:-1] == sin.shape[:-1] == (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2]):
         return None
-    heads = (part.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for part in (q, k))
-    return *heads, cos.flatten(0, 1)[None], sin.flatten(0, 1)[None]
+    heads = [part.transpose(1, 2).flatten(0, 1) for part in (q, k)]
+    # Only the distance of two tokens is left open, in matrices of which both are cut, say.
+    heads = [part if part[0].is_contiguous() else part.contiguous() for part in heads]
+    angles = [part.flatten(0, 1).contiguous()[None] for part in (cos, sin)]
+    return *(part[None].transpose(1, 2) for part in heads), *angles
 
 
 def _in_rows(
