@@ -340,10 +340,11 @@ class SpeedOptions:
         cpu_layers: linear and decoder layers on CPU run in kernels made for few rows (same
             tokens up to rounding).
         compiled_modules: norms, MLPs and rotary embeddings of transformers run as `torch.compile`
-            makes them, one kernel in place of many (same tokens up to rounding). It is off by
-            default, because compiling takes seconds to minutes in each process, and needs Triton
-            on a GPU and a C++ compiler on a CPU: without them it is an error. Layers and linears
-            that `cpu_layers` stands in for are not compiled, nor are MLPs that have such linears.
+            makes them, few kernels in place of many (same tokens up to rounding). It is made for
+            CUDA devices, and off by default: compiling takes seconds to minutes in each process,
+            and needs a C++ compiler and, on a GPU, Triton, without which it is an error. On a CPU,
+            where it gains nothing, layers and linears that `cpu_layers` stands in for are not
+            compiled, nor are MLPs that have such linears.
     """
 
     merge_equal: bool = True

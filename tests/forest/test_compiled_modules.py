@@ -85,11 +85,10 @@ def compiled(model: PreTrainedModel) -> tuple[PreTrainedModel, CompiledModules]:
     ("name", "dtype", "expected"),
     [
         ("llama", torch.float32, LLAMA),
-        ("llama", torch.bfloat16, LLAMA),
         # Norms that add 1 to their weights, and those of queries and keys.
         ("gemma3", torch.bfloat16, (3 * 7 + 1, 3)),
         # One matrix for both projections, of which queries and keys are cut.
-        ("phi3", torch.float32, LLAMA),
+        ("phi3", torch.bfloat16, LLAMA),
         # Its norms are those of PyTorch, and its positions are learned.
         ("gpt2", torch.float32, (2, 0)),
     ],
@@ -289,6 +288,31 @@ def test_a_decode_gives_the_same_tokens() -> None:
     ]
     plain, ours = ([ids.tolist() for ids in result.sequences] for result in results)
     assert ours == plain
+
+
+@pytest.mark.parametrize("method", ["transfer_q", "best_of_n", "plain"])
+def test_every_forest_of_a_decode_is_asked_to_compile(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {
+        "baseline": zoo.language_model("llama", seed=1),
+        "sft": zoo.language_model("llama", seed=2),
+        "reward": zoo.classifier("llama"),
+    }
+    asked = set()
+    monkeypatch.setattr(
+        compiled_modules, "compile_modules", lambda view, source, taken: asked.add(source)
+    )
+    options = {"max_new_tokens": 2, "speed": SpeedOptions(compiled_modules=True)}
+    if method == "transfer_q":
+        indirect = {"transfer": "indirect", "beta": 1.0, "num_rollouts": 2}
+        tq_fast.decode([PROMPT], **models, k=2, horizon=1, **indirect, **options)
+    elif method == "best_of_n":
+        tq_fast.presets.best_of_n([PROMPT], **models, n=2, **options)
+    else:
+        tq_fast.presets.baseline([PROMPT], models["baseline"], **options)
+        del models["sft"], models["reward"]
+    assert asked == set(models.values())
 
 
 def test_every_speed_option_is_documented_and_this_one_is_off() -> None:

@@ -1,10 +1,14 @@
-"""Norms, MLPs and rotary embeddings as `torch.compile` makes them: one kernel where there are many.
+"""Norms, MLPs and rotary embeddings as `torch.compile` makes them: few kernels in place of many.
 
 With few rows, a pass on a GPU spends much of its time between the matrix products, in small
-kernels: a norm is six of them, the rotation of queries and keys twelve, what an MLP computes
-between its products two. `torch.compile` makes one of each. It is told to round where the modules
-round between two operations (`emulate_precision_casts`), so that 16-bit results are as a rule the
-same bit for bit.
+kernels. In 16 bits a norm of Llama's is eight tensor operations, the rotation of queries and keys
+ten, and an MLP two between its products. `torch.compile` fuses them. It is told to round where the
+modules round between two operations (`emulate_precision_casts`), so that 16-bit results are as a
+rule the same bit for bit.
+
+On a CPU the option is there to be tested: what is saved in operations is spent on PyTorch's checks
+whether compiled code fits, a tenth of a pass of one row in a Llama of 134 M parameters. In the CUDA
+graphs of a forest nothing is checked.
 
 Everything is recognised by trying. A module that could be a norm or an MLP by its parameters runs
 compiled if the compiled forward gives what the module gives on a few random states. Rotary
