@@ -201,7 +201,8 @@ def test_modules_with_hooks_are_left_alone() -> None:
     seen = []
     model.model.norm.register_forward_hook(lambda *args: seen.append(args))
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *args: seen.append(args))
-    view, found = compiled(model)
+    with pytest.warns(UserWarning, match="2 have hooks, adapters or a forward of their own"):
+        view, found = compiled(model)
     assert found.num_compiled == LLAMA[0] - 2
     view.model.norm(torch.ones(1, 32))
     view.model.layers[0].mlp(torch.ones(1, 32))
@@ -224,14 +225,16 @@ def test_fused_cpu_layers_come_first() -> None:
         torch.testing.assert_close(mine, plain, rtol=0, atol=TOLERANCE[torch.float32])
 
 
-def test_a_rotary_function_that_mixes_tokens_is_called_itself() -> None:
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_rotary_function_that_mixes_tokens_is_called_itself(num_rows: int) -> None:
     def mixing(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return q + q.mean(2, keepdim=True) * cos[:, None], k * sin[:, None]
 
     rotary = compiled_modules._Rotary(mixing)
-    args = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), *torch.randn(2, 2, 3, 8)
+    q, k = torch.randn(num_rows, 4, 3, 8), torch.randn(num_rows, 2, 3, 8)
+    args = q, k, *torch.randn(2, num_rows, 3, 8)
     with pytest.warns(UserWarning, match=r"mixing\) compute something else.*run as they are"):
         found = rotary(*args)
     assert all(map(torch.equal, found, mixing(*args)))

@@ -115,14 +115,16 @@ def compile_modules(
     """
     found, num_compiled, inside = Counter[str](), 0, set[nn.Module]()
     for module, original in zip(list(view.modules()), seen_modules(source), strict=True):
-        sizes = _sizes_of_states(module, source)
-        if sizes is None or module in inside or taken & set(module.modules()):
+        shapes = _shapes_of_states(module, source)
+        if shapes is None or module in inside or taken & set(module.modules()):
             continue
-        kind = _kind_of(module)
-        forward = _forward_of(module, kind)
-        if _verdicts.get(original, (None, None))[0] != kind:
-            _verdicts[original] = kind, _why_plain(module, forward, sizes)
-        reason = _verdicts[original][1]
+        reason = _refusal(module)
+        if reason is None:
+            kind = _kind_of(module)
+            forward = _forward_of(module, kind)
+            if _verdicts.get(original, (None, None))[0] != kind:
+                _verdicts[original] = kind, _why_plain(module, kind, shapes)
+            reason = _verdicts[original][1]
         if reason is None:
             module.__dict__["forward"] = forward
             inside.update(module.modules())
@@ -137,26 +139,30 @@ def compile_modules(
     return compiled
 
 
-def _sizes_of_states(module: nn.Module, source: PreTrainedModel) -> list[tuple[int, ...]] | None:
+def _shapes_of_states(module: nn.Module, source: PreTrainedModel) -> list[tuple[int, ...]] | None:
     """Shapes of states that `module` could take; None where it is neither a norm nor an MLP."""
-    parts = list(module.modules())
-    weights = list(module.parameters())
+    num_parts, weights = len(list(module.modules())), list(module.parameters())
     # The modules of PyTorch are as few kernels as they can be.
     is_built_in = type(module).__module__.split(".")[0] == "torch"
     if is_built_in or not weights or len(_parameters_of(type(module).forward)) != 1:
         return None
-    if any(is_watched(part) or is_adapted(part) for part in parts):
-        return None
-    if any(type(weight) is not nn.Parameter or weight.is_meta for weight in weights):
-        return None
     dims = {weight.dim() for weight in weights}
-    if len(parts) == 1 and dims == {1}:
+    if num_parts == 1 and dims == {1}:
         size = weights[0].shape[0]
         return [(2, 3, size), (1, 1, size), (2, 3, 2, size)]
     num_matrices = sum(weight.dim() == 2 for weight in weights)
-    if len(parts) > 1 and dims <= {1, 2} and num_matrices > 1:
+    if num_parts > 1 and dims <= {1, 2} and num_matrices > 1:
         size = source.config.get_text_config().hidden_size
         return [(2, 3, size), (1, 1, size)]
+    return None
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why nothing may stand in for `module`, by what was done to it; None: it is to be tried."""
+    if any(is_watched(part) or is_adapted(part) for part in module.modules()):
+        return "have hooks, adapters or a forward of their own"
+    if any(type(weight) is not nn.Parameter or weight.is_meta for weight in module.parameters()):
+        return "have weights that are quantised, or lie elsewhere"
     return None
 
 
@@ -217,7 +223,7 @@ def _forward_of(module: nn.Module, kind: _Kind) -> _Function:
 
 
 @torch.no_grad()
-def _why_plain(module: nn.Module, forward: _Function, shapes: list[tuple[int, ...]]) -> str | None:
+def _why_plain(module: nn.Module, kind: _Kind, shapes: list[tuple[int, ...]]) -> str | None:
     """Why `module` stays as it is, by a trial on random states of these shapes; None: it need not.
 
     The trial is what compiles, and the tolerance is that of fused layers.
@@ -237,7 +243,7 @@ def _why_plain(module: nn.Module, forward: _Function, shapes: list[tuple[int, ..
         raise
     except Exception:
         return "take other states than the model's"
-    run = _compiled[_kind_of(module)]
+    run, forward = _compiled[kind], _forward_of(module, kind)
     rows = trials[0].flatten(0, -2)
     results = _try_compiled(
         type(module).__name__,
@@ -330,7 +336,8 @@ class _Rotary:
                 (part.shape[1], part.shape[3], part.stride(2), part.dtype, part.device)
                 for part in flat[:2]
             ]
-            kind = (*parts, flat[0].shape[2] == 1, torch.get_num_threads())
+            angles = (flat[2].shape[2], flat[2].dtype, flat[2].device)
+            kind = (*parts, angles, flat[0].shape[2] == 1, torch.get_num_threads())
             if kind not in self._compiled:
                 self._compiled[kind] = self._try(args, flat)
             run = self._compiled[kind]
@@ -338,20 +345,24 @@ class _Rotary:
         if flat is None or run is None:
             result = self._function(*args, **kwargs)
         else:
-            result = _in_rows(run(*flat), args[0].shape)
+            result = _in_rows(run(*flat), args[0].shape[0], args[0].shape[2])
         return result
 
     @torch.no_grad()
     def _try(self, args: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> _Function | None:
         """Return compiled code for such arguments; None where it gives something else."""
         run = _compile(self._function)
-        truth = self._function(*args)
+        truths = self._function(*args), self._function(*_one_a_row(flat))
         for part, dim in zip(flat, (2, 2, 1, 1), strict=True):
             _open_size(part, dim)
         name = f"{self._function.__module__}.{self._function.__name__}"
-        result = _try_compiled(name, lambda: _in_rows(run(*flat), args[0].shape))
-        if not isinstance(result, str) and all(map(is_close, result, truth)):
-            return run
+        result = _try_compiled(name, lambda: run(*flat))
+        if not isinstance(result, str):
+            sizes = (args[0].shape[0], args[0].shape[2]), (flat[0].shape[2], 1)
+            results = (_in_rows(result, *size) for size in sizes)
+            pairs = zip(results, truths, strict=True)
+            if all(is_close(*parts) for pair in pairs for parts in zip(*pair, strict=True)):
+                return run
         reason = result if isinstance(result, str) else _DISAGREES
         warn_caller(f"rotary embeddings ({name}) {reason}; they run as they are")
         return None
@@ -371,11 +382,16 @@ def _in_one_text(args: Sequence[Any]) -> tuple[torch.Tensor, ...] | None:
     return *(part[None].transpose(1, 2) for part in heads), *angles
 
 
+def _one_a_row(flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The arguments of a rotary function with each token of one row in a row of its own."""
+    heads = [part.transpose(0, 2) for part in flat[:2]]
+    return [*heads, *(part.transpose(0, 1) for part in flat[2:])]
+
+
 def _in_rows(
-    rotated: Sequence[torch.Tensor], shape: torch.Size
+    rotated: Sequence[torch.Tensor], num_rows: int, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated queries and keys in as many rows and tokens as `shape` `[n, H, T, d]` has."""
-    num_rows, _, num_tokens, _ = shape
+    """Rotated queries and keys of one row in `num_rows` of `num_tokens` tokens each."""
     q, k = (
         part.transpose(1, 2).reshape(num_rows, num_tokens, part.shape[1], -1).transpose(1, 2)
         for part in rotated
