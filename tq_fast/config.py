@@ -315,8 +315,9 @@ class DecodeOptions(TypedDict, total=False):
 class SpeedOptions:
     """Parts that make decoding cheaper without changing what it means.
 
-    Everything is on by default; a part is switched off to measure it and to test its promise: "same
-    tokens", or "same distribution" (the law of arXiv 2405.20495 at the same k, n and L).
+    Everything but `compiled_modules` is on by default; a part is switched off to measure it and to
+    test its promise: "same tokens", or "same distribution" (the law of arXiv 2405.20495 at the same
+    k, n and L).
 
     Attributes:
         merge_equal: sampled roll-outs that are still equal share one row of the forward pass: the
@@ -338,6 +339,12 @@ class SpeedOptions:
             end.
         cpu_layers: linear and decoder layers on CPU run in kernels made for few rows (same
             tokens up to rounding).
+        compiled_modules: norms, MLPs and rotary embeddings of transformers run as `torch.compile`
+            makes them, few kernels in place of many (same tokens up to rounding). It is made for
+            CUDA devices, and off by default: compiling takes seconds to minutes in each process,
+            and needs a C++ compiler and, on a GPU, Triton, without which it is an error. On a CPU,
+            where it gains nothing, layers and linears that `cpu_layers` stands in for are not
+            compiled, nor are MLPs that have such linears.
     """
 
     merge_equal: bool = True
@@ -348,3 +355,4 @@ class SpeedOptions:
     share_prefixes: bool = True
     graph_rollouts: bool = True
     cpu_layers: bool = True
+    compiled_modules: bool = False

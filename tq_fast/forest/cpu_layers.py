@@ -93,6 +93,12 @@ class CpuLayers:
             return "no decoder layer runs fused: the C++ library is not there, or not asked"
         return str(self._fused)
 
+    @property
+    def taken(self) -> frozenset[nn.Module]:
+        """Modules that something stands in for in some passes, and what those are made of."""
+        fused = [module for module, _, _ in self._fused.forwards] if self._fused else []
+        return frozenset(part for module in (*fused, *self._linears) for part in module.modules())
+
     def install(self, num_rows: int) -> None:
         """Have the layers compute, in passes of so many rows, in the way that pays."""
         stand_ins = self._stand_ins.get(num_rows)

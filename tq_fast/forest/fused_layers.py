@@ -119,7 +119,7 @@ def _refusal(layer: Any) -> str | None:
     dtypes = {part.weight.dtype for part in (*linears, *norms) if part is not None}
     if len(dtypes) > 1:
         return "have weights of several dtypes"
-    if any(_is_watched(module) for module in layer.modules() if module is not layer):
+    if any(is_watched(module) for module in layer.modules() if module is not layer):
         return "have hooks, or a forward of their own, in their parts"
     return None
 
@@ -130,7 +130,7 @@ def _kind(module: object) -> str:
     return type(weight if is_special else module).__name__
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether somebody counts on the module itself being called."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
@@ -174,12 +174,12 @@ def _agrees(layer: Any, forward: Forward, rotary: nn.Module, backend: str | None
         except Exception:
             # A layer that wants other arguments is of another formula, whatever it raises.
             return False
-        if not all(_close(mine, theirs) for theirs, mine in zip(*results, strict=True)):
+        if not all(is_close(mine, theirs) for theirs, mine in zip(*results, strict=True)):
             return False
     return True
 
 
-def _close(ours: object, truth: object) -> bool:
+def is_close(ours: object, truth: object) -> bool:
     """Whether two results agree row for row: up to rounding at most, and far better on average."""
     if not isinstance(ours, torch.Tensor) or not isinstance(truth, torch.Tensor):
         return False

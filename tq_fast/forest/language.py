@@ -34,6 +34,7 @@ class Forest:
         backend: which backend the ops use.
         cpu_layers: whether layers run fused where the model is on a CPU.
         graphs: whether passes over branches run as CUDA graphs where it is on a GPU.
+        compiled_modules: whether norms, MLPs and rotary embeddings run compiled.
 
     Attributes:
         source: the model as the user has it; nothing of it is changed.
@@ -57,6 +58,7 @@ class Forest:
         backend: str | None,
         cpu_layers: bool = True,
         graphs: bool = False,
+        compiled_modules: bool = False,
     ) -> None:
         self.source = model
         self.model = attending(model)
@@ -73,6 +75,12 @@ class Forest:
         self.num_token_forwards = 0
         has_layers = cpu_layers and self.device.type == "cpu"
         self.cpu_layers = CpuLayers(self.model, model, backend) if has_layers else None
+        if compiled_modules:
+            # This imports torch._dynamo, which takes a second.
+            from .compiled_modules import compile_modules
+
+            taken = self.cpu_layers.taken if self.cpu_layers is not None else frozenset()
+            compile_modules(self.model, model, taken)
         self.refuses_graphs = False
         self.graphs = PassGraphs(self) if graphs and has_graphs(self.device) else None
         self._experts = QuietExperts(self.model)

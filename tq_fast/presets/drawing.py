@@ -107,6 +107,7 @@ class TextForest:
                 model,
                 keeps_hidden=reads is not None and languages[reads] is model,
                 cpu_layers=session.speed.cpu_layers,
+                compiled_modules=session.speed.compiled_modules,
                 **self._sizes(num_rows, keeps_texts),
             )
         return {role: by_model[model] for role, model in languages.items()}
@@ -122,6 +123,7 @@ class TextForest:
             StateForest,
             model,
             cpu_layers=session.speed.cpu_layers,
+            compiled_modules=session.speed.compiled_modules,
             **self._sizes(num_rows, keeps_texts),
         )
 

@@ -42,6 +42,7 @@ class TextScorer:
             num_rows,
             max_new=config.max_new_tokens,
             backend=config.backend,
+            compiled_modules=session.speed.compiled_modules,
         )
         self._scorer = Scorer(
             session.rewards["reward"].open(opening),
@@ -134,6 +135,7 @@ def _score(
             branch_capacity=config.max_new_tokens,
             backend=config.backend,
             cpu_layers=session.speed.cpu_layers,
+            compiled_modules=session.speed.compiled_modules,
         )
         # The last token leads the rows, because the first token of a row is not scored.
         starts = [prompt[:-1] for prompt in prompts]

@@ -48,6 +48,7 @@ class Opening:
         backend: which backend the ops of a forest use.
         waiting: prompts that will replace those.
         graphs: whether passes over a forest run as CUDA graphs, on a GPU.
+        compiled_modules: whether norms, MLPs and rotary embeddings of a forest run compiled.
         forests: where forests come from.
     """
 
@@ -57,6 +58,7 @@ class Opening:
     backend: str | None
     waiting: Sequence[Prompt] = ()
     graphs: bool = False
+    compiled_modules: bool = False
     forests: ForestStore = dataclasses.field(default_factory=ForestStore)
 
 

@@ -65,6 +65,7 @@ class _CausalSession:
             branch_capacity=1,
             backend=opening.backend,
             graphs=opening.graphs,
+            compiled_modules=opening.compiled_modules,
         )
         self.prefixes: list[list[int]] = [[] for _ in self.forms]
         # Tokens whose KV lies in each tree's prefix, those behind its end included.

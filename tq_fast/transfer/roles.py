@@ -140,6 +140,7 @@ def open_roles(
         waiting=waiting,
         graphs=plan.speed.graph_rollouts,
         forests=forests,
+        compiled_modules=plan.speed.compiled_modules,
     )
     scoring = _scoring(rewards, config)
     by_reward = {
@@ -201,6 +202,7 @@ def _open_engine(
         backend=config.backend,
         cpu_layers=plan.speed.cpu_layers,
         graphs=plan.speed.graph_rollouts,
+        compiled_modules=plan.speed.compiled_modules,
     )
     return ForestEngine(
         forest,
