@@ -30,6 +30,7 @@ FLOORS = (
     {"presets"},
     {"__init__"},
     {"jobs"},
+    {"ray"},
     {"evaluation"},
     {"cli"},
     {"__main__"},

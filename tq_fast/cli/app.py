@@ -285,7 +285,7 @@ def demo(
     run_demo(options, Console())
 
 
-@app.command(name="eval")
+@app.command(name="eval", cls=RayCommand)
 def evaluate(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="A TOML file, or a recipe such as 'tiny'.")
@@ -304,6 +304,9 @@ def evaluate(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Decode again the prompts that failed.")
     ] = False,
+    ray: RayAddress = None,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
 ) -> None:
     """Compare methods: every prompt, seed and method a record, and tables with intervals.
 
@@ -315,7 +318,12 @@ def evaluate(
     """
     from .evaluate import EvalOptions, run_eval
 
-    options = EvalOptions(workers=workers, overwrite=overwrite, retry_errors=retry_errors)
+    options = EvalOptions(
+        workers=workers,
+        overwrite=overwrite,
+        retry_errors=retry_errors,
+        cluster=read_cluster(None, ray, gpus_per_worker, cpus_per_worker),
+    )
     raise typer.Exit(run_eval(config, output, options, Console(stderr=True)))
 
 

@@ -30,8 +30,8 @@ RayAddress = Annotated[
     str | None,
     _workers(
         "--ray",
-        help="Decode on this Ray cluster; without an address, on the one that this machine belongs "
-        "to. Not given: --workers run on this machine.",
+        help="Workers run on this Ray cluster (extra `ray`); without an address, on the one that "
+        "this machine belongs to. Not given: on this machine.",
         metavar="[ADDRESS]",
     ),
 ]

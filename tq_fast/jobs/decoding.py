@@ -253,9 +253,8 @@ class _Run:
             # The responses to one prompt stand in a row, and make one record.
             mine = range(idx - idx % num, idx - idx % num + num)
             if all(other in results for other in mine):
-                self._finish(
-                    self._finished(readings[idx // num][0], [results.pop(i) for i in mine])
-                )
+                whole = [results.pop(other) for other in mine]
+                self._finish(self._finished(readings[idx // num][0], whole))
 
         self.decoder.method.decode(
             [prompt for _, prompt in readings],

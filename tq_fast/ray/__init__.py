@@ -1,8 +1,8 @@
 """Decoding in many processes, on one machine or many, by Ray (the extra `ray`).
 
-`decode_dataset` is the call for a Ray data set. `tq-fast decode --workers`, `tq-fast eval --ray` and
-what they share stand in the other files: `cluster.py` (what is asked of Ray), `pool.py` (workers
-that may die), `job.py` (the job of `tq-fast decode`), `columns.py` (records as columns).
+`decode_dataset` is the call for a Ray data set (`dataset.py`, `rows.py`, and `columns.py`: records
+as columns). `tq-fast decode --workers` is `job.py`; what it shares with `tq-fast eval --ray` is
+`cluster.py` (what is asked of Ray) and `pool.py` (workers that may die).
 """
 
 from __future__ import annotations

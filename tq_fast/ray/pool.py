@@ -1,7 +1,7 @@
 """Workers that may die at any moment: what they had not finished runs again.
 
-A worker is an actor of Ray, which starts it again wherever there is room; the queue of what is to do
-and all that is finished are kept here, in the process that asked.
+A worker is an actor of Ray, which starts it again wherever there is room. What is to do and what is
+finished is kept here, in the process that asked.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ class _Host:
         folder: of the process that asked; relative names are meant from there.
     """
 
-    def __init__(self, make: Callable[[], Worker], num_threads: int, folder: str) -> None:
+    def __init__(self, make: Callable[[], Any], num_threads: int, folder: str) -> None:
         self._make = make
         self._num_threads = num_threads
         self._folder = folder
-        self._worker: Worker | None = None
+        self._worker: Any = None
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """Return what a method of the worker answers."""
@@ -101,7 +101,7 @@ class _Host:
                 raise _DeviceLost(str(error)) from error
             raise
 
-    def _loaded(self) -> Worker:
+    def _loaded(self) -> Any:
         if self._worker is None:
             enter(self._folder, self._num_threads)
             self._worker = self._make()
@@ -132,13 +132,13 @@ class WorkerPool(Generic[_Item, _Message]):
     """Actors of one kind.
 
     Args:
-        make: makes the worker inside of an actor.
+        make: makes the worker inside of an actor: a `Worker`, or what `ask` alone is for.
         cluster: how many, with what; every number is settled.
         say: gets a sentence about each death.
     """
 
     def __init__(
-        self, make: Callable[[], Worker], cluster: Cluster, say: Callable[[str], None]
+        self, make: Callable[[], Any], cluster: Cluster, say: Callable[[str], None]
     ) -> None:
         host = ray.remote(_Host).options(
             num_cpus=cluster.cpus_per_worker,
