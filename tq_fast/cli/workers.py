@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,7 +56,7 @@ class RayCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse `args`, with Ray's own word for the running cluster where no address is given."""
         whole = []
-        for arg, following in zip(args, [*args[1:], "-"], strict=True):
+        for arg, following in itertools.zip_longest(args, args[1:], fillvalue="-"):
             is_bare = arg == "--ray" and following.startswith("-")
             whole += [arg, "auto"] if is_bare else [arg]
         return super().parse_args(ctx, whole)

@@ -1,12 +1,14 @@
 """Workers that may die at any moment: what they had not finished runs again.
 
-A worker is an actor of Ray, which starts it again wherever there is room. What is to do and what is
-finished is kept here, in the process that asked.
+A worker is an actor of Ray; where one dies, another is started wherever there is room. What is to
+do and what is finished is kept here, in the process that asked.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import os
 import sys
 from collections import deque
@@ -24,10 +26,12 @@ from .cluster import Cluster
 _Item = TypeVar("_Item")
 _Message = TypeVar("_Message")
 
-# A worker that dies so many times while it loads ends the job.
+# So many workers in turn that die while they load end the job.
 _MAX_LOADS = 3
-# A prompt that is alone in a worker when it dies so many times gets an error record.
+# A prompt that is alone in so many workers in turn when they die gets an error record.
 _MAX_DEATHS = 3
+# So many deaths with nothing finished in between end the job, whatever the workers were doing.
+_MAX_FRUITLESS = 20
 
 
 class WorkerLost(TqFastError):
@@ -39,7 +43,7 @@ class _DeviceLost(TqFastError):
 
 
 class Worker(Protocol):
-    """What an actor does; every restart makes a new one."""
+    """What an actor does."""
 
     def describe(self) -> Any:
         """Return what is to be known of it before it begins."""
@@ -121,10 +125,11 @@ def enter(folder: str, num_threads: int) -> None:
 
 @dataclasses.dataclass
 class _Call(Generic[_Item]):
-    """What an actor is busy with: a group, or (None) with loading."""
+    """What an actor is busy with: a group, or (None) with loading, for the how-many-th time."""
 
     host: Any
     group: Group[_Item] | None
+    num_loads: int = 1
     done: set[int] = dataclasses.field(default_factory=set)
 
 
@@ -140,18 +145,18 @@ class WorkerPool(Generic[_Item, _Message]):
     def __init__(
         self, make: Callable[[], Any], cluster: Cluster, say: Callable[[str], None]
     ) -> None:
+        # Ray would start an actor again by itself, but fails calls that come before it has.
         host = ray.remote(_Host).options(
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
-            max_restarts=-1,
+            max_restarts=0,
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
+        self._start = functools.partial(host.remote, make, cluster.cpus_per_worker, os.getcwd())
         self._say = say
-        self._hosts = [
-            host.remote(make, cluster.cpus_per_worker, os.getcwd())
-            for _ in range(cluster.workers or 1)
-        ]
+        self._hosts = [self._start() for _ in range(cluster.workers or 1)]
+        self._num_fruitless = 0
         self._calls: dict[Any, _Call[_Item]] = {}
         self._waiting: deque[Group[_Item]] = deque()
         self._idle: list[Any] = []
@@ -168,12 +173,17 @@ class WorkerPool(Generic[_Item, _Message]):
         Raises:
             TqFastError: the worker died again and again.
         """
-        try:
-            return ray.get(_ask(self._hosts[0], name, *arguments))
-        except RayTaskError as error:
-            raise error.cause from error
-        except RayError as error:
-            raise _died_at_once(error) from error
+        for num_loads in itertools.count(1):
+            host = self._hosts[0]
+            try:
+                return ray.get(host.ask.remote(name, *arguments))
+            except RayTaskError as error:
+                raise error.cause from error
+            except RayError as error:
+                if num_loads == _MAX_LOADS:
+                    raise _died_at_once(error) from error
+                self._replace(host)
+        raise AssertionError("unreachable")
 
     def run(
         self,
@@ -198,7 +208,7 @@ class WorkerPool(Generic[_Item, _Message]):
         self._left = {key for group in self._waiting for key in group.items}
         try:
             for host in self._hosts if self._left else ():
-                self._load(host)
+                self._load(host, 1)
             while self._left:
                 (ready,), _ = ray.wait(list(self._calls), num_returns=1)
                 self._hear(ready, on_message, on_lost, check)
@@ -208,8 +218,15 @@ class WorkerPool(Generic[_Item, _Message]):
                 "from there"
             ) from error
 
-    def _load(self, host: Any) -> None:
-        self._calls[_ask(host, "describe")] = _Call(host, None)
+    def _load(self, host: Any, num_loads: int) -> None:
+        self._calls[host.ask.remote("describe")] = _Call(host, None, num_loads)
+
+    def _replace(self, host: Any) -> Any:
+        """Start a worker in the place of `host`, which is dead or out of reach."""
+        ray.kill(host)
+        successor = self._start()
+        self._hosts[self._hosts.index(host)] = successor
+        return successor
 
     def _next(self, host: Any) -> None:
         """Give the next group to `host`."""
@@ -240,7 +257,6 @@ class WorkerPool(Generic[_Item, _Message]):
             if not isinstance(error.cause, _DeviceLost):
                 raise error.cause from error
             # Nothing runs any more in a process that has lost its device.
-            ray.kill(call.host, no_restart=False)
             self._bury(ready, error, on_lost)
             return
         except RayError as error:
@@ -251,6 +267,7 @@ class WorkerPool(Generic[_Item, _Message]):
             del self._calls[ready]
             self._next(call.host)
             return
+        self._num_fruitless = 0
         key, message = answer
         on_message(call.group.head, message)
         if key is not None:
@@ -262,8 +279,19 @@ class WorkerPool(Generic[_Item, _Message]):
     ) -> None:
         """Put back what a dead worker had not finished, and load its successor."""
         call = self._calls.pop(ready)
-        if call.group is None:
+        if call.group is None and call.num_loads == _MAX_LOADS:
             raise _died_at_once(error) from error
+        self._num_fruitless += 1
+        if self._num_fruitless == _MAX_FRUITLESS:
+            raise TqFastError(
+                f"workers died {_MAX_FRUITLESS} times and finished nothing in between; what was "
+                f"finished before is kept, and the same command goes on from there: {error}"
+            ) from error
+        successor = self._replace(call.host)
+        if call.group is None:
+            self._load(successor, call.num_loads + 1)
+            return
+        self._load(successor, 1)
         left = {key: item for key, item in call.group.items.items() if key not in call.done}
         group = Group(call.group.head, left, call.group.deaths + 1)
         self._say(f"a worker died; what it had not finished ({len(left)}) runs again")
@@ -279,18 +307,12 @@ class WorkerPool(Generic[_Item, _Message]):
             lost = WorkerLost(f"{group.deaths} workers in turn died while they decoded it alone")
             on_lost(group.head, key, lost)
             self._left.discard(key)
-        self._load(call.host)
         while self._idle and self._waiting:
             self._next(self._idle.pop())
 
 
-def _ask(host: Any, name: str, *arguments: Any) -> Any:
-    """Call a method whose answer does not depend on how often it is called."""
-    return host.ask.options(max_task_retries=_MAX_LOADS - 1).remote(name, *arguments)
-
-
 def _died_at_once(error: RayError) -> TqFastError:
     return TqFastError(
-        f"a worker died {_MAX_LOADS} times while it loaded the models, perhaps for want of memory; "
-        f"what is finished is kept, and the same command goes on from there: {error}"
+        f"{_MAX_LOADS} workers in turn died while they loaded the models, perhaps for want of "
+        f"memory; what is finished is kept, and the same command goes on from there: {error}"
     )
