@@ -61,6 +61,7 @@ def _filled(value: Any, like: Any) -> Any:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_blocks", [1, 5])
 def test_rows_are_those_of_one_process_whatever_the_blocks(
     ray_here: Any, trio: Trio, wanted: list[dict[str, Any]], num_blocks: int

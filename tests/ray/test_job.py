@@ -133,8 +133,8 @@ def test_killed_in_two_workers_it_goes_on_to_the_same_end_and_leaves_no_process(
     while not found.output.exists() or found.output.read_bytes().count(b"\n") < 6:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
-    ours = _descendants(process.pid)
-    assert len(ours) >= 3
+    ours = [p for p in _descendants(process.pid) if p.name().startswith("ray::_Host")]
+    assert len(ours) == 2
     with pytest.raises(OutputRefused, match="is being written by another process"):
         RecordFile(found.output).__enter__()
     process.kill()
