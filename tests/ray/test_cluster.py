@@ -14,6 +14,7 @@ from tests.cli.test_app import NEEDED, invoke
 from tq_fast.cli import decode as decode_command
 from tq_fast.cli import evaluate as eval_command
 from tq_fast.errors import InvalidArgument
+from tq_fast.ray import decode_dataset
 from tq_fast.ray.cluster import Cluster, may_use_gpus
 
 
@@ -80,9 +81,11 @@ def test_without_ray_workers_are_refused_and_the_extra_is_named(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "ray" else find_spec(name)
     )
-    message = r"workers=2 needs Ray, which is not installed: pip install 'tq-fast\[ray\]'"
+    message = r"decoding in workers needs Ray, which is not installed: pip install 'tq-fast\[ray\]'"
     with pytest.raises(InvalidArgument, match=message):
         job.run(cluster=Cluster(workers=2))
+    with pytest.raises(InvalidArgument, match=r"decode_dataset needs Ray.*'tq-fast\[ray\]'"):
+        decode_dataset([], baseline="b", reward="r")
     assert not job.output.exists()
 
 

@@ -26,7 +26,7 @@ from ..jobs.resume import (
     read_earlier,
     stated_settings,
 )
-from ..ray.cluster import Cluster
+from ..ray.cluster import Cluster, require_ray
 from ..transfer.warnings import describe_noise
 from .progress import JobProgress, format_seconds
 from .terminal import INTERRUPTED, loading_models, one_line, say
@@ -119,6 +119,7 @@ def _open_decoder(
             decoder = EntryDecoder(models, config, options.decoding)
         yield decoder
         return
+    require_ray("decoding in workers")
     from ..ray.job import open_workers
 
     say(console, f"loading the models in {options.cluster.describe()}")
