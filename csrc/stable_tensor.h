@@ -21,6 +21,7 @@ inline Tensor new_strided_tensor_on(
     ScalarType type) {
   const int32_t dtype = type == ScalarType::Long       ? aoti_torch_dtype_int64()
                         : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
+                        : type == ScalarType::Byte     ? aoti_torch_dtype_uint8()
                         : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                         : type == ScalarType::Half     ? aoti_torch_dtype_float16()
                                                        : aoti_torch_dtype_float32();

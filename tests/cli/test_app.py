@@ -151,6 +151,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "overwrite": True,
         "retry_errors": True,
         "template_options": {"enable_thinking": False},
+        "cluster": None,
     }
 
 

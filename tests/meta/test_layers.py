@@ -31,6 +31,7 @@ FLOORS = (
     {"presets"},
     {"__init__"},
     {"jobs"},
+    {"ray"},
     {"evaluation"},
     {"cli"},
     {"__main__"},

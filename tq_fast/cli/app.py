@@ -21,6 +21,7 @@ from .methods import METHOD_NAMES, is_given, takes_own_settings
 from .models import takes_models
 from .options import read_template_options, takes_decode_options
 from .terminal import one_line, say
+from .workers import CpusPerWorker, GpusPerWorker, RayAddress, RayCommand, Workers, read_cluster
 
 app = typer.Typer(
     name="tq-fast",
@@ -161,7 +162,7 @@ FIT_FIELDS = (
 )
 
 
-@app.command()
+@app.command(cls=RayCommand)
 @takes_own_settings
 @takes_models
 @takes_decode_options()
@@ -179,6 +180,10 @@ def decode(
     memory_budget: MemoryBudget = None,
     overwrite: Overwrite = False,
     retry_errors: RetryErrors = False,
+    workers: Workers = None,
+    ray: RayAddress = None,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
     config: DecodeConfig,
 ) -> None:
     """Decode a file of prompts into JSON lines.
@@ -187,7 +192,7 @@ def decode(
     options of decoding that it does not read have no effect.
 
     Stopped at any moment, the same command goes on where it was. A prompt that fails becomes an
-    error record, and the rest go on.
+    error record, and the rest go on. A worker that dies is started again.
 
     Exit codes: 0, every prompt has a response; 1, some failed; 2, an argument is wrong or the
     output belongs to another job; 130, interrupted.
@@ -204,6 +209,7 @@ def decode(
         overwrite=overwrite,
         retry_errors=retry_errors,
         template_options=read_template_options(template_options),
+        cluster=read_cluster(workers, ray, gpus_per_worker, cpus_per_worker),
     )
     raise typer.Exit(run_decode(config, choice, prompts, output, options, Console(stderr=True)))
 
@@ -279,7 +285,7 @@ def demo(
     run_demo(options, Console())
 
 
-@app.command(name="eval")
+@app.command(name="eval", cls=RayCommand)
 def evaluate(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="A TOML file, or a recipe such as 'tiny'.")
@@ -298,6 +304,9 @@ def evaluate(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Decode again the prompts that failed.")
     ] = False,
+    ray: RayAddress = None,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
 ) -> None:
     """Compare methods: every prompt, seed and method a record, and tables with intervals.
 
@@ -309,7 +318,12 @@ def evaluate(
     """
     from .evaluate import EvalOptions, run_eval
 
-    options = EvalOptions(workers=workers, overwrite=overwrite, retry_errors=retry_errors)
+    options = EvalOptions(
+        workers=workers,
+        overwrite=overwrite,
+        retry_errors=retry_errors,
+        cluster=read_cluster(None, ray, gpus_per_worker, cpus_per_worker),
+    )
     raise typer.Exit(run_eval(config, output, options, Console(stderr=True)))
 
 

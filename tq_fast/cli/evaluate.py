@@ -13,13 +13,14 @@ from ..errors import InvalidArgument
 from ..evaluation.config import EvalConfig
 from ..evaluation.config_file import find_config, load_config
 from ..evaluation.methods import work_of
-from ..evaluation.processes import run_here, run_in_processes
+from ..evaluation.processes import run_here, run_in_processes, run_on_ray
 from ..evaluation.prompts import check_readable
 from ..evaluation.results import write_run, write_summary, write_text
 from ..evaluation.values import ValueFit, check_others, describe_heads, drawing_config, place_values
 from ..evaluation.work import EvalJob, EvalWorker, Task, check_no_others, open_jobs
 from ..jobs.record_file import Record
 from ..jobs.resume import describe_repairs
+from ..ray.cluster import Cluster
 from .progress import JobProgress, format_seconds
 from .terminal import INTERRUPTED, loading_models, one_line, say
 
@@ -32,11 +33,13 @@ class EvalOptions:
         workers: processes; None: as the configuration says.
         overwrite: start again, whatever the output holds.
         retry_errors: decode again the prompts that failed.
+        cluster: where the workers run; None: they are processes of this machine.
     """
 
     workers: int | None = None
     overwrite: bool = False
     retry_errors: bool = False
+    cluster: Cluster | None = None
 
     @property
     def again(self) -> dict[str, bool]:
@@ -88,7 +91,7 @@ def run_eval(config_name: str, output: Path, options: EvalOptions, console: Cons
             if job.method.value in heads:
                 job.check(worker)
         _say_repairs(jobs, console)
-        return _run_jobs(config, jobs, worker, output, console)
+        return _run_jobs(config, jobs, worker, options, output, console)
 
 
 def _fit_value(
@@ -111,7 +114,7 @@ def _fit_value(
         for job in jobs:
             job.check(drawer)
         _say_repairs(jobs, console)
-        if _carry_out(drawing, jobs, drawer, console, "prompts") is None:
+        if _carry_out(drawing, jobs, drawer, options.cluster, console, "prompts") is None:
             return INTERRUPTED
     if is_done and fit.is_done():
         return 0
@@ -141,7 +144,12 @@ class _Outcome:
 
 
 def _carry_out(
-    config: EvalConfig, jobs: list[EvalJob], worker: EvalWorker, console: Console, noun: str
+    config: EvalConfig,
+    jobs: list[EvalJob],
+    worker: EvalWorker,
+    cluster: Cluster | None,
+    console: Console,
+    noun: str,
 ) -> _Outcome | None:
     """Decode what the jobs lack; None where it was interrupted.
 
@@ -149,6 +157,7 @@ def _carry_out(
         config: what is evaluated.
         jobs: checked.
         worker: decodes here where there are no other processes.
+        cluster: where the workers run; None: they are processes of this machine.
         console: for progress and messages.
         noun: what the jobs count.
     """
@@ -181,7 +190,10 @@ def _carry_out(
 
     try:
         with progress:
-            if config.workers == 1 or not tasks:
+            if cluster is not None and tasks:
+                asked = dataclasses.replace(cluster, workers=config.workers)
+                run_on_ray(worker, tasks, write, asked, lambda text: say(console, text))
+            elif config.workers == 1 or not tasks:
                 run_here(worker, tasks, write)
             else:
                 run_in_processes(config, worker.entries, tasks, write)
@@ -192,10 +204,15 @@ def _carry_out(
 
 
 def _run_jobs(
-    config: EvalConfig, jobs: list[EvalJob], worker: EvalWorker, output: Path, console: Console
+    config: EvalConfig,
+    jobs: list[EvalJob],
+    worker: EvalWorker,
+    options: EvalOptions,
+    output: Path,
+    console: Console,
 ) -> int:
     """Decode what the jobs lack, and write the tables; return the exit code."""
-    outcome = _carry_out(config, jobs, worker, console, "responses")
+    outcome = _carry_out(config, jobs, worker, options.cluster, console, "responses")
     if outcome is None:
         return _say_stopped(output, console)
     took = ""

@@ -14,6 +14,7 @@ from rich.table import Table
 from ..config import DecodeConfig, Role
 from ..errors import InvalidArgument
 from ..evaluation.models import score_responses
+from ..jobs.decoding import EntryDecoder
 from ..jobs.resume import model_settings
 from ..jobs.texts import RecordedTexts, check_texts, read_texts
 from ..presets.call import OpenMethod
@@ -126,7 +127,8 @@ def run_fit_value(
         with open_job(drawing, choice, job.prompts, texts, options, console) as drawn:
             code = drawn.run()
             if code != INTERRUPTED:
-                records, method = read_texts(texts), drawn.method
+                assert isinstance(drawn.decoder, EntryDecoder)
+                records, method = read_texts(texts), drawn.decoder.method
                 fitted = fit_and_save(method, records, plan, job.output, options, console, results)
                 code = fitted or code
     finally:

@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from ..config import DecodeConfig
+from ..jobs.decoding import Decoder, Decoding, EntryDecoder, Finished
 from ..jobs.prompt_file import PromptEntry, read_prompt_file
-from ..jobs.record_file import OutputRefused, Record, RecordFile
-from ..jobs.records import ends_the_job, error_record, response_record
+from ..jobs.record_file import OutputRefused, RecordFile
 from ..jobs.resume import (
     Earlier,
     ModelChoice,
@@ -23,14 +23,11 @@ from ..jobs.resume import (
     check_stated,
     describe_repairs,
     make_settings,
-    model_settings,
     read_earlier,
     stated_settings,
 )
-from ..presets.call import OpenMethod
-from ..prompts import Prompt
-from ..results import PromptResult
-from ..transfer.warnings import count_noisy_steps, describe_noise
+from ..ray.cluster import Cluster, require_ray
+from ..transfer.warnings import describe_noise
 from .progress import JobProgress, format_seconds
 from .terminal import INTERRUPTED, loading_models, one_line, say
 
@@ -46,6 +43,7 @@ class JobOptions:
         overwrite: start again, whatever the output holds.
         retry_errors: decode again the prompts that failed.
         template_options: those of `TransferDecoder.decode`.
+        cluster: the workers that decode; None: this process does.
     """
 
     batch_size: int = 8
@@ -54,6 +52,12 @@ class JobOptions:
     overwrite: bool = False
     retry_errors: bool = False
     template_options: Mapping[str, Any] | None = None
+    cluster: Cluster | None = None
+
+    @property
+    def decoding(self) -> Decoding:
+        """How prompts are decoded."""
+        return Decoding(self.batch_size, self.memory_budget, self.traces, self.template_options)
 
 
 @contextlib.contextmanager
@@ -89,27 +93,40 @@ def open_job(
         entries=entries,
         template_options=options.template_options,
     )
-    with RecordFile(output) as file:
+    with RecordFile(output) as file, contextlib.ExitStack() as stack:
         earlier = Earlier()
         if not options.overwrite:
             earlier = read_earlier(file, entries, retry_errors=options.retry_errors)
             check_stated(file, earlier, stated, entries)
-        with loading_models(console):
-            method = models.load(config)
-        # A call without prompts checks the settings against the models before the output changes.
-        method.decode(
-            [],
-            template_options=options.template_options,
-            batch_size=options.batch_size,
-            memory_budget=options.memory_budget,
-        )
-        settings = make_settings(stated, model_settings(method, models))
+        # Settings are checked against the models before the output changes.
+        decoder = stack.enter_context(_open_decoder(config, models, options, console))
+        settings = make_settings(stated, decoder.model_settings())
         check_models(file, earlier, settings)
         for repair in describe_repairs(earlier):
             say(console, repair)
         file.keep(sorted(earlier.kept.values(), key=lambda line: line.start))
         file.write_settings(settings)
-        yield DecodeJob(method, entries, earlier, options, file, settings["fingerprint"], console)
+        yield DecodeJob(decoder, entries, earlier, file, settings["fingerprint"], console)
+
+
+@contextlib.contextmanager
+def _open_decoder(
+    config: DecodeConfig, models: ModelChoice, options: JobOptions, console: Console
+) -> Iterator[Decoder]:
+    """Load the models, here or in the workers that the options ask for."""
+    if options.cluster is None:
+        with loading_models(console):
+            decoder = EntryDecoder(models, config, options.decoding)
+        yield decoder
+        return
+    require_ray("decoding in workers")
+    from ..ray.job import open_workers
+
+    say(console, f"loading the models in {options.cluster.describe()}")
+    with open_workers(
+        options.cluster, models, config, options.decoding, lambda text: say(console, text)
+    ) as workers:
+        yield workers
 
 
 class DecodeJob:
@@ -117,23 +134,16 @@ class DecodeJob:
 
     def __init__(
         self,
-        method: OpenMethod,
+        decoder: Decoder,
         entries: Sequence[PromptEntry],
         earlier: Earlier,
-        options: JobOptions,
         file: RecordFile,
         fingerprint: str,
         console: Console,
     ) -> None:
-        self.method = method
-        self.config = method.config
+        self.decoder = decoder
+        self.config = decoder.config
         self.entries = entries
-        self.traces = options.traces
-        # A value head can be fitted later to the texts that the best of n was chosen from.
-        self.keeps_texts = method.name == "best_of_n"
-        self.template_options = options.template_options
-        self.batch_size = options.batch_size
-        self.memory_budget = options.memory_budget
         self.file = file
         self.fingerprint = fingerprint
         self.console = console
@@ -167,7 +177,13 @@ class DecodeJob:
                 # The decoder warns for every group; the summary warns once, over all prompts.
                 warnings.filterwarnings("ignore", "the standard error of Q")
                 warnings.showwarning = lambda message, *_, **__: say(self.console, str(message))
-                self._decode_all()
+                self.decoder.run(
+                    self.entries,
+                    frozenset(self.done),
+                    self._write,
+                    on_token=self.progress.token,
+                    on_restart=self.progress.restart,
+                )
         except KeyboardInterrupt:
             say(
                 self.console,
@@ -178,100 +194,20 @@ class DecodeJob:
         self._summarise()
         return 1 if self.failed else 0
 
-    def _decode_all(self) -> None:
-        # The reader counts equal prompts, so it reads those that are done too: every prompt then
-        # has the random stream of an uninterrupted run.
-        reader = self.method.prompt_reader(self.template_options)
-        waiting: list[tuple[int, Prompt]] = []
-        for index, entry in enumerate(self.entries):
-            try:
-                prompt = reader.read(index, entry.prompt)
-                self.method.check_length(index, prompt)
-            except Exception as error:
-                if index not in self.done:
-                    self._write_error(index, error)
-            else:
-                if index not in self.done:
-                    waiting.append((index, prompt))
-        while waiting:
-            waiting = self._decode_most(waiting)
-
-    def _decode_most(self, waiting: list[tuple[int, Prompt]]) -> list[tuple[int, Prompt]]:
-        """Decode `waiting`; if a prompt fails, find it and return what was not begun."""
-        try:
-            self._decode(waiting)
-            return []
-        except Exception as error:
-            left = [(index, prompt) for index, prompt in waiting if index not in self.done]
-            if ends_the_job(error) or not left:
-                raise
-        # The forest takes prompts in order, so that those under way are the first that are left.
-        # They run again after the except block, where the error and the memory that its traceback
-        # held are gone.
-        self._decode_group(left[: self.batch_size])
-        return left[self.batch_size :]
-
-    def _decode_group(self, group: list[tuple[int, Prompt]]) -> None:
-        """Decode `group` together; if that fails, its halves, down to the prompt that fails."""
-        self.progress.restart([index for index, _ in group])
-        try:
-            self._decode(group)
-            return
-        except Exception as error:
-            left = [(index, prompt) for index, prompt in group if index not in self.done]
-            if ends_the_job(error) or not left:
-                raise
-            if len(group) == 1:
-                self._write_error(group[0][0], error)
-                return
-        middle = (len(left) + 1) // 2
-        for half in (left[:middle], left[middle:]):
-            if half:
-                self._decode_group(half)
-
-    def _decode(self, prompts: list[tuple[int, Prompt]]) -> None:
-        indices = [index for index, _ in prompts]
-        num = self.config.num_return_sequences
-        results: dict[int, PromptResult] = {}
-
-        def on_finished(idx: int, result: PromptResult) -> None:
-            results[idx] = result
-            # The responses to one prompt stand in a row, and make one record.
-            mine = range(idx - idx % num, idx - idx % num + num)
-            if all(other in results for other in mine):
-                self._write_response(indices[idx // num], [results.pop(i) for i in mine])
-
-        self.method.decode(
-            [prompt for _, prompt in prompts],
-            batch_size=self.batch_size,
-            memory_budget=self.memory_budget,
-            on_token=lambda idx: self.progress.token(indices[idx // num]),
-            on_finished=on_finished,
-        )
-
-    def _write_response(self, index: int, results: Sequence[PromptResult]) -> None:
-        entry = self.entries[index]
-        record = response_record(entry, results, traces=self.traces, texts=self.keeps_texts)
-        self._write(index, record, num_tokens=sum(len(result.sequence) for result in results))
-        for result in results:
-            self.num_steps += len(result.trace)
-            self.num_noisy_steps += count_noisy_steps(result.trace, self.config.alpha)
-
-    def _write_error(self, index: int, error: Exception) -> None:
-        record = error_record(self.entries[index], error)
-        self._write(index, record)
-        described = record["error"]
-        if "traceback" in described:
-            say(self.console, described["traceback"].rstrip())
-        say(self.console, f"prompt {index} failed: {one_line(described['message'])}")
-
-    def _write(self, index: int, record: Record, *, num_tokens: int = 0) -> None:
+    def _write(self, finished: Finished) -> None:
+        index, record = finished.index, finished.record
         self.file.append({**record, "settings": self.fingerprint})
         self.done.add(index)
         is_failed = "error" in record
         if is_failed:
             self.failed.add(index)
-        self.progress.end(index, is_failed=is_failed, num_tokens=num_tokens)
+            described = record["error"]
+            if "traceback" in described:
+                say(self.console, described["traceback"].rstrip())
+            say(self.console, f"prompt {index} failed: {one_line(described['message'])}")
+        self.num_steps += finished.num_steps
+        self.num_noisy_steps += finished.num_noisy_steps
+        self.progress.end(index, is_failed=is_failed, num_tokens=finished.num_tokens)
 
     def _summarise(self) -> None:
         total = len(self.entries)

@@ -1,12 +1,15 @@
-"""Where the tasks of an evaluation are carried out: in this process, or in others."""
+"""Where the tasks of an evaluation are carried out: in this process, in others, or by Ray."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import itertools
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TypeAlias
 
@@ -16,6 +19,7 @@ from transformers.utils import logging
 from ..errors import TqFastError
 from ..jobs.prompt_file import PromptEntry
 from ..jobs.record_file import Record
+from ..ray.cluster import Cluster, connect
 from .config import EvalConfig
 from .work import EvalWorker, Task
 
@@ -69,6 +73,67 @@ def run_in_processes(
             if process.is_alive():
                 process.terminate()
             process.join()
+
+
+def run_on_ray(
+    worker: EvalWorker,
+    tasks: Sequence[Task],
+    on_record: OnRecord,
+    cluster: Cluster,
+    say: Callable[[str], None],
+) -> None:
+    """Carry out `tasks` in workers of Ray; what a worker that dies had not finished runs again.
+
+    Args:
+        worker: of this process, whose configuration and prompts the others get.
+        tasks: what is to do.
+        on_record: called with every record.
+        cluster: how many workers, with what, and where.
+        say: gets a sentence about each death.
+
+    Raises:
+        TqFastError: Ray cannot be reached or has no room, workers cannot load, or one met an error
+            that is every prompt's.
+    """
+    with connect(cluster, may_use_gpus=True) as settled:
+        from ..ray.pool import Group, WorkerLost, WorkerPool
+
+        numbers = itertools.count()
+        groups = [Group(task, {next(numbers): idx for idx in task.prompts}) for task in tasks]
+        prompt_of = {key: idx for group in groups for key, idx in group.items.items()}
+
+        def on_lost(task: Task, key: int, error: WorkerLost) -> None:
+            on_record(task, worker.error(task, prompt_of[key], error))
+
+        make = functools.partial(RayEvalWorker, worker.config, worker.entries)
+        pool: WorkerPool[int, Record] = WorkerPool(make, settled, say)
+        try:
+            pool.run(groups, on_record, on_lost, lambda description: None)
+        finally:
+            pool.close()
+
+
+class RayEvalWorker:
+    """Carries out tasks, or what is left of them, in a worker of Ray.
+
+    Args:
+        config: what is evaluated.
+        entries: every prompt.
+    """
+
+    def __init__(self, config: EvalConfig, entries: Sequence[PromptEntry]) -> None:
+        logging.disable_progress_bar()
+        self._worker = EvalWorker(config, entries)
+
+    def describe(self) -> None:
+        """Say nothing: models are loaded when a task asks for them."""
+
+    def run(self, task: Task, items: Mapping[int, int]) -> Iterator[tuple[int, Record]]:
+        """Iterate over the records of the prompts `items`, by key."""
+        keys = {idx: key for key, idx in items.items()}
+        left = dataclasses.replace(task, prompts=tuple(keys))
+        for record in self._worker.run(left):
+            yield keys[record["prompt_idx"]], record
 
 
 def _hear(

@@ -97,7 +97,7 @@ class EvalWorker:
         for idx in task.prompts:
             prompt = prompts[idx]
             if isinstance(prompt, Exception):
-                yield self._error(task, idx, prompt)
+                yield self.error(task, idx, prompt)
             else:
                 group[idx] = prompt
         if group:
@@ -112,7 +112,7 @@ class EvalWorker:
             if ends_the_job(error):
                 raise
             if len(group) == 1:
-                records = [self._error(task, next(iter(group)), error)]
+                records = [self.error(task, next(iter(group)), error)]
         if records is not None:
             yield from records
             return
@@ -222,7 +222,8 @@ class EvalWorker:
         number = task.seed_idx * len(self.entries) + idx
         return dataclasses.replace(self.entries[idx], index=number)
 
-    def _error(self, task: Task, idx: int, error: Exception) -> Record:
+    def error(self, task: Task, idx: int, error: Exception) -> Record:
+        """Return the record of prompt `idx` of a task, which failed."""
         record = error_record(self._entry(task, idx), error)
         return {**record, "prompt_idx": idx, "seed": task.seed}
 

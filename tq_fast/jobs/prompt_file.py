@@ -112,7 +112,7 @@ def _read_json(name: str, text: str, lines: list[tuple[int, str]]) -> list[Promp
                 _read_item(index, item, f"prompts: {name}, item {index}")
                 for index, item in enumerate(whole)
             ]
-        return [_read_entry(0, whole, f"prompts: {name}, line {lines[0][0]}")]
+        return [read_entry(0, whole, f"prompts: {name}, line {lines[0][0]}")]
     entries = []
     for index, (number, line) in enumerate(lines):
         where = f"prompts: {name}, line {number}"
@@ -120,7 +120,7 @@ def _read_json(name: str, text: str, lines: list[tuple[int, str]]) -> list[Promp
             row = json.loads(line, parse_constant=lambda name: None)
         except ValueError as error:
             raise InvalidArgument(f"{where} is not JSON: {error}") from error
-        entries.append(_read_entry(index, row, where))
+        entries.append(read_entry(index, row, where))
     return entries
 
 
@@ -130,7 +130,7 @@ def _read_item(index: int, item: Any, where: str) -> PromptEntry:
         item = {"prompt": item}
     elif isinstance(item, list) and item:
         item = {"token_ids" if type(item[0]) is int else "messages": item}
-    return _read_entry(index, item, where)
+    return read_entry(index, item, where)
 
 
 def digest_prompts(entries: Sequence[PromptEntry]) -> str:
@@ -139,7 +139,17 @@ def digest_prompts(entries: Sequence[PromptEntry]) -> str:
     return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
 
 
-def _read_entry(index: int, entry: Any, where: str) -> PromptEntry:
+def read_entry(index: int, entry: Any, where: str) -> PromptEntry:
+    """Return the prompt in one object of a file.
+
+    Args:
+        index: its position.
+        entry: what the object holds.
+        where: how messages begin.
+
+    Raises:
+        InvalidArgument: it is no prompt.
+    """
     if not isinstance(entry, dict):
         raise InvalidArgument(f"{where} must be a JSON object, got {json.dumps(entry)[:60]!r}")
     kinds = [kind for kind in _KINDS if kind in entry]

@@ -88,8 +88,13 @@ def error_record(entry: PromptEntry, error: Exception) -> Record:
 
 def ends_the_job(error: Exception) -> bool:
     """Return whether every prompt would fail: by the settings, the output, or a lost device."""
-    is_lost = isinstance(error.__cause__ or error, torch.AcceleratorError)
-    return is_lost or isinstance(error, (BackendRefused, UnsupportedModel, OutputRefused))
+    refusals = (BackendRefused, UnsupportedModel, OutputRefused)
+    return is_lost_device(error) or isinstance(error, refusals)
+
+
+def is_lost_device(error: BaseException) -> bool:
+    """Return whether the device is lost to this process."""
+    return isinstance(error.__cause__ or error, torch.AcceleratorError)
 
 
 def record_head(entry: PromptEntry) -> Record:

@@ -19,7 +19,7 @@ from ..errors import InvalidArgument, nearest
 from ..models.fingerprint import fingerprint_file, fingerprint_model
 from ..models.options import LOADED_ROLES, check_device
 from ..models.served import LanguageModel, ServedModel
-from ..presets.call import OpenMethod
+from ..presets.call import OpenMethod, PresetCall
 from ..rewards.base import Reward
 from ..rewards.options import RewardOptions
 from .prompt_file import PromptEntry, digest_prompts
@@ -98,11 +98,25 @@ class ModelChoice:
 
     def load(self, config: DecodeConfig) -> OpenMethod:
         """Return the method over these models; errors are those of the preset."""
+        own = self.own_settings(config)
+        return presets.open_method(self.method_name(config), **self._arguments(config), **own)
+
+    def check(self, config: DecodeConfig) -> None:
+        """Refuse what can be known to be wrong before any model is loaded.
+
+        Raises:
+            InvalidArgument: as the preset raises it.
+        """
+        arguments = self._arguments(config)
+        options = {name: arguments[name] for name in arguments if name not in LOADED_ROLES}
+        self.own_settings(config)
+        PresetCall(self.method_name(config), options, {})
+
+    def _arguments(self, config: DecodeConfig) -> dict[str, Any]:
+        """Return the arguments of the preset but for those of its own."""
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del arguments["method"], arguments["own"]
-        arguments |= {"dtype": read_dtype(self.dtype), "config": config}
-        own = self.own_settings(config)
-        return presets.open_method(self.method_name(config), **arguments, **own)
+        return {**arguments, "dtype": read_dtype(self.dtype), "config": config}
 
     def names(self) -> dict[str, str]:
         """Return what each model that was named is called, by role."""
