@@ -168,7 +168,9 @@ class FakeServer:
         if isinstance(text, str):
             text = self.tokenizer(text)["input_ids"]
         with torch.no_grad():
-            scores = self.model(torch.tensor([text])).logits[0]
+            hidden = self.model.base_model(torch.tensor([text])).last_hidden_state
+            # A server knows no padding: it reads the score at the last token.
+            scores = self.model.score(hidden[0, -1])
         if body["use_activation"] or not self.has_switch:
             scores = scores.sigmoid()
         return {"index": i, "probs": scores.tolist()}
