@@ -20,6 +20,8 @@ from tests.truncation import truncate
 
 NAME = "the-model"
 METRICS = 'vllm:cache_config_info{block_size="16",enable_prefix_caching="True",engine="0"} 1.0\n'
+# What a server takes from the model's files where a request leaves it out.
+SAID_BY_MODELS = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos"}
 
 
 class Refusal(Exception):
@@ -90,6 +92,9 @@ class FakeServer:
             return {"data": [self._classify(i, text, body) for i, text in enumerate(body["input"])]}
         if path != "/v1/completions" or is_classifier:
             raise Refusal(404, "Not Found")
+        unsaid = SAID_BY_MODELS - body.keys()
+        if unsaid:
+            raise Refusal(422, f"the model's generation_config.json would say {sorted(unsaid)}")
         vocab_size = self.model.config.vocab_size
         if body.get("logprob_token_ids") is None and body.get("logprobs", 0) > self.max_logprobs:
             raise Refusal(400, f"greater than max allowed: {self.max_logprobs}")
@@ -116,6 +121,9 @@ class FakeServer:
         seed = torch.Generator().manual_seed(body.get("seed", 0) + number)
         named: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
         stops, finish = {*body.get("stop_token_ids", ()), *self.own_stop_ids}, "length"
+        if not body["ignore_eos"]:
+            # Every second id is an end id of the model.
+            stops |= set(range(0, self.model.config.vocab_size, 2))
         while len(tokens) < min(body["max_tokens"], self.max_length - len(prompt)):
             logits = self.logits([*prompt, *tokens])[-1]
             own = drawn = logits.log_softmax(0)
@@ -160,7 +168,9 @@ class FakeServer:
         if isinstance(text, str):
             text = self.tokenizer(text)["input_ids"]
         with torch.no_grad():
-            scores = self.model(torch.tensor([text])).logits[0]
+            hidden = self.model.base_model(torch.tensor([text])).last_hidden_state
+            # A server knows no padding: it reads the score at the last token.
+            scores = self.model.score(hidden[0, -1])
         if body["use_activation"] or not self.has_switch:
             scores = scores.sigmoid()
         return {"index": i, "probs": scores.tolist()}

@@ -16,6 +16,7 @@ from tests.rewards.conftest import byte_level
 from tests.servers.conftest import VOCAB_SIZE, patient
 from tests.servers.fake_server import METRICS, NAME
 from tq_fast import InvalidArgument, Server, UnsupportedModel
+from tq_fast.servers import tokenizers
 from tq_fast.servers.checks import open_language_server, open_reward_server
 from tq_fast.servers.operations import SamplingLaw
 
@@ -177,7 +178,11 @@ def test_another_tokenizer_is_refused_with_a_text_that_shows_it(serve, wide_mode
         opened(fake, tokenizer=byte_level(400))
 
 
-def test_a_tokenizer_with_one_more_token_is_refused(serve, wide_model, tiny_folder, tiny_tokenizer):
+def test_a_tokenizer_with_one_more_token_is_refused(
+    serve, wide_model, tiny_folder, tiny_tokenizer, monkeypatch
+):
+    # The ids that are tried all over the vocabulary pass over the new one.
+    monkeypatch.setattr(tokenizers, "_NUM_VOCABULARY_PROBES", 60)
     other = AutoTokenizer.from_pretrained(tiny_folder)
     other.add_tokens(["<tool>"])
     with pytest.raises(InvalidArgument, match=r"differs from the server's: .*<tool>"):

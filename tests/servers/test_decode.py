@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ from tests.ops.statistics import chi_square_excess
 from tests.servers.conftest import patient
 from tests.servers.fake_server import FakeServer
 from tq_fast.errors import InvalidArgument, ServerUnavailable
+from tq_fast.models.loading import load_reward
+from tq_fast.prompts import read_prompts
+from tq_fast.rewards.base import Opening, Texts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the standard error of Q exceeds alpha"),
@@ -222,3 +228,56 @@ def test_a_url_names_a_server_and_its_fields_come_by_model_kwargs(
     assert len(result.sequences) == len(PROMPTS)
     with pytest.raises(InvalidArgument, match="no field of a server"):
         tq_fast.presets.baseline(PROMPTS, fake.url, model_kwargs={"baseline": {"retry": 1}})
+
+
+def test_a_reward_that_pads_with_its_end_token_is_read_where_it_is_read_here(
+    serve: Callable[..., FakeServer],
+) -> None:
+    model, tokenizer = copy.deepcopy(load("reward")), copy.deepcopy(tokenizer_of("reward"))
+    tokenizer.pad_token = tokenizer.eos_token
+    end = model.config.pad_token_id = tokenizer.eos_token_id
+    fake = serve(model, tokenizer)
+    texts = Texts(tokenizer_of("baseline"))
+
+    @torch.no_grad()
+    def score(source: Any, prompt: list[int], responses: list[list[int]]) -> list[float]:
+        reward = load_reward(
+            source,
+            "reward",
+            tokenizer=tokenizer,
+            texts=texts,
+            label=None,
+            vocab_size=884,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        prompts = read_prompts([prompt], texts.tokenizer, vocab_size=884)
+        opening = Opening(prompts, len(responses), max_new=4, backend=None)
+        return reward.open(opening).score([0] * len(responses), responses)
+
+    responses = [[60], [60, end], [60, end, end], [60, end, 61, end], [end], []]
+    ours = score(patient(fake), [1, 40, 50], responses)
+    assert ours == pytest.approx(score(model, [1, 40, 50], responses), abs=1e-5)
+    assert ours[0] == ours[1] == ours[2] != ours[3]
+    # A text of padding alone keeps a token.
+    score(patient(fake), [end], [[end]])
+    assert fake.requests[-1][1]["input"] == [[end]]
+
+
+def connections() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "tq_fast server connection"]
+
+
+def test_no_thread_outlives_its_decoder(served: Served) -> None:
+    gc.collect()
+    before = set(connections())
+    decoder = tq_fast.TransferDecoder(**served("baseline", "reward", behind=("baseline", "reward")))
+    decoder.decode(PROMPTS, **STEERED, **GREEDY)
+    own = set(connections()) - before
+    assert own
+    del decoder
+    gc.collect()
+    for thread in own:
+        # The thread closes its sockets before it ends.
+        thread.join(30)
+        assert not thread.is_alive()

@@ -47,12 +47,16 @@ LANGUAGE = (
     "--enable-prefix-caching --block-size 32 --dtype float32 --max-logprobs 20 --logprobs-mode "
     "processed_logprobs --no-enable-chunked-prefill --max-num-batched-tokens 4096"
 )
+CLASSIFIER = "--runner pooling --convert classify --dtype float32"
+PROMPTS = ["the old cat", "a small bird sat", "the dog"]
+DECODE = {"max_new_tokens": 8, "k": 4, "horizon": 4, "alpha": 0.2}
+DECODE |= {"rollout": "greedy", "strategy": "greedy"}
 
 
 class Vllm:
     """A vLLM server in processes of its own."""
 
-    def __init__(self, model: Path, options: str, log: Path) -> None:
+    def __init__(self, model: Path, options: str, log: Path, cores: str = "auto") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -60,9 +64,11 @@ class Vllm:
         self.command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1"]
         self.command += ["--port", str(self.port), "--enforce-eager", *options.split()]
         self.log = log
+        self.cores = cores
 
     def start(self) -> None:
         own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        own["VLLM_CPU_OMP_THREADS_BIND"] = self.cores
         path = f"{VLLM.parent}:{os.environ['PATH']}"
         environment = {**os.environ, **own, "PATH": path}
         # What a checkout puts before the packages is not meant for the server.
@@ -89,8 +95,10 @@ class Vllm:
 
 
 @contextlib.contextmanager
-def running(model: str, options: str, tmp: pytest.TempPathFactory) -> Iterator[Vllm]:
-    server = Vllm(WEIGHTS / model, options, tmp.mktemp("vllm") / "log")
+def running(
+    model: str, options: str, tmp: pytest.TempPathFactory, cores: str = "auto"
+) -> Iterator[Vllm]:
+    server = Vllm(WEIGHTS / model, options, tmp.mktemp("vllm") / "log", cores)
     server.start()
     try:
         server.wait()
@@ -102,6 +110,12 @@ def running(model: str, options: str, tmp: pytest.TempPathFactory) -> Iterator[V
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
     with running("baseline", LANGUAGE, tmp_path_factory) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def reward_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    with running("reward", CLASSIFIER, tmp_path_factory) as started:
         yield started
 
 
@@ -276,20 +290,76 @@ def test_a_server_that_is_killed_and_started_again_loses_no_request(server, lang
     assert tokens == [[[one.tokens for one in row] for row in batch] for batch in expected]
 
 
-def test_rewards_are_those_of_transformers(tmp_path_factory):
+def test_rewards_are_those_of_transformers(reward_server):
     model = AutoModelForSequenceClassification.from_pretrained(WEIGHTS / "reward").eval()
-    with running(
-        "reward", "--runner pooling --convert classify --dtype float32", tmp_path_factory
-    ) as at:
-        reward = open_reward_server(tq_fast.Server(at.url))
-        texts = ["the old dog sleeps", "a cat", "it rains on Sundays"]
-        ids = [reward.tokenizer(text)["input_ids"] for text in texts] + prefixes()
-        with torch.no_grad():
-            expected = [float(model(torch.tensor([row])).logits) for row in ids]
-        assert reward.rewards([*texts, *prefixes()]) == pytest.approx(expected, abs=NEAR)
-        with pytest.raises(UnsupportedModel, match="the server completes no texts"):
-            open_language_server(tq_fast.Server(at.url), k=3, law=GREEDY)
-        reward.close()
+    reward = open_reward_server(tq_fast.Server(reward_server.url))
+    texts = ["the old dog sleeps", "a cat", "it rains on Sundays"]
+    ids = [reward.tokenizer(text)["input_ids"] for text in texts] + prefixes()
+    with torch.no_grad():
+        expected = [float(model(torch.tensor([row])).logits) for row in ids]
+    assert reward.rewards([*texts, *prefixes()]) == pytest.approx(expected, abs=NEAR)
+    with pytest.raises(UnsupportedModel, match="the server completes no texts"):
+        open_language_server(tq_fast.Server(reward_server.url), k=3, law=GREEDY)
+    reward.close()
+
+
+@pytest.fixture(scope="module")
+def of_the_forest() -> tq_fast.DecodeResult:
+    """What the models of this process decode."""
+    models = {role: str(WEIGHTS / role) for role in ("baseline", "reward")}
+    return tq_fast.decode(PROMPTS, **models, **DECODE, dtype=torch.float32)
+
+
+def tokens_of(result):
+    return [ids.tolist() for ids in result.sequences]
+
+
+def test_a_decode_gives_the_tokens_of_the_forest(server, reward_server, of_the_forest):
+    ours = tq_fast.decode(PROMPTS, server.url, reward_server.url, **DECODE)
+    assert tokens_of(ours) == tokens_of(of_the_forest)
+    for trace, other in zip(ours.traces, of_the_forest.traces, strict=True):
+        for step, expected in zip(trace, other, strict=True):
+            assert step.candidates.tolist() == expected.candidates.tolist()
+            torch.testing.assert_close(step.q, expected.q, rtol=0, atol=NEAR, equal_nan=True)
+
+
+def test_a_decode_whose_server_is_killed_and_started_again_gives_the_same_tokens(
+    server, reward_server, of_the_forest
+):
+    # A restart takes longer than the default patience where two cores do all the work.
+    patient = tq_fast.Server(server.url, retries=30)
+    decoder = tq_fast.TransferDecoder(patient, reward_server.url)
+    is_begun, found = threading.Event(), []
+
+    def work() -> None:
+        found.append(decoder.decode(PROMPTS, **DECODE, on_token=lambda idx: is_begun.set()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert is_begun.wait(120)
+    server.kill()
+    assert not found
+    server.start()
+    server.wait()
+    thread.join()
+    assert tokens_of(found[0]) == tokens_of(of_the_forest)
+
+
+def test_two_workers_of_a_tensor_parallel_model_give_its_candidates(tmp_path_factory, model):
+    cores = sorted(os.sched_getaffinity(0))
+    # One core for both is slow and right; vLLM gives each worker those of one field.
+    first, second = cores[0], cores[min(1, len(cores) - 1)]
+    options = f"{LANGUAGE} --tensor-parallel-size 2"
+    with running("baseline", options, tmp_path_factory, f"{first}|{second}") as at:
+        opened = open_language_server(tq_fast.Server(at.url), k=10, law=GREEDY, end_ids=END)
+        ids, logprobs = opened.candidates(prefixes(), 10)
+        for prefix, row, of_row in zip(prefixes(), ids, logprobs, strict=True):
+            law = laws_after(model, prefix)[-1]
+            assert row == law.argsort(descending=True, stable=True)[:10].tolist()
+            assert of_row == pytest.approx(law[row].tolist(), abs=NEAR)
+        # The weights did lie in two processes.
+        assert "world_size=2" in at.log.read_text()
+        opened.close()
 
 
 def test_settings_that_do_not_serve_are_refused_and_warned_of(tmp_path_factory):

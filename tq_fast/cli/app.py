@@ -16,7 +16,7 @@ from rich.console import Console
 
 from .._version import __version__
 from ..config import DecodeConfig
-from ..errors import TqFastError
+from ..errors import ServerUnavailable, TqFastError
 from .methods import METHOD_NAMES, is_given, takes_own_settings
 from .models import takes_models
 from .options import read_template_options, takes_decode_options
@@ -36,12 +36,15 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; an error of the package is one line and exit code 2."""
+    """Run the command line; an error of the package is one line and exit code 2.
+
+    A model server that stays away has an exit code of its own, 3: the same command may do later.
+    """
     try:
         app(prog_name="tq-fast")
     except TqFastError as error:
         say(Console(stderr=True), f"tq-fast: error: {one_line(str(error))}")
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, ServerUnavailable) else 2)
 
 
 def _show_version(wanted: bool) -> None:
@@ -195,7 +198,7 @@ def decode(
     error record, and the rest go on. A worker that dies is started again.
 
     Exit codes: 0, every prompt has a response; 1, some failed; 2, an argument is wrong or the
-    output belongs to another job; 130, interrupted.
+    output belongs to another job; 3, a model server stayed away; 130, interrupted.
     """
     from .decode import choose_models, run_decode
     from .job import JobOptions
@@ -314,7 +317,8 @@ def evaluate(
     error record, and the rest go on.
 
     Exit codes: 0, every prompt has a response by every method; 1, some failed; 2, the configuration
-    is wrong or the output belongs to another evaluation; 130, interrupted.
+    is wrong or the output belongs to another evaluation; 3, a model server stayed away; 130,
+    interrupted.
     """
     from .evaluate import EvalOptions, run_eval
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from ..config import DecodeConfig
+from ..errors import ServerUnavailable
 from ..jobs.decoding import Decoder, Decoding, EntryDecoder, Finished
 from ..jobs.prompt_file import PromptEntry, read_prompt_file
 from ..jobs.record_file import OutputRefused, RecordFile
@@ -166,6 +167,9 @@ class DecodeJob:
         Returns:
             The exit code: 0 when every prompt has a response, 1 when some have an error record,
             130 when it was interrupted.
+
+        Raises:
+            ServerUnavailable: a model's server stayed away; the message says what is done.
         """
         if self.done and self.num_pending:
             say(
@@ -191,6 +195,12 @@ class DecodeJob:
                 f"{self.file.path}; the same command goes on from there",
             )
             return INTERRUPTED
+        except ServerUnavailable as error:
+            raise ServerUnavailable(
+                f"{error}; {len(self.done)} of {len(self.entries)} prompts are done in "
+                f"{self.file.path}; the same command goes on from there, with another URL where "
+                "the server has another"
+            ) from error
         self._summarise()
         return 1 if self.failed else 0
 

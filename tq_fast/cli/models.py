@@ -17,16 +17,30 @@ def _model(help: str, metavar: str = "MODEL") -> Any:
 
 Baseline = Annotated[
     list[str] | None,
-    _model("The aligned model that rolls out: a folder or a hub id. Repeat for several (collab)."),
+    _model(
+        "The aligned model that rolls out: a folder, a hub id, or the URL of a server such as "
+        "http://127.0.0.1:8000/v1. Repeat for several (collab)."
+    ),
 ]
 Reward = Annotated[
-    str | None, _model("The reward: a sequence classifier, or a function as MODULE:FUNCTION.")
+    str | None,
+    _model(
+        "The reward: a sequence classifier (or the URL of its server), or a function as "
+        "MODULE:FUNCTION."
+    ),
 ]
 Sft = Annotated[
-    str | None, _model("The SFT model: the prior, and the log-ratio of indirect transfer.")
+    str | None,
+    _model(
+        "The SFT model, or the URL of its server: the prior, and the log-ratio of indirect "
+        "transfer."
+    ),
 ]
 BaselineReward = Annotated[
-    str | None, _model("The reward that the baseline was aligned to (indirect transfer).")
+    str | None,
+    _model(
+        "The reward that the baseline was aligned to, or the URL of its server (indirect transfer)."
+    ),
 ]
 Tokenizer = Annotated[
     str | None, _model("The language models' tokenizer; not given: the baseline's own.")
@@ -77,7 +91,8 @@ ModelKwargs = Annotated[
     list[str] | None,
     _model(
         "More arguments of from_pretrained for one model, such as "
-        '\'baseline={"revision": "v2"}\'; repeat for several.',
+        '\'baseline={"revision": "v2"}\'; of a model behind a URL, fields of tq_fast.Server, such '
+        'as \'baseline={"model": "name"}\'. Repeat for several.',
         "ROLE=JSON",
     ),
 ]

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from ..errors import BackendRefused, DecodingError, TqFastError, UnsupportedModel
+from ..errors import (
+    BackendRefused,
+    DecodingError,
+    ServerUnavailable,
+    TqFastError,
+    UnsupportedModel,
+)
 from ..results import PromptResult, StageTrace, StepTrace
 from .prompt_file import PromptEntry
 from .record_file import OutputRefused, Record
@@ -20,6 +26,9 @@ _OWN_KEYS = (
     *("index", "id", "prompt", "response", "token_ids", "steps", "certificate", "trace"),
     *("stages", "other_responses", "error", "settings", "extra"),
 )
+
+# Errors that are of no prompt.
+_OF_THE_JOB = (BackendRefused, UnsupportedModel, OutputRefused, ServerUnavailable)
 
 
 def response_record(
@@ -87,9 +96,8 @@ def error_record(entry: PromptEntry, error: Exception) -> Record:
 
 
 def ends_the_job(error: Exception) -> bool:
-    """Return whether every prompt would fail: by the settings, the output, or a lost device."""
-    refusals = (BackendRefused, UnsupportedModel, OutputRefused)
-    return is_lost_device(error) or isinstance(error, refusals)
+    """Return whether every prompt would fail: by settings, output, a lost device or server."""
+    return is_lost_device(error) or isinstance(error, _OF_THE_JOB)
 
 
 def is_lost_device(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from ..models.served import LanguageModel, ServedModel
 from ..presets.call import OpenMethod, PresetCall
 from ..rewards.base import Reward
 from ..rewards.options import RewardOptions
+from ..servers import Server
 from .prompt_file import PromptEntry, digest_prompts
 from .record_file import Line, OutputRefused, RecordFile
 
@@ -180,12 +181,26 @@ def stated_settings(
         "prompts": digest_prompts(entries),
     }
     # A job of an earlier version states neither of these.
-    if models.model_kwargs:
-        stated["model_kwargs"] = models.model_kwargs
+    if model_kwargs := _stated_model_kwargs(models):
+        stated["model_kwargs"] = model_kwargs
     if method != _default_method(stated["transfer"]):
         stated["method"] = method
     # JSON makes lists of tuples: what is stated looks as it will when the file is read again.
     return json.loads(json.dumps(stated))
+
+
+def _stated_model_kwargs(models: ModelChoice) -> dict[str, dict[str, Any]]:
+    """Return `model_kwargs` without the fields of servers.
+
+    How patient a client is changes no record, the model's name at its server is stated with the
+    models, and a key that was given for the name of its variable must not get into a file.
+    """
+    named = models.names()
+    return {
+        role: options
+        for role, options in (models.model_kwargs or {}).items()
+        if Server.named(named.get(role)) is None
+    }
 
 
 def model_settings(method: OpenMethod, models: ModelChoice) -> dict[str, Any]:

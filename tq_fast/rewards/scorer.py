@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 
-from ..errors import DecodingError, RewardError
+from ..errors import DecodingError, RewardError, ServerUnavailable
 from ..prompts import Prompt
 from ..results import Response
 from ..rollouts.records import Rollout
@@ -64,6 +64,7 @@ class Scorer:
         Raises:
             RewardError: it raised, returned another number of scores, one that is not finite, or
                 one outside of the declared bounds.
+            ServerUnavailable: the reward is behind a URL, and its server stayed away.
         """
         texts = []
         for rollout in rollouts:
@@ -110,12 +111,12 @@ class Scorer:
         """Return the reward of each (tree, whole response), whether it is known or not; checked.
 
         Raises:
-            RewardError: as `score` does.
+            RewardError: as `score` does, and ServerUnavailable.
         """
         try:
             responses_cut = [self.stop.cut(token_ids) for _, token_ids in texts]
             scores = self.session.score([tree for tree, _ in texts], responses_cut)
-        except (torch.OutOfMemoryError, DecodingError):
+        except (torch.OutOfMemoryError, DecodingError, ServerUnavailable):
             raise
         except WrongScores as error:
             _fail(responses[texts[0][0]], str(error), error)

@@ -53,6 +53,7 @@ class ServedReward(ClassifierReward):
             num_labels=server.num_labels,
         )
         self.server = server
+        self.pad = server.tokenizer.pad_token_id
 
     @property
     def name(self) -> str:
@@ -73,11 +74,22 @@ class _ServedSession:
 
     def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
         rows = [
-            self.reward.read(self.forms[tree], response).token_ids
+            self._without_padding(self.reward.read(self.forms[tree], response).token_ids)
             for tree, response in zip(trees, responses, strict=True)
         ]
         self.num_token_forwards += sum(map(len, rows))
         return self.reward.server.rewards(rows)
+
+    def _without_padding(self, row: list[int]) -> list[int]:
+        """Leave out padding at the end, before which classifiers of transformers read the score.
+
+        A server reads it at the last token that it is sent. Where the tokenizer pads with its end
+        token, every finished response ends so. One token stays.
+        """
+        end = len(row)
+        while end > 1 and row[end - 1] == self.reward.pad:
+            end -= 1
+        return row[:end]
 
     def keep(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
         return

@@ -12,6 +12,7 @@ import email.utils
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ class RequestRefused(InvalidArgument):
 class Connection:
     """A connection to one server, which reuses its sockets.
 
+    It ends by `close`, or with the object.
+
     Args:
         server: where it is, and how patient to be.
     """
@@ -63,9 +66,15 @@ class Connection:
         self._jitter = random.Random()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
-            target=self._loop.run_forever, name="tq_fast server connection", daemon=True
+            target=_serve,
+            args=(self._loop, self._client),
+            name="tq_fast server connection",
+            daemon=True,
         )
         self._thread.start()
+        # Garbage may be collected on any thread, this loop's own included: the loop is asked to
+        # stop, and nobody waits for it.
+        self._end = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
 
     def get(self, path: str) -> Any:
         """Return the JSON at `path`, or the text where it is none."""
@@ -92,12 +101,8 @@ class Connection:
 
     def close(self) -> None:
         """Close all sockets; the connection cannot be used again."""
-        if self._loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._end()
         self._thread.join()
-        self._loop.close()
 
     def _run(
         self,
@@ -194,6 +199,16 @@ class Connection:
         if self._key:
             detail = detail.replace(self._key, "***")
         return detail[:_MAX_DETAIL] or response.reason_phrase
+
+
+def _serve(loop: asyncio.AbstractEventLoop, client: httpx2.AsyncClient) -> None:
+    """Run `loop` until it is stopped, then close the sockets of `client`.
+
+    The thread must not hold the `Connection`, which would then live as long as its own thread.
+    """
+    loop.run_forever()
+    loop.run_until_complete(client.aclose())
+    loop.close()
 
 
 def _refusal(request: str, status: int, detail: str) -> RequestRefused:
