@@ -412,13 +412,12 @@ class Session:
             while unfinished := [r for r in responses if r.idx not in finished]:
                 try:
                     method.decode(unfinished, shape, stats, report)
-                except torch.OutOfMemoryError as error:
-                    self.forests.clear()
-                    shape = smaller_after(error, shape)
-                except BaseException:
-                    # Numbers that are not finite may lie in the buffers now.
+                except BaseException as error:
+                    # They are too large, or numbers that are not finite lie in their buffers.
                     self.forests = ForestStore()
-                    raise
+                    if not isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    shape = smaller_after(error, shape)
             stats.settle()
         results = [finished[idx] for idx in range(len(prompts))]
         return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
