@@ -18,6 +18,7 @@ from tests.cli.trio import Trio
 from tests.servers.fake_server import FakeServer
 from tq_fast.cli import app
 from tq_fast.errors import ServerUnavailable
+from tq_fast.jobs.record_file import RecordFile
 
 GREEDY = dataclasses.replace(CONFIG, rollout="greedy", strategy="greedy")
 KEY = "a-secret-that-nobody-may-read"
@@ -120,17 +121,15 @@ def _folder(job: Job) -> Path:
 
 
 def _fail_after_the_second_response(patch: pytest.MonkeyPatch, fake: FakeServer) -> None:
-    from tq_fast.cli import job as module
+    append, num_written = RecordFile.append, [0]
 
-    write, num_written = module.response_record, [0]
-
-    def write_and_fail(*args: Any, **options: Any) -> Any:
+    def append_and_fail(file: RecordFile, record: dict[str, Any]) -> None:
+        append(file, record)
         num_written[0] += 1
         if num_written[0] == 2:
             fake.failures.extend([503] * 1000)
-        return write(*args, **options)
 
-    patch.setattr(module, "response_record", write_and_fail)
+    patch.setattr(RecordFile, "append", append_and_fail)
 
 
 def command(job: Job, **options: Any) -> list[str]:
