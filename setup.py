@@ -68,6 +68,11 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         choice = read_build_choice()
+        if not (ROOT / "CMakeLists.txt").is_file():
+            raise SystemExit(
+                f"{ROOT} has no CMakeLists.txt: this is no whole source tree of tq-fast, and the "
+                "native code cannot be built from it. TQ_FAST_BUILD=none installs pure Python"
+            )
         try:
             self.configure(choice)
         except (OSError, subprocess.CalledProcessError) as error:
