@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import traceback
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import tq_fast
 from tq_fast import ops
 
 DEVICE = torch.device("meta")
@@ -40,7 +42,7 @@ _WAITED_FOR = (
     _aten.equal.default,
     _aten.is_nonzero.default,
 )
-_HERE = Path(__file__).resolve().parent.parent / "tq_fast"
+_HERE = f"{Path(tq_fast.__file__).parent}/"
 
 
 @dataclasses.dataclass
@@ -70,10 +72,12 @@ _traffic: Traffic | None = None
 
 def _site() -> str:
     """The innermost line of the package on the stack."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if _HERE in path.parents:
-            return f"{path.relative_to(_HERE)}:{frame.lineno} {frame.line}"
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_HERE):
+            return f"{name.removeprefix(_HERE)}:{frame.f_lineno}"
+        frame = frame.f_back
     return "outside of the package"
 
 

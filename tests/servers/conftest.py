@@ -47,7 +47,9 @@ def serve() -> Iterator[Callable[..., FakeServer]]:
 
 def patient(fake: FakeServer, **options: Any) -> tq_fast.Server:
     """The fake server as a caller names it, with waits that a test can wait for."""
-    return tq_fast.Server(fake.url, **{"backoff": 0.001, "retries": 3, **options})
+    # Each connection is a thread of the fake server, and many threads of one process are slow.
+    options = {"backoff": 0.001, "retries": 3, "max_concurrent": 8, **options}
+    return tq_fast.Server(fake.url, **options)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import functools
 import gc
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,23 @@ def tokenizer_of(role: str) -> Any:
 Served = Callable[..., dict[str, Any]]
 
 
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, FakeServer]]:
+    """A server for each role, which remembers what it computed for the tests before."""
+    roles = ("baseline", "sft", "reward")
+    started = {role: FakeServer(load(role), tokenizer_of(role), max_logprobs=60) for role in roles}
+    yield started
+    for fake in started.values():
+        fake.close()
+
+
 @pytest.fixture
-def served(serve: Callable[..., FakeServer]) -> Served:
+def served(servers: dict[str, FakeServer]) -> Served:
     """Models by role, those that are named behind servers of their own."""
 
-    def start(*roles: str, behind: tuple[str, ...], **settings: Any) -> dict[str, Any]:
-        models: dict[str, Any] = {}
-        for role in roles:
-            if role in behind:
-                fake = serve(load(role), tokenizer_of(role), max_logprobs=60, **settings)
-                models[role] = patient(fake, tokenizer=tokenizer_of(role))
-            else:
-                models[role] = str(WEIGHTS / role)
-        return models
+    def start(*roles: str, behind: tuple[str, ...]) -> dict[str, Any]:
+        moved = {role: patient(servers[role], tokenizer=tokenizer_of(role)) for role in behind}
+        return {**here(*roles), **moved}
 
     return start
 

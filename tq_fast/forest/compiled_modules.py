@@ -288,7 +288,8 @@ def _compile_rotary(modules: Iterable[nn.Module]) -> int:
     own: dict[Any, types.FunctionType] = {}
     count = 0
     for module in modules:
-        forward = type(module).forward
+        # Some releases wrap it, to take arguments by earlier names.
+        forward = inspect.unwrap(type(module).forward)
         if not isinstance(forward, types.FunctionType) or is_watched(module):
             continue
         rotary = forward.__globals__.get(_ROTARY)

@@ -63,7 +63,12 @@ class ServedModel:
         key = k, law, ends, needs_scores
         if key not in self._opened:
             self._opened[key] = open_language_server(
-                self.server, k=k, law=law, end_ids=ends, needs_scores=needs_scores
+                self.server,
+                k=k,
+                law=law,
+                end_ids=ends,
+                needs_scores=needs_scores,
+                is_known=True,
             )
         return self._opened[key]
 

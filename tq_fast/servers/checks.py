@@ -51,6 +51,7 @@ def open_language_server(
     law: SamplingLaw,
     end_ids: Collection[int] = (),
     needs_scores: bool = False,
+    is_known: bool = False,
 ) -> LanguageServer:
     """Return the language model behind `server`, ready for these settings.
 
@@ -60,6 +61,7 @@ def open_language_server(
         law: what roll-outs will be drawn from.
         end_ids: ids that candidates may have to leave out.
         needs_scores: whether continuations will be scored.
+        is_known: whether it was opened before, so that its tokenizer need not be compared again.
 
     Raises:
         ServerUnavailable: nobody answers.
@@ -71,7 +73,8 @@ def open_language_server(
     connection = Connection(server)
     try:
         served = _served_model(connection)
-        model, tokenizer = str(served["id"]), _tokenizer_of(connection, served)
+        model = str(served["id"])
+        tokenizer = _tokenizer_of(connection, served, is_known=is_known)
         vocab_size = _vocab_size(connection, model)
         known = [num for num in (_num_ids(tokenizer), vocab_size) if num is not None]
         num_ids = min(known, default=_NO_ID)
@@ -170,10 +173,10 @@ def _served_model(connection: Connection) -> Mapping[str, Any]:
 
 
 def _tokenizer_of(
-    connection: Connection, served: Mapping[str, Any]
+    connection: Connection, served: Mapping[str, Any], *, is_known: bool = False
 ) -> PreTrainedTokenizerBase | None:
     tokenizer = load_server_tokenizer(connection.server.tokenizer, served)
-    if tokenizer is not None:
+    if tokenizer is not None and not is_known:
         check_same_tokenizer(connection, str(served["id"]), tokenizer)
     return tokenizer
 
