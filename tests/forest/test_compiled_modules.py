@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -249,11 +250,12 @@ def test_a_rotary_function_with_other_arguments_is_called_itself() -> None:
     assert compiled_modules._Rotary(other)(torch.ones(1), 3.0, scale=2.0) == (2.0, 3.0)
 
 
-def test_without_a_compiler_the_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def test_without_a_compiler_the_option_is_refused() -> None:
+    # The configuration restores itself; monkeypatch would delete the field in the end.
+    no_compiler: dict[str, Any] = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     model = zoo.language_model("llama", hidden_size=40)
     with (
-        torch._inductor.config.patch(force_disable_caches=True),
+        torch._inductor.config.patch(no_compiler),
         pytest.raises(
             BackendRefused, match=r"compiled_modules=True: torch.compile failed at Llama"
         ),
