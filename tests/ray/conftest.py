@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.cli.decode_job import Job
-from tests.cli.trio import Trio, save_trio
+from tests.cli.conftest import job, trio
+
+__all__ = ["job", "trio"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,17 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("ray") is not None:
                 item.add_marker(skip)
-
-
-@pytest.fixture(scope="session")
-def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    """Folders of tiny random models, made once."""
-    return save_trio(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def job(tmp_path: Path, trio: Trio) -> Job:
-    return Job(tmp_path, trio)
 
 
 @pytest.fixture(scope="session")

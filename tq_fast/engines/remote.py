@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -94,7 +95,7 @@ class ServerEngine:
         if self.scores_own:
             sums = self.score(list(rollouts.values()))
             rollouts = {
-                r: Rollout(r, one.candidate, one.tokens, logprob, one.proposal_logprob)
+                r: dataclasses.replace(one, logprob=logprob)
                 for (r, one), logprob in zip(rollouts.items(), sums, strict=True)
             }
         num_steps = max((len(one.tokens) for one in drawn.values()), default=0)
@@ -127,8 +128,7 @@ class ServerEngine:
         """`reused`, cut to the root's horizon."""
         if reused is None:
             return None
-        tokens = reused.tokens[: root.horizon]
-        return ReusedRollout(reused.candidate, tokens, reused.is_finished, None)
+        return dataclasses.replace(reused, tokens=reused.tokens[: root.horizon])
 
     def _is_done(self, root: Root, known: ReusedRollout | None) -> bool:
         return known is not None and (known.is_finished or len(known.tokens) == root.horizon)
@@ -141,7 +141,7 @@ class ServerEngine:
         known: Mapping[RolloutId, ReusedRollout | None],
     ) -> dict[RolloutId, DrawnTokens]:
         """Draw what is missing of the roll-outs `asked`."""
-        runs = list(_runs(asked))
+        runs = _runs(asked)
         keys = stream_keys(
             [
                 (roots[r.tree].key, roots[r.tree].step, rollouts[r].candidate, 0)
@@ -179,7 +179,7 @@ class ServerEngine:
             tokens += drawn.tokens
             logprob = math.fsum(drawn.logprobs)
         proposal = 0.0 if self.sampling.temperature == 0.0 else logprob
-        return Rollout(bare.id, bare.candidate, tokens, logprob, proposal)
+        return dataclasses.replace(bare, tokens=tokens, logprob=logprob, proposal_logprob=proposal)
 
 
 def rollout_law(config: DecodeConfig) -> SamplingLaw:

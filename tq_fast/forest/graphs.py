@@ -5,8 +5,7 @@ the device needs to run them; replayed as a graph, a pass is one launch. Every b
 touches therefore stays at the address that it had when the graph was captured, and what changes
 from pass to pass lives on the device.
 
-Graphs live no longer than their forests. They hold the addresses of the KV, which a call of
-`decode` gives back at its end, and of the model's weights, which may lie elsewhere by the next.
+Graphs live no longer than their forests: they hold the addresses of the KV and of the weights.
 """
 
 from __future__ import annotations
@@ -190,6 +189,8 @@ class PassGraphs:
         options: dict[str, Any],
     ) -> Any:
         (forest,) = self._graphs.forests
+        if forest.refuses_graphs:
+            return None
         if self._graphs.refresh():
             self._passes.clear()
             self._seen.clear()

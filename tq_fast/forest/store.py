@@ -31,7 +31,7 @@ class ForestStore:
     """Opens forests, and opens those again that nobody uses any more.
 
     A forest is kept only where its passes are CUDA graphs: to capture them takes as long as some
-    tokens. Its KV buffers stay as long as the store does, or until `clear`.
+    tokens. Its KV buffers stay as long as the store does.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,3 @@ class ForestStore:
                 kept.graphs.append((settings, make()))
                 return cast(_Graphs, kept.graphs[-1][1])
         return make()
-
-    def clear(self) -> None:
-        """Give back the memory of all forests that nobody uses."""
-        self._kept = [kept for kept in self._kept if kept.lease() is not None]

@@ -16,6 +16,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,26 +71,14 @@ def refuse_flash_attn(
 
 
 def refuse_torch_flash(
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_len: Tensor | None,
-    branch_k: Tensor,
-    branch_v: Tensor,
-    branch_len: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    tree: Tensor | None,
+    q: Tensor, *arguments: Any, softcap: float | None, **parameters: Any
 ) -> str | None:
     """Say why PyTorch's own flash attention does not take these inputs; None when it does."""
     if softcap is not None:
         return "PyTorch's flash attention has no soft-cap on the scores"
     if q.shape[-1] % 8:
         return f"the head size is {q.shape[-1]}; PyTorch's flash attention takes multiples of 8"
-    inputs = (q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len)
-    return refuse_flash_attn(*inputs, scale=scale, softcap=softcap, window=window, tree=tree)
+    return refuse_flash_attn(q, *arguments, softcap=softcap, **parameters)
 
 
 def describe_flash() -> dict[str, str | None]:

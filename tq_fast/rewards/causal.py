@@ -17,7 +17,7 @@ from ..forest.logprobs import split_by_length
 from ..forest.support import check_runs
 from ..prompts import Prompt
 from .base import Opening, RewardSession, drop_from
-from .classifier import ClassifierReward
+from .classifier import ClassifierReward, without_padding
 
 
 class CausalReward(ClassifierReward):
@@ -83,7 +83,7 @@ class _CausalSession:
 
     def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
         rows = [
-            self._without_padding(self.reward.read(self.forms[tree], response).token_ids)
+            without_padding(self.reward.read(self.forms[tree], response).token_ids, self.pad)
             for tree, response in zip(trees, responses, strict=True)
         ]
         longest = max(map(len, rows))
@@ -113,7 +113,8 @@ class _CausalSession:
     def keep(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
         cache = self.forest.cache
         for tree, response in zip(trees, responses, strict=True):
-            text = self._without_padding(self.reward.read(self.forms[tree], response).token_ids)
+            read = self.reward.read(self.forms[tree], response)
+            text = without_padding(read.token_ids, self.pad)
             prefix = self.prefixes[tree]
             rows = {tuple(suffix): row for row, suffix in self.last_rows[tree]}
             row = rows.get(tuple(text[len(prefix) :]))
@@ -133,12 +134,6 @@ class _CausalSession:
         self.forest.cache.drop_tree(tree)
         for entries in (self.forms, self.prefixes, self.held, self.last_rows):
             drop_from(entries, tree)
-
-    def _without_padding(self, row: list[int]) -> list[int]:
-        end = len(row)
-        while end > 1 and row[end - 1] == self.pad:
-            end -= 1
-        return row[:end]
 
     def _extend_prefix(self, tree: int, rows: list[list[int]]) -> None:
         # Every row keeps a token of its own, since its score is read there.

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidArgument, warn_caller
 from ..prompts import Prompt
-from .base import Reward, Texts
+from .base import Reward, Texts, drop_from
 from .chats import ChatReader
 from .forms import ChatForm, Form, PairForm, Row, TextForm, TokenForm, question_text
 from .lengths import check_room, positions_of
@@ -164,6 +164,46 @@ class ClassifierReward(Reward):
     def _in_order(self, indices: list[int]) -> list[int]:
         """Indices in the order that they are cut in."""
         return indices if self.options.truncate == "left" else indices[::-1]
+
+
+class WholeTexts:
+    """What a reward that reads whole texts keeps of the prompts of a forest: their form.
+
+    Args:
+        reward: the classifier.
+        prompts: one a tree.
+    """
+
+    peak_kv_bytes = 0
+
+    def __init__(self, reward: ClassifierReward, prompts: Sequence[Prompt]) -> None:
+        self._reward = reward
+        self._forms = [reward.form(prompt) for prompt in prompts]
+        self.num_token_forwards = 0
+
+    def rows(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[Row]:
+        """Return what the model reads of `responses[i]` to the prompt of `trees[i]`."""
+        return [
+            self._reward.read(self._forms[tree], response)
+            for tree, response in zip(trees, responses, strict=True)
+        ]
+
+    def keep(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
+        """Keep nothing: every text is read whole again."""
+
+    def replace_tree(self, tree: int, prompt: Prompt) -> None:
+        self._forms[tree] = self._reward.form(prompt)
+
+    def drop_tree(self, tree: int) -> None:
+        drop_from(self._forms, tree)
+
+
+def without_padding(token_ids: list[int], pad: int | None) -> list[int]:
+    """Leave out padding at the end, before which transformers reads a score; one token stays."""
+    end = len(token_ids)
+    while end > 1 and token_ids[end - 1] == pad:
+        end -= 1
+    return token_ids[:end]
 
 
 def check_label(num_labels: int, label: int | None) -> int:

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from ..forest.language import device_of
 from ..forest.view import view_of
 from ..prompts import Prompt
-from .base import Opening, RewardSession, Texts, drop_from
-from .classifier import ClassifierReward
+from .base import Opening, RewardSession, Texts
+from .classifier import ClassifierReward, WholeTexts
 from .forms import Row
 from .lengths import positions_of_encoder
 from .options import RewardOptions
@@ -54,20 +54,14 @@ class EncoderReward(ClassifierReward):
         return _EncoderSession(self, opening.prompts)
 
 
-class _EncoderSession:
-    peak_kv_bytes = 0
-
+class _EncoderSession(WholeTexts):
     def __init__(self, reward: EncoderReward, prompts: Sequence[Prompt]) -> None:
+        super().__init__(reward, prompts)
         self.reward = reward
         self.model = view_of(reward.model)
-        self.forms = [reward.form(prompt) for prompt in prompts]
-        self.num_token_forwards = 0
 
     def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
-        rows = [
-            self.reward.read(self.forms[tree], response)
-            for tree, response in zip(trees, responses, strict=True)
-        ]
+        rows = self.rows(trees, responses)
         # Rows of like length together, so that little is padded.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].token_ids))
         size = _TEXT_BATCH if self.reward.batches else 1
@@ -77,15 +71,6 @@ class _EncoderSession:
             for i, score in zip(chunk, self._forward([rows[i] for i in chunk]), strict=True):
                 scores[i] = score
         return scores
-
-    def keep(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
-        return
-
-    def replace_tree(self, tree: int, prompt: Prompt) -> None:
-        self.forms[tree] = self.reward.form(prompt)
-
-    def drop_tree(self, tree: int) -> None:
-        drop_from(self.forms, tree)
 
     def _forward(self, rows: list[Row]) -> list[float]:
         self.num_token_forwards += len(rows) * max(len(row.token_ids) for row in rows)

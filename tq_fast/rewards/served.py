@@ -8,8 +8,8 @@ from typing import Any, cast
 from ..errors import InvalidArgument
 from ..prompts import Prompt
 from ..servers import RewardServer
-from .base import Opening, RewardSession, Texts, drop_from
-from .classifier import ClassifierReward
+from .base import Opening, RewardSession, Texts
+from .classifier import ClassifierReward, WholeTexts, without_padding
 from .options import RewardOptions
 
 
@@ -64,38 +64,14 @@ class ServedReward(ClassifierReward):
         return _ServedSession(self, opening.prompts)
 
 
-class _ServedSession:
-    peak_kv_bytes = 0
-
+class _ServedSession(WholeTexts):
     def __init__(self, reward: ServedReward, prompts: Sequence[Prompt]) -> None:
-        self.reward = reward
-        self.forms = [reward.form(prompt) for prompt in prompts]
-        self.num_token_forwards = 0
+        super().__init__(reward, prompts)
+        self.server, self.pad = reward.server, reward.pad
 
     def score(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> list[float]:
-        rows = [
-            self._without_padding(self.reward.read(self.forms[tree], response).token_ids)
-            for tree, response in zip(trees, responses, strict=True)
-        ]
+        # A server reads the score at the last token that it is sent. Where the tokenizer pads with
+        # its end token, every finished response ends so.
+        rows = [without_padding(row.token_ids, self.pad) for row in self.rows(trees, responses)]
         self.num_token_forwards += sum(map(len, rows))
-        return self.reward.server.rewards(rows)
-
-    def _without_padding(self, row: list[int]) -> list[int]:
-        """Leave out padding at the end, before which classifiers of transformers read the score.
-
-        A server reads it at the last token that it is sent. Where the tokenizer pads with its end
-        token, every finished response ends so. One token stays.
-        """
-        end = len(row)
-        while end > 1 and row[end - 1] == self.reward.pad:
-            end -= 1
-        return row[:end]
-
-    def keep(self, trees: Sequence[int], responses: Sequence[Sequence[int]]) -> None:
-        return
-
-    def replace_tree(self, tree: int, prompt: Prompt) -> None:
-        self.forms[tree] = self.reward.form(prompt)
-
-    def drop_tree(self, tree: int) -> None:
-        drop_from(self.forms, tree)
+        return self.server.rewards(rows)
