@@ -48,9 +48,9 @@ def test_the_interpreter_passes_the_tests_of_the_op():
 
 
 def test_the_interpreter_draws_the_law():
-    # Each row takes milliseconds here: the bulk of one law, and the far tails of three.
+    # Each row takes milliseconds here: the bulk of one law, and the far tails of two.
     left_out = "top_k or 0.7 or 0.6 or zipf or flat or head or relabelling or independent or 10-1"
-    assert run_op_tests("value_sample_tokens_law", left_out) >= 4
+    assert run_op_tests("value_sample_tokens_law", f"{left_out} or 14-63") >= 3
 
 
 @pytest.mark.parametrize("architecture", compiling.ARCHITECTURES)
