@@ -19,6 +19,7 @@ from .cache import BranchPass, LayerShapes, PrefillPass
 from .cpu_layers import CpuLayers
 from .experts import QuietExperts
 from .graphs import PassGraphs, has_graphs
+from .huge_pages import gather_weights
 from .view import cache_argument, takes
 
 # What the layers of a model keep of a token, for models that ran over a forest before.
@@ -73,6 +74,8 @@ class Forest:
             shapes=known_shapes.get(model),
         )
         self.num_token_forwards = 0
+        if self.device.type == "cpu":
+            gather_weights(model)
         has_layers = cpu_layers and self.device.type == "cpu"
         self.cpu_layers = CpuLayers(self.model, model, backend) if has_layers else None
         if compiled_modules:
