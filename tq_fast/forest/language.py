@@ -74,9 +74,9 @@ class Forest:
             shapes=known_shapes.get(model),
         )
         self.num_token_forwards = 0
-        if self.device.type == "cpu":
-            gather_weights(model)
         has_layers = cpu_layers and self.device.type == "cpu"
+        if has_layers:
+            gather_weights(model)
         self.cpu_layers = CpuLayers(self.model, model, backend) if has_layers else None
         if compiled_modules:
             # This imports torch._dynamo, which takes a second.
