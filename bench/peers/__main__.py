@@ -1,12 +1,14 @@
 """Times tq_fast beside vLLM on a CPU: `python -m bench.peers --output FILE`.
 
-Each side is a worker process, vLLM's in an environment of its own (`make peers` makes it). They take
-turns in one run; the one that does not work is stopped. Nothing is reported of a case on which the
-two do not compute the same.
+Each side is a worker process, vLLM's in an environment of its own (`make peers` makes it). They
+take turns in one run; the one that does not work is stopped. Nothing is reported of a case on which
+the two do not compute the same.
 
 A step of Transfer Q* takes the models of bench/decode_models.py: k = 10 candidates, a greedy
-roll-out of 20 tokens each, the arg max of the steered law. For vLLM it is three calls of its offline
-engine, with prefix caching: the candidates, the roll-outs in one batch, the rewards.
+roll-out of 20 tokens each, the arg max of the steered law. For vLLM it is three calls of its
+offline engine, with prefix caching: the candidates, the roll-outs in one batch, the rewards. What
+lies behind the last full block of vLLM's cache is encoded again for every row; prompts of 512 and
+3,072 tokens end with a block, so that their first tokens, which are timed here, are its best ones.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.conftest import _processor
+from bench.conftest import processor
 from bench.peers.cases import DTYPES, KINDS, PROMPT_LENGTHS, Case, all_cases
 from bench.peers.measure import Row, measure
 from bench.peers.models import save_models
@@ -104,7 +106,7 @@ def describe(workers: dict[str, Worker], args: argparse.Namespace) -> dict[str, 
     mode = "compiled" if args.compile else "eager"
     return {
         "command": f"python -m bench.peers {shlex.join(sys.argv[1:])}",
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {THREADS} threads a side, "
+        "machine": f"{processor()}, {os.cpu_count()} cores, {THREADS} threads a side, "
         f"Python {platform.python_version()}, {datetime.date.today()}",
         "tq_fast": f"commit {commit_id(short=True) or 'unknown'}, {sides['tq_fast']['versions']}",
         "vLLM": f"{sides['vLLM']['versions']}; {mode}, block size {args.block_size}, prefix "

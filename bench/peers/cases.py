@@ -10,7 +10,7 @@ VOCAB_SIZE = 32_000
 DTYPES = ("fp32", "bf16")
 PROMPT_LENGTHS = (512, 3_072)
 
-# A step of Transfer Q*: k candidates of one greedy roll-out of L tokens each, the next token greedy.
+# A step of Transfer Q*: k candidates, a greedy roll-out of L tokens each, the next token greedy.
 K, HORIZON, ALPHA = 10, 20, 1.0
 # A prompt of the sampling case, and the tokens of each of its responses.
 SAMPLED_PROMPT, SAMPLED_TOKENS = 128, 64

@@ -59,8 +59,8 @@ class Row:
     @property
     def spread(self) -> tuple[float, float]:
         """The least and the greatest ratio of one turn."""
-        pairs = zip(self.seconds["vLLM"], self.seconds["tq_fast"], strict=True)
-        ratios = [theirs / ours for ours, theirs in ((ours, theirs) for theirs, ours in pairs)]
+        pairs = zip(self.seconds["tq_fast"], self.seconds["vLLM"], strict=True)
+        ratios = [theirs / ours for ours, theirs in pairs]
         return min(ratios), max(ratios)
 
 

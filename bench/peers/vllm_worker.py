@@ -156,9 +156,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--block-size", type=int, default=32)
     args = parser.parse_args()
-    worker = VllmWorker(
-        args.folder, args.dtype, is_eager=args.eager, block_size=args.block_size
-    )
+    worker = VllmWorker(args.folder, args.dtype, is_eager=args.eager, block_size=args.block_size)
     names = ("describe", "begin", "decode", "end", "encode", "sample")
     serve(Channel(sys.stdin, answers), {name: getattr(worker, name) for name in names})
 

@@ -25,14 +25,14 @@ class Worker:
     Args:
         name: for messages.
         command: the process's command line.
-        environment: what is set for it beside the environment of this process; what a checkout
-            puts on the path of modules is not passed on.
+        environment: what is set for it beside the environment of this process. Modules are found
+            in this checkout, wherever else PYTHONPATH points.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.name = name
-        # Libraries say much while they load; it is shown if the worker fails.
-        self._log = tempfile.TemporaryFile("w+")
+        # Libraries say much while they load; it is shown if the worker fails. `__exit__` closes it.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
