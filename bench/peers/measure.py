@@ -128,7 +128,7 @@ def _measure_sample(workers: dict[str, Worker], case: SampleCase, *, turns: int)
 
     def sample(worker: Worker, turn: int) -> dict[str, Any]:
         prompt = prompt_of(SAMPLED_PROMPT, number, "turn", turn)
-        return worker.call("sample", prompt=prompt, number=number, num_tokens=length, seed=turn)
+        return worker.call("sample", prompt=prompt, number=number, num_tokens=length)
 
     found = _in_turns(workers, turns, sample, warm=True)
     for answers in found.values():

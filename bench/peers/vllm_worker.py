@@ -88,9 +88,7 @@ class VllmWorker:
         (ids,) = self._generate([prompt], max_tokens=1, temperature=0.0)
         return {"seconds": time.perf_counter() - start, "next_token": ids.outputs[0].token_ids[0]}
 
-    def sample(self, prompt: list[int], number: int, num_tokens: int, seed: int) -> Message:
-        # vLLM on CPU runs seeded requests one by one, so that none is set here.
-        del seed
+    def sample(self, prompt: list[int], number: int, num_tokens: int) -> Message:
         start = time.perf_counter()
         (found,) = self._generate([prompt], max_tokens=num_tokens, n=number, temperature=1.0)
         seconds = time.perf_counter() - start
