@@ -57,6 +57,11 @@ class Row:
         return self.rate("tq_fast") / self.rate("vLLM")
 
     @property
+    def best_ratio(self) -> float:
+        """The ratio of the fastest turns, which other work on the machine changes least."""
+        return min(self.seconds["vLLM"]) / min(self.seconds["tq_fast"])
+
+    @property
     def spread(self) -> tuple[float, float]:
         """The least and the greatest ratio of one turn."""
         pairs = zip(self.seconds["tq_fast"], self.seconds["vLLM"], strict=True)

@@ -8,11 +8,14 @@ from typing import Any
 
 from bench.peers.measure import SIDES, Row
 
-_WIDTHS = (38, 12, 12, 8)
+_WIDTHS = (38, 12, 12, 8, 8)
 
 
 def table(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return the table: a line a case, then the phases of each step, then what was found equal.
+
+    A line has the tokens a second of the median turns, their ratio, the ratio of the fastest turns,
+    and the least and the greatest ratio of one turn.
 
     `run` says the command, the machine, the versions and the commit, each a line.
     """
@@ -32,7 +35,8 @@ def table(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def _head() -> str:
     name, *numbers = _WIDTHS
-    cells = [f"{text:>{width}}" for text, width in zip((*SIDES, "ratio"), numbers, strict=True)]
+    heads = (*SIDES, "ratio", "best")
+    cells = [f"{text:>{width}}" for text, width in zip(heads, numbers, strict=True)]
     return f"{'tokens a second':{name}}{''.join(cells)}  [least, greatest of the turns]"
 
 
@@ -40,7 +44,8 @@ def _line(row: Row) -> str:
     name, *numbers = _WIDTHS
     least, greatest = row.spread
     rates = [_number(row.rate(side)) for side in SIDES]
-    cells = [f"{text:>{w}}" for text, w in zip((*rates, f"{row.ratio:.2f}"), numbers, strict=True)]
+    ratios = [f"{row.ratio:.2f}", f"{row.best_ratio:.2f}"]
+    cells = [f"{text:>{w}}" for text, w in zip((*rates, *ratios), numbers, strict=True)]
     return f"{row.case!s:{name}}{''.join(cells)}  [{least:.2f}, {greatest:.2f}]"
 
 

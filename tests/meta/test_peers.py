@@ -163,8 +163,8 @@ def test_the_table_shows_rates_ratios_their_spread_and_losses() -> None:
     lines = table({"machine": "a test"}, [won, lost]).splitlines()
     assert lines[0] == "machine: a test"
     words = [" ".join(line.split()) for line in lines]
-    assert "Transfer Q*, 8 x 512, fp32 16.0 8.000 2.00 [1.50, 3.00]" in words
-    assert "encoding, 512, bf16 256.0 512.0 0.50 [0.50, 0.50]" in words
+    assert "Transfer Q*, 8 x 512, fp32 16.0 8.000 2.00 2.25 [1.50, 3.00]" in words
+    assert "encoding, 512, bf16 256.0 512.0 0.50 0.50 [0.50, 0.50]" in words
     assert len({line.index("  [") for line in lines if "  [" in line}) == 1
     assert "tq_fast is faster in 1 of 2 cases; slower in" in lines
     assert "  tq_fast       500.0 a step: roll-outs 500.0" in lines
