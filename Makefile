@@ -26,7 +26,7 @@ PYTEST_WORKERS ?= 2
 # An idle worker takes tests over: some take as long as thousands of others.
 PARALLEL := -n $(PYTEST_WORKERS) --dist worksteal
 
-.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench tiny-models install clean
+.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench peers tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
@@ -88,6 +88,11 @@ bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only --benchmark-json=build/bench.json \
 	  $(if $(TABLE),--table $(TABLE))
 	$(VENV_PYTHON) -m bench.pictures build/bench.json bench/results
+
+# tq_fast beside vLLM on this CPU, in turns; some forty minutes, and 15 GB of memory. PEERS names options, such as
+# PEERS="--kind transfer --dtype bf16 --prompt 512 --number 1"; TABLE=FILE keeps the table.
+peers: $(INSTALLED) $(INSTALLED_VLLM)
+	$(VENV_PYTHON) -m bench.peers --vllm $(VLLM)/bin/python $(if $(TABLE),--output $(TABLE)) $(PEERS)
 
 tiny-models: $(INSTALLED_TRAIN)
 	$(VENV_PYTHON) scripts/train_tiny_models.py
