@@ -18,7 +18,7 @@ _NAMED_BY_HOOKS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR
 _ROOT = Path(__file__).resolve().parents[1]
 # What `git describe --long` answers: the last tag where there is one, and commits since it.
 _DESCRIBED = re.compile(
-    r"(?:v?(?P<tag>.+)-(?P<distance>\d+)-g)?(?P<node>[0-9a-f]+)(?P<dirty>-dirty)?"
+    r"(?:v(?P<tag>.+)-(?P<distance>\d+)-g)?(?P<node>[0-9a-f]+)(?P<dirty>-dirty)?"
 )
 
 

@@ -375,7 +375,7 @@ def check_version(
         raise OutputRefused(
             f"output {str(path)!r} was made by tq-fast {', '.join(sorted(others))}, this is "
             f"{read_version()}, and two versions may decode differently. --mix-versions goes on, "
-            "and every record says which version made it; or go on with the earlier version, "
+            "and new records name the version that made them; or go on with the earlier version, "
             "choose another output, or --overwrite to start again"
         )
 
