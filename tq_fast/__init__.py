@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from ._version import read_version
 from .config import DecodeConfig, DecodeOptions, SpeedOptions
 from .errors import (
     BackendRefused,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     )
     from .servers.server import Server
     from .values.head import ValueHead
+
+    __version__: str
 
 __all__ = [
     "BackendRefused",
@@ -82,6 +84,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     import importlib
 
+    if name == "__version__":
+        return read_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = importlib.import_module(f".{_HOMES[name]}", __name__)
