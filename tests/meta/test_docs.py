@@ -1,4 +1,4 @@
-"""The tables of the documentation name tests that exist."""
+"""The pages: their tables are narrow, their links lead somewhere, and they name tests that exist."""
 
 from __future__ import annotations
 
@@ -8,8 +8,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+from tests.meta.pages import (
+    DOCS,
+    PAGES,
+    ROOT,
+    SITE_PAGES,
+    anchors,
+    page_id,
+    prose,
+    rows,
+    shown,
+)
+
+# A cell of more characters is a paragraph, which a table makes hard to read.
+MAX_CELL = 80
 
 
 def _tests_of(path: Path) -> set[str]:
@@ -17,23 +29,61 @@ def _tests_of(path: Path) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_every_row_of_a_table_of_models_names_its_test() -> None:
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| ")]
-    bodies = [row for row in rows if "tested in" not in row]
-    assert len(bodies) > 30
-    assert [row for row in bodies if "`tests/" not in row] == []
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_no_cell_of_a_table_is_a_paragraph(page: Path) -> None:
+    long = [
+        f"{page_id(page)}:{line}: {len(shown(cell))} characters: {shown(cell)}"
+        for line, cells in rows(page)
+        for cell in cells
+        if len(shown(cell)) > MAX_CELL
+    ]
+    assert not long, "\n".join(long)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("name", ["loading-models", "rewards", "prompts"])
+def test_every_row_about_models_rewards_and_prompts_names_its_test(name: str) -> None:
+    page = DOCS / "guide" / f"{name}.md"
+    text = page.read_text(encoding="utf-8")
+    notes = dict(re.findall(r"(?m)^\[\^([\w-]+)\]: (`tests/[\w/]+\.py::\w+`)$", text))
+    marked = [(line, re.findall(r"\[\^([\w-]+)\]", cells[0])) for line, cells in rows(page)]
+    tested = [(line, marks) for line, marks in marked if marks]
+    assert len(tested) >= 7
+    assert [line for line, marks in tested if any(mark not in notes for mark in marks)] == []
+    used = {mark for _, marks in tested for mark in marks}
+    assert used == set(notes), "a test that no row of a table names"
+    bare = [line for line, cells in rows(page) if "tested" in cells[0] and line]
+    assert bare, "no table says that its rows are tested"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_tests_that_a_page_names_exist(page: Path) -> None:
     for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
         path = ROOT / file
         assert path.is_file() and name in _tests_of(path), f"{page.name}: {file}::{name}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
-def test_files_that_a_page_links_to_exist(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)", prose(page)):
+        file, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        path = page.parent / file if file else page
+        assert path.exists(), f"{page_id(page)} links to {target}"
+        if anchor:
+            assert anchor in anchors(path), f"{page_id(page)} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_of_the_repository_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(
+        r"`((?:tq_fast|tests|bench|docs|csrc|scripts)/[\w./-]+?\.\w+)(?:::\w+)?`", prose(page)
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_page_stands_in_the_navigation_of_the_site() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    listed = re.findall(r"[\w/-]+\.(?:md|ipynb)", navigation)
+    pages = {str(page.relative_to(DOCS)) for page in [*SITE_PAGES, *DOCS.rglob("*.ipynb")]}
+    assert sorted(listed) == sorted(pages)

@@ -1,0 +1,60 @@
+"""What `mkdocs.yml` hooks into the build of the site: notebooks become pages.
+
+A notebook is shown as it was saved, with the outputs that are stored in it: nothing is run here.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Put a page of Markdown in the place of every notebook."""
+    for file in list(files):
+        if file.src_uri.endswith(".ipynb"):
+            files.remove(file)
+            name = file.src_uri.removesuffix(".ipynb") + ".md"
+            files.append(File.generated(config, name, content=notebook_page(file.content_string)))
+    return files
+
+
+def notebook_page(notebook: str) -> str:
+    """Return the cells and stored outputs of a notebook, JSON of nbformat 4, as Markdown."""
+    parts = []
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+        elif cell["cell_type"] == "code":
+            parts.append(_block(source, "python"))
+            parts += [_output(output) for output in cell["outputs"]]
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(text: str, language: str) -> str:
+    # A fence of four marks may hold one of three.
+    return f"````{language}\n{text.rstrip()}\n````"
+
+
+def _output(output: dict[str, Any]) -> str:
+    """Return the richest form of an output that a page can show."""
+    if output["output_type"] == "stream":
+        return _block("".join(output["text"]), "text")
+    if output["output_type"] == "error":
+        raise ValueError(f"the notebook was saved with an error: {output['evalue']}")
+    data = output["data"]
+    if "text/html" in data:
+        # Markdown takes HTML up to the first empty line.
+        lines = "".join(data["text/html"]).splitlines()
+        return "<div>\n" + "\n".join(line for line in lines if line.strip()) + "\n</div>"
+    if "image/svg+xml" in data:
+        lines = "".join(data["image/svg+xml"]).splitlines()
+        return "<div>\n" + "\n".join(line for line in lines if line.strip()) + "\n</div>"
+    if "image/png" in data:
+        image = "".join(data["image/png"]).replace("\n", "")
+        return f"![output of the cell above](data:image/png;base64,{image})"
+    return _block("".join(data["text/plain"]), "text")
