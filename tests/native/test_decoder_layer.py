@@ -25,7 +25,7 @@ def finish_decoder_layer_cpu(*inputs: Any, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", projecting.SHAPES)
-def test_projections_equal_the_reference(isa, shape, dtype):
+def test_projections_equal_the_reference(isa_or_amx, shape, dtype):
     inputs = projecting.problem(shape, dtype)
     exact = project_qkv_ref(*map(projecting.widened, inputs), eps=1e-5)
     plain = project_qkv_ref(*inputs, eps=1e-5)
@@ -35,7 +35,7 @@ def test_projections_equal_the_reference(isa, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", finishing.SHAPES)
-def test_the_rest_of_the_layer_equals_the_reference(isa, shape, dtype):
+def test_the_rest_of_the_layer_equals_the_reference(isa_or_amx, shape, dtype):
     inputs = finishing.problem(shape, dtype)
     exact = finish_decoder_layer_ref(*map(projecting.widened, inputs), eps=1e-5)
     result = finish_decoder_layer_cpu(*inputs, eps=1e-5)
@@ -43,7 +43,7 @@ def test_the_rest_of_the_layer_equals_the_reference(isa, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_depends_on_nothing_else_bit_for_bit(isa, num_threads, dtype):
+def test_a_row_depends_on_nothing_else_bit_for_bit(isa_or_amx, num_threads, dtype):
     x, norm, q, k, v, cos, sin = projecting.problem((70, 1, 96, 4, 2, 24), dtype)
     whole = project_qkv_cpu(x, norm, q, k, v, cos, sin, eps=1e-5)
     parts = [value[31:33] for value in (x, cos, sin)]
@@ -55,7 +55,7 @@ def test_a_row_depends_on_nothing_else_bit_for_bit(isa, num_threads, dtype):
     assert torch.equal(whole[31:33], few)
 
 
-def test_views_of_any_strides_give_the_same(isa):
+def test_views_of_any_strides_give_the_same(isa_or_amx):
     inputs = projecting.problem((6, 2, 40, 2, 1, 8), torch.bfloat16)
     expected = project_qkv_cpu(*inputs, eps=1e-5)
     inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)

@@ -19,7 +19,9 @@ def few_rows_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size_in, size_out", SIZES)
-def test_kernel_is_accurate_and_a_row_does_not_depend_on_the_others(isa, dtype, size_in, size_out):
+def test_kernel_is_accurate_and_a_row_does_not_depend_on_the_others(
+    isa_or_amx, dtype, size_in, size_out
+):
     x, weight, bias = problem(64, size_in, size_out, dtype)
     whole = few_rows_linear_cpu(x, weight, bias)
     assert_accurate(whole, x, weight, bias)
@@ -30,7 +32,7 @@ def test_kernel_is_accurate_and_a_row_does_not_depend_on_the_others(isa, dtype, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit(isa, dtype):
+def test_threads_change_no_bit(isa_or_amx, dtype):
     x, weight, bias = problem(30, 900, 1003, dtype)
     results: list[Tensor] = []
     before = torch.get_num_threads()
@@ -45,7 +47,7 @@ def test_threads_change_no_bit(isa, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_infinity_go_where_they_belong_and_nowhere_else(isa, dtype, special):
+def test_nan_and_infinity_go_where_they_belong_and_nowhere_else(isa_or_amx, dtype, special):
     x, weight, _ = problem(14, 50, 9, dtype)
     clean = few_rows_linear_cpu(x, weight, None)
     for row, column in ((3, 0), (13, 49)):
@@ -61,7 +63,7 @@ def test_nan_and_infinity_go_where_they_belong_and_nowhere_else(isa, dtype, spec
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_results_are_rounded_to_nearest_even_and_overflow_to_infinity(isa, dtype):
+def test_results_are_rounded_to_nearest_even_and_overflow_to_infinity(isa_or_amx, dtype):
     # Sixteen outputs and three: whole vectors and the rest are rounded by different code.
     values = torch.randn(4000).double() * 10.0 ** torch.randint(-6, 4, (4000,))
     weight = torch.cat([values.to(dtype), torch.tensor([torch.finfo(dtype).max] * 3, dtype=dtype)])
