@@ -1,15 +1,22 @@
-"""What `mkdocs.yml` hooks into the build of the site: notebooks become pages.
+"""What `mkdocs.yml` hooks into the build of the site.
 
-A notebook is shown as it was saved, with the outputs that are stored in it: nothing is run here.
+A notebook becomes a page as it was saved, with the outputs that are stored in it: nothing is run
+here. In tables a number and its interval stay on one line, and a picture leads to its full size.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+# "1.51 [1.45, 1.57]", perhaps with a sign before it.
+_INTERVAL = re.compile(r"(?:[≤≥≲] )?[+-]?[\d.]+x? \[[^\]|]*\]")
+_PICTURE = re.compile(r"(?m)^(!\[[^\]]*\]\((pictures/[^)]*\.png)\))$")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -20,6 +27,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             name = file.src_uri.removesuffix(".ipynb") + ".md"
             files.append(File.generated(config, name, content=notebook_page(file.content_string)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep intervals in the cells of tables together, and link pictures to themselves."""
+    lines = markdown.split("\n")
+    for idx, line in enumerate(lines):
+        if line.startswith("|"):
+            lines[idx] = _INTERVAL.sub(lambda found: found[0].replace(" ", "\u00a0"), line)
+    return _PICTURE.sub(r"[\1](\2)", "\n".join(lines))
 
 
 def notebook_page(notebook: str) -> str:

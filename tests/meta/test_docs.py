@@ -1,4 +1,4 @@
-"""The pages: their tables are narrow, their links lead somewhere, and they name tests that exist."""
+"""The pages: their tables are narrow, their links lead somewhere, their tests exist."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.meta.pages import (
     ROOT,
     SITE_PAGES,
     anchors,
+    blocks,
     page_id,
     prose,
     rows,
@@ -22,6 +23,8 @@ from tests.meta.pages import (
 
 # A cell of more characters is a paragraph, which a table makes hard to read.
 MAX_CELL = 80
+# Code of longer lines is cut off at the edge of a page of the site.
+MAX_CODE = 84
 
 
 def _tests_of(path: Path) -> set[str]:
@@ -38,6 +41,12 @@ def test_no_cell_of_a_table_is_a_paragraph(page: Path) -> None:
         if len(shown(cell)) > MAX_CELL
     ]
     assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *SITE_PAGES], ids=page_id)
+def test_no_line_of_code_is_wider_than_a_page(page: Path) -> None:
+    lines = [line for block in blocks(page) for line in block.text.splitlines()]
+    assert [line for line in lines if len(line) > MAX_CODE] == []
 
 
 @pytest.mark.parametrize(
