@@ -14,8 +14,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-# "1.51 [1.45, 1.57]", perhaps with a sign before it.
-_INTERVAL = re.compile(r"(?:[≤≥≲] )?[+-]?[\d.]+x? \[[^\]|]*\]")
+# "≥ 1.51 [1.45, 1.57]", of which sign and interval may be missing.
+_NUMBER = re.compile(r"[≤≥≲] [+-]?[\d.]+x?(?: \[[^\]|]*\])?|[+-]?[\d.]+x? \[[^\]|]*\]")
 _PICTURE = re.compile(r"(?m)^(!\[[^\]]*\]\((pictures/[^)]*\.png)\))$")
 
 
@@ -30,11 +30,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Keep intervals in the cells of tables together, and link pictures to themselves."""
+    """Keep numbers and their intervals in the cells of tables together, and link pictures to themselves."""
     lines = markdown.split("\n")
     for idx, line in enumerate(lines):
         if line.startswith("|"):
-            lines[idx] = _INTERVAL.sub(lambda found: found[0].replace(" ", "\u00a0"), line)
+            lines[idx] = _NUMBER.sub(lambda found: found[0].replace(" ", "\u00a0"), line)
     return _PICTURE.sub(r"[\1](\2)", "\n".join(lines))
 
 
