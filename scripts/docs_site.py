@@ -30,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Keep numbers and their intervals in the cells of tables together, and link pictures to themselves."""
+    """Keep numbers in tables beside their intervals, and link pictures to themselves."""
     lines = markdown.split("\n")
     for idx, line in enumerate(lines):
         if line.startswith("|"):

@@ -20,6 +20,7 @@ from tests.meta.pages import (
     rows,
     shown,
 )
+from tq_fast.ops import _dispatch, describe_backends
 
 # A cell of more characters is a paragraph, which a table makes hard to read.
 MAX_CELL = 80
@@ -97,3 +98,17 @@ def test_every_page_stands_in_the_navigation_of_the_site() -> None:
     listed = re.findall(r"[\w/-]+\.(?:md|ipynb)", navigation)
     pages = {str(page.relative_to(DOCS)) for page in [*SITE_PAGES, *DOCS.rglob("*.ipynb")]}
     assert sorted(listed) == sorted(pages)
+
+
+def test_the_ticks_of_the_ops_are_the_backends_that_they_have() -> None:
+    head, *body = [cells for _, cells in rows(DOCS / "reference" / "ops.md") if len(cells) == 5]
+    assert [cell.lower() for cell in head[2:]] == ["cpu", "triton", "cuda"]
+    ticked = {
+        shown(op): {name.lower() for name, cell in zip(head[2:], cells, strict=True) if cell}
+        for op, _, *cells in body
+    }
+    assert all(reference == "✓" for _, reference, *_ in body)
+    declared = {
+        name: {backend.name for backend in op._backends} for name, op in _dispatch._OPS.items()
+    }
+    assert ticked == {name: declared[name] for name in describe_backends()}
