@@ -94,7 +94,7 @@ bench: $(INSTALLED)
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
 
 docs: $(INSTALLED_DOCS)
-	$(MKDOCS) build --strict --quiet
+	$(MKDOCS) build --strict
 
 docs-serve: $(INSTALLED_DOCS)
 	$(MKDOCS) serve

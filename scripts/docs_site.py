@@ -30,12 +30,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Keep numbers in tables beside their intervals, and link pictures to themselves."""
+    """Keep numbers in tables beside their intervals; link pictures, and notebooks' pages."""
     lines = markdown.split("\n")
     for idx, line in enumerate(lines):
         if line.startswith("|"):
             lines[idx] = _NUMBER.sub(lambda found: found[0].replace(" ", "\u00a0"), line)
-    return _PICTURE.sub(r"[\1](\2)", "\n".join(lines))
+    text = "\n".join(lines).replace(".ipynb)", ".md)")
+    return _PICTURE.sub(r"[\1](\2)", text)
 
 
 def notebook_page(notebook: str) -> str:
@@ -47,7 +48,14 @@ def notebook_page(notebook: str) -> str:
             parts.append(source)
         elif cell["cell_type"] == "code":
             parts.append(_block(source, "python"))
-            parts += [_output(output) for output in cell["outputs"]]
+            streams, others = [], []
+            for output in cell["outputs"]:
+                is_stream = output["output_type"] == "stream"
+                (streams if is_stream else others).append(output)
+            if streams:
+                text = "".join(part for output in streams for part in output["text"])
+                parts.append(_block(text, "text"))
+            parts += [_output(output) for output in others]
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,8 +66,6 @@ def _block(text: str, language: str) -> str:
 
 def _output(output: dict[str, Any]) -> str:
     """Return the richest form of an output that a page can show."""
-    if output["output_type"] == "stream":
-        return _block("".join(output["text"]), "text")
     if output["output_type"] == "error":
         raise ValueError(f"the notebook was saved with an error: {output['evalue']}")
     data = output["data"]
