@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tq_fast
 from tests.meta.pages import (
     DOCS,
     PAGES,
@@ -20,6 +21,7 @@ from tests.meta.pages import (
     rows,
     shown,
 )
+from tq_fast import presets
 from tq_fast.ops import _dispatch, describe_backends
 
 # A cell of more characters is a paragraph, which a table makes hard to read.
@@ -113,3 +115,18 @@ def test_the_ticks_of_the_ops_are_the_backends_that_they_have() -> None:
         name: {backend.name for backend in op._backends} for name, op in _dispatch._OPS.items()
     }
     assert ticked == {name: declared[name] for name in describe_backends()}
+
+
+def test_the_reference_has_every_public_name_every_method_and_every_op() -> None:
+    text = {
+        name: (DOCS / "reference" / f"{name}.md").read_text(encoding="utf-8")
+        for name in ("api", "methods", "ops")
+    }
+    errors = re.findall(r"members: \[(\w+Error.*)\]", text["api"])[0].split(", ")
+    shown_names = {*re.findall(r"(?m)^::: tq_fast\.(\w+)$", text["api"]), *errors}
+    modules = {"__version__", "ops", "presets", "DecodeOptions"}
+    assert set(tq_fast.__all__) - modules - shown_names == set()
+    assert re.findall(r"(?m)^        - (\w+)$", text["methods"]) == list(presets.METHODS)
+    ops = re.findall(r"(?m)^::: tq_fast\.ops(?:\.\w+)?\.(\w+)$", text["ops"])
+    references = {name for name in tq_fast.ops.__all__ if name.endswith("_ref")}
+    assert set(tq_fast.ops.__all__) - references - set(ops) == set()
