@@ -96,12 +96,12 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# TABLE=FILE keeps the table of figures; the pictures go beside the stored results.
+# TABLE=FILE keeps the table of figures; the pictures go into the page of benchmarks.
 bench: $(INSTALLED)
 	mkdir -p build
 	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only --benchmark-json=build/bench.json \
 	  $(if $(TABLE),--table $(TABLE))
-	$(VENV_PYTHON) -m bench.pictures build/bench.json bench/results
+	$(VENV_PYTHON) -m bench.pictures build/bench.json docs/results/pictures
 
 # tq_fast beside vLLM on this CPU, in turns; some forty minutes, and 15 GB of memory. PEERS names options, such as
 # PEERS="--kind transfer --dtype bf16 --prompt 512 --number 1"; TABLE=FILE keeps the table.
@@ -175,6 +175,27 @@ gpu-compile:
 	$(GPU_ENV) cmake -S . -B build/gpu-compile -DTQ_FAST_CUDA=ON \
 	  -DPython3_EXECUTABLE="$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"
 	$(GPU_ENV) cmake --build build/gpu-compile --target tq_fast_cuda
+
+# The site, into build/site. The extra `docs` lies in an environment of its own, without torch: signatures
+# and docstrings are read from the sources. The variable silences an advertisement of the theme.
+DOCS := build/docs
+INSTALLED_DOCS := $(DOCS)/.installed
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
+
+.PHONY: docs docs-serve
+
+docs: $(INSTALLED_DOCS)
+	$(MKDOCS) build --strict
+
+docs-serve: $(INSTALLED_DOCS)
+	$(MKDOCS) serve
+
+# ruff lays the signatures out.
+$(INSTALLED_DOCS): constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+	  mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
 
 # A build without native libraries (TQ_FAST_BUILD=none, no compiler) has no C++ tests either.
 .PHONY: native-test

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         StageTrace,
         StepTrace,
     )
+    from .rewards.options import RewardOptions
     from .servers.server import Server
     from .values.head import ValueHead
 

@@ -153,7 +153,7 @@ def _costs(device: str, used: dict[str, str]) -> list[str]:
             costs.append(
                 "No CPU library: its ops run on calls of PyTorch, with the same results and "
                 "slower, most of all finding candidates, sampling roll-outs and attention over the "
-                "shared prefix; the table of ops in README.md says by how much. Installing again "
+                "shared prefix; docs/results/benchmarks.md says by how much. Installing again "
                 "with a C++ compiler builds it."
             )
     elif _native.cuda_refusal() is not None:

@@ -59,9 +59,11 @@ def shared_prefix_attention(
 
     Args:
         q: `[N, H_q, T, d]`, floating point; the last T branch tokens of each row.
-        prefix_k, prefix_v: `[G, H_kv, P, d]`, the dtype of q; views of larger buffers are fine.
+        prefix_k: `[G, H_kv, P, d]`, the dtype of q; views of larger buffers are fine.
+        prefix_v: the same.
         prefix_len: int64 or int32 `[G]`, valid prefix tokens of each tree, 0 to P; None: all P.
-        branch_k, branch_v: `[N, H_kv, S, d]`, the dtype of q.
+        branch_k: `[N, H_kv, S, d]`, the dtype of q.
+        branch_v: the same.
         branch_len: int64 or int32 `[N]`, valid branch tokens of each row, the T new ones among
             them, so T to S; None: all S. Without both lengths the host knows them, and kernels
             that take none may serve (flash attention, for the prompt of a single row).
