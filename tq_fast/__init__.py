@@ -19,6 +19,7 @@ from .errors import (
 if TYPE_CHECKING:
     from . import ops, presets
     from .decoder import TransferDecoder, decode
+    from .generation import generate
     from .presets.fitting import fit_value
     from .results import (
         Certificate,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     )
     from .rewards.options import RewardOptions
     from .servers.server import Server
+    from .streaming import StreamedToken, TokenStream
     from .values.head import ValueHead
 
     __version__: str
@@ -51,6 +53,8 @@ __all__ = [
     "SpeedOptions",
     "StageTrace",
     "StepTrace",
+    "StreamedToken",
+    "TokenStream",
     "TqFastError",
     "TransferDecoder",
     "UnsupportedModel",
@@ -58,6 +62,7 @@ __all__ = [
     "__version__",
     "decode",
     "fit_value",
+    "generate",
     "ops",
     "presets",
 ]
@@ -73,10 +78,13 @@ _HOMES = {
     "Server": "servers.server",
     "StageTrace": "results",
     "StepTrace": "results",
+    "StreamedToken": "streaming",
+    "TokenStream": "streaming",
     "TransferDecoder": "decoder",
     "ValueHead": "values.head",
     "decode": "decoder",
     "fit_value": "presets.fitting",
+    "generate": "generation",
     "ops": "ops",
     "presets": "presets",
 }
