@@ -13,7 +13,7 @@ import ctypes
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ def ask_for_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
     _advise([tensor for tensor in tensors if tensor.device.type == "cpu"], _MADV_HUGEPAGE)
 
 
-def _advise(tensors: list[torch.Tensor], advice: int) -> None:
+def _advise(tensors: Sequence[torch.Tensor], advice: int) -> None:
     size = _page_size()
     if size == 0:
         return
@@ -55,7 +55,7 @@ def _advise(tensors: list[torch.Tensor], advice: int) -> None:
             madvise(at, size, advice)
 
 
-def _runs(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+def _runs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     """Where the memory of the tensors begins and ends; neighbours are one run."""
     # A subclass, such as one of quantised weights, may have no memory of its own.
     plain = [t for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and t.nbytes > 0]
