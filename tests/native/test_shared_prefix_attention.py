@@ -26,6 +26,8 @@ SHAPES = [
     (2, 4, 2, 2, 80, 6, 0, 2),
     (1, 30, 8, 2, 128, 20, 300, 1),
     (1, 2, 4, 2, 24, 200, 300, 64),
+    (1, 3, 4, 2, 96, 40, 300, 17),
+    (2, 2, 2, 1, 256, 150, 40, 140),
 ]
 
 
@@ -76,7 +78,7 @@ def check(function, inputs: list[Tensor], **given: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernel_equals_the_reference(isa, shape, ragged, dtype):
+def test_kernel_equals_the_reference(isa_or_amx, shape, ragged, dtype):
     inputs = problem(shape, dtype, ragged)
     for given in ({}, {"window": 7}, {"softcap": 3.0}, {"softcap": 20.0, "window": 90}):
         check(shared_prefix_attention_cpu, inputs, **given)
@@ -100,7 +102,7 @@ def test_trees_of_unequal_numbers_of_rows(function, num_threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [1, 9])
 @pytest.mark.parametrize("prefix", [16, 131])
-def test_memory_beyond_the_lengths_may_hold_nan(isa, prefix, queries, dtype):
+def test_memory_beyond_the_lengths_may_hold_nan(isa_or_amx, prefix, queries, dtype):
     inputs = problem((2, 6, 4, 2, 32, 70, prefix, queries), dtype, True)
     expected = shared_prefix_attention_cpu(*inputs, **options(32))
     for keys_or_values, lengths in ((1, 3), (2, 3), (4, 6), (5, 6)):
@@ -112,7 +114,7 @@ def test_memory_beyond_the_lengths_may_hold_nan(isa, prefix, queries, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_nan_query_is_loud_and_leaves_the_others_alone(isa, dtype):
+def test_a_nan_query_is_loud_and_leaves_the_others_alone(isa_or_amx, dtype):
     inputs = problem((1, 9, 4, 2, 32, 5, 70, 1), dtype, False)
     expected, _ = shared_prefix_attention_cpu(*inputs, **options(32))
     inputs[0][4, 1] = torch.nan
