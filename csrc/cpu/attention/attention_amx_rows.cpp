@@ -26,6 +26,18 @@ constexpr int64_t kTileWords = kAmxTileRows * kLanes;
 // Keys that are scored together: their sums are in four tile registers.
 constexpr int64_t kGroup = 4 * kAmxTileRows;
 
+// 2^x for x <= 0, 0 for -inf, within 4e-6 of itself: weights are rounded to bf16 after it. 2^(x - floor(x)) is a
+// polynomial that is exact at both ends. NaN stays NaN.
+TQ_INLINE F32x16 exp2_for_bf16(F32x16 x) {
+  constexpr int kRoundDown = 0x09;
+  const F32x16 rest = (F32x16)_mm512_reduce_ps((__m512)x, kRoundDown);
+  F32x16 poly = rest * 0.0135557475f + 0.0520323701f;
+  poly = poly * rest + 0.241379768f;
+  poly = poly * rest + 0.693032146f;
+  poly = poly * rest + 1.0f;
+  return (F32x16)_mm512_scalef_ps((__m512)poly, (__m512)x);
+}
+
 // Which keys of a block the sixteen queries of a tile see, by position.
 struct Sight {
   I32x16 first;
@@ -241,7 +253,7 @@ class AmxSegment {
     for (int64_t key = 0; key < depth; key += kChains) {
       F32x16 weights[kChains];
       for (int chain = 0; chain < kChains; ++chain) {
-        weights[chain] = exp2_nonpositive(load(scores + (key + chain) * kLanes) * scale - finite);
+        weights[chain] = exp2_for_bf16(load(scores + (key + chain) * kLanes) * scale - finite);
         if (kMasked) weights[chain] = kept(sight.of(begin + key + chain), weights[chain], 0.0f);
         masses[chain] += weights[chain];
       }
