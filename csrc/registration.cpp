@@ -36,15 +36,16 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
   m.def(
       "linear_trajectory_logprob(Tensor hidden, Tensor weight, Tensor tokens, Tensor lengths,"
       " Tensor? bias, float scale, float? softcap, int vocab_size) -> Tensor");
-  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor");
   m.def(
-      "project_qkv(Tensor x, Tensor norm_weight, float eps, Tensor q_weight, Tensor? q_bias,"
-      " Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias, Tensor cos, Tensor sin)"
-      " -> (Tensor q, Tensor k, Tensor v)");
+      "project_qkv(Tensor x, Tensor norm_weight, float eps, Tensor q_weight, Tensor? q_bias, Tensor? q_scale,"
+      " Tensor k_weight, Tensor? k_bias, Tensor? k_scale, Tensor v_weight, Tensor? v_bias, Tensor? v_scale,"
+      " Tensor cos, Tensor sin) -> (Tensor q, Tensor k, Tensor v)");
   m.def(
-      "finish_decoder_layer(Tensor attended, Tensor residual, Tensor o_weight, Tensor? o_bias,"
-      " Tensor norm_weight, float eps, Tensor gate_weight, Tensor? gate_bias, Tensor up_weight,"
-      " Tensor? up_bias, Tensor down_weight, Tensor? down_bias) -> Tensor");
+      "finish_decoder_layer(Tensor attended, Tensor residual, Tensor o_weight, Tensor? o_bias, Tensor? o_scale,"
+      " Tensor norm_weight, float eps, Tensor gate_weight, Tensor? gate_bias, Tensor? gate_scale,"
+      " Tensor up_weight, Tensor? up_bias, Tensor? up_scale, Tensor down_weight, Tensor? down_bias,"
+      " Tensor? down_scale) -> Tensor");
   m.def(
       "shared_prefix_attention(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor prefix_len,"
       " Tensor branch_k, Tensor branch_v, Tensor branch_len, float? scale, float? softcap, int? window,"

@@ -3,11 +3,14 @@
 `x @ W.T` with a handful of rows costs what reading W costs, and torch's product reads it at a
 fraction of the memory's speed. `ops.few_rows_linear` stands in for the layer's forward in a
 forest's view of a model, for so many rows as it was measured to win (bench/test_few_rows.py); so
-does the fused formula of a whole decoder layer. The weights are neither copied nor changed.
+does the fused formula of a whole decoder layer. The weights are neither copied nor changed; those
+that a quantiser left as int8 numbers and a scale for each output (`linears.py`) are multiplied as
+int8, which reads half the bytes of bf16.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -15,12 +18,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import _native
+from ..errors import warn_caller
 from ..ops._dispatch import unchecked_kernel
 from .attention import attending
-from .fused_layers import Forward, FusedLayers, fuse_layers, is_plain_linear
+from .fused_layers import Forward, FusedLayers, fuse_layers
+from .linears import has_int8_weight, is_int8_linear, is_plain_linear, operands_of
 
 # The C++ kernel of `ops.few_rows_linear`.
-NativeLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+NativeLinear = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
+]
+# Models of which it was told that int8 weights run as they are.
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+# A quantiser's own product first makes a copy of the weights in the dtype of the rows.
+MOST_ROWS_OF_INT8 = 64
 
 
 def most_rows(dtype: torch.dtype) -> int:
@@ -28,10 +41,16 @@ def most_rows(dtype: torch.dtype) -> int:
 
     Measured beside torch 2.13 on Zen 5, whole and with its instruction sets held down to AVX2. A
     processor with AMX was not at hand: there few_rows_linear serves while memory sets the pace.
+
+    Args:
+        dtype: that of the weights; int8 beside rows of any dtype.
     """
     isa = _native.cpu_isa()
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or isa in (None, "base"):
+    kinds = torch.float32, torch.bfloat16, torch.float16, torch.int8
+    if dtype not in kinds or isa in (None, "base"):
         return 0
+    if dtype is torch.int8:
+        return MOST_ROWS_OF_INT8
     if isa == "avx2":
         return 24 if dtype is torch.float32 else 64
     if dtype is torch.bfloat16:
@@ -75,29 +94,51 @@ class CpuLayers:
 
     def __init__(self, view: nn.Module, source: nn.Module, backend: str | None = None) -> None:
         self._native: NativeLinear | None = unchecked_kernel("few_rows_linear", backend)
-        self._linears: list[nn.Linear] = []
+        # Linear layers that may run in the kernel, and the dtype of their weights.
+        self._linears: list[tuple[nn.Linear, torch.dtype]] = []
+        self._num_other_int8 = 0
         self._fused: FusedLayers | None = None
         if self._native is not None:
-            # A layer with a forward of its own, such as a hook's, keeps it.
-            self._linears = [
-                module
-                for module in view.modules()
-                if is_plain_linear(module) and "forward" not in module.__dict__
-            ]
+            for module in view.modules():
+                # A layer with a forward of its own, such as a hook's, keeps it.
+                if "forward" in module.__dict__:
+                    continue
+                if is_plain_linear(module):
+                    self._linears.append((module, module.weight.dtype))
+                elif is_int8_linear(module):
+                    self._linears.append((module, torch.int8))
+                elif has_int8_weight(module):
+                    self._num_other_int8 += 1
             self._fused = fuse_layers(view, source, backend)
+            if self._num_other_int8 > 0 and source not in _warned:
+                _warned.add(source)
+                warn_caller(f"{type(source).__name__}: {self._int8_linears()}")
         self._stand_ins: dict[int, list[tuple[nn.Module, Forward]]] = {}
         self._installed: list[tuple[nn.Module, Forward]] = []
 
     def __str__(self) -> str:
         if self._fused is None:
             return "no decoder layer runs fused: the C++ library is not there, or not asked"
-        return str(self._fused)
+        int8_linears = self._int8_linears()
+        return f"{self._fused}; {int8_linears}" if int8_linears else str(self._fused)
+
+    def _int8_linears(self) -> str:
+        """Say how many linear layers with int8 weights run in the kernel; "" where none has any."""
+        count = sum(dtype is torch.int8 for _, dtype in self._linears)
+        total = count + self._num_other_int8
+        if total == 0:
+            return ""
+        text = f"{count} of {total} linear layers with int8 weights run in the kernel for few rows"
+        if count == total:
+            return text
+        return f"{text}, the others, which compute another product by a trial, as they are"
 
     @property
     def taken(self) -> frozenset[nn.Module]:
         """Modules that something stands in for in some passes, and what those are made of."""
         fused = [module for module, _, _ in self._fused.forwards] if self._fused else []
-        return frozenset(part for module in (*fused, *self._linears) for part in module.modules())
+        linears = [module for module, _ in self._linears]
+        return frozenset(part for module in (*fused, *linears) for part in module.modules())
 
     def install(self, num_rows: int) -> None:
         """Have the layers compute, in passes of so many rows, in the way that pays."""
@@ -121,12 +162,12 @@ class CpuLayers:
             if num_rows <= most_rows_of_a_layer(dtype)
         ]
         inside = {part for module, _ in chosen for part in module.modules()}
-        for layer in self._linears:
+        for layer, dtype in self._linears:
             if layer in inside:
                 continue
-            if num_rows <= most_rows(layer.weight.dtype):
+            if num_rows <= most_rows(dtype):
                 chosen.append((layer, _native_forward(layer, self._native)))
-            elif num_rows <= most_rows_transposed(layer.weight.dtype):
+            elif num_rows <= most_rows_transposed(dtype):
                 chosen.append((layer, _transposed_forward(layer)))
         return chosen
 
@@ -137,15 +178,16 @@ def describe_layers(model: PreTrainedModel) -> str:
 
 
 def _native_forward(layer: nn.Linear, native: Forward) -> Forward:
+    operands = operands_of(layer)
     # Straight from the dict: `layer.weight` costs a search through the module for each call.
     parameters = layer._parameters
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        weight, bias = parameters["weight"], parameters["bias"]
+        weight = parameters["weight"]
         assert weight is not None, "a linear layer has a weight"
         if x.dtype is not weight.dtype or x.dim() not in (2, 3):
-            return nn.functional.linear(x, weight, bias)
-        return native(x, weight, bias)
+            return nn.functional.linear(x, weight, parameters["bias"])
+        return native(x, *operands())
 
     return forward
 

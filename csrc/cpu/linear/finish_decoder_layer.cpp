@@ -13,9 +13,10 @@ constexpr int64_t kRowsPerThread = 32;
 
 Tensor finish_decoder_layer_cpu(
     const Tensor& attended_in, const Tensor& residual_in, const Tensor& o_weight, const std::optional<Tensor>& o_bias,
-    const Tensor& norm_in, double eps, const Tensor& gate_weight, const std::optional<Tensor>& gate_bias,
-    const Tensor& up_weight, const std::optional<Tensor>& up_bias, const Tensor& down_weight,
-    const std::optional<Tensor>& down_bias) {
+    const std::optional<Tensor>& o_scale, const Tensor& norm_in, double eps, const Tensor& gate_weight,
+    const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& gate_scale, const Tensor& up_weight,
+    const std::optional<Tensor>& up_bias, const std::optional<Tensor>& up_scale, const Tensor& down_weight,
+    const std::optional<Tensor>& down_bias, const std::optional<Tensor>& down_scale) {
   const char* const op = "finish_decoder_layer";
   STD_TORCH_CHECK(attended_in.dim() == 3 && residual_in.dim() == 3, op, ": attended and residual must have 3 axes");
   const Tensor residual = torch::stable::contiguous(residual_in);
@@ -29,11 +30,11 @@ Tensor finish_decoder_layer_cpu(
       attended.size(0) == residual.size(0) && attended.size(1) == residual.size(1), op,
       ": attended must have the rows of residual");
   const Tensor norm = dense(norm_in, dtype);
-  const LinearLayer o_layer(o_weight, o_bias, attended_size, dtype, op);
-  const LinearLayer gate_layer(gate_weight, gate_bias, size, dtype, op);
-  const LinearLayer up_layer(up_weight, up_bias, size, dtype, op);
+  const LinearLayer o_layer(o_weight, o_bias, o_scale, attended_size, dtype, op);
+  const LinearLayer gate_layer(gate_weight, gate_bias, gate_scale, size, dtype, op);
+  const LinearLayer up_layer(up_weight, up_bias, up_scale, size, dtype, op);
   const int64_t inner = gate_layer.size_out();
-  const LinearLayer down_layer(down_weight, down_bias, inner, dtype, op);
+  const LinearLayer down_layer(down_weight, down_bias, down_scale, inner, dtype, op);
   STD_TORCH_CHECK(
       norm.numel() == size && o_layer.size_out() == size && down_layer.size_out() == size &&
           up_layer.size_out() == inner,

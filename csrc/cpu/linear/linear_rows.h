@@ -16,6 +16,7 @@ struct FewRowsProduct {
   const void* weight;
   int64_t weight_stride;  // elements between weight rows
   const void* bias;       // size_out elements, or null
+  const float* scale;     // size_out numbers by which the sums are multiplied before the bias, or null
   const void* packed_x;   // what pack_rows made of x
   void* out;              // dense
   ElementType type;       // of weight, bias, x and out
@@ -25,6 +26,8 @@ struct FewRowsProduct {
   int64_t rows;
   int64_t size_in;
   int64_t size_out;
+  const char* ahead;      // memory to prefetch while this product is under way, or null: its own weights
+  int64_t ahead_bytes;
 };
 
 // From this many rows on transposing the weights pays; and the most rows of a tile.

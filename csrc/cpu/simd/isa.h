@@ -27,7 +27,7 @@ const char* isa_name(Isa isa);
 
 // Traits of the processor, beside the variants, that the choice between kernels depends on. Always false
 // off x86-64.
-enum class CpuTrait : int { kBf16Dot, kAmx, kAmd };
+enum class CpuTrait : int { kBf16Dot, kAmx, kAmd, kByteTables };
 
 // Tells of the processor itself, whatever the limit.
 bool cpu_has(CpuTrait trait);
