@@ -1,7 +1,7 @@
 """`tq_fast.decode` with a baseline of int8 weights, in turns with the same baseline in bf16.
 
-The models are those of `test_decode.py`; torchao quantises the baseline's linear layers, the LM head
-among them, and the reward stays in bf16. Needs torchao (`make real` installs it).
+The models are those of `test_decode.py`; torchao quantises the baseline's linear layers, the LM
+head among them, and the reward stays in bf16. Needs torchao (`make real` installs it).
 """
 
 from __future__ import annotations

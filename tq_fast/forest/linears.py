@@ -10,7 +10,7 @@ numbers are multiplied where they lie: no copy in another dtype is kept.
 
 torchao 0.18 rounds three times to the dtype of x: the sums, the scales, and the scaled sums (and a
 fourth time with a bias); `few_rows_linear` rounds once. In bf16 the two differ by up to four halves
-of a spacing, 2^-7 of a number, and the one that rounds once is the nearer to the product of the
+of a spacing, 2^-6 of a number, and the one that rounds once is the nearer to the product of the
 dequantised weights. In fp32 they differ as sums in another order do.
 """
 

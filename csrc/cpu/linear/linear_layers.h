@@ -97,8 +97,7 @@ inline void multiply_widened(const FewRowsProduct& product, int64_t begin, int64
   const int64_t line = kCacheLine / size;
   const int64_t stride = (product.size_in / line + 2) * line;
   const int64_t fitting = kWidenedBytes / (stride * size) / kWeightRowsPerTile * kWeightRowsPerTile;
-  const int64_t panel_rows =
-      product.is_many ? kOutputsTogether : std::clamp<int64_t>(fitting, kWeightRowsPerTile, kOutputsTogether);
+  const int64_t panel_rows = std::clamp<int64_t>(fitting, outputs_per_unit(product), kOutputsTogether);
   room.resize(std::max<size_t>(room.size(), panel_rows * stride * size + kCacheLine));
   const auto* const weight = static_cast<const int8_t*>(product.weight);
   for (int64_t first = begin; first < end; first += panel_rows) {
