@@ -15,19 +15,16 @@ from tq_fast.forest.view import view_of
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(params=["ours", "transposed"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both stand-ins, whichever this processor would choose."""
-    ours, transposed = (1000, 0) if request.param == "ours" else (0, 1000)
-    monkeypatch.setattr(cpu_layers, "most_rows", lambda dtype: ours)
-    monkeypatch.setattr(cpu_layers, "most_rows_transposed", lambda dtype: transposed)
-    return request.param
+@pytest.fixture
+def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our product, whichever this processor would choose."""
+    monkeypatch.setattr(cpu_layers, "most_rows", lambda dtype: 1000)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 24), (10, 1, 24), (2, 5, 24), (2, 3, 1, 24)])
-def test_the_product_is_that_of_the_layer(way, dtype, bias, shape) -> None:
+def test_the_product_is_that_of_the_layer(any_processor, dtype, bias, shape) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(24, 18, bias=bias).to(dtype)
     x = torch.randn(shape).to(dtype)
@@ -43,7 +40,7 @@ def test_the_product_is_that_of_the_layer(way, dtype, bias, shape) -> None:
 
 
 @torch.inference_mode()
-def test_a_weight_that_was_replaced_is_the_one_that_multiplies(way) -> None:
+def test_a_weight_that_was_replaced_is_the_one_that_multiplies(any_processor) -> None:
     model = nn.Sequential(nn.Linear(4, 3, bias=False))
     view = view_of(model)
     CpuLayers(view, model).install(2)
@@ -54,7 +51,6 @@ def test_a_weight_that_was_replaced_is_the_one_that_multiplies(way) -> None:
 
 def test_more_rows_than_it_was_measured_for_go_the_usual_way(monkeypatch) -> None:
     monkeypatch.setattr(cpu_layers, "most_rows", lambda dtype: 12)
-    monkeypatch.setattr(cpu_layers, "most_rows_transposed", lambda dtype: 0)
     model = nn.Sequential(nn.Linear(4, 4))
     view = view_of(model)
     layers = CpuLayers(view, model)
@@ -72,7 +68,9 @@ def test_another_backend_leaves_every_layer_alone() -> None:
     assert str(layers).startswith("no decoder layer runs fused")
 
 
-def test_a_subclass_of_linear_and_a_layer_patched_by_its_owner_are_left_alone(way) -> None:
+def test_a_subclass_of_linear_and_a_layer_patched_by_its_owner_are_left_alone(
+    any_processor,
+) -> None:
     class Owned(nn.Linear):
         pass
 
@@ -96,4 +94,3 @@ def test_a_range_of_rows_for_every_processor(monkeypatch, isa, traits) -> None:
     assert (
         cpu_layers.most_rows(torch.float64) == cpu_layers.most_rows_of_a_layer(torch.float64) == 0
     )
-    assert cpu_layers.most_rows_transposed(torch.bfloat16) == (80 if "amx" in traits else 0)

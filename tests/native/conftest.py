@@ -21,13 +21,23 @@ def cpu_library() -> None:
 @pytest.fixture(params=["base", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once for each vector variant that this processor has."""
-    torch.ops.tq_fast.limit_cpu_isa(request.param)
+    yield from _limited_to(request.param)
+
+
+@pytest.fixture(params=["base", "avx2", "avx512", "amx"])
+def isa_or_amx(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test of products once for each vector variant, and in the tiles of AMX."""
+    yield from _limited_to(request.param)
+
+
+def _limited_to(isa: str) -> Iterator[str]:
+    torch.ops.tq_fast.limit_cpu_isa(isa)
     try:
-        if _native.cpu_isa() != request.param:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
+        if not (_native.cpu_has("amx") if isa == "amx" else _native.cpu_isa() == isa):
+            pytest.skip(f"this processor has no {isa}")
+        yield isa
     finally:
-        torch.ops.tq_fast.limit_cpu_isa("avx512")
+        torch.ops.tq_fast.limit_cpu_isa("amx")
 
 
 @pytest.fixture(params=[1, 2])

@@ -26,7 +26,7 @@ def finish_decoder_layer_cpu(*inputs: Any, eps: float) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", projecting.SHAPES)
 @pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8"])
-def test_projections_equal_the_reference(isa, shape, dtype, is_int8):
+def test_projections_equal_the_reference(isa_or_amx, shape, dtype, is_int8):
     inputs = projecting.problem(shape, dtype)
     if is_int8:
         inputs = [projecting.with_int8_weights(value) for value in inputs]
@@ -39,7 +39,7 @@ def test_projections_equal_the_reference(isa, shape, dtype, is_int8):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", finishing.SHAPES)
 @pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8"])
-def test_the_rest_of_the_layer_equals_the_reference(isa, shape, dtype, is_int8):
+def test_the_rest_of_the_layer_equals_the_reference(isa_or_amx, shape, dtype, is_int8):
     inputs = finishing.problem(shape, dtype)
     if is_int8:
         inputs = [projecting.with_int8_weights(value) for value in inputs]
@@ -49,7 +49,7 @@ def test_the_rest_of_the_layer_equals_the_reference(isa, shape, dtype, is_int8):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_depends_on_nothing_else_bit_for_bit(isa, num_threads, dtype):
+def test_a_row_depends_on_nothing_else_bit_for_bit(isa_or_amx, num_threads, dtype):
     x, norm, q, k, v, cos, sin = projecting.problem((70, 1, 96, 4, 2, 24), dtype)
     whole = project_qkv_cpu(x, norm, q, k, v, cos, sin, eps=1e-5)
     parts = [value[31:33] for value in (x, cos, sin)]
@@ -61,7 +61,7 @@ def test_a_row_depends_on_nothing_else_bit_for_bit(isa, num_threads, dtype):
     assert torch.equal(whole[31:33], few)
 
 
-def test_views_of_any_strides_give_the_same(isa):
+def test_views_of_any_strides_give_the_same(isa_or_amx):
     inputs = projecting.problem((6, 2, 40, 2, 1, 8), torch.bfloat16)
     expected = project_qkv_cpu(*inputs, eps=1e-5)
     inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)

@@ -27,7 +27,9 @@ def few_rows_linear_cpu(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size_in, size_out", SIZES)
-def test_kernel_is_accurate_and_a_row_does_not_depend_on_the_others(isa, dtype, size_in, size_out):
+def test_kernel_is_accurate_and_a_row_does_not_depend_on_the_others(
+    isa_or_amx, dtype, size_in, size_out
+):
     x, weight, bias = problem(64, size_in, size_out, dtype)
     whole = few_rows_linear_cpu(x, weight, bias)
     assert_accurate(whole, x, weight, bias)
@@ -40,7 +42,7 @@ def test_kernel_is_accurate_and_a_row_does_not_depend_on_the_others(isa, dtype, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size_in, size_out", SIZES)
 def test_int8_weights_are_dequantised_and_a_row_does_not_depend_on_the_others(
-    isa, dtype, size_in, size_out
+    isa_or_amx, dtype, size_in, size_out
 ):
     x, *rest = int8_problem(64, size_in, size_out, dtype)
     whole = few_rows_linear_cpu(x, *rest)
@@ -54,7 +56,7 @@ def test_int8_weights_are_dequantised_and_a_row_does_not_depend_on_the_others(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 3, 10, 16, 30])
 def test_int8_weights_of_scale_one_give_the_bits_of_the_same_numbers_in_the_dtype_of_x(
-    isa, dtype, num_rows
+    isa_or_amx, dtype, num_rows
 ):
     x, weight, bias, scale = int8_problem(num_rows, 770, 137, dtype)
     result = few_rows_linear_cpu(x, weight, bias, torch.ones_like(scale))
@@ -63,7 +65,7 @@ def test_int8_weights_of_scale_one_give_the_bits_of_the_same_numbers_in_the_dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [10, 30])
-def test_threads_change_no_bit_of_a_product_with_int8_weights(isa, dtype, num_rows):
+def test_threads_change_no_bit_of_a_product_with_int8_weights(isa_or_amx, dtype, num_rows):
     inputs = int8_problem(num_rows, 900, 1003, dtype)
     results: list[Tensor] = []
     before = torch.get_num_threads()
@@ -77,7 +79,7 @@ def test_threads_change_no_bit_of_a_product_with_int8_weights(isa, dtype, num_ro
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit(isa, dtype):
+def test_threads_change_no_bit(isa_or_amx, dtype):
     x, weight, bias = problem(30, 900, 1003, dtype)
     results: list[Tensor] = []
     before = torch.get_num_threads()
@@ -92,7 +94,7 @@ def test_threads_change_no_bit(isa, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_infinity_go_where_they_belong_and_nowhere_else(isa, dtype, special):
+def test_nan_and_infinity_go_where_they_belong_and_nowhere_else(isa_or_amx, dtype, special):
     x, weight, _ = problem(14, 50, 9, dtype)
     clean = few_rows_linear_cpu(x, weight, None)
     for row, column in ((3, 0), (13, 49)):
@@ -108,7 +110,7 @@ def test_nan_and_infinity_go_where_they_belong_and_nowhere_else(isa, dtype, spec
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_results_are_rounded_to_nearest_even_and_overflow_to_infinity(isa, dtype):
+def test_results_are_rounded_to_nearest_even_and_overflow_to_infinity(isa_or_amx, dtype):
     # Sixteen outputs and three: whole vectors and the rest are rounded by different code.
     values = torch.randn(4000).double() * 10.0 ** torch.randint(-6, 4, (4000,))
     weight = torch.cat([values.to(dtype), torch.tensor([torch.finfo(dtype).max] * 3, dtype=dtype)])

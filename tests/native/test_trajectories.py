@@ -21,7 +21,7 @@ def make_trajectories(rows: int, length: int, vocab_size: int) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 31, 2049, 5000])
-def test_log_ratio_equals_the_reference(isa, num_threads, size, dtype):
+def test_log_ratio_equals_the_reference(isa_or_amx, num_threads, size, dtype):
     generator = torch.Generator().manual_seed(size)
     p, q = ((torch.randn(5, 7, size, generator=generator) * 3).to(dtype) for _ in range(2))
     tokens, lengths = make_trajectories(5, 7, size)
@@ -32,7 +32,7 @@ def test_log_ratio_equals_the_reference(isa, num_threads, size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 0.5, 30.0])
 @pytest.mark.parametrize(("width", "size"), [(8, 1), (33, 2050), (64, 5000)])
-def test_linear_logprob_equals_the_reference(isa, num_threads, width, size, softcap, dtype):
+def test_linear_logprob_equals_the_reference(isa_or_amx, num_threads, width, size, softcap, dtype):
     generator = torch.Generator().manual_seed(size)
     hidden = torch.randn(5, 7, width, generator=generator).to(dtype)
     weight = (torch.randn(size, width, generator=generator) * (3 / width**0.5)).to(dtype)

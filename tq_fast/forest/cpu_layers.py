@@ -39,8 +39,8 @@ MOST_ROWS_OF_INT8 = 64
 def most_rows(dtype: torch.dtype) -> int:
     """Rows up to which `few_rows_linear` is the faster one on this processor; 0: never.
 
-    Measured beside torch 2.13 on Zen 5, whole and with its instruction sets held down to AVX2. A
-    processor with AMX was not at hand: there few_rows_linear serves while memory sets the pace.
+    Measured beside torch 2.13 on Zen 5, whole and with its instruction sets held down to AVX2, and
+    on a Xeon with AMX.
 
     Args:
         dtype: that of the weights; int8 beside rows of any dtype.
@@ -55,7 +55,7 @@ def most_rows(dtype: torch.dtype) -> int:
         return 24 if dtype is torch.float32 else 64
     if dtype is torch.bfloat16:
         # Beyond that, oneDNN's product makes up for all else.
-        return 16 if _native.cpu_has("amx") else 256 if _native.cpu_has("avx512_bf16") else 64
+        return 256 if _native.cpu_has("amx") or _native.cpu_has("avx512_bf16") else 64
     if _native.cpu_has("amd"):
         # MKL makes half of what AMD's processors can do with fp32, whatever the number of rows, and
         # there is no library for fp16.
@@ -70,16 +70,13 @@ def most_rows_of_a_layer(dtype: torch.dtype) -> int:
     ahead in them.
     """
     rows = most_rows(dtype)
-    is_ahead = rows > 0 and _native.cpu_isa() == "avx512" and _native.cpu_has("amd")
+    is_ahead = (
+        rows > 0
+        and dtype is not torch.int8
+        and _native.cpu_isa() == "avx512"
+        and _native.cpu_has("amd")
+    )
     return max(rows, 4096) if is_ahead else rows
-
-
-def most_rows_transposed(dtype: torch.dtype) -> int:
-    """Rows up to which `(W @ x.T).T` beats `x @ W.T`; it loses on AMD's processors.
-
-    Measured with bf16 on a Xeon with AMX: 1.4 to 1.9 times as fast for 2 to 80 rows.
-    """
-    return 80 if dtype is torch.bfloat16 and _native.cpu_has("amx") else 0
 
 
 class CpuLayers:
@@ -167,8 +164,6 @@ class CpuLayers:
                 continue
             if num_rows <= most_rows(dtype):
                 chosen.append((layer, _native_forward(layer, self._native)))
-            elif num_rows <= most_rows_transposed(dtype):
-                chosen.append((layer, _transposed_forward(layer)))
         return chosen
 
 
@@ -188,16 +183,5 @@ def _native_forward(layer: nn.Linear, native: Forward) -> Forward:
         if x.dtype is not weight.dtype or x.dim() not in (2, 3):
             return nn.functional.linear(x, weight, parameters["bias"])
         return native(x, *operands())
-
-    return forward
-
-
-def _transposed_forward(layer: nn.Linear) -> Forward:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        weight, bias = layer.weight, layer.bias
-        product = (weight @ x.reshape(-1, x.shape[-1]).t()).t().contiguous()
-        if bias is not None:
-            product += bias
-        return product.view(*x.shape[:-1], weight.shape[0])
 
     return forward

@@ -69,7 +69,8 @@ inline FewRowsProduct product_of_rows(ElementType type, int64_t rows, int64_t si
   product.packed_x = packed_x;
   product.type = type;
   product.use_bf16_dot = has_bf16_dot();
-  product.is_many = current_isa() == Isa::kAvx512 && rows >= kLeastManyRows;
+  product.use_amx = type == ElementType::kBFloat16 && can_use_amx();
+  product.is_many = !product.use_amx && current_isa() == Isa::kAvx512 && rows >= kLeastManyRows;
   product.rows = rows;
   product.size_in = size_in;
   return product;

@@ -1,5 +1,6 @@
 #include "cpu/linear/linear_rows.h"
 
+#include "cpu/linear/linear_amx.h"
 #include "cpu/linear/linear_many.h"
 
 namespace tq {
@@ -229,6 +230,9 @@ TQ_INLINE void with_step(const FewRowsProduct& product, const Run& run) {
 
 void pack_rows(
     const FewRowsProduct& product, const void* x, int64_t x_stride, void* to, int64_t first, int64_t last) {
+#if defined(__AVX512F__)
+  if (product.use_amx) return pack_amx(product, x, x_stride, to, first, last);
+#endif
   with_step(product, [&](auto step) {
 #if defined(__AVX512F__)
     if (product.is_many) return pack_many<decltype(step)>(product, x, x_stride, to, first, last);
@@ -238,6 +242,9 @@ void pack_rows(
 }
 
 void multiply_few_rows(const FewRowsProduct& product, int64_t begin, int64_t end) {
+#if defined(__AVX512F__)
+  if (product.use_amx) return AmxShare(product, end).multiply(begin);
+#endif
   with_step(product, [&](auto step) {
 #if defined(__AVX512F__)
     if (product.is_many) return ManyShare<decltype(step)>(product, end).multiply(begin);

@@ -22,6 +22,7 @@ struct FewRowsProduct {
   ElementType type;       // of weight, bias, x and out
   bool is_out_float;      // out holds floats whatever the type
   bool use_bf16_dot;      // multiply bf16 pairs by the processor's instruction for them (AVX-512)
+  bool use_amx;           // multiply bf16 numbers in AMX tiles, however many rows there are
   bool is_many;           // turn blocks of weights once for all rows (AVX-512, kLeastManyRows or more)
   int64_t rows;
   int64_t size_in;
@@ -34,6 +35,10 @@ struct FewRowsProduct {
 constexpr int64_t kLeastManyRows = 15;
 constexpr int kMostManyTileRows = 14;
 
+// Rows of a tile of AMX.
+constexpr int64_t kAmxRows = 16;
+
+constexpr int64_t amx_tiles(int64_t rows) { return (rows + kAmxRows - 1) / kAmxRows; }
 constexpr int64_t many_tiles(int64_t rows) { return (rows + kMostManyTileRows - 1) / kMostManyTileRows; }
 
 // Threads split size_out at multiples of these.
@@ -41,18 +46,20 @@ constexpr int64_t kWeightRowsPerTile = 4;
 constexpr int64_t kOutputsTogether = 32;
 
 inline int64_t outputs_per_unit(const FewRowsProduct& product) {
-  return product.is_many ? kOutputsTogether : kWeightRowsPerTile;
+  return product.use_amx || product.is_many ? kOutputsTogether : kWeightRowsPerTile;
 }
 
 // Parts of x that threads may pack at once.
-inline int64_t packing_parts(const FewRowsProduct& product) { return product.is_many ? many_tiles(product.rows) : 1; }
+inline int64_t packing_parts(const FewRowsProduct& product) {
+  return product.use_amx ? amx_tiles(product.rows) : product.is_many ? many_tiles(product.rows) : 1;
+}
 
 // The most columns of a step; x is packed in whole steps.
 constexpr int64_t kMostStepColumns = 32;
 
-// The most bytes that pack_rows writes; tiles of many rows take the room of sixteen.
+// The most bytes that pack_rows writes; tiles of many rows, and those of AMX, take the room of sixteen.
 inline int64_t packed_bytes(int64_t rows, int64_t size_in) {
-  const int64_t room = rows < kLeastManyRows ? rows : 16 * many_tiles(rows);
+  const int64_t room = 16 * many_tiles(rows);
   return room * (size_in + kMostStepColumns) * static_cast<int64_t>(sizeof(float));
 }
 

@@ -5,6 +5,10 @@
 #if TQ_HAS_X86_VARIANTS
 #include <cpuid.h>
 #endif
+#if TQ_HAS_X86_VARIANTS && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace tq {
 
@@ -23,7 +27,7 @@ Isa detect_isa() {
 #endif
 }
 
-std::atomic<Isa> g_limit{Isa::kAvx512};
+std::atomic<Isa> g_limit{Isa::kAmx};
 
 #if TQ_HAS_X86_VARIANTS
 // Reads cpuid leaf 7 itself, because not all compilers that build this know these features by name.
@@ -34,6 +38,22 @@ bool has_leaf_7_bit(unsigned subleaf, bool in_edx, unsigned bit) {
 }
 #endif
 
+// Asks the system for the tile registers, which a process may use only after it has asked.
+bool enable_amx() {
+#if TQ_HAS_X86_VARIANTS && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  const bool has_bf16_tiles = has_leaf_7_bit(0, true, 24) && has_leaf_7_bit(0, true, 22);
+  return has_bf16_tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  static const bool is_enabled = detect_isa() == Isa::kAvx512 && enable_amx();
+  return is_enabled;
+}
+
 }  // namespace
 
 bool cpu_has([[maybe_unused]] CpuTrait trait) {
@@ -42,7 +62,7 @@ bool cpu_has([[maybe_unused]] CpuTrait trait) {
     case CpuTrait::kBf16Dot:
       return has_leaf_7_bit(1, false, 5);
     case CpuTrait::kAmx:
-      return has_leaf_7_bit(0, true, 24);
+      return has_amx();
     case CpuTrait::kAmd:
       __builtin_cpu_init();
       return __builtin_cpu_is("amd") != 0;
@@ -60,10 +80,14 @@ Isa current_isa() {
   return detected < limit ? detected : limit;
 }
 
+bool can_use_amx() {
+  return has_amx() && g_limit.load(std::memory_order_relaxed) == Isa::kAmx;
+}
+
 void limit_isa(Isa limit) { g_limit.store(limit, std::memory_order_relaxed); }
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "base";
+  return isa == Isa::kAmx ? "amx" : isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "base";
 }
 
 }  // namespace tq

@@ -15,10 +15,15 @@
 
 namespace tq {
 
-enum class Isa : int { kBase = 0, kAvx2 = 1, kAvx512 = 2 };
+// AMX is no variant of its own: some products of the AVX-512 variant use its tiles.
+enum class Isa : int { kBase = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
-// The best variant that this processor and the limit below allow.
+// The best variant that this processor and the limit below allow: AVX-512 at most.
 Isa current_isa();
+
+// Whether products of bf16 numbers may use the tiles of AMX: the processor, the operating system and the
+// limit below allow it.
+bool can_use_amx();
 
 // For tests: run as if the processor had no more than this.
 void limit_isa(Isa limit);
@@ -27,6 +32,8 @@ const char* isa_name(Isa isa);
 
 // Traits of the processor, beside the variants, that the choice between kernels depends on. Always false
 // off x86-64.
+// kAmx: the tiles may be used, as long as no limit is set. kByteTables: one instruction looks bytes up in a
+// table of 128.
 enum class CpuTrait : int { kBf16Dot, kAmx, kAmd, kByteTables };
 
 // Tells of the processor itself, whatever the limit.

@@ -13,10 +13,10 @@ namespace {
 std::string cpu_isa() { return isa_name(current_isa()); }
 
 void limit_cpu_isa(const std::string& name) {
-  for (const Isa isa : {Isa::kBase, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kBase, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
     if (name == isa_name(isa)) return limit_isa(isa);
   }
-  STD_TORCH_CHECK(false, "limit_cpu_isa: ", name, " is not one of base, avx2, avx512");
+  STD_TORCH_CHECK(false, "limit_cpu_isa: ", name, " is not one of base, avx2, avx512, amx");
 }
 
 bool cpu_has_trait(const std::string& name) {
