@@ -87,10 +87,16 @@ inline void pack_all_rows(const FewRowsProduct& product, const void* x, int64_t 
 // The bytes of weights that are widened at once; a panel stays in the cache until it has been multiplied.
 constexpr int64_t kWidenedBytes = int64_t{1} << 15;
 
+// Whether bf16 numbers are looked up by the instruction for tables of bytes.
+inline bool has_byte_tables() {
+  static const bool processor_has = cpu_has(CpuTrait::kByteTables);
+  return processor_has;
+}
+
 // The outputs [begin, end) of a product with int8 weights: a panel of them is widened to the type of x, then
 // multiplied, while the next panel is fetched.
 inline void multiply_widened(const FewRowsProduct& product, int64_t begin, int64_t end) {
-  static const bool has_byte_tables = cpu_has(CpuTrait::kByteTables);
+  if (product.is_int8) return TQ_SELECT_ISA(multiply_few_rows)(product, begin, end);
   thread_local std::vector<char> room;
   const int64_t size = product.type == ElementType::kFloat32 ? 4 : 2;
   const int64_t out_size = product.is_out_float ? 4 : size;
@@ -107,7 +113,7 @@ inline void multiply_widened(const FewRowsProduct& product, int64_t begin, int64
     panel.weight = line_of(room.data());
     panel.weight_stride = stride;
     TQ_SELECT_ISA(widen_weights)({weight + first * product.weight_stride, product.weight_stride, last - first,
-                                  product.size_in, product.type, has_byte_tables, const_cast<void*>(panel.weight),
+                                  product.size_in, product.type, has_byte_tables(), const_cast<void*>(panel.weight),
                                   stride});
     panel.scale = product.scale + first;
     if (product.bias != nullptr) panel.bias = static_cast<const char*>(product.bias) + first * size;
@@ -140,6 +146,7 @@ inline void run_linear_layers(
     product.weight_stride = layer.weight.stride(0);
     product.bias = data_or_null<void>(layer.bias);
     product.scale = data_or_null<float>(layer.scale);
+    product.is_int8 = product.scale != nullptr && product.use_amx && has_byte_tables();
     product.out = output.out;
     product.size_out = layer.size_out();
     num_units += (layer.size_out() + unit - 1) / unit;

@@ -22,6 +22,7 @@ struct FewRowsProduct {
   ElementType type;       // of weight, bias, x and out
   bool is_out_float;      // out holds floats whatever the type
   bool use_bf16_dot;      // multiply bf16 pairs by the processor's instruction for them (AVX-512)
+  bool is_int8;           // weight holds int8 numbers, which the tiles of AMX widen by tables of bytes
   bool use_amx;           // multiply bf16 numbers in AMX tiles, however many rows there are
   bool is_many;           // turn blocks of weights once for all rows (AVX-512, kLeastManyRows or more)
   int64_t rows;
