@@ -27,7 +27,7 @@ constexpr ByteTables make_byte_tables() {
   return tables;
 }
 
-constexpr ByteTables kByteTables = make_byte_tables();
+inline constexpr ByteTables kByteTables = make_byte_tables();
 
 constexpr int64_t kNumbersOfTables = 64;
 
