@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
   m.def(
       "linear_trajectory_logprob(Tensor hidden, Tensor weight, Tensor tokens, Tensor lengths,"
       " Tensor? bias, float scale, float? softcap, int vocab_size) -> Tensor");
+  m.def("most_few_rows(Tensor example) -> int");
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor");
   m.def(
       "project_qkv(Tensor x, Tensor norm_weight, float eps, Tensor q_weight, Tensor? q_bias, Tensor? q_scale,"
@@ -46,6 +47,11 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
       " Tensor norm_weight, float eps, Tensor gate_weight, Tensor? gate_bias, Tensor? gate_scale,"
       " Tensor up_weight, Tensor? up_bias, Tensor? up_scale, Tensor down_weight, Tensor? down_bias,"
       " Tensor? down_scale) -> Tensor");
+  m.def(
+      "run_decoder_layers(Tensor hidden, Tensor[] weights, Tensor?[] biases, Tensor?[] weight_scales, float[] eps,"
+      " Tensor cos, Tensor sin,"
+      " Tensor[] prefix_k, Tensor[] prefix_v, Tensor(a!)[] branch_k, Tensor(b!)[] branch_v, Tensor prefix_len,"
+      " Tensor branch_len, Tensor tree, int start, float[] scales, int[] windows) -> Tensor");
   m.def(
       "shared_prefix_attention(Tensor q, Tensor prefix_k, Tensor prefix_v, Tensor prefix_len,"
       " Tensor branch_k, Tensor branch_v, Tensor branch_len, float? scale, float? softcap, int? window,"

@@ -222,7 +222,8 @@ def test_fused_cpu_layers_come_first() -> None:
         for name, module in forest.model.named_modules()
         if "forward" in module.__dict__ and not name.startswith("lm_head")
     }
-    assert forwards == {"model.norm"}
+    layers = {f"model.layers.{idx}" for idx in range(model.config.num_hidden_layers)}
+    assert forwards == {"model.norm", "model", *layers}
     truth = logits_of(forest_of(model))
     for mine, plain in zip(logits_of(forest), truth, strict=True):
         torch.testing.assert_close(mine, plain, rtol=0, atol=TOLERANCE[torch.float32])

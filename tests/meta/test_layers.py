@@ -141,7 +141,8 @@ def test_kernels_are_named_after_their_op() -> None:
         for path in (REPOSITORY / "csrc" / folder).rglob("*.c*"):
             if "_LIBRARY_IMPL" in path.read_text():
                 stems.add(path.stem)
-    stems = {stem for stem in stems if not stem.startswith(("_", "isa"))}
+    # run_decoder_layers is several ops in a row, for the forest alone.
+    stems = {stem for stem in stems if not stem.startswith(("_", "isa", "run_decoder_layers"))}
     assert stems <= set(OPS), f"not named after an op: {stems - set(OPS)}"
 
 

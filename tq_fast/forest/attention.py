@@ -77,6 +77,12 @@ def running(
         _active.reset(token)
 
 
+def active_cache() -> ForestCache | None:
+    """The cache of the `running` block that this thread is in."""
+    active = _active.get(None)
+    return active[0] if active is not None else None
+
+
 def forest_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -87,8 +87,9 @@ class _Layer:
         (pool_k, slot_k), (pool_v, slot_v) = self._slots
         self.prefix_k, self.prefix_v = pool_k.prefix[slot_k], pool_v.prefix[slot_v]
         self.branch_k, self.branch_v = pool_k.branch[slot_k], pool_v.branch[slot_v]
-        # The views that `prefix` returned last, and the arguments that they are for.
+        # The views that `prefix` and `branches` returned last, and the arguments that they are for.
         self._prefix: tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._branches: tuple[slice, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def prefix(self, num_trees: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the first `num_tokens` keys and values of the first `num_trees` trees."""
@@ -103,9 +104,9 @@ class _Layer:
 
     def branches(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the branches `rows`, with all tokens that they can hold."""
-        if rows == slice(0, len(self.branch_k)):
-            return self.branch_k, self.branch_v
-        return self.branch_k[rows], self.branch_v[rows]
+        if self._branches is None or self._branches[0] != rows:
+            self._branches = rows, (self.branch_k[rows], self.branch_v[rows])
+        return self._branches[1]
 
 
 # Keys and values `[S, n, H_kv, T, d]` of some rows and tokens, for each pool.
@@ -298,6 +299,23 @@ class ForestCache(Cache):  # type: ignore[misc]  # transformers has no types her
                     buffer[now.rows].index_copy_(2, now.where, states)
         self.current_layer = layer
         return key_states, value_states
+
+    def holds(self, num_layers: int) -> bool:
+        """Whether the buffers of that many layers are there."""
+        return len(self._layers) == num_layers
+
+    def views(self, now: BranchPass) -> tuple[list[torch.Tensor], ...]:
+        """Of each layer, what the pass `now` attends to.
+
+        Returns:
+            Keys and values of the prefixes `[G, H_kv, P, d]` and of the branches `[n, H_kv, B, d]`.
+        """
+        num_trees = now.prefix_len.shape[0]
+        parts = [
+            (*layer.prefix(num_trees, now.max_prefix), *layer.branches(now.rows))
+            for _, layer in sorted(self._layers.items())
+        ]
+        return tuple(map(list, zip(*parts, strict=True)))
 
     def take_layer(self) -> _Layer:
         """The layer whose keys were stored last, for its attention; once only.

@@ -2,10 +2,11 @@
 
 `x @ W.T` with a handful of rows costs what reading W costs, and torch's product reads it at a
 fraction of the memory's speed. `ops.few_rows_linear` stands in for the layer's forward in a
-forest's view of a model, for so many rows as it was measured to win (bench/test_few_rows.py); so
-does the fused formula of a whole decoder layer. The weights are neither copied nor changed; those
-that a quantiser left as int8 numbers and a scale for each output (`linears.py`) are multiplied as
-int8, which reads half the bytes of bf16.
+forest's view of a model, for so many rows as it was measured to win (bench/test_few_rows.py). The
+fused formula of a whole decoder layer, and of all layers in one call, stands in for any number of
+rows: it takes the faster product itself. The weights are neither copied nor changed; those that a
+quantiser left as int8 numbers and a scale for each output (`linears.py`) are multiplied as int8,
+which reads half the bytes of bf16.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from transformers import PreTrainedModel
 
 from .. import _native
 from ..errors import warn_caller
+from ..ops._checks import KERNEL_FLOATS
 from ..ops._dispatch import unchecked_kernel
 from .attention import attending
 from .fused_layers import Forward, FusedLayers, fuse_layers
+from .fused_stack import FusedStack, stack_layers
 from .linears import has_int8_weight, is_int8_linear, is_plain_linear, operands_of
 
 # The C++ kernel of `ops.few_rows_linear`.
@@ -33,7 +36,7 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 # A quantiser's own product first makes a copy of the weights in the dtype of the rows.
-MOST_ROWS_OF_INT8 = 64
+MOST_ROWS_OF_INT8 = 256
 
 
 def most_rows(dtype: torch.dtype) -> int:
@@ -45,38 +48,11 @@ def most_rows(dtype: torch.dtype) -> int:
     Args:
         dtype: that of the weights; int8 beside rows of any dtype.
     """
-    isa = _native.cpu_isa()
-    kinds = torch.float32, torch.bfloat16, torch.float16, torch.int8
-    if dtype not in kinds or isa in (None, "base"):
-        return 0
     if dtype is torch.int8:
-        return MOST_ROWS_OF_INT8
-    if isa == "avx2":
-        return 24 if dtype is torch.float32 else 64
-    if dtype is torch.bfloat16:
-        # Beyond that, oneDNN's product makes up for all else.
-        return 256 if _native.cpu_has("amx") or _native.cpu_has("avx512_bf16") else 64
-    if _native.cpu_has("amd"):
-        # MKL makes half of what AMD's processors can do with fp32, whatever the number of rows, and
-        # there is no library for fp16.
-        return 4096
-    return 40 if dtype is torch.float32 else 16
-
-
-def most_rows_of_a_layer(dtype: torch.dtype) -> int:
-    """Rows up to which a whole decoder layer is faster as `fused_layers` runs it; 0: never.
-
-    Measured with bf16 on Zen 5: what is saved between the products outweighs all that oneDNN is
-    ahead in them.
-    """
-    rows = most_rows(dtype)
-    is_ahead = (
-        rows > 0
-        and dtype is not torch.int8
-        and _native.cpu_isa() == "avx512"
-        and _native.cpu_has("amd")
-    )
-    return max(rows, 4096) if is_ahead else rows
+        return 0 if _native.cpu_isa() in (None, "base") else MOST_ROWS_OF_INT8
+    if dtype not in KERNEL_FLOATS or _native.cpu_refusal() is not None:
+        return 0
+    return int(torch.ops.tq_fast.most_few_rows(torch.empty(0, dtype=dtype)))
 
 
 class CpuLayers:
@@ -93,8 +69,9 @@ class CpuLayers:
         self._native: NativeLinear | None = unchecked_kernel("few_rows_linear", backend)
         # Linear layers that may run in the kernel, and the dtype of their weights.
         self._linears: list[tuple[nn.Linear, torch.dtype]] = []
-        self._num_other_int8 = 0
+        self._num_int8 = self._num_other_int8 = 0
         self._fused: FusedLayers | None = None
+        self._stack: FusedStack | None = None
         if self._native is not None:
             for module in view.modules():
                 # A layer with a forward of its own, such as a hook's, keeps it.
@@ -107,26 +84,36 @@ class CpuLayers:
                 elif has_int8_weight(module):
                     self._num_other_int8 += 1
             self._fused = fuse_layers(view, source, backend)
+            self._num_int8 = sum(dtype is torch.int8 for _, dtype in self._linears)
             if self._num_other_int8 > 0 and source not in _warned:
                 _warned.add(source)
                 warn_caller(f"{type(source).__name__}: {self._int8_linears()}")
+            self._stack = stack_layers(view, source, self._fused, backend)
+            for layer, forward, _ in self._fused.forwards:
+                layer.__dict__["forward"] = forward
+            if self._stack is not None:
+                self._stack.base.__dict__["forward"] = self._stack.forward
+            # What runs inside of a fused layer is not called by itself.
+            inside = {part for layer, _, _ in self._fused.forwards for part in layer.modules()}
+            self._linears = [known for known in self._linears if known[0] not in inside]
         self._stand_ins: dict[int, list[tuple[nn.Module, Forward]]] = {}
         self._installed: list[tuple[nn.Module, Forward]] = []
 
     def __str__(self) -> str:
         if self._fused is None:
             return "no decoder layer runs fused: the C++ library is not there, or not asked"
+        text = str(self._fused) + (", all of them in one call" if self._stack is not None else "")
         int8_linears = self._int8_linears()
-        return f"{self._fused}; {int8_linears}" if int8_linears else str(self._fused)
+        return f"{text}; {int8_linears}" if int8_linears else text
 
     def _int8_linears(self) -> str:
         """Say how many linear layers with int8 weights run in the kernel; "" where none has any."""
-        count = sum(dtype is torch.int8 for _, dtype in self._linears)
-        total = count + self._num_other_int8
+        total = self._num_int8 + self._num_other_int8
         if total == 0:
             return ""
-        text = f"{count} of {total} linear layers with int8 weights run in the kernel for few rows"
-        if count == total:
+        count = f"{self._num_int8} of {total}"
+        text = f"{count} linear layers with int8 weights run in the kernel for few rows"
+        if self._num_other_int8 == 0:
             return text
         return f"{text}, the others, which compute another product by a trial, as they are"
 
@@ -151,20 +138,13 @@ class CpuLayers:
         self._installed = stand_ins
 
     def _choose(self, num_rows: int) -> list[tuple[nn.Module, Forward]]:
-        if self._native is None or self._fused is None:
+        if self._native is None:
             return []
-        chosen = [
-            (module, forward)
-            for module, forward, dtype in self._fused.forwards
-            if num_rows <= most_rows_of_a_layer(dtype)
+        return [
+            (layer, _native_forward(layer, self._native))
+            for layer, dtype in self._linears
+            if num_rows <= most_rows(dtype)
         ]
-        inside = {part for module, _ in chosen for part in module.modules()}
-        for layer, dtype in self._linears:
-            if layer in inside:
-                continue
-            if num_rows <= most_rows(dtype):
-                chosen.append((layer, _native_forward(layer, self._native)))
-        return chosen
 
 
 def describe_layers(model: PreTrainedModel) -> str:

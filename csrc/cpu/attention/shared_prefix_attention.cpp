@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/attention/shared_prefix_attention.h"
+
 #include "cpu/attention/attention_pieces.h"
 #include "cpu/tensors/contract.h"
 #include "cpu/tensors/tensor_access.h"

@@ -27,10 +27,30 @@ Tensor few_rows_linear_cpu(
   const LinearLayer layer(weight, bias, scale, size_in, x.scalar_type(), op);
   Tensor out = is_flat ? new_tensor({rows, layer.size_out()}, x.scalar_type())
                        : new_tensor({x.size(0), x.size(1), layer.size_out()}, x.scalar_type());
-  run_linear_layers(x.const_data_ptr(), stride, rows, size_in, type, {{layer, out.mutable_data_ptr()}});
+  multiply_by_us<1>(x.const_data_ptr(), stride, rows, size_in, type, {&layer}, {out.mutable_data_ptr()});
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) { m.impl("few_rows_linear", TORCH_BOX(&few_rows_linear_cpu)); }
+int64_t most_rows_of_our_product(ElementType type) {
+  const Isa isa = current_isa();
+  if (isa == Isa::kBase) return 0;
+  if (isa == Isa::kAvx2) return type == ElementType::kFloat32 ? 24 : 64;
+  // Beyond that, oneDNN's product makes up for all else.
+  if (type == ElementType::kBFloat16) return can_use_amx() || has_bf16_dot() ? 256 : 64;
+  // MKL makes half of what AMD's processors can do with fp32, whatever the number of rows, and there is no
+  // library for fp16.
+  static const bool is_amd = cpu_has(CpuTrait::kAmd);
+  if (is_amd) return 4096;
+  return type == ElementType::kFloat32 ? 40 : 16;
+}
+
+int64_t most_few_rows(const Tensor& example) {
+  return most_rows_of_our_product(element_type_of(example, "most_few_rows", "example"));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) {
+  m.impl("few_rows_linear", TORCH_BOX(&few_rows_linear_cpu));
+  m.impl("most_few_rows", TORCH_BOX(&most_few_rows));
+}
 
 }  // namespace tq

@@ -1,8 +1,9 @@
-// Few rows through one or more linear layers: packed once, the weight rows divided among threads.
+// Rows through one or more linear layers that read the same x: by our product, packed once and the weight
+// rows divided among threads, or by the library's.
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
+#include <array>
 #include <vector>
 
 #include "cpu/linear/linear_rows.h"
@@ -26,19 +27,24 @@ inline void* line_of(void* room) {
   return static_cast<char*>(room) + (kCacheLine - address % kCacheLine) % kCacheLine;
 }
 
+// Rows up to which our product beats the library's on this processor; 0: never.
+int64_t most_rows_of_our_product(ElementType type);
+
 // The tensors of a linear layer, checked against the rows that will go through it. With a scale the weight is
 // int8: output o is scale[o] times the product of its weight row, plus bias[o].
 struct LinearLayer {
   Tensor weight;
   std::optional<Tensor> bias;
   std::optional<Tensor> scale;
+  ScalarType dtype;  // of x and the bias
 
   LinearLayer(
       const Tensor& weight_in, const std::optional<Tensor>& bias_in, const std::optional<Tensor>& scale_in,
       int64_t size_in, ScalarType type, const char* op)
       : weight(with_unit_inner_stride(weight_in)),
         bias(dense(bias_in, type)),
-        scale(dense(scale_in, ScalarType::Float)) {
+        scale(dense(scale_in, ScalarType::Float)),
+        dtype(type) {
     STD_TORCH_CHECK(
         weight.dim() == 2 && weight.size(1) == size_in &&
             weight.scalar_type() == (scale.has_value() ? ScalarType::Char : type),
@@ -49,11 +55,6 @@ struct LinearLayer {
         ": scale must have a number for each output");
   }
   int64_t size_out() const { return weight.size(0); }
-};
-
-struct LinearOutput {
-  const LinearLayer& layer;
-  void* out;  // dense [rows, size_out]
 };
 
 // Whether this run multiplies pairs of bf16 numbers.
@@ -125,10 +126,12 @@ inline void multiply_widened(const FewRowsProduct& product, int64_t begin, int64
   }
 }
 
-// x: `rows` rows of `size_in` elements, `stride` elements apart. One parallel region for all layers.
-inline void run_linear_layers(
+// outputs[i] [rows, size_out] = x through layers[i] by our product, in one parallel region for all layers.
+// x has `rows` rows of `size_in` elements, `stride` elements apart.
+template <size_t kCount>
+void multiply_by_us(
     const void* x, int64_t stride, int64_t rows, int64_t size_in, ElementType type,
-    std::initializer_list<LinearOutput> outputs) {
+    const std::array<const LinearLayer*, kCount>& layers, std::array<void*, kCount> outputs) {
   // The room is kept from call to call, because the first touch of new memory is slow; there are few
   // threads, and it is small.
   thread_local std::vector<char> packed;
@@ -136,21 +139,21 @@ inline void run_linear_layers(
   void* const packed_x = line_of(packed.data());
   const FewRowsProduct any = product_of_rows(type, rows, size_in, packed_x);
   const int64_t unit = outputs_per_unit(any);
-  std::vector<FewRowsProduct> products;
-  std::vector<int64_t> ends;  // of each layer's units of outputs, numbered through
+  std::array<FewRowsProduct, kCount> products;
+  std::array<int64_t, kCount> ends;  // of each layer's units of outputs, numbered through
   int64_t num_units = 0;
-  for (const LinearOutput& output : outputs) {
-    const LinearLayer& layer = output.layer;
-    FewRowsProduct& product = products.emplace_back(any);
+  for (size_t i = 0; i < kCount; ++i) {
+    const LinearLayer& layer = *layers[i];
+    FewRowsProduct& product = products[i] = any;
     product.weight = layer.weight.const_data_ptr();
     product.weight_stride = layer.weight.stride(0);
     product.bias = data_or_null<void>(layer.bias);
     product.scale = data_or_null<float>(layer.scale);
     product.is_int8 = product.scale != nullptr && product.use_amx && has_byte_tables();
-    product.out = output.out;
+    product.out = outputs[i];
     product.size_out = layer.size_out();
     num_units += (layer.size_out() + unit - 1) / unit;
-    ends.push_back(num_units);
+    ends[i] = num_units;
   }
   if (rows == 0 || num_units == 0) return;
   pack_all_rows(any, x, stride);
@@ -160,7 +163,7 @@ inline void run_linear_layers(
   const int64_t grain = std::max<int64_t>(1, kLinearBytesPerThread / unit_bytes);
   torch::stable::parallel_for(0, num_units, grain, [&](int64_t begin, int64_t end) {
     int64_t first = 0;
-    for (size_t i = 0; i < products.size(); first = ends[i++]) {
+    for (size_t i = 0; i < kCount; first = ends[i++]) {
       const int64_t from = (std::max(begin, first) - first) * unit;
       const int64_t to = std::min((std::min(end, ends[i]) - first) * unit, products[i].size_out);
       if (from >= to) continue;
@@ -171,6 +174,37 @@ inline void run_linear_layers(
       }
     }
   });
+}
+
+// x [rows, size_in] through a linear layer by the library's product.
+inline Tensor multiply_by_library(const Tensor& x, const LinearLayer& layer) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(x), torch::stable::detail::from(layer.weight),
+      torch::stable::detail::from(layer.bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x [rows, size_in], dense, through layers that all read it, by the product that is faster for so many rows.
+template <size_t kCount>
+std::array<Tensor, kCount> run_linear_layers(
+    const Tensor& x, ElementType type, const std::array<const LinearLayer*, kCount>& layers) {
+  std::array<Tensor, kCount> results;
+  const int64_t rows = x.size(0), size_in = x.size(1);
+  // The library has no product with int8 weights that would not first copy them.
+  bool has_int8 = false;
+  for (const LinearLayer* const layer : layers) has_int8 |= layer->scale.has_value();
+  if (rows > most_rows_of_our_product(type) && !has_int8) {
+    for (size_t i = 0; i < kCount; ++i) results[i] = multiply_by_library(x, *layers[i]);
+    return results;
+  }
+  std::array<void*, kCount> outputs;
+  for (size_t i = 0; i < kCount; ++i) {
+    results[i] = new_tensor({rows, layers[i]->size_out()}, x.scalar_type());
+    outputs[i] = results[i].mutable_data_ptr();
+  }
+  multiply_by_us(x.const_data_ptr(), size_in, rows, size_in, type, layers, outputs);
+  return results;
 }
 
 }  // namespace tq
