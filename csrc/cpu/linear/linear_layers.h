@@ -149,7 +149,9 @@ void multiply_by_us(
     product.weight_stride = layer.weight.stride(0);
     product.bias = data_or_null<void>(layer.bias);
     product.scale = data_or_null<float>(layer.scale);
-    product.is_int8 = product.scale != nullptr && product.use_amx && has_byte_tables();
+    // With more than a pair of tiles of x, weights that each pair widens anew cost more than a panel of them.
+    product.is_int8 =
+        product.scale != nullptr && product.use_amx && has_byte_tables() && rows <= 2 * kAmxRows;
     product.out = outputs[i];
     product.size_out = layer.size_out();
     num_units += (layer.size_out() + unit - 1) / unit;
