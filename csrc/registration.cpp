@@ -37,17 +37,19 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
       "linear_trajectory_logprob(Tensor hidden, Tensor weight, Tensor tokens, Tensor lengths,"
       " Tensor? bias, float scale, float? softcap, int vocab_size) -> Tensor");
   m.def("most_few_rows(Tensor example) -> int");
-  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor");
   m.def(
-      "project_qkv(Tensor x, Tensor norm_weight, float eps, Tensor q_weight, Tensor? q_bias,"
-      " Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias, Tensor cos, Tensor sin)"
-      " -> (Tensor q, Tensor k, Tensor v)");
+      "project_qkv(Tensor x, Tensor norm_weight, float eps, Tensor q_weight, Tensor? q_bias, Tensor? q_scale,"
+      " Tensor k_weight, Tensor? k_bias, Tensor? k_scale, Tensor v_weight, Tensor? v_bias, Tensor? v_scale,"
+      " Tensor cos, Tensor sin) -> (Tensor q, Tensor k, Tensor v)");
   m.def(
-      "finish_decoder_layer(Tensor attended, Tensor residual, Tensor o_weight, Tensor? o_bias,"
-      " Tensor norm_weight, float eps, Tensor gate_weight, Tensor? gate_bias, Tensor up_weight,"
-      " Tensor? up_bias, Tensor down_weight, Tensor? down_bias) -> Tensor");
+      "finish_decoder_layer(Tensor attended, Tensor residual, Tensor o_weight, Tensor? o_bias, Tensor? o_scale,"
+      " Tensor norm_weight, float eps, Tensor gate_weight, Tensor? gate_bias, Tensor? gate_scale,"
+      " Tensor up_weight, Tensor? up_bias, Tensor? up_scale, Tensor down_weight, Tensor? down_bias,"
+      " Tensor? down_scale) -> Tensor");
   m.def(
-      "run_decoder_layers(Tensor hidden, Tensor[] weights, Tensor?[] biases, float[] eps, Tensor cos, Tensor sin,"
+      "run_decoder_layers(Tensor hidden, Tensor[] weights, Tensor?[] biases, Tensor?[] weight_scales, float[] eps,"
+      " Tensor cos, Tensor sin,"
       " Tensor[] prefix_k, Tensor[] prefix_v, Tensor(a!)[] branch_k, Tensor(b!)[] branch_v, Tensor prefix_len,"
       " Tensor branch_len, Tensor tree, int start, float[] scales, int[] windows) -> Tensor");
   m.def(

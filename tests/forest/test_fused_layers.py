@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
 )
 
+from tests.forest.int8_weights import Int8Weight, WithInt8Rows, quantise, quantise_all
 from tq_fast.forest import cpu_layers
 from tq_fast.forest.attention import attending
 from tq_fast.forest.cpu_layers import CpuLayers, describe_layers
@@ -88,6 +89,39 @@ def test_logits_are_those_of_the_modules_which_are_not_called(kind, dtype, monke
     assert not called
     torch.testing.assert_close(result, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", FUSED)
+@torch.inference_mode()
+def test_layers_with_int8_weights_run_fused_and_no_product_of_theirs_is_called(
+    kind, dtype, monkeypatch
+) -> None:
+    model = model_of(kind, dtype)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    quantise_all(model)
+    expected = rolled_out(model, cpu_layers=False)
+    assert describe_layers(model) == (
+        "2 of 2 decoder layers run fused, 2 with int8 weights, all of them in one call; "
+        "15 of 15 linear layers with int8 weights run in the kernel for few rows"
+    )
+    rolled_out(model)
+    monkeypatch.setattr(Int8Weight, "multiply_rows", None)
+    result = rolled_out(model)
+    # A quantiser's product is rounded three times or four, ours once.
+    tolerance = 2 * TOLERANCE[dtype]
+    torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*linear layers with int8 weights")
+def test_a_layer_may_have_int8_weights_beside_others_but_no_other_product() -> None:
+    model = model_of("llama")
+    quantise(model.model.layers[0].mlp.up_proj)
+    assert describe_layers(model).startswith("2 of 2 decoder layers run fused, 1 with int8 weights")
+    quantise(model.model.layers[1].mlp.down_proj, WithInt8Rows)
+    with pytest.warns(UserWarning, match="1 have int8 weights whose product is another"):
+        assert fused(model) == [0]
 
 
 @torch.inference_mode()

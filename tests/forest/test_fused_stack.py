@@ -168,7 +168,7 @@ def test_lists_of_other_lengths_and_small_buffers_are_refused() -> None:
 
     def call(weights: list[torch.Tensor], start: int) -> torch.Tensor:
         return run(
-            *(x, weights, [None] * 7, [1e-5] * 2, angles, angles),
+            *(x, weights, [None] * 7, [None] * 7, [1e-5] * 2, angles, angles),
             *([kv], [kv], [kv.clone()], [kv.clone()], one, one + start + 1, one),
             *(start, [1.0], [0]),
         )

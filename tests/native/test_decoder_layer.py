@@ -25,8 +25,11 @@ def finish_decoder_layer_cpu(*inputs: Any, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", projecting.SHAPES)
-def test_projections_equal_the_reference(isa_or_amx, shape, dtype):
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8"])
+def test_projections_equal_the_reference(isa_or_amx, shape, dtype, is_int8):
     inputs = projecting.problem(shape, dtype)
+    if is_int8:
+        inputs = [projecting.with_int8_weights(value) for value in inputs]
     exact = project_qkv_ref(*map(projecting.widened, inputs), eps=1e-5)
     plain = project_qkv_ref(*inputs, eps=1e-5)
     for parts in zip(project_qkv_cpu(*inputs, eps=1e-5), plain, exact, strict=True):
@@ -35,8 +38,11 @@ def test_projections_equal_the_reference(isa_or_amx, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", finishing.SHAPES)
-def test_the_rest_of_the_layer_equals_the_reference(isa_or_amx, shape, dtype):
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8"])
+def test_the_rest_of_the_layer_equals_the_reference(isa_or_amx, shape, dtype, is_int8):
     inputs = finishing.problem(shape, dtype)
+    if is_int8:
+        inputs = [projecting.with_int8_weights(value) for value in inputs]
     exact = finish_decoder_layer_ref(*map(projecting.widened, inputs), eps=1e-5)
     result = finish_decoder_layer_cpu(*inputs, eps=1e-5)
     projecting.assert_near(result, finish_decoder_layer_ref(*inputs, eps=1e-5), exact)
@@ -83,22 +89,28 @@ def test_views_of_any_strides_give_the_same(isa_or_amx):
 def test_opcheck_passes():
     x, norm, q, k, v, cos, sin = projecting.problem((2, 3, 16, 2, 1, 8), torch.float32)
     op = torch.ops.tq_fast.project_qkv.default
-    torch.library.opcheck(op, (x, norm, 1e-5, *q, *k, v[0], None, cos, sin))
+    torch.library.opcheck(op, (x, norm, 1e-5, *q, None, *k, None, v[0], None, None, cos, sin))
+    int8 = projecting.with_int8_weights
+    torch.library.opcheck(op, (x, norm, 1e-5, *int8(q), *int8(k), *int8(v), cos, sin))
     attended, residual, o, norm, gate, up, down = finishing.problem(
         (2, 3, 16, 24, 40), torch.float32
     )
     op = torch.ops.tq_fast.finish_decoder_layer.default
-    torch.library.opcheck(op, (attended, residual, *o, norm, 1e-5, *gate, *up, down[0], None))
+    rest = (part for linear in (gate, up, down) for part in int8(linear))
+    torch.library.opcheck(op, (attended, residual, *int8(o), norm, 1e-5, *rest))
+    torch.library.opcheck(
+        op, (attended, residual, *o, None, norm, 1e-5, *gate, None, *up, None, down[0], None, None)
+    )
 
 
 def test_the_operators_refuse_what_would_read_out_of_bounds():
     x, norm, q, k, v, cos, sin = projecting.problem((2, 3, 16, 2, 1, 8), torch.float32)
     op = torch.ops.tq_fast.project_qkv.default
     for arguments in (
-        (x, norm[1:], 1e-5, *q, *k, *v, cos, sin),
-        (x, norm, 1e-5, q[0][1:], None, *k, *v, cos, sin),
-        (x, norm, 1e-5, *q, *k, *v, cos, sin[:1]),
-        (x, norm, 1e-5, *q, *k, *v, cos[:, :2], sin[:, :2]),
+        (x, norm[1:], 1e-5, *q, None, *k, None, *v, None, cos, sin),
+        (x, norm, 1e-5, q[0][1:], None, None, *k, None, *v, None, cos, sin),
+        (x, norm, 1e-5, *q, None, *k, None, *v, None, cos, sin[:1]),
+        (x, norm, 1e-5, *q, None, *k, None, *v, None, cos[:, :2], sin[:, :2]),
     ):
         with pytest.raises(RuntimeError, match="project_qkv"):
             op(*arguments)
@@ -107,9 +119,9 @@ def test_the_operators_refuse_what_would_read_out_of_bounds():
     )
     op = torch.ops.tq_fast.finish_decoder_layer.default
     for arguments in (
-        (attended[:1], residual, *o, norm, 1e-5, *gate, *up, *down),
-        (attended, residual, *o, norm, 1e-5, *gate, up[0][1:], None, *down),
-        (attended, residual, *o, norm[1:], 1e-5, *gate, *up, *down),
+        (attended[:1], residual, *o, None, norm, 1e-5, *gate, None, *up, None, *down, None),
+        (attended, residual, *o, None, norm, 1e-5, *gate, None, up[0][1:], None, None, *down, None),
+        (attended, residual, *o, None, norm[1:], 1e-5, *gate, None, *up, None, *down, None),
     ):
         with pytest.raises(RuntimeError, match="finish_decoder_layer"):
             op(*arguments)

@@ -6,15 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.test_few_rows_linear import DTYPES, assert_accurate, problem
+from tests.ops.test_few_rows_linear import (
+    DTYPES,
+    assert_accurate,
+    assert_near_dequantised,
+    int8_problem,
+    problem,
+)
 from tq_fast.ops._dispatch import unchecked_kernel
 
 # Columns and outputs: of no multiple, of several blocks of columns, of several panels.
 SIZES = [(1, 1), (16, 4), (31, 3), (33, 17), (64, 130), (768, 70), (770, 5), (2050, 21), (40, 600)]
 
 
-def few_rows_linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return unchecked_kernel("few_rows_linear")(x, weight, bias)
+def few_rows_linear_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    return unchecked_kernel("few_rows_linear")(x, weight, bias, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -29,6 +37,45 @@ def test_kernel_is_accurate_and_a_row_does_not_depend_on_the_others(
         part = few_rows_linear_cpu(x[:num_rows], weight, bias)
         assert torch.equal(part, whole[:num_rows])
     assert torch.equal(few_rows_linear_cpu(x[17:20], weight, bias), whole[17:20])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size_in, size_out", SIZES)
+def test_int8_weights_are_dequantised_and_a_row_does_not_depend_on_the_others(
+    isa_or_amx, dtype, size_in, size_out
+):
+    x, *rest = int8_problem(64, size_in, size_out, dtype)
+    whole = few_rows_linear_cpu(x, *rest)
+    assert_near_dequantised(whole, x, *rest)
+    for num_rows in (*range(1, 41), 63):
+        part = few_rows_linear_cpu(x[:num_rows], *rest)
+        assert torch.equal(part, whole[:num_rows])
+    assert torch.equal(few_rows_linear_cpu(x[17:20], *rest), whole[17:20])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 3, 10, 16, 30])
+def test_int8_weights_of_scale_one_give_the_bits_of_the_same_numbers_in_the_dtype_of_x(
+    isa_or_amx, dtype, num_rows
+):
+    x, weight, bias, scale = int8_problem(num_rows, 770, 137, dtype)
+    result = few_rows_linear_cpu(x, weight, bias, torch.ones_like(scale))
+    assert torch.equal(result, few_rows_linear_cpu(x, weight.to(dtype), bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [10, 30])
+def test_threads_change_no_bit_of_a_product_with_int8_weights(isa_or_amx, dtype, num_rows):
+    inputs = int8_problem(num_rows, 900, 1003, dtype)
+    results: list[Tensor] = []
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(few_rows_linear_cpu(*inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,12 +128,19 @@ def test_opcheck_passes():
     x, weight, bias = problem(5, 20, 7, torch.float32)
     torch.library.opcheck(op, (x, weight, bias))
     torch.library.opcheck(op, (x[:, None], weight, None))
+    torch.library.opcheck(op, int8_problem(5, 20, 7, torch.bfloat16))
 
 
 def test_the_operator_itself_refuses_what_would_read_out_of_bounds():
     op = torch.ops.tq_fast.few_rows_linear.default
     x, weight, bias = problem(5, 20, 7, torch.float32)
+    _, numbers, _, scale = int8_problem(5, 20, 7, torch.float32)
     for arguments in (
+        (x, numbers, bias),
+        (x, weight, bias, scale),
+        (x, numbers, bias, scale[1:]),
+        (x, numbers, bias, scale[None]),
+        (x[:, :19], numbers, bias, scale),
         (x[:, :19], weight, bias),
         (x, weight, bias[:6]),
         (x, weight.bfloat16(), None),

@@ -45,7 +45,7 @@ SIGNATURES = {
         "out lse",
     ),
     "merge_attention_states": ("a b", "", "out lse"),
-    "few_rows_linear": ("x weight bias", "", ""),
+    "few_rows_linear": ("x weight bias scale", "", ""),
     "project_qkv": ("x norm_weight q_linear k_linear v_linear cos sin", "eps", "q k v"),
     "finish_decoder_layer": (
         "attended residual o_linear norm_weight gate_linear up_linear down_linear",

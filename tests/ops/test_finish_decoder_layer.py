@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.test_project_qkv import DTYPES, assert_near, widened
+from tests.ops.test_project_qkv import DTYPES, assert_near, widened, with_int8_weights
 from tq_fast.errors import InvalidArgument
 from tq_fast.ops import finish_decoder_layer, finish_decoder_layer_ref
 
@@ -39,8 +39,11 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype, has_bias: bool = True) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_matches_the_formula_in_float64(op, dtype, shape, has_bias):
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8"])
+def test_matches_the_formula_in_float64(op, dtype, shape, has_bias, is_int8):
     inputs = problem(shape, dtype, has_bias)
+    if is_int8:
+        inputs = [with_int8_weights(value) for value in inputs]
     expected = finish_decoder_layer_ref(*map(widened, inputs), eps=1e-5)
     result = op(*inputs, eps=1e-5)
     assert result.is_contiguous()
@@ -86,6 +89,8 @@ def test_wrong_arguments_are_named():
         ("up", (up[0][1:], None), "up_weight has shape"),
         ("down", (down[0], down[1][1:]), "down_bias has shape"),
         ("down", (down[0].half(), None), "down_weight is torch.float16"),
+        ("up", with_int8_weights(up)[:2], "up_weight is torch.int8 and there is no up_scale"),
+        ("gate", (*gate, gate[1]), "gate_weight is torch.float32 and has a gate_scale"),
     ):
         with pytest.raises(InvalidArgument, match=f"finish_decoder_layer: {words}"):
             finish_decoder_layer(attended, residual, *(good | {name: wrong}).values(), eps=1e-5)

@@ -35,7 +35,20 @@ def problem(
     return [x, norm_weight, *linears, angles.cos().to(dtype), angles.sin().to(dtype)]
 
 
+def with_int8_weights(value: object) -> object:
+    """Quantise the linear layers among the inputs of an op for decoder layers."""
+    if not isinstance(value, tuple):
+        return value
+    scale = value[0].float().abs().amax(1) / 127
+    numbers = (value[0].float() / scale[:, None]).round().to(torch.int8)
+    return numbers, value[1], scale
+
+
 def widened(value: object) -> object:
+    """The inputs in float64, int8 weights dequantised there."""
+    if isinstance(value, tuple) and len(value) == 3:
+        weight, bias, scale = value
+        return weight.double() * scale.double()[:, None], widened(bias)
     if isinstance(value, tuple):
         return tuple(widened(part) for part in value)
     return value.double() if isinstance(value, Tensor) else value
@@ -52,8 +65,11 @@ def assert_near(got: Tensor, plain: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("has_bias, shared_angles", [(True, False), (False, True)])
-def test_matches_the_formula_in_float64(op, dtype, shape, has_bias, shared_angles):
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8"])
+def test_matches_the_formula_in_float64(op, dtype, shape, has_bias, shared_angles, is_int8):
     inputs = problem(shape, dtype, has_bias, shared_angles)
+    if is_int8:
+        inputs = [with_int8_weights(value) for value in inputs]
     exact = project_qkv_ref(*map(widened, inputs), eps=1e-5)
     plain = project_qkv_ref(*inputs, eps=1e-5)
     for parts in zip(op(*inputs, eps=1e-5), plain, exact, strict=True):
@@ -78,7 +94,13 @@ def test_a_nan_stays_in_its_row(op):
 
 def test_wrong_arguments_are_named():
     x, norm, q, k, v, cos, sin = problem((2, 3, 16, 2, 1, 8), torch.float32)
+    numbers, bias, scale = with_int8_weights(q)
     for arguments, words in (
+        ((x, norm, (numbers, bias), k, v, cos, sin), "q_weight is torch.int8 and there is no"),
+        ((x, norm, (numbers, bias, scale[1:]), k, v, cos, sin), "q_scale has shape"),
+        ((x, norm, (numbers, bias, scale.half()), k, v, cos, sin), "q_scale is torch.float16"),
+        ((x, norm, (*q, scale), k, v, cos, sin), "q_weight is torch.float32 and has a q_scale"),
+        ((x, norm, (*q, scale, scale), k, v, cos, sin), "q_linear is"),
         ((x[0], norm, q, k, v, cos, sin), "x has shape"),
         ((x, norm[1:], q, k, v, cos, sin), "norm_weight has shape"),
         ((x, norm, (q[0][:15], None), k, v, cos, sin), "q_weight has shape"),

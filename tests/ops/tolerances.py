@@ -48,6 +48,12 @@ MERGE_OUT = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 # (2050^0.5 eps32 of the sum, itself below 200), and half a spacing of a 16-bit result below 256.
 FEW_ROWS = {torch.float32: 2e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
+# Int8 weights beside the product of dequantised ones in float64: sums of D <= 2050 fp32 products
+# in another order (2050^0.5 eps32 of what the terms could add up to), half a spacing of the result,
+# and eps32 for the scale and the bias.
+INT8_TERMS = 6e-6
+INT8_ROUNDED = {torch.float32: 3e-7, torch.bfloat16: 3.95e-3, torch.float16: 4.95e-4}
+
 # Half a decoder layer beside the same steps in PyTorch, whose own error it may have twice (rounded
 # at the same places, but sums in another order fall to other neighbours), and in fp32 a few eps32
 # of values below 100.

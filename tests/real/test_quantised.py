@@ -24,7 +24,11 @@ from tests.models.makers import (
     make_tokenizer,
 )
 from tq_fast import presets
+from tq_fast.forest import cpu_layers
+from tq_fast.forest.cpu_layers import describe_layers
+from tq_fast.forest.linears import operands_of
 from tq_fast.models.fingerprint import fingerprint_model
+from tq_fast.ops import few_rows_linear
 
 __all__ = ["base"]
 
@@ -115,6 +119,59 @@ def test_quantised_models_play_every_role(
     assert all(step.q.isfinite().all() for trace in result.traces for step in trace)
     alone = decoder.decode(["abc"], **options)
     assert alone.texts == result.texts[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("granularity", ["PerRow", "PerTensor"])
+@torch.no_grad()
+def test_int8_weights_of_torchao_run_in_our_kernels(
+    dtype: torch.dtype, granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchao import quantization
+
+    monkeypatch.setattr(cpu_layers, "most_rows", lambda dtype: 1000)
+    model: Any = make_model().to(dtype)
+    quantization.quantize_(
+        model, quantization.Int8WeightOnlyConfig(granularity=getattr(quantization, granularity)())
+    )
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert describe_layers(model).endswith(
+        f"{len(layers)} of {len(layers)} linear layers with int8 weights run in the kernel for few "
+        "rows"
+    )
+    for layer in layers:
+        numbers, bias, scale = operands_of(layer)()
+        assert numbers.dtype is torch.int8 and scale is not None
+        assert numbers.data_ptr() == layer.weight.qdata.data_ptr(), "the numbers were copied"
+        x = torch.randn(10, numbers.shape[1]).to(dtype)
+        ours = few_rows_linear(x, numbers, bias, scale)
+        exact = few_rows_linear(x.double(), layer.weight.dequantize(torch.float64), backend="ref")
+        # torchao rounds its scales to bf16, and so do its dequantised weights there: ours do not.
+        torch.testing.assert_close(ours.double(), exact, rtol=4e-3, atol=1e-5)
+        torch.testing.assert_close(ours, layer(x), rtol=1.6e-2, atol=1e-3)
+
+
+@torch.no_grad()
+def test_other_forms_of_torchao_run_as_they_are() -> None:
+    from torchao import quantization
+
+    for settings, words in (
+        (
+            quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(8)),
+            "have weights that are no plain linear layer on the CPU (Int8Tensor)",
+        ),
+        (
+            quantization.Int8DynamicActivationInt8WeightConfig(),
+            "have int8 weights whose product is another, by a trial on a few rows",
+        ),
+    ):
+        model: Any = make_model()
+        quantization.quantize_(model, settings)
+        with pytest.warns(UserWarning, match="0 of . decoder layers run fused"):
+            description = describe_layers(model)
+        assert words in description
+        logits = logits_of(model)
+        assert logits.isfinite().all()
 
 
 @every_way

@@ -40,7 +40,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import BackendRefused, warn_caller
-from .fused_layers import is_close, is_watched
+from .fused_layers import is_watched
+from .trials import is_close
 from .view import is_adapted, seen_modules
 
 # The name of rotary functions in the modeling files of transformers.

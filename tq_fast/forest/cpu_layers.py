@@ -4,11 +4,14 @@
 fraction of the memory's speed. `ops.few_rows_linear` stands in for the layer's forward in a
 forest's view of a model, for so many rows as it was measured to win (bench/test_few_rows.py). The
 fused formula of a whole decoder layer, and of all layers in one call, stands in for any number of
-rows: it takes the faster product itself. The weights are neither copied nor changed.
+rows: it takes the faster product itself. The weights are neither copied nor changed; those that a
+quantiser left as int8 numbers and a scale for each output (`linears.py`) are multiplied as int8,
+which reads half the bytes of bf16.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -16,14 +19,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import _native
+from ..errors import warn_caller
 from ..ops._checks import KERNEL_FLOATS
 from ..ops._dispatch import unchecked_kernel
 from .attention import attending
-from .fused_layers import Forward, FusedLayers, fuse_layers, is_plain_linear
+from .fused_layers import Forward, FusedLayers, fuse_layers
 from .fused_stack import FusedStack, stack_layers
+from .linears import has_int8_weight, is_int8_linear, is_plain_linear, operands_of
 
 # The C++ kernel of `ops.few_rows_linear`.
-NativeLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+NativeLinear = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
+]
+# Models of which it was told that int8 weights run as they are.
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+# A quantiser's own product first makes a copy of the weights in the dtype of the rows.
+MOST_ROWS_OF_INT8 = 256
 
 
 def most_rows(dtype: torch.dtype) -> int:
@@ -31,7 +44,12 @@ def most_rows(dtype: torch.dtype) -> int:
 
     Measured beside torch 2.13 on Zen 5, whole and with its instruction sets held down to AVX2, and
     on a Xeon with AMX.
+
+    Args:
+        dtype: that of the weights; int8 beside rows of any dtype.
     """
+    if dtype is torch.int8:
+        return 0 if _native.cpu_isa() in (None, "base") else MOST_ROWS_OF_INT8
     if dtype not in KERNEL_FLOATS or _native.cpu_refusal() is not None:
         return 0
     return int(torch.ops.tq_fast.most_few_rows(torch.empty(0, dtype=dtype)))
@@ -49,17 +67,27 @@ class CpuLayers:
 
     def __init__(self, view: nn.Module, source: nn.Module, backend: str | None = None) -> None:
         self._native: NativeLinear | None = unchecked_kernel("few_rows_linear", backend)
-        self._linears: list[nn.Linear] = []
+        # Linear layers that may run in the kernel, and the dtype of their weights.
+        self._linears: list[tuple[nn.Linear, torch.dtype]] = []
+        self._num_int8 = self._num_other_int8 = 0
         self._fused: FusedLayers | None = None
         self._stack: FusedStack | None = None
         if self._native is not None:
-            # A layer with a forward of its own, such as a hook's, keeps it.
-            self._linears = [
-                module
-                for module in view.modules()
-                if is_plain_linear(module) and "forward" not in module.__dict__
-            ]
+            for module in view.modules():
+                # A layer with a forward of its own, such as a hook's, keeps it.
+                if "forward" in module.__dict__:
+                    continue
+                if is_plain_linear(module):
+                    self._linears.append((module, module.weight.dtype))
+                elif is_int8_linear(module):
+                    self._linears.append((module, torch.int8))
+                elif has_int8_weight(module):
+                    self._num_other_int8 += 1
             self._fused = fuse_layers(view, source, backend)
+            self._num_int8 = sum(dtype is torch.int8 for _, dtype in self._linears)
+            if self._num_other_int8 > 0 and source not in _warned:
+                _warned.add(source)
+                warn_caller(f"{type(source).__name__}: {self._int8_linears()}")
             self._stack = stack_layers(view, source, self._fused, backend)
             for layer, forward, _ in self._fused.forwards:
                 layer.__dict__["forward"] = forward
@@ -67,20 +95,34 @@ class CpuLayers:
                 self._stack.base.__dict__["forward"] = self._stack.forward
             # What runs inside of a fused layer is not called by itself.
             inside = {part for layer, _, _ in self._fused.forwards for part in layer.modules()}
-            self._linears = [linear for linear in self._linears if linear not in inside]
+            self._linears = [known for known in self._linears if known[0] not in inside]
         self._stand_ins: dict[int, list[tuple[nn.Module, Forward]]] = {}
         self._installed: list[tuple[nn.Module, Forward]] = []
 
     def __str__(self) -> str:
         if self._fused is None:
             return "no decoder layer runs fused: the C++ library is not there, or not asked"
-        return str(self._fused) + (", all of them in one call" if self._stack is not None else "")
+        text = str(self._fused) + (", all of them in one call" if self._stack is not None else "")
+        int8_linears = self._int8_linears()
+        return f"{text}; {int8_linears}" if int8_linears else text
+
+    def _int8_linears(self) -> str:
+        """Say how many linear layers with int8 weights run in the kernel; "" where none has any."""
+        total = self._num_int8 + self._num_other_int8
+        if total == 0:
+            return ""
+        count = f"{self._num_int8} of {total}"
+        text = f"{count} linear layers with int8 weights run in the kernel for few rows"
+        if self._num_other_int8 == 0:
+            return text
+        return f"{text}, the others, which compute another product by a trial, as they are"
 
     @property
     def taken(self) -> frozenset[nn.Module]:
         """Modules that something stands in for in some passes, and what those are made of."""
         fused = [module for module, _, _ in self._fused.forwards] if self._fused else []
-        return frozenset(part for module in (*fused, *self._linears) for part in module.modules())
+        linears = [module for module, _ in self._linears]
+        return frozenset(part for module in (*fused, *linears) for part in module.modules())
 
     def install(self, num_rows: int) -> None:
         """Have the layers compute, in passes of so many rows, in the way that pays."""
@@ -100,8 +142,8 @@ class CpuLayers:
             return []
         return [
             (layer, _native_forward(layer, self._native))
-            for layer in self._linears
-            if num_rows <= most_rows(layer.weight.dtype)
+            for layer, dtype in self._linears
+            if num_rows <= most_rows(dtype)
         ]
 
 
@@ -111,14 +153,15 @@ def describe_layers(model: PreTrainedModel) -> str:
 
 
 def _native_forward(layer: nn.Linear, native: Forward) -> Forward:
+    operands = operands_of(layer)
     # Straight from the dict: `layer.weight` costs a search through the module for each call.
     parameters = layer._parameters
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        weight, bias = parameters["weight"], parameters["bias"]
+        weight = parameters["weight"]
         assert weight is not None, "a linear layer has a weight"
         if x.dtype is not weight.dtype or x.dim() not in (2, 3):
-            return nn.functional.linear(x, weight, bias)
-        return native(x, weight, bias)
+            return nn.functional.linear(x, weight, parameters["bias"])
+        return native(x, *operands())
 
     return forward

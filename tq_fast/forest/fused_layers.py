@@ -6,9 +6,9 @@ rounded where the modules round.
 
 A layer that has the parts of the formula is tried: the formula and the layer's own forward run on
 the same few hidden states, over a prefix, with and without a sliding window, and must agree in
-what they return and in what they store. A layer that disagrees, or is quantised, adapted, offloaded
-or hooked, runs as it is. The trial sees positions below ten: what a layer does otherwise at
-positions far beyond is not seen.
+what they return and in what they store. A layer that disagrees, or is adapted, offloaded or hooked,
+or quantised otherwise than to int8 weights (`linears.py`), runs as it is. The trial sees positions
+below ten: what a layer does otherwise at positions far beyond is not seen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ from ..errors import warn_caller
 from ..ops._dispatch import unchecked_kernel
 from .attention import forest_attention, running
 from .cache import BranchPass, ForestCache, PrefillPass
+from .linears import has_int8_weight, is_int8_linear, is_plain_linear, operands_of
+from .trials import is_close
 from .view import seen_modules, takes
 
 Forward = Callable[..., torch.Tensor]
@@ -38,6 +40,7 @@ _verdicts: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDic
 # Models whose layers were told of.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _OTHER_PARTS = "have other parts than the formula"
+_OTHER_PRODUCT = "have int8 weights whose product is another, by a trial on a few rows"
 _DISAGREES = "compute something else than the fused formula, by a trial on a few tokens"
 
 
@@ -46,7 +49,8 @@ class FusedLayers:
     """The decoder layers of a model that may run fused, and why the others may not.
 
     Attributes:
-        forwards: a layer of the view, what stands in for its forward, and the dtype of its weights.
+        forwards: a layer of the view, what stands in for its forward, and the dtype of its weights:
+            int8 where any of its linear layers has such weights.
         num_layers: decoder layers of the model.
         reasons: for the layers that run as they are, each reason with the number of its layers.
     """
@@ -57,6 +61,9 @@ class FusedLayers:
 
     def __str__(self) -> str:
         text = f"{len(self.forwards)} of {self.num_layers} decoder layers run fused"
+        num_int8 = sum(dtype is torch.int8 for _, _, dtype in self.forwards)
+        if num_int8 > 0:
+            text += f", {num_int8} with int8 weights"
         others = [f"{count} {reason}" for reason, count in self.reasons.most_common()]
         return f"{text} ({'; '.join(others)})" if others else text
 
@@ -80,7 +87,9 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
                 _verdicts[original] = None if agrees else _DISAGREES
             reason = _verdicts[original]
         if reason is None:
-            found.forwards.append((layer, forward, layer.self_attn.q_proj.weight.dtype))
+            is_int8 = any(is_int8_linear(module) for module in layer.modules())
+            dtype = torch.int8 if is_int8 else layer.self_attn.q_proj.weight.dtype
+            found.forwards.append((layer, forward, dtype))
         else:
             found.reasons[reason] += 1
     left = found.num_layers - len(found.forwards) - found.reasons.total()
@@ -90,15 +99,6 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
         _warned.add(source)
         warn_caller(f"{type(source).__name__}: {found}; the others run as they are, more slowly")
     return found
-
-
-def is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
-    """Whether `module` is a linear layer itself, none derived from it, its weights on the CPU."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and module.weight.device.type == "cpu"
-    )
 
 
 def _refusal(layer: Any) -> str | None:
@@ -114,7 +114,9 @@ def _refusal(layer: Any) -> str | None:
     if not has_parts or not is_silu or not isinstance(attention.scaling, float):
         return _OTHER_PARTS
     for linear in linears:
-        if not is_plain_linear(linear):
+        if has_int8_weight(linear) and not is_int8_linear(linear):
+            return _OTHER_PRODUCT
+        if not is_plain_linear(linear) and not is_int8_linear(linear):
             return f"have weights that are no plain linear layer on the CPU ({_kind(linear)})"
     dtypes = {part.weight.dtype for part in (*linears, *norms) if part is not None}
     if len(dtypes) > 1:
@@ -179,27 +181,6 @@ def _agrees(layer: Any, forward: Forward, rotary: nn.Module, backend: str | None
     return True
 
 
-def is_close(ours: object, truth: object) -> bool:
-    """Whether two results agree row for row: up to rounding at most, and far better on average."""
-    if not isinstance(ours, torch.Tensor) or not isinstance(truth, torch.Tensor):
-        return False
-    if ours.shape != truth.shape or ours.dtype != truth.dtype:
-        return False
-    eps = torch.finfo(truth.dtype).eps
-    # In units of eps, the greatest and the mean error. Sums of fp32 in another order were seen to
-    # differ by 92 and 42, results of 16 bits, which are rounded where the modules round, by 0.6
-    # and 0.3.
-    at_most, on_average = (512, 128) if truth.dtype is torch.float32 else (8, 1)
-    for mine, theirs in zip(ours.double(), truth.double(), strict=True):
-        error = (mine - theirs).abs()
-        most, mean = theirs.abs().max(), theirs.abs().mean()
-        if not bool(error.max() <= at_most * eps * most):
-            return False
-        if not bool(error.mean() <= on_average * eps * mean):
-            return False
-    return True
-
-
 def _forward_of(layer: Any) -> Forward:
     attention, mlp = layer.self_attn, layer.mlp
     first_norm, second_norm = (getattr(layer, name) for name in _NORMS)
@@ -207,15 +188,10 @@ def _forward_of(layer: Any) -> Forward:
     project_qkv = unchecked_kernel("project_qkv", "cpu")
     finish_decoder_layer = unchecked_kernel("finish_decoder_layer", "cpu")
     assert project_qkv is not None and finish_decoder_layer is not None, "no native library"
-    # Straight from the dicts: `attention.q_proj.weight` is two searches through modules.
-    q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, norm_in, norm_out = (
-        module._parameters
-        for module in (
-            *(getattr(attention, name) for name in _LINEARS[0]),
-            *(getattr(mlp, name) for name in _LINEARS[1]),
-            *(first_norm, second_norm),
-        )
-    )
+    q_proj, k_proj, v_proj, o_proj = (operands_of(getattr(attention, name)) for name in _LINEARS[0])
+    gate_proj, up_proj, down_proj = (operands_of(getattr(mlp, name)) for name in _LINEARS[1])
+    # Straight from the dicts: `layer.input_layernorm.weight` is two searches through modules.
+    norm_in, norm_out = first_norm._parameters, second_norm._parameters
     first_eps, second_eps = first_norm.variance_epsilon, second_norm.variance_epsilon
 
     def forward(
@@ -231,9 +207,9 @@ def _forward_of(layer: Any) -> Forward:
         q, k, v = project_qkv(
             hidden_states,
             norm_in["weight"],
-            (q_proj["weight"], q_proj["bias"]),
-            (k_proj["weight"], k_proj["bias"]),
-            (v_proj["weight"], v_proj["bias"]),
+            q_proj(),
+            k_proj(),
+            v_proj(),
             *position_embeddings,
             eps=first_eps,
         )
@@ -243,11 +219,11 @@ def _forward_of(layer: Any) -> Forward:
         return finish_decoder_layer(
             attended.flatten(2),
             hidden_states,
-            (o_proj["weight"], o_proj["bias"]),
+            o_proj(),
             norm_out["weight"],
-            (gate_proj["weight"], gate_proj["bias"]),
-            (up_proj["weight"], up_proj["bias"]),
-            (down_proj["weight"], down_proj["bias"]),
+            gate_proj(),
+            up_proj(),
+            down_proj(),
             eps=second_eps,
         )
 

@@ -10,6 +10,7 @@ that disagree, go layer by layer.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention import active_cache, running
 from .cache import BranchPass, ForestCache, PrefillPass
-from .fused_layers import Forward, FusedLayers, is_close, is_watched
+from .fused_layers import Forward, FusedLayers, is_watched
+from .linears import Operands, operands_of
+from .trials import is_close
 from .view import takes
 
 _WEIGHTS = (
@@ -57,14 +60,12 @@ class FusedStack:
         self._layers = list(base.layers)
         self._windows = windows
         parts = [[layer.get_submodule(name) for name in _WEIGHTS] for layer in self._layers]
-        # Straight from the dicts: `module.weight` is a search through the module.
-        self._weights = [part._parameters for layer in parts for part in layer]
-        self._biases = [
-            part._parameters
+        self._operands = [
+            _norm_operands(part) if name in _NORMS else operands_of(part)
             for layer in parts
             for name, part in zip(_WEIGHTS, layer, strict=True)
-            if name not in _NORMS
         ]
+        self._is_linear = [name not in _NORMS for _ in parts for name in _WEIGHTS]
         norms = [layer.get_submodule(name) for layer in self._layers for name in _NORMS]
         self._eps = [float(norm.variance_epsilon) for norm in norms]
         self._scales = [float(layer.self_attn.scaling) for layer in self._layers]
@@ -97,10 +98,13 @@ class FusedStack:
             return self._otherwise(input_ids=input_ids, position_ids=position_ids, **kwargs)
         hidden = self.base.embed_tokens(input_ids)
         cos, sin = self.base.rotary_emb(hidden, position_ids)
+        operands = [read() for read in self._operands]
+        linears = list(itertools.compress(operands, self._is_linear))
         hidden = torch.ops.tq_fast.run_decoder_layers.default(
             hidden,
-            [part["weight"] for part in self._weights],
-            [part["bias"] for part in self._biases],
+            [weight for weight, _, _ in operands],
+            [bias for _, bias, _ in linears],
+            [scale for _, _, scale in linears],
             self._eps,
             cos,
             sin,
@@ -115,6 +119,12 @@ class FusedStack:
         return BaseModelOutputWithPast(
             last_hidden_state=self.base.norm(hidden), past_key_values=kept
         )
+
+
+def _norm_operands(norm: nn.Module) -> Callable[[], Operands]:
+    # Straight from the dict: `norm.weight` is a search through the module.
+    parameters: Any = norm._parameters
+    return lambda: (parameters["weight"], None, None)
 
 
 def stack_layers(

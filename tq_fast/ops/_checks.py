@@ -248,23 +248,62 @@ def refuse_other_device(first: Tensor, **others: object) -> str | None:
 def require_linear(
     op: str,
     name: str,
-    linear: tuple[Tensor, Tensor | None],
+    linear: tuple[Tensor | None, ...],
     size_in: int,
     size_out: int | None = None,
 ) -> dict[str, Tensor]:
-    """Raise unless `linear` is weight and bias of a layer of these sizes; its tensors by name."""
-    if not isinstance(linear, tuple) or len(linear) != 2:
-        raise InvalidArgument(f"{op}: {name}_linear is {describe(linear)}, expected (weight, bias)")
-    weight, bias = linear
+    """Raise unless `linear` is weight, bias and perhaps scale of a layer of these sizes.
+
+    Returns:
+        Its tensors by name.
+    """
+    if not isinstance(linear, tuple) or len(linear) not in (2, 3):
+        raise InvalidArgument(
+            f"{op}: {name}_linear is {describe(linear)}, expected (weight, bias) or "
+            "(weight, bias, scale)"
+        )
+    weight = linear[0]
     require_tensors(op, **{f"{name}_weight": weight})
+    assert weight is not None, "a weight is a tensor"
     require_dim(op, f"{name}_weight", weight, 2, "[out, in]")
     shape = (weight.shape[0] if size_out is None else size_out, size_in)
     require_shape(op, f"{name}_weight", weight, shape, "[out, in]")
-    if bias is None:
-        return {f"{name}_weight": weight}
-    require_tensors(op, **{f"{name}_weight": weight, f"{name}_bias": bias})
-    require_shape(op, f"{name}_bias", bias, (weight.shape[0],), "[out]")
-    return {f"{name}_weight": weight, f"{name}_bias": bias}
+    tensors = {f"{name}_weight": weight}
+    for part, tensor in zip(("bias", "scale"), linear[1:], strict=False):
+        if tensor is not None:
+            tensors[f"{name}_{part}"] = tensor
+            require_tensors(op, **tensors)
+            require_shape(op, f"{name}_{part}", tensor, (weight.shape[0],), "[out]")
+    return tensors
+
+
+def require_weight(
+    op: str, prefix: str, weight: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Raise unless `weight` has this dtype, or is int8 and has an fp32 `scale` of each output."""
+    name = f"{prefix}weight"
+    if scale is None:
+        if weight.dtype is torch.int8:
+            raise InvalidArgument(f"{op}: {name} is torch.int8 and there is no {prefix}scale")
+        return require_dtype(op, name, weight, dtype)
+    require_shape(op, f"{prefix}scale", scale, (weight.shape[0],), "[O]")
+    require_dtype(op, f"{prefix}scale", scale, torch.float32)
+    if weight.dtype is not torch.int8:
+        raise InvalidArgument(
+            f"{op}: {name} is {weight.dtype} and has a {prefix}scale, expected torch.int8"
+        )
+    return None
+
+
+def require_dtypes_of_layer(op: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise unless the tensors of a decoder layer have this dtype, but for int8 weights."""
+    for name, tensor in tensors.items():
+        prefix, _, part = name.rpartition("_")
+        scale = tensors.get(f"{prefix}_scale")
+        if part == "weight":
+            require_weight(op, f"{prefix}_", tensor, scale, dtype)
+        elif part != "scale":
+            require_dtype(op, name, tensor, dtype)
 
 
 def require_heads(op: str, name: str, weight: Tensor, head_size: int) -> None:

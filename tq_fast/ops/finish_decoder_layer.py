@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _checks
 from ._dispatch import Backend, Op, native_function
 from .few_rows_linear import few_rows_linear_ref
-from .project_qkv import Linear, rms_norm_ref
+from .project_qkv import Linear, operands, rms_norm_ref
 
 
 def finish_decoder_layer(
@@ -38,7 +38,8 @@ def finish_decoder_layer(
     Args:
         attended: `[N, T, A]`, the output of attention, floating point.
         residual: `[N, T, D]`, the dtype of `attended`, as all that follows.
-        o_linear: weight `[D, A]` and bias `[D]` or None.
+        o_linear: weight `[D, A]` and bias `[D]` or None; with an fp32 scale `[D]` as a third part
+            the weight is int8, as in `few_rows_linear`.
         norm_weight: `[D]`.
         gate_linear: weight `[I, D]` and bias `[I]` or None.
         up_linear: as `gate_linear`.
@@ -70,8 +71,7 @@ def finish_decoder_layer(
     tensors |= _checks.require_linear(op, "up", up_linear, size, inner)
     tensors |= _checks.require_linear(op, "down", down_linear, inner, size)
     _checks.require_tensors(op, attended=attended, **tensors)
-    for name, tensor in tensors.items():
-        _checks.require_dtype(op, name, tensor, attended.dtype)
+    _checks.require_dtypes_of_layer(op, tensors, attended.dtype)
     _checks.refuse_grad(op, attended=attended, **tensors)
     linears = gate_linear, up_linear, down_linear
     return _OP(backend, attended, residual, o_linear, norm_weight, *linears, eps=eps)
@@ -108,8 +108,9 @@ def finish_decoder_layer_cpu(
     eps: float,
 ) -> Tensor:
     """The C++ kernel, with the arguments of the reference."""
+    gated = (part for linear in (gate_linear, up_linear, down_linear) for part in operands(linear))
     return torch.ops.tq_fast.finish_decoder_layer.default(
-        attended, residual, *o_linear, norm_weight, eps, *gate_linear, *up_linear, *down_linear
+        attended, residual, *operands(o_linear), norm_weight, eps, *gated
     )
 
 

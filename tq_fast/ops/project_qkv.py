@@ -19,7 +19,8 @@ from . import _checks
 from ._dispatch import Backend, Op, native_function
 from .few_rows_linear import few_rows_linear_ref
 
-Linear = tuple[Tensor, Tensor | None]
+# Weight and bias of a linear layer; with a third part, int8 weights and the scale of each output.
+Linear = tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class QueriesKeysValues(NamedTuple):
@@ -49,7 +50,8 @@ def project_qkv(
     Args:
         x: `[N, T, D]`, floating point.
         norm_weight: `[D]`, the dtype of `x`, as all that follows.
-        q_linear: weight `[H_q d, D]` and bias `[H_q d]` or None.
+        q_linear: weight `[H_q d, D]` and bias `[H_q d]` or None; with an fp32 scale `[H_q d]` as a
+            third part the weight is int8, as in `few_rows_linear`.
         k_linear: weight `[H_kv d, D]` and bias.
         v_linear: as `k_linear`.
         cos: `[N, T, d]` or `[1, T, d]`.
@@ -76,8 +78,7 @@ def project_qkv(
     for name, linear in (("q", q_linear), ("k", k_linear), ("v", v_linear)):
         tensors |= _checks.require_linear(op, name, linear, size)
     _checks.require_tensors(op, x=x, **tensors)
-    for name, tensor in tensors.items():
-        _checks.require_dtype(op, name, tensor, x.dtype)
+    _checks.require_dtypes_of_layer(op, tensors, x.dtype)
     _checks.require_heads(op, "q_weight", q_linear[0], cos.shape[2])
     _checks.require_heads(op, "k_weight", k_linear[0], cos.shape[2])
     _checks.require_shape(op, "v_weight", v_linear[0], tuple(k_linear[0].shape), "that of k_weight")
@@ -119,6 +120,11 @@ def _half(x: Tensor) -> Tensor:
     return torch.cat((-high, low), -1)
 
 
+def operands(linear: Linear) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, bias and scale of a linear layer, as the schemas take them."""
+    return linear if len(linear) == 3 else (*linear, None)
+
+
 def project_qkv_cpu(
     x: Tensor,
     norm_weight: Tensor,
@@ -132,7 +138,7 @@ def project_qkv_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The C++ kernel, with the arguments of the reference."""
     return torch.ops.tq_fast.project_qkv.default(
-        x, norm_weight, eps, *q_linear, *k_linear, *v_linear, cos, sin
+        x, norm_weight, eps, *operands(q_linear), *operands(k_linear), *operands(v_linear), cos, sin
     )
 
 
@@ -142,10 +148,13 @@ def _fake(
     eps: float,
     q_weight: Tensor,
     q_bias: Tensor | None,
+    q_scale: Tensor | None,
     k_weight: Tensor,
     k_bias: Tensor | None,
+    k_scale: Tensor | None,
     v_weight: Tensor,
     v_bias: Tensor | None,
+    v_scale: Tensor | None,
     cos: Tensor,
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:

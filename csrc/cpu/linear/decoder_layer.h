@@ -13,7 +13,7 @@ struct QkvWeights {
 
   QkvWeights(const Tensor& norm_in, double eps_in, const LinearLayer& q_in, const LinearLayer& k_in,
              const LinearLayer& v_in)
-      : norm(dense(norm_in, q_in.weight.scalar_type())), eps(eps_in), q(q_in), k(k_in), v(v_in) {}
+      : norm(dense(norm_in, q_in.dtype)), eps(eps_in), q(q_in), k(k_in), v(v_in) {}
 };
 
 struct QueriesKeysValues {
@@ -33,7 +33,7 @@ struct FinishWeights {
 
   FinishWeights(const LinearLayer& o_in, const Tensor& norm_in, double eps_in, const LinearLayer& gate_in,
                 const LinearLayer& up_in, const LinearLayer& down_in)
-      : o(o_in), norm(dense(norm_in, o_in.weight.scalar_type())), eps(eps_in), gate(gate_in), up(up_in),
+      : o(o_in), norm(dense(norm_in, o_in.dtype)), eps(eps_in), gate(gate_in), up(up_in),
         down(down_in) {}
 };
 

@@ -14,7 +14,8 @@ Tensor evenly_spaced(const Tensor& x_in) {
 
 }  // namespace
 
-Tensor few_rows_linear_cpu(const Tensor& x_in, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor few_rows_linear_cpu(
+    const Tensor& x_in, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale) {
   const char* const op = "few_rows_linear";
   STD_TORCH_CHECK(x_in.dim() == 2 || x_in.dim() == 3, op, ": x must have 2 or 3 axes");
   const Tensor x = evenly_spaced(x_in);
@@ -23,7 +24,7 @@ Tensor few_rows_linear_cpu(const Tensor& x_in, const Tensor& weight, const std::
   const int64_t stride = is_flat || x.size(1) <= 1 ? x.stride(0) : x.stride(1);
   const int64_t size_in = x.size(x.dim() - 1);
   const ElementType type = element_type_of(x, op, "x");
-  const LinearLayer layer(weight, bias, size_in, x.scalar_type(), op);
+  const LinearLayer layer(weight, bias, scale, size_in, x.scalar_type(), op);
   Tensor out = is_flat ? new_tensor({rows, layer.size_out()}, x.scalar_type())
                        : new_tensor({x.size(0), x.size(1), layer.size_out()}, x.scalar_type());
   multiply_by_us<1>(x.const_data_ptr(), stride, rows, size_in, type, {&layer}, {out.mutable_data_ptr()});

@@ -5,9 +5,10 @@ namespace tq {
 
 Tensor finish_decoder_layer_cpu(
     const Tensor& attended_in, const Tensor& residual_in, const Tensor& o_weight, const std::optional<Tensor>& o_bias,
-    const Tensor& norm_in, double eps, const Tensor& gate_weight, const std::optional<Tensor>& gate_bias,
-    const Tensor& up_weight, const std::optional<Tensor>& up_bias, const Tensor& down_weight,
-    const std::optional<Tensor>& down_bias) {
+    const std::optional<Tensor>& o_scale, const Tensor& norm_in, double eps, const Tensor& gate_weight,
+    const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& gate_scale, const Tensor& up_weight,
+    const std::optional<Tensor>& up_bias, const std::optional<Tensor>& up_scale, const Tensor& down_weight,
+    const std::optional<Tensor>& down_bias, const std::optional<Tensor>& down_scale) {
   const char* const op = "finish_decoder_layer";
   STD_TORCH_CHECK(attended_in.dim() == 3 && residual_in.dim() == 3, op, ": attended and residual must have 3 axes");
   const Tensor residual = torch::stable::contiguous(residual_in);
@@ -17,10 +18,11 @@ Tensor finish_decoder_layer_cpu(
   STD_TORCH_CHECK(
       attended.size(0) == residual.size(0) && attended.size(1) == residual.size(1), op,
       ": attended must have the rows of residual");
-  const LinearLayer gate(gate_weight, gate_bias, size, dtype, op);
+  const LinearLayer gate(gate_weight, gate_bias, gate_scale, size, dtype, op);
   const FinishWeights weights(
-      LinearLayer(o_weight, o_bias, attended.size(2), dtype, op), norm_in, eps, gate,
-      LinearLayer(up_weight, up_bias, size, dtype, op), LinearLayer(down_weight, down_bias, gate.size_out(), dtype, op));
+      LinearLayer(o_weight, o_bias, o_scale, attended.size(2), dtype, op), norm_in, eps, gate,
+      LinearLayer(up_weight, up_bias, up_scale, size, dtype, op),
+      LinearLayer(down_weight, down_bias, down_scale, gate.size_out(), dtype, op));
   STD_TORCH_CHECK(
       weights.norm.numel() == size && weights.o.size_out() == size && weights.down.size_out() == size &&
           weights.up.size_out() == gate.size_out(),

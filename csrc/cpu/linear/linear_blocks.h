@@ -57,10 +57,23 @@ void round_rows(
   }
 }
 
+// Multiplies the sums of the rows [begin, end) by the scales of their outputs [first, last), in a pass of its
+// own: one with the bias would be rounded once or twice as the compiler likes.
+inline void scale_rows(
+    const FewRowsProduct& product, int64_t begin, int64_t end, int64_t first, int64_t last, float* sums,
+    int64_t sums_stride) {
+  for (int64_t m = begin; m < end; ++m, sums += sums_stride) {
+    int64_t i = first;
+    for (; i + kLanes <= last; i += kLanes) store(sums + i - first, load(sums + i - first) * load(product.scale + i));
+    for (; i < last; ++i) sums[i - first] *= product.scale[i];
+  }
+}
+
 template <typename Element>
 void finish_rows(
-    const FewRowsProduct& product, int64_t begin, int64_t end, int64_t first, int64_t last, const float* sums,
+    const FewRowsProduct& product, int64_t begin, int64_t end, int64_t first, int64_t last, float* sums,
     int64_t sums_stride) {
+  if (product.scale != nullptr) scale_rows(product, begin, end, first, last, sums, sums_stride);
   const auto round = product.is_out_float ? round_rows<Element, Float32> : round_rows<Element, Element>;
   round(product, begin, end, first, last, sums, sums_stride);
 }

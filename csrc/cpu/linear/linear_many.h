@@ -235,6 +235,12 @@ class ManyShare {
   // The weights that are transposed after this block; only the last group of rows goes on to other weight
   // rows.
   WeightsAhead weights_ahead(int64_t first, int64_t block, int64_t group) const {
+    if (product_.ahead != nullptr) {
+      const int64_t row_bytes = words_before(1) * static_cast<int64_t>(sizeof(float));
+      const bool is_first = block == 0 && group == 0 && row_bytes > 0;
+      const int64_t rows = is_first ? (product_.ahead_bytes + row_bytes - 1) / row_bytes : 0;
+      return {product_.ahead, row_bytes, rows < kOutputsTogether ? rows : kOutputsTogether};
+    }
     int64_t row = first;
     int64_t column = (block + 1) * blocks_.size;
     if (column >= blocks_.whole) {

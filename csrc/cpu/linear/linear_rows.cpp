@@ -176,6 +176,7 @@ class Share {
   // only the first group would read from memory, which idles during the others: so all groups together
   // prefetch the whole next panel.
   int64_t ahead_of(int64_t panel, int64_t row, int64_t block, int64_t group) const {
+    if (product_.ahead != nullptr) return group == 0 ? ahead_elsewhere(row) : 0;
     const int64_t fours = panel_rows_ / kWeightRowsPerTile;
     const int64_t in_panel = fours * blocks_.count;
     const int64_t now = (group * blocks_.count + block) * fours + (row - panel) / kWeightRowsPerTile;
@@ -189,6 +190,15 @@ class Share {
     const int64_t next_row = next_panel + next % fours * kWeightRowsPerTile;
     if (next >= in_panel || next_row >= end_) return 0;
     return (next_row - row) * product_.weight_stride + (next / fours - block) * blocks_.size;
+  }
+
+  // The same where other memory is to be prefetched: as many bytes of it as the weights before `row` have
+  // were prefetched beside them.
+  int64_t ahead_elsewhere(int64_t row) const {
+    const int64_t size = static_cast<int64_t>(sizeof(typename Step::Stored));
+    if (row * product_.weight_stride * size >= product_.ahead_bytes) return 0;
+    const auto distance = reinterpret_cast<intptr_t>(product_.ahead) - reinterpret_cast<intptr_t>(weight_);
+    return distance / size;
   }
 
   const FewRowsProduct& product_;

@@ -16,16 +16,20 @@ struct FewRowsProduct {
   const void* weight;
   int64_t weight_stride;  // elements between weight rows
   const void* bias;       // size_out elements, or null
+  const float* scale;     // size_out numbers by which the sums are multiplied before the bias, or null
   const void* packed_x;   // what pack_rows made of x
   void* out;              // dense
   ElementType type;       // of weight, bias, x and out
   bool is_out_float;      // out holds floats whatever the type
   bool use_bf16_dot;      // multiply bf16 pairs by the processor's instruction for them (AVX-512)
+  bool is_int8;           // weight holds int8 numbers, which the tiles of AMX widen by tables of bytes
   bool use_amx;           // multiply bf16 numbers in AMX tiles, however many rows there are
   bool is_many;           // turn blocks of weights once for all rows (AVX-512, kLeastManyRows or more)
   int64_t rows;
   int64_t size_in;
   int64_t size_out;
+  const char* ahead;      // memory to prefetch while this product is under way, or null: its own weights
+  int64_t ahead_bytes;
 };
 
 // From this many rows on transposing the weights pays; and the most rows of a tile.

@@ -5,8 +5,9 @@ namespace tq {
 
 std::tuple<Tensor, Tensor, Tensor> project_qkv_cpu(
     const Tensor& x_in, const Tensor& norm_in, double eps, const Tensor& q_weight, const std::optional<Tensor>& q_bias,
-    const Tensor& k_weight, const std::optional<Tensor>& k_bias, const Tensor& v_weight,
-    const std::optional<Tensor>& v_bias, const Tensor& cos_in, const Tensor& sin_in) {
+    const std::optional<Tensor>& q_scale, const Tensor& k_weight, const std::optional<Tensor>& k_bias,
+    const std::optional<Tensor>& k_scale, const Tensor& v_weight, const std::optional<Tensor>& v_bias,
+    const std::optional<Tensor>& v_scale, const Tensor& cos_in, const Tensor& sin_in) {
   const char* const op = "project_qkv";
   STD_TORCH_CHECK(x_in.dim() == 3 && cos_in.dim() == 3, op, ": x and cos must have 3 axes");
   const Tensor x = torch::stable::contiguous(x_in);
@@ -15,8 +16,8 @@ std::tuple<Tensor, Tensor, Tensor> project_qkv_cpu(
   const Tensor cos = dense(cos_in, dtype);
   const Tensor sin = dense(sin_in, dtype);
   const QkvWeights weights(
-      norm_in, eps, LinearLayer(q_weight, q_bias, size, dtype, op), LinearLayer(k_weight, k_bias, size, dtype, op),
-      LinearLayer(v_weight, v_bias, size, dtype, op));
+      norm_in, eps, LinearLayer(q_weight, q_bias, q_scale, size, dtype, op),
+      LinearLayer(k_weight, k_bias, k_scale, size, dtype, op), LinearLayer(v_weight, v_bias, v_scale, size, dtype, op));
   STD_TORCH_CHECK(weights.norm.numel() == size, op, ": norm_weight must have a number for each column of x");
   STD_TORCH_CHECK(
       head_size > 0 && head_size % 2 == 0 && weights.q.size_out() % head_size == 0 &&

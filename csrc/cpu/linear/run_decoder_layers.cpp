@@ -12,7 +12,7 @@ constexpr const char* kOp = "run_decoder_layers";
 
 // What a layer multiplies by: norm, q, k, v, o, norm, gate, up, down.
 constexpr int64_t kWeights = 9;
-// The biases of q, k, v, o, gate, up, down.
+// The biases of q, k, v, o, gate, up, down, and the scales of their weights where those are int8.
 constexpr int64_t kBiases = 7;
 
 // branch [N, H, B, d] at the tokens from `start` on = states [N, T, H, d], dense.
@@ -43,6 +43,7 @@ void check_branch(const Tensor& branch, const Tensor& states, int64_t start) {
 
 Tensor run_decoder_layers_cpu(
     const Tensor& hidden_in, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+    const std::vector<std::optional<Tensor>>& weight_scales,
     const std::vector<double>& eps, const Tensor& cos_in, const Tensor& sin_in, const std::vector<Tensor>& prefix_k,
     const std::vector<Tensor>& prefix_v, const std::vector<Tensor>& branch_k, const std::vector<Tensor>& branch_v,
     const Tensor& prefix_len, const Tensor& branch_len, const Tensor& tree, int64_t start,
@@ -50,7 +51,7 @@ Tensor run_decoder_layers_cpu(
   const auto count = static_cast<int64_t>(prefix_k.size());
   const auto has = [count](const auto& list, int64_t each) { return static_cast<int64_t>(list.size()) == each * count; };
   STD_TORCH_CHECK(
-      has(weights, kWeights) && has(biases, kBiases) && has(eps, 2) && has(prefix_v, 1) && has(branch_k, 1) &&
+      has(weights, kWeights) && has(biases, kBiases) && has(weight_scales, kBiases) && has(eps, 2) && has(prefix_v, 1) && has(branch_k, 1) &&
           has(branch_v, 1) && has(scales, 1) && has(windows, 1) && hidden_in.dim() == 3,
       kOp, ": the lists must have the parts of as many layers");
   Tensor hidden = torch::stable::contiguous(hidden_in);
@@ -61,9 +62,10 @@ Tensor run_decoder_layers_cpu(
   for (int64_t i = 0; i < count; ++i) {
     const Tensor* const weight = &weights[i * kWeights];
     const std::optional<Tensor>* const bias = &biases[i * kBiases];
+    const std::optional<Tensor>* const scale = &weight_scales[i * kBiases];
     const QkvWeights qkv(
-        weight[0], eps[2 * i], LinearLayer(weight[1], bias[0], size, dtype, kOp),
-        LinearLayer(weight[2], bias[1], size, dtype, kOp), LinearLayer(weight[3], bias[2], size, dtype, kOp));
+        weight[0], eps[2 * i], LinearLayer(weight[1], bias[0], scale[0], size, dtype, kOp),
+        LinearLayer(weight[2], bias[1], scale[1], size, dtype, kOp), LinearLayer(weight[3], bias[2], scale[2], size, dtype, kOp));
     const QueriesKeysValues made = project(hidden, qkv, cos, sin);
     Tensor keys = branch_k[i], values = branch_v[i];
     check_branch(keys, made.k, start);
@@ -76,11 +78,11 @@ Tensor run_decoder_layers_cpu(
         scales[i], std::nullopt, window, tree);
     const Tensor attended = torch::stable::view(
         torch::stable::transpose(out, 1, 2), {hidden.size(0), hidden.size(1), made.q.size(2) * made.q.size(3)});
-    const LinearLayer gate(weight[6], bias[4], size, dtype, kOp);
+    const LinearLayer gate(weight[6], bias[4], scale[4], size, dtype, kOp);
     const FinishWeights rest(
-        LinearLayer(weight[4], bias[3], attended.size(2), dtype, kOp), weight[5], eps[2 * i + 1], gate,
-        LinearLayer(weight[7], bias[5], size, dtype, kOp),
-        LinearLayer(weight[8], bias[6], gate.size_out(), dtype, kOp));
+        LinearLayer(weight[4], bias[3], scale[3], attended.size(2), dtype, kOp), weight[5], eps[2 * i + 1], gate,
+        LinearLayer(weight[7], bias[5], scale[5], size, dtype, kOp),
+        LinearLayer(weight[8], bias[6], scale[6], gate.size_out(), dtype, kOp));
     hidden = finish(attended, hidden, rest);
   }
   return hidden;

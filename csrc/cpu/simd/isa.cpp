@@ -66,6 +66,9 @@ bool cpu_has([[maybe_unused]] CpuTrait trait) {
     case CpuTrait::kAmd:
       __builtin_cpu_init();
       return __builtin_cpu_is("amd") != 0;
+    case CpuTrait::kByteTables:
+      __builtin_cpu_init();
+      return __builtin_cpu_supports("avx512vbmi") != 0;
   }
 #endif
   return false;

@@ -32,8 +32,9 @@ const char* isa_name(Isa isa);
 
 // Traits of the processor, beside the variants, that the choice between kernels depends on. Always false
 // off x86-64.
-// kAmx: the tiles may be used, as long as no limit is set.
-enum class CpuTrait : int { kBf16Dot, kAmx, kAmd };
+// kAmx: the tiles may be used, as long as no limit is set. kByteTables: one instruction looks bytes up in a
+// table of 128.
+enum class CpuTrait : int { kBf16Dot, kAmx, kAmd, kByteTables };
 
 // Tells of the processor itself, whatever the limit.
 bool cpu_has(CpuTrait trait);
