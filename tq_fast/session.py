@@ -435,7 +435,9 @@ class Session:
             prompts: as `read` returns them.
             method: one of this session's.
             **running: batch_size, memory_budget, progress, on_token and on_finished, as for
-                `TransferDecoder.decode`.
+                `TransferDecoder.decode`; and `on_work(num_tokens)`, called wherever the progress
+                bar moves, before `on_token` and `on_finished`: of every prompt it counts
+                `method.tokens_per_prompt` tokens in the end.
 
         An exception that ends the run carries the complete responses as its `finished`.
         """
@@ -452,6 +454,7 @@ class Session:
         progress: bool = False,
         on_token: Callable[[int], None] | None = None,
         on_finished: Callable[[int, PromptResult], None] | None = None,
+        on_work: Callable[[int], None] | None = None,
     ) -> Generator[ChosenToken, None, DecodeResult]:
         """Decode `prompts`; yield every token, and return the result."""
         check_sizes(batch_size, memory_budget)
@@ -464,7 +467,7 @@ class Session:
         stats = DecodeStats()
         finished: dict[int, PromptResult] = {}
         num_tokens = len(prompts) * method.tokens_per_prompt
-        with TokenBar(num_tokens, visible=progress) as bar, carry_finished(finished):
+        with TokenBar(num_tokens, progress, on_work) as bar, carry_finished(finished):
             report = Report(bar, finished, on_token, on_finished)
             while unfinished := [r for r in responses if r.idx not in finished]:
                 try:
@@ -515,9 +518,15 @@ def _is_same(first: Any, second: Any) -> bool:
 
 
 class TokenBar:
-    """A context manager with a progress bar over `num_tokens` tokens, shown where `visible`."""
+    """A context manager with a progress bar over `num_tokens` tokens, shown where `visible`.
 
-    def __init__(self, num_tokens: int, *, visible: bool) -> None:
+    `on_advance(num_tokens)` is called whenever it moves.
+    """
+
+    def __init__(
+        self, num_tokens: int, visible: bool, on_advance: Callable[[int], None] | None = None
+    ) -> None:
+        self._on_advance = on_advance
         self._bar = Progress(
             TextColumn("decoding"),
             BarColumn(),
@@ -549,3 +558,5 @@ class TokenBar:
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more tokens."""
         self._bar.update(self._task, advance=num_tokens)
+        if self._on_advance is not None:
+            self._on_advance(num_tokens)

@@ -8,6 +8,7 @@ need not wait for.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -19,12 +20,30 @@ from ..config import DecodeConfig
 from ..errors import ServerUnavailable, TqFastError
 from .methods import METHOD_NAMES, is_given, takes_own_settings
 from .models import takes_models
-from .options import read_template_options, takes_decode_options
+from .options import describe, flag, read_template_options, takes_decode_options
 from .terminal import one_line, say
 from .workers import CpusPerWorker, GpusPerWorker, RayAddress, RayCommand, Workers, read_cluster
 
+
+def _examples(*commands: str, links: Mapping[str, str]) -> str:
+    """Return the end of a help text, in Markdown: examples, and pages of the documentation.
+
+    Args:
+        commands: as they would be typed, with line breaks where they are long.
+        links: what stands on a page, by its place in the repository.
+    """
+    code = "\n".join(commands).replace("\n  ", " \\\n  ")
+    pages = "\n".join(f"- {page}: {says}" for page, says in links.items())
+    return f"For example:\n\n```sh\n{code}\n```\n\nIn the documentation:\n\n{pages}"
+
+
 app = typer.Typer(
     name="tq-fast",
+    epilog=_examples(
+        "tq-fast demo",
+        "tq-fast decode --help",
+        links={"docs/index.md": "where to begin", "docs/cli/index.md": "every command"},
+    ),
     help="Transfer Q* decoding: steer a frozen language model toward a reward.",
     no_args_is_help=True,
     add_completion=False,
@@ -57,21 +76,28 @@ def _show_version(wanted: bool) -> None:
 def tq_fast(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, metavar="", help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """Parse the options that stand before the command."""
 
 
-def _output(*names: str, help: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel="Prompts and output")
+_FILES, _RECORDS, _MEMORY = "Prompts and output", "Records", "Prompts at a time"
+
+
+def _output(*names: str, help: str, metavar: str, panel: str = _FILES) -> Any:
+    return typer.Option(
+        *names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False
+    )
 
 
 Method = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help=f"How to decode: {', '.join(METHOD_NAMES)}. Not given: transfer_q, or "
+        help=f"How to decode: {', '.join(METHOD_NAMES)}. Default: transfer_q, or "
         "transfer_q_indirect with --transfer indirect.",
         rich_help_panel="Method",
     ),
@@ -79,8 +105,8 @@ Method = Annotated[
 Prompts = Annotated[
     str,
     _output(
-        help="Prompts: JSON lines, or a JSON array, with 'prompt' (text or messages), 'messages' "
-        "or 'token_ids', and perhaps 'id'; other keys come back in the records. Or one text a "
+        help="The prompts: JSON lines, or a JSON array, with prompt (text or messages), messages "
+        "or token_ids, and perhaps id; other keys come back in the records. Or one text a "
         "line. '-' is standard input.",
         metavar="FILE",
     ),
@@ -88,47 +114,71 @@ Prompts = Annotated[
 Output = Annotated[
     Path,
     _output(
-        help="JSON lines, one record a prompt, in the order in which they finish.", metavar="FILE"
+        help="The records: JSON lines, one a prompt, in the order in which they finish.",
+        metavar="FILE",
     ),
 ]
 Template = Annotated[
     str | None,
-    typer.Option(
+    _output(
         "--template-options",
-        help="What chat templates get beside the messages: tools, enable_thinking and the like.",
+        help="What chat templates get beside the messages (tools, enable_thinking and the like), "
+        'such as `{"enable_thinking": false}`.',
         metavar="JSON",
-        rich_help_panel="Prompts and output",
     ),
 ]
-Traces = Annotated[bool, _output("--traces/--no-traces", help="Put every step into the records.")]
+Traces = Annotated[
+    bool,
+    flag(
+        "--traces/--no-traces",
+        panel=_RECORDS,
+        help="Put every step into the records. Default: only what came of them.",
+    ),
+]
 BatchSize = Annotated[
     int,
-    _output(help="Prompts decoded together; results do not depend on it.", metavar="N"),
+    typer.Option(
+        metavar="N",
+        rich_help_panel=_MEMORY,
+        **describe("Prompts decoded together; results do not depend on it.", 8),
+    ),
 ]
 MemoryBudget = Annotated[
     int | None,
     _output(
-        help="Bytes of KV and logits at most; what does not fit together runs in turn.",
+        help="Bytes of KV and logits at most; what does not fit together runs in turn. Default: as "
+        "many as --batch-size takes.",
         metavar="BYTES",
+        panel=_MEMORY,
     ),
 ]
-Overwrite = Annotated[bool, _output("--overwrite", help="Start again, whatever the output holds.")]
+Overwrite = Annotated[
+    bool,
+    flag("--overwrite", panel=_RECORDS, help="Start again, whatever the output holds."),
+]
 RetryErrors = Annotated[
-    bool, _output("--retry-errors", help="Decode again the prompts that failed.")
+    bool, flag("--retry-errors", panel=_RECORDS, help="Decode again the prompts that failed.")
 ]
 MixVersions = Annotated[
     bool,
-    _output("--mix-versions", help="Go on with records that another version of tq-fast made."),
+    flag(
+        "--mix-versions",
+        panel=_RECORDS,
+        help="Go on with records that another version of tq-fast made.",
+    ),
 ]
 
 FitPrompts = Annotated[
     str | None,
-    _output(help="Prompts, as for decode: other ones than those decoded later.", metavar="FILE"),
+    _output(
+        help="The prompts, as for decode: other ones than those decoded later.", metavar="FILE"
+    ),
 ]
 FromRecords = Annotated[
     Path | None,
     _output(
-        help="Fit to the records of an earlier job of best_of_n instead of drawing texts.",
+        help="In the place of prompts: the records of an earlier job of best_of_n, whose texts "
+        "serve again.",
         metavar="FILE",
     ),
 ]
@@ -137,29 +187,33 @@ HeadFolder = Annotated[
 ]
 
 
-def _fit(help: str, metavar: str = "N") -> Any:
-    return typer.Option(metavar=metavar, help=help, rich_help_panel="Fit")
+def _fit(help: str, default: int) -> Any:
+    return typer.Option(metavar="N", rich_help_panel="Fit", **describe(help, default))
 
 
 FitSource = Annotated[
     str,
-    _fit(
-        "The model that draws the texts: baseline (the direct Q of Transfer Q*) or sft "
-        "(controlled decoding).",
-        "WORD",
+    typer.Option(
+        rich_help_panel="Fit",
+        **describe(
+            "The model that draws the texts: baseline (the direct Q of Transfer Q*) or sft "
+            "(controlled decoding).",
+            "sft",
+            ("baseline", "sft"),
+        ),
     ),
 ]
-NumTexts = Annotated[int, _fit("Texts a prompt and round.")]
+NumTexts = Annotated[int, _fit("Texts a prompt and round.", 8)]
 Rounds = Annotated[
-    int, _fit("2 adds texts that are drawn under the first head, at --alpha, and fits again.")
+    int, _fit("2 adds texts that are drawn under the first head, at --alpha, and fits again.", 1)
 ]
-Epochs = Annotated[int, _fit("Passes over all tokens.")]
+Epochs = Annotated[int, _fit("Passes over all tokens.", 6)]
 RewardStates = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--reward-states",
+        panel="Fit",
         help="The head reads the reward model's states, too: dearer, and closer to the reward.",
-        rich_help_panel="Fit",
     ),
 ]
 # The fields of the configuration that a fit reads.
@@ -169,35 +223,49 @@ FIT_FIELDS = (
 )
 
 
-@app.command(cls=RayCommand)
+_DECODE_EXAMPLES = _examples(
+    "tq-fast decode --baseline DIR --reward DIR --sft DIR\n"
+    "  --prompts prompts.jsonl --output out.jsonl",
+    "tq-fast decode --method best_of_n --n 16 --baseline DIR --reward DIR\n"
+    "  --prompts prompts.jsonl --output out.jsonl",
+    links={
+        "docs/cli/decode.md": "the form of prompts and records",
+        "docs/guide/choosing-a-method.md": "which method",
+        "docs/guide/choosing-settings.md": "which settings",
+    },
+)
+
+
+@app.command(cls=RayCommand, epilog=_DECODE_EXAMPLES)
 @takes_own_settings
 @takes_models
 @takes_decode_options()
 def decode(
     context: typer.Context,
     *,
-    method: Method = None,
-    own: dict[str, Any],
-    models: dict[str, Any],
     prompts: Prompts,
     output: Output,
     template_options: Template = None,
+    models: dict[str, Any],
+    method: Method = None,
+    own: dict[str, Any],
+    config: DecodeConfig,
     traces: Traces = False,
-    batch_size: BatchSize = 8,
-    memory_budget: MemoryBudget = None,
     overwrite: Overwrite = False,
     retry_errors: RetryErrors = False,
     mix_versions: MixVersions = False,
+    batch_size: BatchSize = 8,
+    memory_budget: MemoryBudget = None,
     workers: Workers = None,
     ray: RayAddress = None,
     gpus_per_worker: GpusPerWorker = None,
     cpus_per_worker: CpusPerWorker = None,
-    config: DecodeConfig,
 ) -> None:
     """Decode a file of prompts into JSON lines.
 
-    A method refuses the options of another one, and another value of a setting that it fixes;
-    options of decoding that it does not read have no effect.
+    Before it begins it says how many tokens will go through each model; after the first steps, how
+    long all prompts take. A method refuses the options of another one, and another value of a
+    setting that it fixes; options of decoding that it does not read have no effect.
 
     Stopped at any moment, the same command goes on where it was. A prompt that fails becomes an
     error record, and the rest go on. A worker that dies is started again.
@@ -223,27 +291,35 @@ def decode(
     raise typer.Exit(run_decode(config, choice, prompts, output, options, Console(stderr=True)))
 
 
-@app.command(name="fit-value")
+_FIT_EXAMPLES = _examples(
+    "tq-fast fit-value --sft DIR --reward DIR --prompts train.jsonl --output head",
+    "tq-fast decode --method value_guided --value head --sft DIR\n"
+    "  --prompts prompts.jsonl --output out.jsonl",
+    links={"docs/cli/fit-value.md": "what a head is fitted to, and what is printed"},
+)
+
+
+@app.command(name="fit-value", epilog=_FIT_EXAMPLES)
 @takes_models
 @takes_decode_options(*FIT_FIELDS, alpha=0.5)
 def fit_value(
     *,
-    models: dict[str, Any],
+    output: HeadFolder,
     prompts: FitPrompts = None,
     from_records: FromRecords = None,
-    output: HeadFolder,
     template_options: Template = None,
-    batch_size: BatchSize = 8,
-    memory_budget: MemoryBudget = None,
-    overwrite: Overwrite = False,
-    retry_errors: RetryErrors = False,
-    mix_versions: MixVersions = False,
+    models: dict[str, Any],
     source: FitSource = "sft",
     num_texts: NumTexts = 8,
     rounds: Rounds = 1,
     epochs: Epochs = 6,
     reward_states: RewardStates = False,
     config: DecodeConfig,
+    overwrite: Overwrite = False,
+    retry_errors: RetryErrors = False,
+    mix_versions: MixVersions = False,
+    batch_size: BatchSize = 8,
+    memory_budget: MemoryBudget = None,
 ) -> None:
     """Fit a value head, for value guidance: draw texts, score them, learn to foretell the scores.
 
@@ -276,16 +352,25 @@ def fit_value(
     raise typer.Exit(run_fit_value(config, models, job, options, Console(stderr=True), Console()))
 
 
-@app.command()
+def _demo(help: str, default: float) -> Any:
+    return typer.Option(metavar="N" if isinstance(default, int) else "X", **describe(help, default))
+
+
+_DEMO_EXAMPLES = _examples(
+    "tq-fast demo",
+    "tq-fast demo --prompts 2 --alpha 0.2 --num-rollouts 16",
+    links={"docs/cli/demo-and-info.md": "what is shown"},
+)
+
+
+@app.command(epilog=_DEMO_EXAMPLES)
 def demo(
     *,
-    prompts: Annotated[int, typer.Option(metavar="N", help="Prompts to answer.")] = 4,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of every random draw.")] = 0,
-    k: Annotated[int, typer.Option(metavar="N", help="Candidates per step.")] = 10,
-    alpha: Annotated[
-        float, typer.Option(metavar="X", help="Decoding temperature; small follows the reward.")
-    ] = 0.5,
-    num_rollouts: Annotated[int, typer.Option(metavar="N", help="Roll-outs per candidate.")] = 8,
+    prompts: Annotated[int, _demo("Prompts to answer.", 4)] = 4,
+    seed: Annotated[int, _demo("Seed of every random draw.", 0)] = 0,
+    k: Annotated[int, _demo("Candidates per step.", 10)] = 10,
+    alpha: Annotated[float, _demo("Decoding temperature; small follows the reward.", 0.5)] = 0.5,
+    num_rollouts: Annotated[int, _demo("Roll-outs per candidate.", 8)] = 8,
 ) -> None:
     """Watch Transfer Q* steer the embedded models: responses side by side, scores, one trace."""
     from .demo import DemoOptions, run_demo
@@ -296,29 +381,33 @@ def demo(
     run_demo(options, Console())
 
 
-@app.command(name="eval", cls=RayCommand)
+_EVAL_EXAMPLES = _examples(
+    "tq-fast eval tiny --output results",
+    "tq-fast report results",
+    links={"docs/cli/eval.md": "the configuration file, and the shipped recipes"},
+)
+
+
+@app.command(name="eval", cls=RayCommand, epilog=_EVAL_EXAMPLES)
 def evaluate(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A TOML file, or a recipe such as 'tiny'.")
+        str, typer.Argument(metavar="CONFIG", help="A TOML file, or a recipe such as `tiny`.")
     ],
     *,
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="The folder of results; it may be new.")
+        Path, _output(help="The folder of results; it may be new.", metavar="DIR", panel=_RECORDS)
     ],
+    overwrite: Overwrite = False,
+    retry_errors: RetryErrors = False,
+    mix_versions: MixVersions = False,
     workers: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Processes; not given: as the configuration says."),
+        typer.Option(
+            metavar="N",
+            help="Processes. Default: as many as the configuration says.",
+            rich_help_panel="Workers",
+        ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start again, whatever the output holds.")
-    ] = False,
-    retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Decode again the prompts that failed.")
-    ] = False,
-    mix_versions: Annotated[
-        bool,
-        typer.Option("--mix-versions", help="Go on with records that another version made."),
-    ] = False,
     ray: RayAddress = None,
     gpus_per_worker: GpusPerWorker = None,
     cpus_per_worker: CpusPerWorker = None,
@@ -344,7 +433,12 @@ def evaluate(
     raise typer.Exit(run_eval(config, output, options, Console(stderr=True)))
 
 
-@app.command()
+_REPORT_EXAMPLES = _examples(
+    "tq-fast report results", links={"docs/cli/eval.md": "what the pictures show"}
+)
+
+
+@app.command(epilog=_REPORT_EXAMPLES)
 def report(
     results: Annotated[
         Path, typer.Argument(metavar="DIR", help="The folder of results of `tq-fast eval`.")
@@ -356,7 +450,14 @@ def report(
     run_report(results, Console(stderr=True))
 
 
-@app.command()
+_INFO_EXAMPLES = _examples(
+    "tq-fast info",
+    "tq-fast info --model DIR",
+    links={"docs/cli/demo-and-info.md": "what is shown"},
+)
+
+
+@app.command(epilog=_INFO_EXAMPLES)
 def info(
     model: Annotated[
         str | None,

@@ -30,7 +30,14 @@ from ..evaluation.models import score_responses
 from ..models.loading import end_token_ids
 from ..models.tiny import TinyWorld, gold_reward, load_tiny_world
 from ..prompts import Prompt
-from ..results import Certificate, DecodeStats, KlKind, StepTrace, weakest_kl_kind
+from ..results import (
+    Certificate,
+    DecodeStats,
+    KlKind,
+    PromptResult,
+    StepTrace,
+    weakest_kl_kind,
+)
 from ..transfer.warnings import count_noisy_steps, describe_noise
 from .progress import JobProgress
 from .terminal import MAX_WIDTH, explain, loading_models, say
@@ -181,14 +188,23 @@ def compare(
     start = time.perf_counter()
     work = dict.fromkeys(range(len(prompts)), config.max_new_tokens)
     progress = JobProgress(console, "prompts", work)
+
+    def hear_token(idx: int) -> None:
+        progress.work(1)
+        progress.token(idx)
+
+    def hear_finished(idx: int, found: PromptResult) -> None:
+        progress.work(config.max_new_tokens - len(found.sequence))
+        progress.end(idx)
+
     with progress, warnings.catch_warnings():
         # The same sentence is printed at the end, under the costs.
         warnings.filterwarnings("ignore", "the standard error of Q")
         decoded = decoder.decode(
             prompts,
             config=config,
-            on_token=progress.token,
-            on_finished=lambda idx, _: progress.end(idx),
+            on_token=hear_token,
+            on_finished=hear_finished,
         )
     seconds = time.perf_counter() - start
     drawn["Transfer Q*"] = decoded

@@ -16,6 +16,7 @@ from .._version import read_version
 from ..config import DecodeConfig
 from ..errors import ServerUnavailable
 from ..jobs.decoding import Decoder, Decoding, EntryDecoder, Finished
+from ..jobs.forecast import Forecast
 from ..jobs.prompt_file import PromptEntry, read_prompt_file
 from ..jobs.record_file import OutputRefused, RecordFile
 from ..jobs.resume import (
@@ -30,6 +31,7 @@ from ..jobs.resume import (
     stated_settings,
 )
 from ..ray.cluster import Cluster, require_ray
+from ..transfer.budget import check_sizes
 from ..transfer.warnings import describe_noise
 from .progress import JobProgress, format_seconds
 from .terminal import INTERRUPTED, loading_models, one_line, say
@@ -48,6 +50,9 @@ class JobOptions:
         mix_versions: go on with records that another version of the package made.
         template_options: those of `TransferDecoder.decode`.
         cluster: the workers that decode; None: this process does.
+
+    Raises:
+        InvalidArgument: batch_size or memory_budget is no positive integer.
     """
 
     batch_size: int = 8
@@ -58,6 +63,10 @@ class JobOptions:
     mix_versions: bool = False
     template_options: Mapping[str, Any] | None = None
     cluster: Cluster | None = None
+
+    def __post_init__(self) -> None:
+        # Wrong sizes are refused before any model is loaded.
+        check_sizes(self.batch_size, self.memory_budget)
 
     @property
     def decoding(self) -> Decoding:
@@ -158,14 +167,8 @@ class DecodeJob:
         self.failed = set(earlier.failed)
         self.num_steps = 0
         self.num_noisy_steps = 0
-        pending = [index for index in range(len(entries)) if index not in self.done]
-        self.num_pending = len(pending)
-        self.progress = JobProgress(
-            console,
-            "prompts",
-            dict.fromkeys(pending, self.config.max_new_tokens * self.config.num_return_sequences),
-            num_before=len(self.done),
-        )
+        self.pending = [index for index in range(len(entries)) if index not in self.done]
+        self.progress: JobProgress[int] = JobProgress(console, "prompts", {})
 
     def run(self) -> int:
         """Decode to the end or to an interrupt.
@@ -177,23 +180,19 @@ class DecodeJob:
         Raises:
             ServerUnavailable: a model's server stayed away; the message says what is done.
         """
-        if self.done and self.num_pending:
+        if self.done and self.pending:
             say(
                 self.console,
                 f"resuming: {len(self.done)} of {len(self.entries)} prompts are done",
             )
         try:
-            with self.progress, warnings.catch_warnings():
+            with warnings.catch_warnings():
                 # The decoder warns for every group; the summary warns once, over all prompts.
                 warnings.filterwarnings("ignore", "the standard error of Q")
                 warnings.showwarning = lambda message, *_, **__: say(self.console, str(message))
-                self.decoder.run(
-                    self.entries,
-                    frozenset(self.done),
-                    self._write,
-                    on_token=self.progress.token,
-                    on_restart=self.progress.restart,
-                )
+                self._forecast()
+                with self.progress:
+                    self.decoder.run(self.entries, frozenset(self.done), self._write, self.progress)
         except KeyboardInterrupt:
             say(
                 self.console,
@@ -209,6 +208,20 @@ class DecodeJob:
             ) from error
         self._summarise()
         return 1 if self.failed else 0
+
+    def _forecast(self) -> None:
+        """Say what is left to be done, and how much it is."""
+        left = self.decoder.forecast(self.entries, self.done)
+        if left.num_prompts:
+            say(self.console, describe_forecast(left, self.config))
+        self.progress = JobProgress(
+            self.console,
+            "prompts",
+            dict.fromkeys(self.pending, left.tokens_per_prompt),
+            num_before=len(self.done),
+            announces=True,
+            leaves_out="and the time to score them" if left.draws_texts else "",
+        )
 
     def _write(self, finished: Finished) -> None:
         index, record = finished.index, finished.record
@@ -228,7 +241,7 @@ class DecodeJob:
     def _summarise(self) -> None:
         total = len(self.entries)
         text = f"{total - len(self.failed)} of {total} prompts have a response"
-        if self.num_pending:
+        if self.pending:
             took = format_seconds(self.progress.seconds)
             text += f"; this run took {took}, {self.progress.rate:.1f} tokens/s"
         else:
@@ -242,3 +255,34 @@ class DecodeJob:
         if self.num_noisy_steps:
             noise = describe_noise(self.num_noisy_steps, self.num_steps, self.config.alpha)
             say(self.console, f"warning: {noise}")
+
+
+def describe_forecast(left: Forecast, config: DecodeConfig) -> str:
+    """Say in a line what is going to be decoded and what it takes.
+
+    Args:
+        left: what is to be said.
+        config: the settings.
+    """
+    num, each = left.num_prompts, config.num_return_sequences
+    lengths = f"{left.shortest:,}"
+    if left.longest > left.shortest:
+        lengths += f" to {left.longest:,}"
+    counted = [
+        f"{describe_count(count)} of {role}" for role, count in left.token_forwards.items() if count
+    ]
+    return (
+        f"{num:,} {'prompt' if num == 1 else 'prompts'} of {lengths} "
+        f"{'token' if left.longest == 1 else 'tokens'}, "
+        f"{'a response' if each == 1 else f'{each} responses'} of at most "
+        f"{config.max_new_tokens:,} tokens each: {'at most' if left.is_bound else 'about'} "
+        f"{', '.join(counted)} (token-forwards: tokens that go through each model)"
+    )
+
+
+def describe_count(number: int) -> str:
+    """Write a count with three digits: 987, 45.3 k, 1.2 M, 3.46 G."""
+    for scale, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= scale:
+            return f"{float(f'{number / scale:.3g}'):,.6g} {letter}"
+    return str(number)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Command, replace_parameter
+from .options import Command, describe, replace_parameter
 
 METHOD_NAMES = (
     *("sft", "baseline", "best_of_n", "args", "controlled_decoding", "transfer_q"),
@@ -29,13 +29,15 @@ class OwnOption:
     Attributes:
         kind: of its value; str where `parser` reads it.
         metavar: stands for the value in the help.
-        help: which methods take it, what it means, and its default.
+        help: which methods take it, and what it means.
+        default: what it is in each of them without being given; None where it has to be.
         parser: reads words that are no plain value.
     """
 
     kind: type
     metavar: str
     help: str
+    default: str | None = None
     parser: Callable[[str], Any] | None = None
 
 
@@ -57,39 +59,48 @@ def read_cuts(text: str) -> str | int | tuple[int, ...]:
 # own, such as the prior of args, stands among the options of decoding; several baselines are
 # several --baseline.
 OWN_OPTIONS: dict[str, OwnOption] = {
-    "n": OwnOption(int, "N", "Responses of which the best is kept [best_of_n: 16]."),
+    "n": OwnOption(
+        int, "N", "Whole texts of which best_of_n keeps the one of the highest reward.", "16"
+    ),
     "source": OwnOption(
         str,
-        "WORD",
-        "What draws whole texts: baseline, sft, or value, the prior under the head --value "
-        "[best_of_n, refine, blocks: baseline].",
+        "NAME",
+        "What draws the whole texts of best_of_n, refine and blocks: baseline, sft, or value, the "
+        "prior under the head --value.",
+        "baseline",
     ),
     "value": OwnOption(
         str,
         "DIR",
-        "A head of `tq-fast fit-value` [value_guided; best_of_n, refine, blocks with "
-        "--source value].",
+        "A head of `tq-fast fit-value`: for value_guided, and for best_of_n, refine and blocks "
+        "with --source value.",
     ),
     "mix": OwnOption(
-        float, "X", "Weight of the baseline: 0 is the SFT model, 1 the baseline [dera: 0.5]."
+        float, "X", "Weight of the baseline in dera: 0 is the SFT model, 1 the baseline.", "0.5"
     ),
-    "first": OwnOption(int, "N", "Whole texts of the first stage [refine: 8]."),
+    "first": OwnOption(int, "N", "Whole texts of the first stage of refine.", "8"),
     "branches": OwnOption(
-        int, "N", "Continuations of a stage [refine: 8], or of a block [blocks: 4]."
+        int,
+        "N",
+        "Continuations among which a stage of refine, or a block of blocks, is chosen.",
+        "8 in refine, 4 in blocks",
     ),
-    "stages": OwnOption(int, "N", "Stages after the first one [refine: 6]."),
+    "stages": OwnOption(int, "N", "Stages of refine after the first one.", "6"),
     "cuts": OwnOption(
         str,
         "WHERE",
-        "Where texts are cut: even, sentence, a number of tokens, or one a stage with commas "
-        "between [refine: even].",
+        "Where refine cuts texts: even, sentence, a number of tokens (a stage cuts so many "
+        "further), or one number a stage with commas between.",
+        "even",
         read_cuts,
     ),
-    "block_len": OwnOption(int, "N", "Tokens of a block [blocks: 25]."),
+    "block_len": OwnOption(int, "N", "Tokens of a block of blocks.", "25"),
     "judge": OwnOption(
         str,
-        "WORD",
-        "What is scored: the text so far, prefix, or completed first, rollout [blocks: prefix].",
+        "NAME",
+        "What the reward reads in blocks: prefix, the text so far, or rollout, the text completed "
+        "first.",
+        "prefix",
     ),
 }
 
@@ -114,10 +125,12 @@ def is_given(context: typer.Context, name: str) -> bool:
 
 
 def _option(name: str, option: OwnOption) -> inspect.Parameter:
-    settings: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    settings = {**describe(option.help, option.default), "metavar": option.metavar}
     if option.parser is not None:
         settings["parser"] = option.parser
-    described = typer.Option(f"--{name.replace('_', '-')}", rich_help_panel="Method", **settings)
+    described = typer.Option(
+        f"--{name.replace('_', '-')}", rich_help_panel="Settings of some methods alone", **settings
+    )
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,

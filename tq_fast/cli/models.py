@@ -8,49 +8,55 @@ from typing import Annotated, Any
 import typer
 
 from ..rewards.options import RewardOptions
-from .options import Command, read_devices, read_model_kwargs, replace_parameter
+from .options import (
+    Command,
+    describe,
+    flag,
+    read_devices,
+    read_model_kwargs,
+    replace_parameter,
+)
+
+_MODELS, _TOKENIZERS = "Models", "Tokenizers"
+_READING, _LOADING = "What the reward reads", "How models are loaded"
 
 
-def _model(help: str, metavar: str = "MODEL") -> Any:
-    return typer.Option(metavar=metavar, help=help, rich_help_panel="Models")
+def _model(help: str, metavar: str = "MODEL", panel: str = _MODELS) -> Any:
+    return typer.Option(metavar=metavar, help=help, rich_help_panel=panel)
 
 
 Baseline = Annotated[
     list[str] | None,
     _model(
-        "The aligned model that rolls out: a folder, a hub id, or the URL of a server such as "
-        "http://127.0.0.1:8000/v1. Repeat for several (collab)."
+        "The aligned model that rolls out. A folder, a hub id, or the URL of a server such as "
+        "http://127.0.0.1:8000/v1, as for every model. Repeat for several (collab)."
     ),
 ]
 Reward = Annotated[
     str | None,
-    _model(
-        "The reward: a sequence classifier (or the URL of its server), or a function as "
-        "MODULE:FUNCTION."
-    ),
+    _model("The reward: a sequence classifier, or a Python function as MODULE:FUNCTION."),
 ]
 Sft = Annotated[
     str | None,
-    _model(
-        "The SFT model, or the URL of its server: the prior, and the log-ratio of indirect "
-        "transfer."
-    ),
+    _model("The SFT model: the prior, and the log-ratio of indirect transfer."),
 ]
 BaselineReward = Annotated[
     str | None,
-    _model(
-        "The reward that the baseline was aligned to, or the URL of its server (indirect transfer)."
-    ),
+    _model("The reward that the baseline was aligned to (indirect transfer)."),
 ]
 Tokenizer = Annotated[
-    str | None, _model("The language models' tokenizer; not given: the baseline's own.")
+    str | None,
+    _model("Of the language models. Default: the baseline's own.", panel=_TOKENIZERS),
 ]
-RewardTokenizer = Annotated[str | None, _model("The reward's tokenizer; not given: its own.")]
+RewardTokenizer = Annotated[
+    str | None, _model("Of the reward. Default: its own.", panel=_TOKENIZERS)
+]
 BaselineRewardTokenizer = Annotated[
-    str | None, _model("The baseline reward's tokenizer; not given: its own.")
+    str | None, _model("Of the baseline reward. Default: its own.", panel=_TOKENIZERS)
 ]
 RewardIndex = Annotated[
-    int | None, _model("Which label is the reward, where the reward model has several.", "N")
+    int | None,
+    _model("Which label is the reward, where the model has several.", "N", _READING),
 ]
 RewardBounds = Annotated[
     tuple[float, float] | None,
@@ -58,45 +64,59 @@ RewardBounds = Annotated[
         "Bounds of the reward: for the certificate, and roll-outs that can no longer matter are "
         "left out.",
         "LO HI",
+        _READING,
     ),
 ]
 RewardPair = Annotated[
     bool,
-    typer.Option(
-        "--reward-pair",
-        help="The reward reads prompt and response as a pair.",
-        rich_help_panel="Models",
-    ),
+    flag("--reward-pair", panel=_READING, help="It reads prompt and response as a pair."),
 ]
 RewardTruncate = Annotated[
-    str | None, _model("Cut texts that are too long for the reward: left or right.", "WORD")
+    str | None,
+    _model(
+        "The side on which texts that are too long for it are cut. Default: they are refused.",
+        "left|right",
+        _READING,
+    ),
 ]
 RewardKeepSpecialTokens = Annotated[
     bool,
-    typer.Option(
+    flag(
         "--reward-keep-special-tokens",
-        help="The reward sees special tokens such as <think> in responses.",
-        rich_help_panel="Models",
+        panel=_READING,
+        help="It sees special tokens such as `<think>` in responses.",
     ),
 ]
 Device = Annotated[
     list[str] | None,
     _model(
-        "Where the models run, or one of them, such as 'baseline=cuda:1'; repeat for several. "
-        "Not given: a GPU if there is one.",
+        "Where the models run, such as cuda:1, or one of them, such as baseline=cuda:1; repeat for "
+        "several. Default: a GPU if there is one.",
         "[ROLE=]NAME",
+        _LOADING,
     ),
 ]
 ModelKwargs = Annotated[
     list[str] | None,
     _model(
         "More arguments of from_pretrained for one model, such as "
-        '\'baseline={"revision": "v2"}\'; of a model behind a URL, fields of tq_fast.Server, such '
-        'as \'baseline={"model": "name"}\'. Repeat for several.',
+        '`baseline={"revision": "v2"}`; of a model behind a URL, fields of tq_fast.Server, such '
+        'as `baseline={"model": "name"}`. Repeat for several.',
         "ROLE=JSON",
+        _LOADING,
     ),
 ]
-Dtype = Annotated[str, _model("auto (as saved), float32, bfloat16 or float16.", "WORD")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_LOADING,
+        **describe(
+            "Of the weights; auto: as they were saved.",
+            "auto",
+            ("auto", "float32", "bfloat16", "float16"),
+        ),
+    ),
+]
 
 
 def _read_models(

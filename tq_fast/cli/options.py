@@ -13,33 +13,49 @@ import typer
 
 from ..config import DecodeConfig
 
-# A help line for every field: one that lacks its line fails at import, and cannot be forgotten.
-_HELP: dict[str, str] = {
-    "k": "Candidates per step.",
-    "alpha": "Decoding temperature, in units of the reward; small follows the reward.",
-    "beta": "KL weight the baseline was trained with; needed for indirect transfer.",
-    "num_rollouts": "Roll-outs per candidate.",
-    "horizon": "Tokens per roll-out; 0 scores the partial text, 'none' rolls out to the end.",
-    "max_new_tokens": "Response length, the EOS token included.",
-    "min_new_tokens": "No EOS is chosen before the response has this many tokens.",
-    "stop": "A string that ends the response; repeat for several. The text ends before it.",
-    "strategy": "How the next token is chosen.",
-    "rollout": "How roll-outs are drawn.",
-    "rollout_temperature": "Temperature of sampled roll-outs.",
-    "rollout_top_k": "Keep this many tokens in sampled roll-outs; 0 keeps all.",
-    "rollout_top_p": "Keep the smallest set of this mass in sampled roll-outs; 1 keeps all.",
-    "prior": "The policy that is reweighted; not given: sft if there is one, else baseline.",
-    "candidates_from": "The policy that proposes the candidates.",
-    "transfer": "Whether the baseline was aligned to the target reward (direct) or to another.",
-    "weights": "How indirect transfer weighs its roll-outs.",
-    "estimator": "Mean of the rewards, or alpha log mean exp(reward / alpha).",
-    "eos_token_id": "A token that ends a response, or 'never'; repeat for several; "
-    "not given: the baseline's own.",
-    "num_return_sequences": "Responses to each prompt.",
-    "skip_special_tokens": "Leave special tokens out of the texts.",
-    "seed": "Seed of every random draw; the same seed gives the same responses.",
-    "backend": "The one backend that every op must use; not given: the fastest that accepts.",
+# The panels of the help, and for every field a line: one that lacks its line fails at import, and
+# cannot be forgotten. Defaults and choices are added to it.
+_PANELS: dict[str, dict[str, str]] = {
+    "Search": {
+        "k": "Candidates per step.",
+        "num_rollouts": "Roll-outs per candidate.",
+        "horizon": "Tokens per roll-out; 0 scores the partial text, none rolls out to the end.",
+        "alpha": "Decoding temperature, in units of the reward; small follows the reward.",
+        "strategy": "How the next token is chosen.",
+        "estimator": "Mean of the rewards, or soft: alpha log mean exp(reward / alpha).",
+    },
+    "Responses": {
+        "max_new_tokens": "Response length, the EOS token included.",
+        "min_new_tokens": "No EOS is chosen before the response has this many tokens.",
+        "stop": "A string that ends the response; repeat for several. The text ends before it.",
+        "eos_token_id": "A token that ends a response, or never; repeat for several. "
+        "Default: the baseline's own.",
+        "num_return_sequences": "Responses to each prompt.",
+        "seed": "Seed of every random draw; the same seed gives the same responses.",
+    },
+    "How roll-outs and whole texts are drawn": {
+        "rollout": "How roll-outs are drawn.",
+        "rollout_temperature": "Temperature of what is sampled.",
+        "rollout_top_k": "Keep this many tokens in what is sampled; 0 keeps all.",
+        "rollout_top_p": "Keep the smallest set of this mass in what is sampled; 1 keeps all.",
+    },
+    "Policies and indirect transfer": {
+        "prior": "The policy that is reweighted. Default: sft if there is one, else baseline.",
+        "candidates_from": "The policy that proposes the candidates.",
+        "transfer": "Whether the baseline was aligned to the target reward (direct) or to another.",
+        "beta": "KL weight the baseline was trained with; needed for indirect transfer.",
+        "weights": "How indirect transfer weighs its roll-outs.",
+    },
+    "Kernels": {
+        "backend": "The one backend that every op must use. Default: the fastest that accepts.",
+    },
+    "Special tokens in texts": {
+        "skip_special_tokens": "Default: left out. `--no-skip-special-tokens` keeps them.",
+    },
 }
+_HELP = {name: (panel, line) for panel, lines in _PANELS.items() for name, line in lines.items()}
+# Choices that are longer together stand in the help, beside which they would leave no room.
+_MAX_METAVAR = 16
 
 
 # A command as typer takes it.
@@ -87,9 +103,13 @@ def takes_decode_options(*names: str, **defaults: Any) -> Callable[[Command], Co
         **defaults: other defaults than those of `DecodeConfig`.
     """
     hints = typing.get_type_hints(DecodeConfig)
-    fields = [f for f in dataclasses.fields(DecodeConfig) if not names or f.name in names]
-    options = [_option(field, hints[field.name]) for field in fields]
-    options = [o.replace(default=defaults.get(o.name, o.default)) for o in options]
+    fields = {field.name: field for field in dataclasses.fields(DecodeConfig)}
+    # In the order of the panels.
+    options = [
+        _option(field, hints[name], defaults.get(name, field.default))
+        for name, field in sorted(fields.items(), key=lambda item: list(_HELP).index(item[0]))
+        if not names or name in names
+    ]
 
     def read(values: dict[str, Any]) -> DecodeConfig:
         if values.get("eos_token_id") is not None:
@@ -134,14 +154,39 @@ def read_model_kwargs(words: Sequence[str]) -> dict[str, dict[str, Any]] | None:
     return by_role or None
 
 
-def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+def describe(help: str, default: Any = None, choices: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings of an option that say what it takes and what it is without being given.
+
+    Args:
+        help: what the option means, as sentences.
+        default: where there is one to be named.
+        choices: the only values, where there are few.
+    """
+    metavar = "|".join(choices)
+    settings: dict[str, Any] = {"show_default": False}
+    if choices and len(metavar) <= _MAX_METAVAR:
+        settings["metavar"] = metavar
+    elif choices:
+        settings["metavar"] = "NAME"
+        help += f" One of {', '.join(choices)}."
+    if default is not None:
+        help += f" Default: {f'{default:g}' if isinstance(default, float) else default}."
+    return {**settings, "help": help}
+
+
+def flag(*names: str, panel: str, help: str) -> Any:
+    """Return an option that is given or not, without a value."""
+    return typer.Option(*names, help=help, metavar="", show_default=False, rich_help_panel=panel)
+
+
+def _option(field: dataclasses.Field[Any], hint: Any, default: Any) -> inspect.Parameter:
     """Return the option of one field as the parameter that typer expects."""
-    settings: dict[str, Any] = {"help": _HELP[field.name], "rich_help_panel": "Decoding"}
-    choices = _choices(hint)
-    default, name = field.default, "--" + field.name.replace("_", "-")
+    panel, line = _HELP[field.name]
+    choices, name = _choices(hint), "--" + field.name.replace("_", "-")
+    settings: dict[str, Any] = {}
     if field.name == "horizon":
         kind: Any = str
-        settings |= {"parser": _horizon, "metavar": "N"}
+        settings = {"parser": _horizon, "metavar": "N"}
         default = str(default)
     elif field.name == "eos_token_id":
         kind = list[str]
@@ -151,20 +196,22 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         settings["metavar"] = "TEXT"
     elif hint is bool:
         kind, name = bool, f"{name}/--no-{name.removeprefix('--')}"
+        settings["metavar"] = ""
     elif choices:
         kind = str
-        settings["metavar"] = "WORD"
-        settings["help"] += f" One of {', '.join(choices)}."
     else:
         kind = next(part for part in (typing.get_args(hint) or (hint,)) if part is not type(None))
         settings["metavar"] = "N" if kind is int else "X"
+    described = describe(line, None if isinstance(default, (bool, list)) else default, choices)
     if default is None:
         kind = kind | None
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, typer.Option(name, **settings)],
+        annotation=Annotated[
+            kind, typer.Option(name, rich_help_panel=panel, **{**described, **settings})
+        ],
     )
 
 

@@ -22,8 +22,8 @@ Workers = Annotated[
     int | None,
     _workers(
         "--workers",
-        help="Processes that decode, each with models of its own, by Ray (extra `ray`). Not given: "
-        "this process; with --ray, as many as there is room for.",
+        help="Processes that decode, each with models of its own, by Ray (the extra `ray`). "
+        "Default: this process; with --ray, as many as there is room for.",
         metavar="N",
     ),
 ]
@@ -31,8 +31,8 @@ RayAddress = Annotated[
     str | None,
     _workers(
         "--ray",
-        help="Workers run on this Ray cluster (extra `ray`); without an address, on the one that "
-        "this machine belongs to. Not given: on this machine.",
+        help="Workers run on this Ray cluster (the extra `ray`); without an address, on the one "
+        "that this machine belongs to. Default: on this machine.",
         metavar="[ADDRESS]",
     ),
 ]
@@ -40,13 +40,15 @@ GpusPerWorker = Annotated[
     float | None,
     _workers(
         "--gpus-per-worker",
-        help="GPUs of a worker, or a share of one; not given: one where there are any.",
+        help="GPUs of a worker, or a share of one. Default: one where there are any.",
         metavar="X",
     ),
 ]
 CpusPerWorker = Annotated[
     int | None,
-    _workers("--cpus-per-worker", help="CPUs of a worker, and its threads [1].", metavar="N"),
+    _workers(
+        "--cpus-per-worker", help="CPUs of a worker, and its threads. Default: 1.", metavar="N"
+    ),
 ]
 
 

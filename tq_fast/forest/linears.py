@@ -116,7 +116,7 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that a subclass is made of, by the protocol that torch.compile asks too."""
     if type(tensor) in (Tensor, nn.Parameter):
         return
-    names = getattr(tensor, "__tensor_flatten__", lambda: ([], None))()[0]
+    names: list[str] = getattr(tensor, "__tensor_flatten__", lambda: ([], None))()[0]
     for name in names:
         part = getattr(tensor, name)
         if type(part) is Tensor:

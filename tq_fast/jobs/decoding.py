@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from ..config import DecodeConfig
+from ..presets.cost import draws_texts
 from ..prompts import Prompt
 from ..results import PromptResult
 from ..transfer.warnings import count_noisy_steps
+from .forecast import Forecast, forecast
 from .prompt_file import PromptEntry
 from .record_file import Record
 from .records import ends_the_job, error_record, response_record
@@ -61,6 +63,29 @@ class Finished:
         return int(self.record["index"])
 
 
+class Progress(Protocol):
+    """Hears how far a decode is."""
+
+    def work(self, num_tokens: int) -> None:
+        """Count tokens that were drawn, or need not be drawn any more.
+
+        In the end there are `Forecast.tokens_per_prompt` of every prompt.
+        """
+        ...
+
+    def step(self) -> None:
+        """Take the time: a forward pass, or a step of all roll-outs, has come to its end."""
+        ...
+
+    def token(self, index: int) -> None:
+        """Count a new token of the response to the prompt `index`."""
+        ...
+
+    def restart(self, indices: Sequence[int]) -> None:
+        """Begin these prompts again, whose tokens were counted in vain, as all work under way."""
+        ...
+
+
 class Decoder(Protocol):
     """Decodes the prompts of a job, here or elsewhere."""
 
@@ -73,14 +98,16 @@ class Decoder(Protocol):
         """Return name and fingerprint of each model, by role."""
         ...
 
+    def forecast(self, entries: Sequence[PromptEntry], done: Collection[int]) -> Forecast:
+        """Return what the prompts that are not done are going to take."""
+        ...
+
     def run(
         self,
         entries: Sequence[PromptEntry],
         done: Collection[int],
         on_finished: Callable[[Finished], None],
-        *,
-        on_token: Callable[[int], None],
-        on_restart: Callable[[list[int]], None],
+        progress: Progress,
     ) -> None:
         """Decode every prompt that is not done, or make an error record of it.
 
@@ -88,10 +115,7 @@ class Decoder(Protocol):
             entries: every prompt of the job, by its index.
             done: indices of those that have a record.
             on_finished: called as soon as a prompt has its record.
-            on_token: called after every new token, with the index of its prompt, where the decoder
-                hears of it.
-            on_restart: called with the indices of prompts that begin again, so that tokens of
-                theirs were counted in vain.
+            progress: hears what is between records, where the decoder does.
 
         Raises:
             Exception: an error that every prompt would meet.
@@ -117,6 +141,7 @@ class EntryDecoder:
         self.decoding = decoding
         # A value head can be fitted later to the texts that the best of n was chosen from.
         self.keeps_texts = self.method.name == "best_of_n"
+        self._read: tuple[Sequence[PromptEntry], list[Prompt | Exception]] | None = None
         self.method.decode(
             [],
             template_options=decoding.template_options,
@@ -133,25 +158,35 @@ class EntryDecoder:
         """Return name and fingerprint of each model, by role."""
         return model_settings(self.method, self.models)
 
+    def forecast(self, entries: Sequence[PromptEntry], done: Collection[int]) -> Forecast:
+        """Return what the prompts that are not done are going to take."""
+        read = zip(entries, self._read_once(entries), strict=True)
+        pending = [prompt for entry, prompt in read if entry.index not in done]
+        return forecast(self.method, [one for one in pending if isinstance(one, Prompt)])
+
     def run(
         self,
         entries: Sequence[PromptEntry],
         done: Collection[int],
         on_finished: Callable[[Finished], None],
-        *,
-        on_token: Callable[[int], None],
-        on_restart: Callable[[list[int]], None],
+        progress: Progress,
     ) -> None:
         """Decode every prompt that is not done, as `Decoder.run` says."""
         readings: list[Reading] = []
-        for entry, read in zip(entries, self.read(entries), strict=True):
+        for entry, read in zip(entries, self._read_once(entries), strict=True):
             if entry.index in done:
                 continue
             if isinstance(read, Prompt):
                 readings.append((entry, read))
             else:
                 on_finished(Finished(error_record(entry, read)))
-        self.decode(readings, on_finished, on_token=on_token, on_restart=on_restart)
+        self.decode(readings, on_finished, progress)
+
+    def _read_once(self, entries: Sequence[PromptEntry]) -> list[Prompt | Exception]:
+        """Read the prompts of the job, or return what the call before made of the same ones."""
+        if self._read is None or self._read[0] is not entries:
+            self._read = (entries, self.read(entries))
+        return self._read[1]
 
     def read(self, entries: Iterable[PromptEntry]) -> list[Prompt | Exception]:
         """Return every prompt as the models read it, or why it cannot be read.
@@ -174,12 +209,10 @@ class EntryDecoder:
         self,
         readings: Sequence[Reading],
         on_finished: Callable[[Finished], None],
-        *,
-        on_token: Callable[[int], None] | None = None,
-        on_restart: Callable[[list[int]], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Decode prompts that were read; the other arguments are those of `Decoder.run`."""
-        run = _Run(self, on_finished, on_token, on_restart)
+        run = _Run(self, on_finished, progress)
         waiting = list(readings)
         while waiting:
             waiting = run.decode_most(waiting)
@@ -192,14 +225,13 @@ class _Run:
         self,
         decoder: EntryDecoder,
         on_finished: Callable[[Finished], None],
-        on_token: Callable[[int], None] | None,
-        on_restart: Callable[[list[int]], None] | None,
+        progress: Progress | None,
     ) -> None:
         self.decoder = decoder
+        self.draws_texts = draws_texts(decoder.method.method)
         self.config = decoder.config
         self.on_finished = on_finished
-        self.on_token = on_token
-        self.on_restart = on_restart
+        self.progress = progress
         self.done: set[int] = set()
 
     def decode_most(self, waiting: list[Reading]) -> list[Reading]:
@@ -220,8 +252,8 @@ class _Run:
 
     def _decode_group(self, group: list[Reading]) -> None:
         """Decode `group` together; if that fails, its halves, down to the prompt that fails."""
-        if self.on_restart is not None:
-            self.on_restart([entry.index for entry, _ in group])
+        if self.progress is not None:
+            self.progress.restart([entry.index for entry, _ in group])
         try:
             self._decode(group)
             return
@@ -243,10 +275,23 @@ class _Run:
     def _decode(self, readings: list[Reading]) -> None:
         num = self.config.num_return_sequences
         results: dict[int, PromptResult] = {}
+        progress = self.progress
+        # Responses that have a token of the step under way; the next step begins with one of them.
+        heard: set[int] = set()
 
         def hear_token(idx: int) -> None:
-            if self.on_token is not None:
-                self.on_token(readings[idx // num][0].index)
+            if progress is not None:
+                if not heard or idx in heard:
+                    heard.clear()
+                    progress.step()
+                heard.add(idx)
+                progress.token(readings[idx // num][0].index)
+
+        def hear_work(num_tokens: int) -> None:
+            if progress is not None:
+                progress.work(num_tokens)
+                if self.draws_texts:
+                    progress.step()
 
         def hear_finished(idx: int, result: PromptResult) -> None:
             results[idx] = result
@@ -262,6 +307,7 @@ class _Run:
             memory_budget=self.decoder.decoding.memory_budget,
             on_token=hear_token,
             on_finished=hear_finished,
+            on_work=hear_work,
         )
 
     def _finished(self, entry: PromptEntry, results: Sequence[PromptResult]) -> Finished:

@@ -16,6 +16,7 @@ from ..results import PromptResult
 from ..session import Session
 from .call import OpenMethod, PresetCall
 from .contests import ContestMethod, Contests, check_strategy
+from .rounds import Round
 from .served import Law
 from .sources import Source, TextSource, ValueLike
 
@@ -85,9 +86,11 @@ class BlocksMethod(ContestMethod):
         is_soft: bool,
     ) -> None:
         most = config.max_new_tokens
-        left = [most - start for start in range(0, most, block_len)]
-        tokens = branches * sum(left if completes else [min(block_len, num) for num in left])
-        super().__init__(session, law, config, rows=branches, tokens=tokens, is_soft=is_soft)
+        rounds = [
+            Round(branches, most - start if completes else min(block_len, most - start), start)
+            for start in range(0, most, block_len)
+        ]
+        super().__init__(session, law, config, rounds=rounds, is_soft=is_soft)
         self.branches = branches
         self.block_len = block_len
         self.completes = completes

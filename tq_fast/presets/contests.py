@@ -22,6 +22,7 @@ from ..streaming import ChosenToken, settled_tokens
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .drawing import Drawn
 from .plain import best_of_kl, certify_text, text_memory, trace_tokens
+from .rounds import Round
 from .scoring import TextScorer, check_scoring, score_others
 from .served import Law, open_texts
 
@@ -267,8 +268,7 @@ class ContestMethod:
         session: models, and the reward that judges.
         law: what texts are drawn from.
         config: how they are drawn; alpha weighs a soft choice.
-        rows: continuations of a prompt that a contest draws, at most.
-        tokens: tokens that all contests of a prompt draw, at most.
+        rounds: the contests of a prompt, at most.
         is_soft: whether winners are drawn from softmax(reward / alpha), or are the best.
     """
 
@@ -278,8 +278,7 @@ class ContestMethod:
         law: Law,
         config: DecodeConfig,
         *,
-        rows: int,
-        tokens: int,
+        rounds: Sequence[Round],
         is_soft: bool,
     ) -> None:
         self.session = session
@@ -288,8 +287,9 @@ class ContestMethod:
         session.stop_strings(config)
         check_scoring(session, law.roles)
         self.is_soft = is_soft
-        self.rows_per_prompt = rows
-        self.tokens_per_prompt = tokens
+        self.rounds = rounds
+        self.rows_per_prompt = max(part.num for part in rounds)
+        self.tokens_per_prompt = sum(part.num_tokens for part in rounds)
         self.num_new = config.max_new_tokens
         self.room = f"max_new_tokens={config.max_new_tokens}"
 

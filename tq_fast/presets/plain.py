@@ -28,6 +28,7 @@ from ..streaming import ChosenToken, settled_tokens
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .call import OpenMethod, PresetCall
 from .drawing import Drawn
+from .rounds import Round
 from .scoring import TextScorer, check_scoring, local_models, score_others
 from .served import Law, open_texts
 from .sources import Source, TextSource, ValueLike, mixture_law
@@ -133,6 +134,7 @@ class PlainMethod:
         session.stop_strings(config)
         check_scoring(session, law.roles)
         self.rows_per_prompt = num
+        self.rounds = [Round(num, config.max_new_tokens)]
         self.tokens_per_prompt = num * config.max_new_tokens
         self.num_new = config.max_new_tokens
         self.room = f"max_new_tokens={config.max_new_tokens}"

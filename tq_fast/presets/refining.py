@@ -20,6 +20,7 @@ from ..results import PromptResult, StageTrace
 from ..session import Session
 from .call import OpenMethod, PresetCall
 from .contests import ContestMethod, Contests, check_strategy
+from .rounds import Round
 from .served import Law
 from .sources import Source, TextSource, ValueLike
 
@@ -110,6 +111,12 @@ class CutPlan:
                 "pass tokenizer="
             )
 
+    def earliest(self, stage: int) -> int:
+        """Return where a text is cut at `stage` (from 1), at the earliest."""
+        if isinstance(self.cuts, int):
+            return stage * self.cuts
+        return 0 if isinstance(self.cuts, str) else self.cuts[stage - 1]
+
     def at(self, stage: int, token_ids: Sequence[int], session: Session) -> int | None:
         """Return where a text is cut at `stage` (from 1); None where it ends before that."""
         if self.cuts == "even":
@@ -173,9 +180,11 @@ class RefineMethod(ContestMethod):
         plan: CutPlan,
         is_soft: bool,
     ) -> None:
-        tokens = (first + plan.stages * branches) * config.max_new_tokens
-        rows = max(first, branches)
-        super().__init__(session, law, config, rows=rows, tokens=tokens, is_soft=is_soft)
+        most = config.max_new_tokens
+        cuts = [plan.earliest(stage) for stage in range(1, plan.stages + 1)]
+        later = [Round(branches, most - cut, cut) for cut in cuts if cut < most]
+        rounds = [Round(first, most), *later]
+        super().__init__(session, law, config, rounds=rounds, is_soft=is_soft)
         self.first = first
         self.branches = branches
         self.plan = plan

@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from ..config import DecodeConfig
 from ..errors import TqFastError
-from ..jobs.decoding import Decoding, EntryDecoder, Finished, Reading
+from ..jobs.decoding import Decoding, EntryDecoder, Finished, Progress, Reading
+from ..jobs.forecast import Forecast
 from ..jobs.prompt_file import PromptEntry
 from ..jobs.records import error_record
 from ..jobs.resume import ModelChoice, model_differences
@@ -70,6 +71,10 @@ class DecodeWorker:
             read.key if isinstance(read, Prompt) else Finished(error_record(entry, read))
             for entry, read in zip(entries, self.decoder.read(entries), strict=True)
         ]
+
+    def forecast(self, entries: Sequence[PromptEntry], done: Collection[int]) -> Forecast:
+        """Return what the prompts that are not done are going to take."""
+        return self.decoder.forecast(entries, done)
 
     def run(
         self, head: None, items: Mapping[int, Keyed]
@@ -155,16 +160,19 @@ class RayDecoder:
         """Return name and fingerprint of each model, by role."""
         return self._description.models
 
+    def forecast(self, entries: Sequence[PromptEntry], done: Collection[int]) -> Forecast:
+        """Return what the prompts that are not done are going to take; one worker counts."""
+        found: Forecast = self._pool.ask("forecast", entries, set(done))
+        return found
+
     def run(
         self,
         entries: Sequence[PromptEntry],
         done: Collection[int],
         on_finished: Callable[[Finished], None],
-        *,
-        on_token: Callable[[int], None],
-        on_restart: Callable[[list[int]], None],
+        progress: Progress,
     ) -> None:
-        """Decode every prompt that is not done, as `Decoder.run` says; tokens are not counted."""
+        """Decode every prompt that is not done, as `Decoder.run` says; progress is by prompts."""
         if all(entry.index in done for entry in entries):
             return
         by_index = {entry.index: entry for entry in entries}
