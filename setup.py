@@ -6,22 +6,31 @@ TQ_FAST_BUILD chooses what is built:
   none  nothing: pure Python
   cpu   the CPU library; anything missing is an error
   cuda  the CPU and the CUDA libraries, a GPU or a CUDA build of torch not needed
+
+The libraries reach torch through its stable ABI and Python not at all, so that one wheel serves
+every version of Python. tq_fast._common, which the tests use, is built only in place
+(`pip install -e .`).
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools_scm import get_version
 
 ROOT = Path(__file__).resolve().parent
 BUILD_FOLDER = ROOT / "build" / "native"
+NEXT_RELEASE = runpy.run_path(str(ROOT / "tq_fast" / "_version.py"))["NEXT_RELEASE"]
 BUILD_CHOICES = ("auto", "none", "cpu", "cuda")
 # An isolated build hides the environment's packages behind PYTHONPATH; -I looks past it, at the
 # torch that the package will run with. The build needs only its headers (stable ABI).
@@ -85,9 +94,11 @@ class BuildNative(build_ext):
             return
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         run_cmake("--build", str(BUILD_FOLDER), "--parallel", jobs)
-        in_source = self.inplace or self.editable_mode
-        prefix = ROOT if in_source else Path(self.build_lib).resolve()
+        prefix = ROOT if self.is_in_source() else Path(self.build_lib).resolve()
         run_cmake("--install", str(BUILD_FOLDER), "--prefix", str(prefix))
+
+    def is_in_source(self) -> bool:
+        return bool(self.inplace or self.editable_mode)
 
     def configure(self, choice: str) -> None:
         has_ninja = shutil.which("ninja", path=search_path()) is not None
@@ -100,6 +111,7 @@ class BuildNative(build_ext):
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DTQ_FAST_TORCH_ROOT={find_torch()}",
             f"-DTQ_FAST_CUDA={ {'auto': 'AUTO', 'cpu': 'OFF', 'cuda': 'ON'}[choice] }",
+            f"-DTQ_FAST_COMMON={'ON' if self.is_in_source() else 'OFF'}",
         )
 
     def get_outputs(self) -> list[str]:
@@ -109,7 +121,41 @@ class BuildNative(build_ext):
         return {}
 
 
-# The extension has no sources: it only makes setuptools run BuildNative and tag the wheel binary.
-extensions = [] if read_build_choice() == "none" else [Extension("tq_fast._common", sources=[])]
+class AnyPythonWheel(bdist_wheel):
+    """The command that makes the wheel, which depends on the platform but not on CPython's ABI."""
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def is_release(at: Any) -> bool:
+    """Whether setuptools-scm found a tag on this commit; an archive without one says 0.0."""
+    return at.exact and str(at.tag) != "0.0"
+
+
+def name_version(at: Any) -> str:
+    return str(at.tag) if is_release(at) else f"{NEXT_RELEASE}.dev{at.distance}"
+
+
+def name_commit(at: Any) -> str:
+    if is_release(at) or at.node is None:
+        return ""
+    return f"+g{at.node.removeprefix('g')[:9]}" + (".dirty" if at.dirty else "")
+
+
+# The extension has no sources: it makes setuptools run BuildNative and tag the wheel binary.
+extensions = [] if read_build_choice() == "none" else [Extension("tq_fast._cpu", sources=[])]
+
+setup(
+    # Builds are named as tq_fast._version names a checkout. A tree without git has its version in
+    # PKG-INFO, or its commit in .git_archival.txt.
+    version=get_version(
+        str(ROOT),
+        version_scheme=name_version,
+        local_scheme=name_commit,
+        git_describe_command="git describe --tags --long --abbrev=40 --dirty --match v[0-9]*",
+        fallback_version=f"{NEXT_RELEASE}.dev0",
+    ),
+    ext_modules=extensions,
+    cmdclass={"bdist_wheel": AnyPythonWheel, "build_ext": BuildNative},
+)

@@ -127,7 +127,7 @@ def _describe_run(load: float) -> list[str]:
     peers = [name for name, module in _GPU_PEERS.items() if importlib.util.find_spec(module)]
     absent = "none of them installed" if not peers else f"installed: {', '.join(peers)}"
     return [
-        f"{datetime.date.today()}, {_processor()}, {os.cpu_count()} cores, "
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, Python {platform.python_version()}",
         ", ".join(versions),
         f"load average {load:.1f} before and {os.getloadavg()[0]:.1f} after, of these benches "
@@ -136,7 +136,7 @@ def _describe_run(load: float) -> list[str]:
     ]
 
 
-def _processor() -> str:
+def processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -2,8 +2,8 @@
 
 SDPA gets its keys and values already expanded to every row, which a decoding loop would pay for in
 memory; it reads them again for every row, which is what it costs in time. "After its copy" it makes
-them from what ours is given. Ours is the C++ kernel or, for much bf16 where there is AMX, two calls
-of ATen: both are timed alone, too.
+them from what ours is given. Ours is the C++ kernel; two calls of ATen serve where it is missing,
+and are timed, too.
 """
 
 from __future__ import annotations

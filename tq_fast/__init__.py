@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from ._version import read_version
 from .config import DecodeConfig, DecodeOptions, SpeedOptions
 from .errors import (
     BackendRefused,
@@ -19,6 +19,7 @@ from .errors import (
 if TYPE_CHECKING:
     from . import ops, presets
     from .decoder import TransferDecoder, decode
+    from .generation import generate
     from .presets.fitting import fit_value
     from .results import (
         Certificate,
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
         StageTrace,
         StepTrace,
     )
+    from .rewards.options import RewardOptions
     from .servers.server import Server
+    from .streaming import StreamedToken, TokenStream
     from .values.head import ValueHead
+
+    __version__: str
 
 __all__ = [
     "BackendRefused",
@@ -48,6 +53,8 @@ __all__ = [
     "SpeedOptions",
     "StageTrace",
     "StepTrace",
+    "StreamedToken",
+    "TokenStream",
     "TqFastError",
     "TransferDecoder",
     "UnsupportedModel",
@@ -55,6 +62,7 @@ __all__ = [
     "__version__",
     "decode",
     "fit_value",
+    "generate",
     "ops",
     "presets",
 ]
@@ -70,10 +78,13 @@ _HOMES = {
     "Server": "servers.server",
     "StageTrace": "results",
     "StepTrace": "results",
+    "StreamedToken": "streaming",
+    "TokenStream": "streaming",
     "TransferDecoder": "decoder",
     "ValueHead": "values.head",
     "decode": "decoder",
     "fit_value": "presets.fitting",
+    "generate": "generation",
     "ops": "ops",
     "presets": "presets",
 }
@@ -82,6 +93,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     import importlib
 
+    if name == "__version__":
+        return read_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = importlib.import_module(f".{_HOMES[name]}", __name__)

@@ -1,7 +1,8 @@
 """Finds and loads the native libraries, once, on first use; what is missing is said in words.
 
 ``_tq_fast_cpu.so`` holds the schemas and the CPU kernels, ``_tq_fast_cuda.so`` the CUDA kernels
-(loaded only where a GPU is visible), ``tq_fast._common`` the shared headers as a Python module.
+(loaded only where a GPU is visible). ``tq_fast._common``, the shared headers as a Python module for
+tests, is in checkouts alone: it would tie a wheel to one version of Python.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def _load(name: LibraryName) -> str | None:
     if not path.is_file():
         return (
             f"the {name} library was not built ({path.name} is not in the package); "
-            "reinstall with a C++ compiler and torch present and TQ_FAST_BUILD=" + name
+            "reinstall from the source distribution (pip install --no-binary tq-fast) with a C++ "
+            f"compiler and torch present and TQ_FAST_BUILD={name}"
         )
     try:
         _load_library(str(path))
@@ -85,6 +87,6 @@ def load_common() -> ModuleType:
         return importlib.import_module("tq_fast._common")
     except ImportError as error:
         raise ImportError(
-            f"tq_fast._common was not built or cannot be loaded ({error}); reinstall with a C++ "
-            "compiler and Python's development headers present"
+            f"tq_fast._common was not built or cannot be loaded ({error}); only tests need it, and "
+            "`pip install -e .` builds it with a C++ compiler and Python's development headers"
         ) from error

@@ -337,8 +337,9 @@ class SpeedOptions:
             token of plain and of value-guided decoding (same tokens). Equal roll-outs part after
             the first depth then, and a greedy roll-out serves again only where it was run to its
             end.
-        cpu_layers: linear and decoder layers on CPU run in kernels made for few rows (same
-            tokens up to rounding).
+        cpu_layers: linear and decoder layers on CPU run in kernels made for few rows, over weights
+            that were gathered in huge pages, where the system has them (same tokens up to
+            rounding).
         compiled_modules: norms, MLPs and rotary embeddings of transformers run as `torch.compile`
             makes them, few kernels in place of many (same tokens up to rounding). It is made for
             CUDA devices, and off by default: compiling takes seconds to minutes in each process,

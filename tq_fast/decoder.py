@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from .rewards.base import Reward, RewardFunction
 from .rewards.options import RewardOptions
 from .servers import LanguageServer
 from .session import Report, Session
+from .streaming import ChosenToken, TokenStream
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes
 from .transfer.certificate import certify
 from .transfer.loop import DecodeLoop
@@ -251,6 +252,30 @@ class TransferDecoder:
             on_finished=on_finished,
         )
 
+    def stream(
+        self,
+        prompt: PromptLike,
+        *,
+        config: DecodeConfig | None = None,
+        template_options: TemplateOptions | None = None,
+        memory_budget: int | None = None,
+        **options: Unpack[DecodeOptions],
+    ) -> TokenStream:
+        """Decode one prompt, and return an iterator over its tokens, each as soon as it is chosen.
+
+        Tokens are those of `decode`, whose arguments and errors these are; what is wrong with them
+        is raised here, before the first token. `result` of the stream is there at its end. Leave
+        the loop whenever you like: nothing goes on in the background.
+        """
+        names = ("config", "template_options", "memory_budget")
+        config = DecodeConfig.from_options(config, names, **options)
+        return self.session.stream(
+            prompt,
+            TransferMethod(self.session, config),
+            template_options=template_options,
+            memory_budget=memory_budget,
+        )
+
     def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
         """Return a reader that turns one prompt at a time into the form that `decode` takes.
 
@@ -315,7 +340,7 @@ class TransferMethod:
 
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
-    ) -> None:
+    ) -> Iterator[ChosenToken]:
         """Decode over a forest for each model; a finished prompt's slot goes to the next prompt."""
         plan = dataclasses.replace(self.plan, max_rows=shape.max_rows)
         # Roll-outs to the end of the response get shorter from step to step. Slots are not refilled
@@ -332,15 +357,16 @@ class TransferMethod:
             self.session.forests,
         )
 
-        def on_token(response: Response, is_finished: bool) -> None:
-            report.token(response.idx)
-            if is_finished:
-                num_unused = self.tokens_per_prompt - len(response.token_ids)
-                report.finish(response.idx, self.finish(response), num_unused=num_unused)
-
         own = DecodeStats()
         try:
-            DecodeLoop(roles, active, waiting, plan, stats=own).run(on_token)
+            for response, is_finished in DecodeLoop(
+                roles, active, waiting, plan, stats=own
+            ).tokens():
+                report.token(response.idx)
+                if is_finished:
+                    num_unused = self.tokens_per_prompt - len(response.token_ids)
+                    report.finish(response.idx, self.finish(response), num_unused=num_unused)
+                yield ChosenToken(response.idx, response.trace[-1], is_finished)
         finally:
             for role, part in roles.by_role.items():
                 own.token_forwards[role] = part.num_token_forwards

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypedDict
 
@@ -52,6 +52,7 @@ from .rewards.lengths import check_room
 from .rewards.options import RewardOptions
 from .rollouts.stopping import StopStrings
 from .servers import Server
+from .streaming import ChosenToken, TextPieces, TokenStream, read_to_end, resume_within
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
 
 
@@ -159,8 +160,11 @@ class Method(Protocol):
 
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
-    ) -> None:
-        """Decode the first of `responses`, as many as `shape` allows, or more in turn."""
+    ) -> Iterator[ChosenToken]:
+        """Decode the first of `responses`, as many as `shape` allows, or more in turn.
+
+        Yields every token that stays, once it is settled and reported.
+        """
         ...
 
     def conclude(self, result: DecodeResult) -> None:
@@ -379,7 +383,66 @@ class Session:
         method.conclude(result)
         return result
 
-    def run(
+    def stream(
+        self,
+        prompt: PromptLike,
+        method: Method,
+        *,
+        template_options: TemplateOptions | None = None,
+        memory_budget: int | None = None,
+    ) -> TokenStream:
+        """Return the tokens of one prompt, each once `method` has settled it.
+
+        Raises:
+            InvalidArgument: an argument is wrong, or there are several prompts or responses.
+        """
+        config = method.config
+        if config.num_return_sequences != 1:
+            raise InvalidArgument(
+                "num_return_sequences must be 1 in a stream, which has the tokens of one response, "
+                f"got {config.num_return_sequences}"
+            )
+        read = self.read(prompt, template_options)
+        if len(read) != 1:
+            raise InvalidArgument(f"prompt must be one prompt in a stream, got {len(read)}")
+        self.check_fits(0, read[0], method.num_new, method.room)
+        check_sizes(1, memory_budget)
+        pieces = None
+        if self.tokenizer is not None:
+            stop = self.stop_strings(config)
+            pieces = TextPieces(stop, skip_special_tokens=config.skip_special_tokens)
+        gpus = gpus_of(self.modules())
+
+        @contextlib.contextmanager
+        def as_in_decode() -> Iterator[None]:
+            with neutral_torch(), torch.no_grad(), timing_on(gpus):
+                yield
+
+        tokens = self._stream(read[0], method, memory_budget)
+        return TokenStream(resume_within(as_in_decode, tokens), pieces)
+
+    def _stream(
+        self, prompt: Prompt, method: Method, memory_budget: int | None
+    ) -> Generator[ChosenToken, None, DecodeResult]:
+        result = yield from self._tokens([prompt], method, memory_budget=memory_budget)
+        method.conclude(result)
+        return result
+
+    def run(self, prompts: Sequence[Prompt], method: Method, **running: Any) -> DecodeResult:
+        """Decode `prompts` by `method`, in smaller batches where the memory does not suffice.
+
+        Args:
+            prompts: as `read` returns them.
+            method: one of this session's.
+            **running: batch_size, memory_budget, progress, on_token and on_finished, as for
+                `TransferDecoder.decode`.
+
+        An exception that ends the run carries the complete responses as its `finished`.
+        """
+        with timing_on(gpus_of(self.modules())):
+            return read_to_end(self._tokens(prompts, method, **running))
+
+    def _tokens(
         self,
         prompts: Sequence[Prompt],
         method: Method,
@@ -389,11 +452,8 @@ class Session:
         progress: bool = False,
         on_token: Callable[[int], None] | None = None,
         on_finished: Callable[[int, PromptResult], None] | None = None,
-    ) -> DecodeResult:
-        """Decode `prompts` by `method`, in smaller batches where the memory does not suffice.
-
-        An exception that ends the run carries the complete responses as its `finished`.
-        """
+    ) -> Generator[ChosenToken, None, DecodeResult]:
+        """Decode `prompts`; yield every token, and return the result."""
         check_sizes(batch_size, memory_budget)
         responses = [Response(idx, prompt) for idx, prompt in enumerate(prompts)]
         batch_size = min(batch_size, max(1, len(prompts)))
@@ -403,15 +463,12 @@ class Session:
             shape = fit_forest(needed, batch_size=batch_size, memory_budget=memory_budget)
         stats = DecodeStats()
         finished: dict[int, PromptResult] = {}
-        with (
-            timing_on(gpus_of(self.modules())),
-            TokenBar(len(prompts) * method.tokens_per_prompt, visible=progress) as bar,
-            carry_finished(finished),
-        ):
+        num_tokens = len(prompts) * method.tokens_per_prompt
+        with TokenBar(num_tokens, visible=progress) as bar, carry_finished(finished):
             report = Report(bar, finished, on_token, on_finished)
             while unfinished := [r for r in responses if r.idx not in finished]:
                 try:
-                    method.decode(unfinished, shape, stats, report)
+                    yield from method.decode(unfinished, shape, stats, report)
                 except BaseException as error:
                     # They are too large, or numbers that are not finite lie in their buffers.
                     self.forests = ForestStore()
@@ -420,7 +477,7 @@ class Session:
                     shape = smaller_after(error, shape)
             stats.settle()
         results = [finished[idx] for idx in range(len(prompts))]
-        return DecodeResult.collect(results, stats, has_texts=self.tokenizer is not None)
+        return DecodeResult.collect(results, stats, prompts=prompts, tokenizer=self.tokenizer)
 
 
 def _load_languages(

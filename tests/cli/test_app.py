@@ -121,7 +121,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
     words += " --baseline-reward-tokenizer brt --reward-index 1 --reward-bounds -1 2.5"
     words += " --reward-pair --reward-truncate left --reward-keep-special-tokens"
     words += " --device cpu --dtype bfloat16 --batch-size 3 --traces"
-    words += " --overwrite --retry-errors --memory-budget 1000"
+    words += " --overwrite --retry-errors --mix-versions --memory-budget 1000"
     kwargs = ['sft={"revision":"v2"}', 'baseline={"trust_remote_code":true}']
     words += "".join(f" --model-kwargs {word}" for word in kwargs)
     template = ["--template-options", '{"enable_thinking": false}']
@@ -150,6 +150,7 @@ def test_the_other_options_reach_the_job(seen: dict) -> None:
         "traces": True,
         "overwrite": True,
         "retry_errors": True,
+        "mix_versions": True,
         "template_options": {"enable_thinking": False},
         "cluster": None,
     }

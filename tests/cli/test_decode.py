@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import tq_fast
 from tests.cli.decode_job import CONFIG, TEXTS, Job
 from tests.cli.trio import Trio
 from tq_fast import DecodeConfig
@@ -22,7 +23,7 @@ def test_a_record_holds_everything_about_its_prompt(whole: Job) -> None:
     for index, record in whole.records().items():
         assert set(record) == {
             *("index", "id", "prompt", "response", "token_ids", "steps"),
-            *("certificate", "trace", "settings"),
+            *("certificate", "trace", "settings", "tq_fast"),
         }
         assert record["id"] == f"p{index}" and record["prompt"] == TEXTS[index]
         assert record["steps"] == len(record["token_ids"]) == len(record["trace"]) == 6
@@ -34,6 +35,7 @@ def test_a_record_holds_everything_about_its_prompt(whole: Job) -> None:
         # A standard error cannot be estimated from one roll-out.
         assert record["trace"][0]["q_stderr"] == [None] * 4
         assert record["settings"] == settings["fingerprint"]
+        assert record["tq_fast"] == settings["tq_fast"] == tq_fast.__version__
     assert settings["settings"]["alpha"] == CONFIG.alpha
     assert "6 of 6 prompts have a response" in whole.said
 
@@ -161,6 +163,53 @@ def test_without_its_settings_file_an_output_is_resumed_by_the_same_settings_onl
     assert job.run() == 0
     assert job.responses() == whole.responses()
     assert settings.exists()
+
+
+@pytest.fixture
+def older(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job whose first two records another version made."""
+    with monkeypatch.context() as earlier:
+        for module in ("cli.job", "jobs.resume"):
+            earlier.setattr(f"tq_fast.{module}.read_version", lambda: "0.1.0")
+        job.write_prompts(TEXTS[:2])
+        assert job.run() == 0
+    job.write_prompts(TEXTS)
+    return job
+
+
+def test_records_of_another_version_are_added_to_only_where_the_user_says_so(older: Job) -> None:
+    before = older.output.read_bytes()
+    refusal = "was made by tq-fast 0.1.0, this is .* --mix-versions goes on"
+    with pytest.raises(OutputRefused, match=refusal):
+        older.run()
+    assert older.output.read_bytes() == before
+    assert older.run(mix_versions=True) == 0
+    versions = [record["tq_fast"] for _, record in sorted(older.records().items())]
+    assert versions == ["0.1.0"] * 2 + [tq_fast.__version__] * 4
+
+
+def test_the_version_is_known_without_the_settings_file_and_from_it_alone(older: Job) -> None:
+    settings = older.output.with_name("out.jsonl.settings.json")
+    kept = settings.read_text()
+    settings.unlink()
+    with pytest.raises(OutputRefused, match=r"was made by tq-fast 0\.1\.0"):
+        older.run()
+    records = [json.loads(line) for line in older.output.read_text().splitlines()]
+    for record in records:
+        del record["tq_fast"]
+    older.output.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(OutputRefused, match="was made by tq-fast unknown"):
+        older.run()
+    settings.write_text(kept)
+    with pytest.raises(OutputRefused, match=r"was made by tq-fast 0\.1\.0"):
+        older.run()
+
+
+def test_a_finished_job_of_another_version_is_left_as_it_is(older: Job) -> None:
+    older.write_prompts(TEXTS[:2])
+    before = older.output.read_bytes()
+    assert older.run() == 0 and "nothing was left to do" in older.said
+    assert older.output.read_bytes() == before
 
 
 def test_a_foreign_file_is_never_touched(job: Job) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import tq_fast
 from tq_fast import presets
 from tq_fast.cli.evaluate import EvalOptions, run_eval
 from tq_fast.cli.report import run_report
@@ -291,6 +292,22 @@ def test_results_of_other_settings_are_left_alone(broken: Results) -> None:
         broken.run()
     assert broken.responses() == before
     assert broken.run(overwrite=True) == 1
+
+
+def test_methods_of_two_versions_share_a_folder_only_where_the_user_says_so(
+    broken: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        for module in ("cli.evaluate", "jobs.resume"):
+            earlier.setattr(f"tq_fast.{module}.read_version", lambda: "0.1.0")
+        assert broken.run() == 1
+    # One method has all of its records, and the other one none.
+    (broken.output / "records" / "one" / "transfer_q.jsonl").unlink()
+    with pytest.raises(OutputRefused, match=r"was made by tq-fast 0\.1\.0, this is"):
+        broken.run()
+    assert broken.run(mix_versions=True) == 1
+    made = {name: {r["tq_fast"] for r in records} for name, records in broken.records().items()}
+    assert made == {"one/baseline": {"0.1.0"}, "one/transfer_q": {tq_fast.__version__}}
 
 
 def test_results_of_another_evaluation_are_left_alone(broken: Results) -> None:

@@ -91,7 +91,8 @@ def _from_the_command_line(folder: Path) -> Iterator[dict[str, Any]]:
     subprocess.run(command, check=True, capture_output=True)
     for line in sorted(output.read_text().splitlines(), key=lambda line: json.loads(line)["index"]):
         record = json.loads(line)
-        # The fingerprint follows the settings' names.
+        # The fingerprint follows the settings' names, and the version the commit.
+        record.pop("tq_fast", None)
         del record["settings"], record["certificate"]["kl_kind"]
         yield {"job": "command line", **record}
 

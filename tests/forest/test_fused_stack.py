@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from tests.forest.test_fused_layers import FUSED, TOLERANCE, any_processor, model_of, rolled_out
+from tq_fast import _native
 from tq_fast.forest.cpu_layers import describe_layers
 from tq_fast.forest.language import LanguageForest, StateForest
 
@@ -19,6 +20,7 @@ __all__ = ["any_processor"]
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of layers of every call of the op."""
     made: list[int] = []
+    assert _native.cpu_refusal() is None, "loads the library, or says why not"
     op = torch.ops.tq_fast.run_decoder_layers
 
     class Counted:

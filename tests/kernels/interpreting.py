@@ -14,12 +14,17 @@ from pathlib import Path
 
 _REPOSITORY = Path(__file__).parents[2]
 # The interpreter keeps bfloat16 as its bits, and its tl.dot multiplies them (triton 3.6 to 3.9). It
-# runs the exclusive or in tl.topk as a Python loop over the elements.
+# runs the exclusive or in tl.topk as a Python loop over the elements. Each call of a device
+# function replaces the functions of triton.language again, which is more than half of a kernel's
+# time. What it replaces stays until the launch ends, so once for each module is enough.
 _PROGRAM = """
 import sys
 import numpy as np, pytest, torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import (
+    GridExecutor, InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
+)
 
 def widen(handle):
     if handle.dtype.scalar != tl.bfloat16:
@@ -40,6 +45,23 @@ def reduce_quickly(self, values):
     return (self.to_tensor(data, value.dtype),)
 
 ReduceOps.apply_impl = reduce_quickly
+
+replaced_for = set()
+launch = GridExecutor.__call__
+
+def launch_anew(self, *arguments, **options):
+    replaced_for.clear()
+    launch(self, *arguments, **options)
+
+def call_device_function(self, *arguments, **options):
+    module = self.fn.__module__
+    if module not in replaced_for:
+        interpreter._patch_lang(self.fn)
+        replaced_for.add(module)
+    return self.rewrite()(*arguments, **options)
+
+GridExecutor.__call__ = launch_anew
+InterpretedFunction.__call__ = call_device_function
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 sys.exit(pytest.main(sys.argv[1:]))

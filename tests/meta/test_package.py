@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -39,14 +40,30 @@ def test_it_holds_every_file_that_the_package_is_made_of(source: Path) -> None:
     assert not list(source.rglob("*.so"))
 
 
+def test_it_holds_nothing_that_a_build_does_not_need(source: Path) -> None:
+    """The list is the same whether git is there or not, which setuptools-scm would ask."""
+    made = {"PKG-INFO", "setup.cfg", "tq_fast.egg-info"}
+    wanted = {
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "CMakeLists.txt",
+        "LICENSE",
+        "MANIFEST.in",
+        "README.md",
+    }
+    wanted |= {"constraints.txt", "csrc", "pyproject.toml", "setup.py", "tq_fast"}
+    assert {path.name for path in source.iterdir()} == made | wanted
+
+
 def test_a_tree_without_its_build_file_is_refused_and_not_built_as_pure_python(
     source: Path, tmp_path: Path
 ) -> None:
-    setup = tmp_path / "setup.py"
-    setup.write_text((source / "setup.py").read_text())
+    tree = tmp_path / "tree"
+    shutil.copytree(source, tree)
+    (tree / "CMakeLists.txt").unlink()
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext"],
-        cwd=tmp_path,
+        cwd=tree,
         capture_output=True,
         text=True,
         check=False,

@@ -325,3 +325,15 @@ def test_models_by_folder_and_loaded_ones_give_the_same(tmp_path) -> None:
     for method in ("sft", "controlled_decoding"):
         loaded = run(method, baseline=None, device="cpu", **folders)
         assert tokens(loaded) == tokens(run(method, baseline=None))
+
+
+def test_a_method_that_is_open_takes_other_settings_over_the_same_models() -> None:
+    opened = presets.open_method("transfer_q", **{**models(), "sft": None}, **SHORT)
+    other = opened.with_settings(k=2, strategy="greedy")
+    expected = presets.transfer_q(
+        PROMPTS, models()["baseline"], models()["reward"], **{**SHORT, "k": 2}, strategy="greedy"
+    )
+    assert other.decode(PROMPTS) == expected
+    assert other.session is opened.session and opened.config.k == 4
+    with pytest.raises(InvalidArgument, match="transfer is 'direct' for the method 'transfer_q'"):
+        opened.with_settings(transfer="indirect", beta=1.0)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from .._version import __version__
+from .._version import read_version
 from ..config import DecodeConfig
 from ..errors import ServerUnavailable, TqFastError
 from .methods import METHOD_NAMES, is_given, takes_own_settings
@@ -49,7 +49,7 @@ def main() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tq-fast {__version__}")
+        typer.echo(f"tq-fast {read_version()}")
         raise typer.Exit
 
 
@@ -115,6 +115,10 @@ MemoryBudget = Annotated[
 Overwrite = Annotated[bool, _output("--overwrite", help="Start again, whatever the output holds.")]
 RetryErrors = Annotated[
     bool, _output("--retry-errors", help="Decode again the prompts that failed.")
+]
+MixVersions = Annotated[
+    bool,
+    _output("--mix-versions", help="Go on with records that another version of tq-fast made."),
 ]
 
 FitPrompts = Annotated[
@@ -183,6 +187,7 @@ def decode(
     memory_budget: MemoryBudget = None,
     overwrite: Overwrite = False,
     retry_errors: RetryErrors = False,
+    mix_versions: MixVersions = False,
     workers: Workers = None,
     ray: RayAddress = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -211,6 +216,7 @@ def decode(
         traces=traces,
         overwrite=overwrite,
         retry_errors=retry_errors,
+        mix_versions=mix_versions,
         template_options=read_template_options(template_options),
         cluster=read_cluster(workers, ray, gpus_per_worker, cpus_per_worker),
     )
@@ -231,6 +237,7 @@ def fit_value(
     memory_budget: MemoryBudget = None,
     overwrite: Overwrite = False,
     retry_errors: RetryErrors = False,
+    mix_versions: MixVersions = False,
     source: FitSource = "sft",
     num_texts: NumTexts = 8,
     rounds: Rounds = 1,
@@ -253,6 +260,7 @@ def fit_value(
         memory_budget=memory_budget,
         overwrite=overwrite,
         retry_errors=retry_errors,
+        mix_versions=mix_versions,
         template_options=read_template_options(template_options),
     )
     job = FitJob(
@@ -307,6 +315,10 @@ def evaluate(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Decode again the prompts that failed.")
     ] = False,
+    mix_versions: Annotated[
+        bool,
+        typer.Option("--mix-versions", help="Go on with records that another version made."),
+    ] = False,
     ray: RayAddress = None,
     gpus_per_worker: GpusPerWorker = None,
     cpus_per_worker: CpusPerWorker = None,
@@ -326,6 +338,7 @@ def evaluate(
         workers=workers,
         overwrite=overwrite,
         retry_errors=retry_errors,
+        mix_versions=mix_versions,
         cluster=read_cluster(None, ray, gpus_per_worker, cpus_per_worker),
     )
     raise typer.Exit(run_eval(config, output, options, Console(stderr=True)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .._version import read_version
 from ..errors import InvalidArgument
 from ..evaluation.config import EvalConfig
 from ..evaluation.config_file import find_config, load_config
@@ -33,18 +34,21 @@ class EvalOptions:
         workers: processes; None: as the configuration says.
         overwrite: start again, whatever the output holds.
         retry_errors: decode again the prompts that failed.
+        mix_versions: go on with records that another version of the package made.
         cluster: where the workers run; None: they are processes of this machine.
     """
 
     workers: int | None = None
     overwrite: bool = False
     retry_errors: bool = False
+    mix_versions: bool = False
     cluster: Cluster | None = None
 
     @property
     def again(self) -> dict[str, bool]:
         """How files of records are opened."""
-        return {"overwrite": self.overwrite, "retry_errors": self.retry_errors}
+        names = ("overwrite", "retry_errors", "mix_versions")
+        return {name: getattr(self, name) for name in names}
 
 
 def run_eval(config_name: str, output: Path, options: EvalOptions, console: Console) -> int:
@@ -178,7 +182,7 @@ def _carry_out(
 
     def write(task: Task, record: Record) -> None:
         job = by_key[(task.setup, task.method)]
-        job.file.append({**record, "settings": job.fingerprint})
+        job.file.append({**record, "settings": job.fingerprint, "tq_fast": read_version()})
         if "error" in record:
             failed[job.key] += 1
             described = record["error"]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import _native, env
-from .._version import __version__
+from .._version import read_version
 from ..ops._attention_flash import describe_flash
 from ..ops._dispatch import describe_backends
 from .terminal import explain, say
@@ -71,7 +71,7 @@ def _versions() -> list[tuple[str, str]]:
         triton = importlib.import_module("triton").__version__
     cuda = torch.version.cuda or "none: this torch was built without it"
     return [
-        ("tq_fast", __version__),
+        ("tq_fast", read_version()),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("transformers", transformers.__version__),
@@ -91,16 +91,7 @@ def _hardware() -> list[tuple[str, str]]:
 
 
 def _libraries() -> list[tuple[str, str]]:
-    common = None
-    try:
-        _native.load_common()
-    except ImportError as error:
-        common = str(error)
-    refusals = {
-        "CPU library": _native.cpu_refusal(),
-        "CUDA library": _native.cuda_refusal(),
-        "common headers": common,
-    }
+    refusals = {"CPU library": _native.cpu_refusal(), "CUDA library": _native.cuda_refusal()}
     return [
         (name, "loaded" if reason is None else f"not loaded: {reason}")
         for name, reason in refusals.items()
@@ -162,7 +153,7 @@ def _costs(device: str, used: dict[str, str]) -> list[str]:
             costs.append(
                 "No CPU library: its ops run on calls of PyTorch, with the same results and "
                 "slower, most of all finding candidates, sampling roll-outs and attention over the "
-                "shared prefix; the table of ops in README.md says by how much. Installing again "
+                "shared prefix; docs/results/benchmarks.md says by how much. Installing again "
                 "with a C++ compiler builds it."
             )
     elif _native.cuda_refusal() is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .._version import read_version
 from ..config import DecodeConfig
 from ..errors import ServerUnavailable
 from ..jobs.decoding import Decoder, Decoding, EntryDecoder, Finished
@@ -22,6 +23,7 @@ from ..jobs.resume import (
     ModelChoice,
     check_models,
     check_stated,
+    check_version,
     describe_repairs,
     make_settings,
     read_earlier,
@@ -43,6 +45,7 @@ class JobOptions:
         traces: whether records hold a trace of every step.
         overwrite: start again, whatever the output holds.
         retry_errors: decode again the prompts that failed.
+        mix_versions: go on with records that another version of the package made.
         template_options: those of `TransferDecoder.decode`.
         cluster: the workers that decode; None: this process does.
     """
@@ -52,6 +55,7 @@ class JobOptions:
     traces: bool = False
     overwrite: bool = False
     retry_errors: bool = False
+    mix_versions: bool = False
     template_options: Mapping[str, Any] | None = None
     cluster: Cluster | None = None
 
@@ -99,6 +103,8 @@ def open_job(
         if not options.overwrite:
             earlier = read_earlier(file, entries, retry_errors=options.retry_errors)
             check_stated(file, earlier, stated, entries)
+            is_done = len(earlier.kept) == len(entries)
+            check_version(output, [earlier], is_done=is_done, mix_versions=options.mix_versions)
         # Settings are checked against the models before the output changes.
         decoder = stack.enter_context(_open_decoder(config, models, options, console))
         settings = make_settings(stated, decoder.model_settings())
@@ -206,7 +212,7 @@ class DecodeJob:
 
     def _write(self, finished: Finished) -> None:
         index, record = finished.index, finished.record
-        self.file.append({**record, "settings": self.fingerprint})
+        self.file.append({**record, "settings": self.fingerprint, "tq_fast": read_version()})
         self.done.add(index)
         is_failed = "error" in record
         if is_failed:

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from .. import _native
-from .._version import __version__
+from .._version import read_version
 from ..jobs.record_file import OutputRefused, Record, RecordFile
 from ..results import KlKind, weakest_kl_kind
 from .ceiling import ceiling_at, read_curve, summarise_ceiling, write_ceiling
@@ -356,7 +356,7 @@ def write_run(output: Path, workers: int, *, responses: int, seconds: float) -> 
         }
     )
     versions = {
-        "tq_fast": __version__,
+        "tq_fast": read_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

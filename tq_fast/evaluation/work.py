@@ -25,6 +25,7 @@ from ..jobs.resume import (
     Earlier,
     check_models,
     check_stated,
+    check_version,
     fingerprint_models,
     make_settings,
     read_earlier,
@@ -316,6 +317,7 @@ def open_jobs(
     *,
     overwrite: bool,
     retry_errors: bool,
+    mix_versions: bool,
 ) -> list[EvalJob]:
     """Open every file of records and check, before any model is loaded, that it may go on."""
     digest = digest_prompts(list(prompts))
@@ -341,6 +343,9 @@ def open_jobs(
                 earlier = read_earlier(file, entries, retry_errors=retry_errors)
                 check_stated(file, earlier, stated)
             jobs.append(EvalJob((i, j), setup, method, file, entries, earlier, stated))
+    is_done = all(len(job.earlier.kept) == len(job.entries) for job in jobs)
+    # Tables compare all methods, so that no two versions may share the folder.
+    check_version(output, [job.earlier for job in jobs], is_done=is_done, mix_versions=mix_versions)
     return jobs
 
 

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 
 from ..copies import upload
 from ..errors import UnsupportedModel
+from .huge_pages import ask_for_huge_pages
 
 
 class KvShape(NamedTuple):
@@ -55,8 +56,10 @@ class _Pool:
         self, shape: KvShape, *, num_slots: int, trees: int, rows: int, prefix: int, branch: int
     ) -> None:
         def zeros(*sizes: int) -> torch.Tensor:
-            # Zeros, not empty: a NaN in an unused position would survive a mask (0 * NaN).
-            return torch.zeros(sizes, dtype=shape.dtype, device=shape.device)
+            buffer = torch.empty(sizes, dtype=shape.dtype, device=shape.device)
+            ask_for_huge_pages([buffer])
+            # A NaN in an unused position would survive a mask (0 * NaN).
+            return buffer.zero_()
 
         self.prefix = zeros(num_slots, trees, shape.heads, prefix, shape.size)
         self.branch = zeros(num_slots, rows, shape.heads, branch, shape.size)

@@ -19,6 +19,7 @@ from .cache import BranchPass, LayerShapes, PrefillPass
 from .cpu_layers import CpuLayers
 from .experts import QuietExperts
 from .graphs import PassGraphs, has_graphs
+from .huge_pages import gather_weights
 from .view import cache_argument, takes
 
 # What the layers of a model keep of a token, for models that ran over a forest before.
@@ -74,6 +75,8 @@ class Forest:
         )
         self.num_token_forwards = 0
         has_layers = cpu_layers and self.device.type == "cpu"
+        if has_layers:
+            gather_weights(model)
         self.cpu_layers = CpuLayers(self.model, model, backend) if has_layers else None
         if compiled_modules:
             # This imports torch._dynamo, which takes a second.

@@ -24,7 +24,7 @@ from .record_file import OutputRefused, Record
 # Keys that a record has of its own; what the prompt file says under one of them goes into `extra`.
 _OWN_KEYS = (
     *("index", "id", "prompt", "response", "token_ids", "steps", "certificate", "trace"),
-    *("stages", "other_responses", "error", "settings", "extra"),
+    *("stages", "other_responses", "error", "settings", "tq_fast", "extra"),
 )
 
 # Errors that are of no prompt.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import presets
-from .._version import __version__
+from .._version import read_version
 from ..config import DecodeConfig
 from ..errors import InvalidArgument, nearest
 from ..models.fingerprint import fingerprint_file, fingerprint_model
@@ -255,7 +255,7 @@ def make_settings(stated: dict[str, Any], loaded: dict[str, Any]) -> dict[str, A
     fingerprint = hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
     return {
         "fingerprint": fingerprint,
-        "tq_fast": __version__,
+        "tq_fast": read_version(),
         "settings": stated,
         "models": loaded,
     }
@@ -271,6 +271,7 @@ class Earlier:
         failed: indices of kept lines that are error records.
         bad: lines that are no record.
         fingerprints: settings that the records name.
+        versions: of tq_fast that made the records which stay; "unknown" where nothing says so.
         first_other: least index whose record has another prompt than the prompt file, or None.
     """
 
@@ -279,6 +280,7 @@ class Earlier:
     failed: set[int] = dataclasses.field(default_factory=set)
     bad: list[Line] = dataclasses.field(default_factory=list)
     fingerprints: set[str] = dataclasses.field(default_factory=set)
+    versions: set[str] = dataclasses.field(default_factory=set)
     first_other: int | None = None
 
 
@@ -288,6 +290,9 @@ def read_earlier(
     """Read the output; with `retry_errors`, prompts that failed count as not decoded."""
     earlier = Earlier(settings=file.read_settings())
     others: list[int] = []
+    versions: dict[int, str] = {}
+    # Records did not always name the version, but the settings beside them did.
+    unnamed = (earlier.settings or {}).get("tq_fast", "unknown")
     for line in file.lines():
         record = line.record
         if record is None:
@@ -295,6 +300,7 @@ def read_earlier(
             continue
         earlier.fingerprints.add(str(record.get("settings")))
         index = record["index"]
+        versions[index] = str(record.get("tq_fast", unnamed))
         if not 0 <= index < len(entries) or record.get("prompt") != entries[index].prompt:
             others.append(index)
         elif "error" not in record:
@@ -304,7 +310,11 @@ def read_earlier(
         elif not retry_errors and index not in earlier.kept:
             earlier.failed.add(index)
             earlier.kept[index] = dataclasses.replace(line, record=None)
-    return dataclasses.replace(earlier, first_other=min(others, default=None))
+    return dataclasses.replace(
+        earlier,
+        versions={versions[index] for index in earlier.kept},
+        first_other=min(others, default=None),
+    )
 
 
 def check_stated(
@@ -344,6 +354,30 @@ def check_stated(
 def _with_method(stated: dict[str, Any]) -> dict[str, Any]:
     """Name the method that a job without one has, for messages."""
     return {"method": _default_method(stated.get("transfer")), **stated}
+
+
+def check_version(
+    path: Path, earlier: Collection[Earlier], *, is_done: bool, mix_versions: bool
+) -> None:
+    """Refuse to add records to those of another version of the package, unless the caller asks.
+
+    Args:
+        path: the output, for the message.
+        earlier: what each of its files holds.
+        is_done: whether no record will be added, and nothing is refused.
+        mix_versions: go on whatever made the records.
+
+    Raises:
+        OutputRefused: the message names both versions, and the ways on.
+    """
+    others = {version for file in earlier for version in file.versions} - {read_version()}
+    if others and not is_done and not mix_versions:
+        raise OutputRefused(
+            f"output {str(path)!r} was made by tq-fast {', '.join(sorted(others))}, this is "
+            f"{read_version()}, and two versions may decode differently. --mix-versions goes on, "
+            "and new records name the version that made them; or go on with the earlier version, "
+            "choose another output, or --overwrite to start again"
+        )
 
 
 def check_models(file: RecordFile, earlier: Earlier, settings: dict[str, Any]) -> None:

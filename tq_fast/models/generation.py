@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import warn_caller
 
@@ -66,7 +66,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def ignored_settings(model: PreTrainedModel) -> dict[str, Any]:
     """Fields of the model's generation_config that ask for something, and are not read."""
-    settings = getattr(model, "generation_config", None)
+    return settings_that_choose(getattr(model, "generation_config", None))
+
+
+def settings_that_choose(settings: GenerationConfig | None) -> dict[str, Any]:
+    """Return the fields that change which tokens `generate` chooses, where they say something."""
     found = {name: getattr(settings, name, None) for name in _FIELDS}
     return {
         name: value

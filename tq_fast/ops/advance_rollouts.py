@@ -51,10 +51,10 @@ def advance_rollouts_(
 
     Step 2 of Algorithm 1 of Transfer Q* (arXiv 2405.20495). A finished row is left alone, and so
     is a row whose `tokens` are full. A row without any valid logit becomes finished and its
-    logprob_sums becomes NaN, so that the caller can see it.
+    logprob_sums becomes NaN, so that the caller can see it. The arguments `logits`, `keys`, `step`,
+    `temperature`, `top_k`, `top_p`, `vocab_size` and `seed` are those of `sample_tokens`.
 
     Args:
-        logits, keys, step, temperature, top_k, top_p, vocab_size, seed: as in `sample_tokens`.
         tokens: int64 or int32 `[N, L]`, written at `lengths`.
         lengths: int64 or int32 `[N]`, tokens of each roll-out so far, 0 to L; a row with any
             other is left alone.

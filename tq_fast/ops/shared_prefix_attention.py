@@ -13,14 +13,12 @@ and each row's branch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._native import cpu_has
 from ..errors import InvalidArgument
 from . import _checks
 from ._attention_aten import refuse_aten, shared_prefix_attention_aten
@@ -59,9 +57,11 @@ def shared_prefix_attention(
 
     Args:
         q: `[N, H_q, T, d]`, floating point; the last T branch tokens of each row.
-        prefix_k, prefix_v: `[G, H_kv, P, d]`, the dtype of q; views of larger buffers are fine.
+        prefix_k: `[G, H_kv, P, d]`, the dtype of q; views of larger buffers are fine.
+        prefix_v: the same.
         prefix_len: int64 or int32 `[G]`, valid prefix tokens of each tree, 0 to P; None: all P.
-        branch_k, branch_v: `[N, H_kv, S, d]`, the dtype of q.
+        branch_k: `[N, H_kv, S, d]`, the dtype of q.
+        branch_v: the same.
         branch_len: int64 or int32 `[N]`, valid branch tokens of each row, the T new ones among
             them, so T to S; None: all S. Without both lengths the host knows them, and kernels
             that take none may serve (flash attention, for the prompt of a single row).
@@ -254,32 +254,6 @@ def _refuse_cpu(q: Tensor, *arguments: Any, **parameters: Any) -> str | None:
     return _checks.refuse_float64(q=q)
 
 
-# bf16 scores of one key-value head and tree above which ATen's matrix products in AMX tiles beat
-# the C++ kernel; below, its calls cost more than they save. Measured with two threads on a Xeon
-# (bench/test_shared_prefix_attention.py): 1.0x to 1.4x as fast as the kernel at 2^16 scores, 1.3x
-# to 4x from 2^17 on. In fp16 and fp32, and without AMX, the kernel is faster throughout.
-_MOST_BF16_SCORES = 2**16
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return cpu_has("amx")
-
-
-def _refuse_cpu_for_many(
-    q: Tensor, prefix_k: Tensor, *arguments: Any, **parameters: Any
-) -> str | None:
-    # ATen refuses while a graph is traced, and a comparison of sizes would tie the graph to them.
-    if q.dtype is not torch.bfloat16 or torch.compiler.is_compiling() or not _has_amx():
-        return _refuse_cpu(q)
-    rows, num_heads, num_queries, _ = q.shape
-    trees, num_kv_heads, num_prefix, _ = prefix_k.shape
-    scores = rows * num_heads * num_queries * num_prefix // max(trees * num_kv_heads, 1)
-    if scores > _MOST_BF16_SCORES:
-        return f"{scores} bf16 scores a head are left to ATen's products in AMX tiles"
-    return None
-
-
 def refuse_triton(
     q: Tensor,
     prefix_k: Tensor,
@@ -325,8 +299,10 @@ def _with_lengths(resolve: Callable[[], Implementation]) -> Callable[[], Impleme
     return resolve_with_lengths
 
 
-# The kernel computes in fp32. With avx512_bf16 it multiplies bf16 heads of a multiple of 32 as they
-# are, and rounds the weights of the values to bf16; every sum stays in fp32.
+# The kernel computes in fp32. With AMX it multiplies bf16 heads as they are, with avx512_bf16 alone
+# those of a multiple of 32, and rounds the weights of the values to bf16; every sum stays in fp32.
+# Two calls of ATen serve where the kernel was not built: beside it they are slower throughout, with
+# AMX by 1.6 to 3 times (bench/test_shared_prefix_attention.py).
 _native = _with_lengths(native_function(_NAME, None, _fake))
 
 # Flash attention is compiled CUDA code of others for a special case, so it stands under "cuda",
@@ -343,7 +319,6 @@ _OP = Op(
         ),
         refuse_triton,
     ),
-    Backend("cpu", _native, _refuse_cpu_for_many),
-    Backend("cpu", _with_lengths(lambda: shared_prefix_attention_aten), refuse_aten),
     Backend("cpu", _native, _refuse_cpu),
+    Backend("cpu", _with_lengths(lambda: shared_prefix_attention_aten), refuse_aten),
 )

@@ -34,8 +34,8 @@ def trajectory_log_ratio(
     q the model that the roll-outs were drawn from.
 
     Args:
-        logits_p, logits_q: `[N, T, V]`, floating point; NaN counts as -inf. Their V may differ
-            where vocab_size bounds both.
+        logits_p: `[N, T, V]`, floating point; NaN counts as -inf.
+        logits_q: likewise; the two V may differ where vocab_size bounds both.
         tokens: int64 or int32 `[N, T]`; those at or beyond a length are not read.
         lengths: int64 or int32 `[N]`, 0 to T.
         vocab_size: columns from here on are padding and take no part.

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from ..config import DecodeConfig, Role
+from ..config import DecodeConfig, DecodeOptions, Role
 from ..errors import InvalidArgument
 from ..models.options import ROLES, LoadingOptions
 from ..prompts import Prompt, PromptReader
 from ..prompts.chats import TemplateOptions
 from ..results import DecodeResult
 from ..session import Method, Session
+from ..streaming import TokenStream
 from ..transfer.budget import check_sizes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _LOADING = tuple(field.name for field in dataclasses.fields(LoadingOptions))
 RUNNING = ("template_options", "batch_size", "memory_budget", "progress")
@@ -41,6 +45,40 @@ FIXED_FIELDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+# Methods that draw whole texts from a model, and so from its law at a temperature.
+_SAMPLING_METHODS = ("sft", "baseline", "dera", "best_of_n", "value_guided", "refine", "blocks")
+# Those whose `strategy` is fixed, or chooses between texts.
+_TEXT_METHODS = ("best_of_n", "refine", "blocks")
+# What other tools call the settings of sampling, and the fields that they are.
+SAMPLING_FIELDS: Mapping[str, str] = MappingProxyType(
+    {
+        "temperature": "rollout_temperature",
+        "top_k": "rollout_top_k",
+        "top_p": "rollout_top_p",
+    }
+)
+
+
+def sampling_field(method: str, name: str, value: object) -> str:
+    """Return the field that the setting `name` of another tool is for `method`.
+
+    Raises:
+        InvalidArgument: the method does not draw from a model's own law.
+    """
+    field = SAMPLING_FIELDS[name]
+    if method not in _SAMPLING_METHODS:
+        raise InvalidArgument(
+            f"{name}={value!r} is no setting of the method {method!r}, which draws each token "
+            f"from softmax(log prior + Q / alpha): pass alpha for the choice, or {field} for the "
+            "roll-outs"
+        )
+    return field
+
+
+def chooses_tokens(method: str) -> bool:
+    """Whether `strategy` says how the tokens of `method` are chosen."""
+    return method not in _TEXT_METHODS
+
 
 class OpenMethod:
     """A method whose models are loaded, for many calls of `decode`.
@@ -48,18 +86,40 @@ class OpenMethod:
     Args:
         name: the preset's name.
         session: its models.
-        method: the method over them.
+        make: makes the method over them, for a config.
+        config: the settings, with those that the method fixes.
     """
 
-    def __init__(self, name: str, session: Session, method: Method) -> None:
+    def __init__(
+        self,
+        name: str,
+        session: Session,
+        make: Callable[[Session, DecodeConfig], Method],
+        config: DecodeConfig,
+    ) -> None:
         self.name = name
         self.session = session
-        self.method = method
+        self._make = make
+        self.method = make(session, config)
 
     @property
     def config(self) -> DecodeConfig:
         """The settings of the method, with those that it fixes."""
         return self.method.config
+
+    def with_settings(self, **fields: Unpack[DecodeOptions]) -> OpenMethod:
+        """Return the method over the same models with other settings.
+
+        Raises:
+            InvalidArgument: a field is unknown or wrong, or another value of one that is fixed.
+        """
+        for name, value in FIXED_FIELDS[self.name].items():
+            if fields.get(name, value) != value:
+                raise InvalidArgument(
+                    f"{name} is {value!r} for the method {self.name!r}, got {fields.get(name)!r}"
+                )
+        config = DecodeConfig.from_options(self.config, **fields)
+        return OpenMethod(self.name, self.session, self._make, config)
 
     def decode(
         self, prompts: Any, *, template_options: TemplateOptions | None = None, **running: Any
@@ -67,6 +127,22 @@ class OpenMethod:
         """Decode `prompts`; the keyword arguments are those of `TransferDecoder.decode`."""
         return self.session.decode(
             prompts, self.method, template_options=template_options, **running
+        )
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        template_options: TemplateOptions | None = None,
+        memory_budget: int | None = None,
+    ) -> TokenStream:
+        """Return an iterator over the tokens of one prompt, as that of `TransferDecoder.stream`.
+
+        Methods that choose token by token yield each as it is chosen; those that draw whole texts
+        yield the tokens when the text is settled.
+        """
+        return self.session.stream(
+            prompt, self.method, template_options=template_options, memory_budget=memory_budget
         )
 
     def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
@@ -139,7 +215,7 @@ class PresetCall:
         roles = cast(list[Role], ["baseline", *others, "sft"])
         languages = {role: self.models.get(role) for role in roles}
         session = Session(languages, rewards, self.loading)
-        return OpenMethod(self.method, session, make(session, self.config))
+        return OpenMethod(self.method, session, make, self.config)
 
 
 def check_running(running: Mapping[str, Any]) -> None:

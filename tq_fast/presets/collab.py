@@ -11,7 +11,7 @@ direct Transfer Q*, token for token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,7 @@ from ..prompts import Prompt
 from ..results import DecodeResult, DecodeStats, Response, StepTrace
 from ..rewards.base import drop_from
 from ..session import Report, Session
+from ..streaming import ChosenToken
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from ..transfer.choice import Candidates, choose
 from ..transfer.pruning import StepValues
@@ -102,7 +103,7 @@ class CollabMethod:
 
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
-    ) -> None:
+    ) -> Iterator[ChosenToken]:
         """Decode the first prompts together, over a forest for every baseline."""
         # Bounds on the reward could settle a choice early, but not between several baselines.
         speed = dataclasses.replace(self.transfer.plan.speed, lazy_argmax=False)
@@ -118,6 +119,7 @@ class CollabMethod:
                         unused = self.tokens_per_prompt - len(response.token_ids)
                         result = self.transfer.finish(response)
                         report.finish(response.idx, result, num_unused=unused)
+                    yield ChosenToken(response.idx, response.trace[-1], is_finished)
         finally:
             loop.count(self.agents)
             stats.add(own)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -18,6 +18,7 @@ from ..prompts import Prompt
 from ..results import DecodeResult, DecodeStats, PromptResult, Response, StageTrace
 from ..rollouts.streams import stream_keys
 from ..session import Report, Session
+from ..streaming import ChosenToken, settled_tokens
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .drawing import Drawn
 from .plain import best_of_kl, certify_text, text_memory, trace_tokens
@@ -305,7 +306,7 @@ class ContestMethod:
 
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
-    ) -> None:
+    ) -> Iterator[ChosenToken]:
         """Decode the first prompts together, one forest for all contests."""
         group = responses[: shape.num_prompts]
         own, counted = DecodeStats(), report.bar.num_done
@@ -331,6 +332,8 @@ class ContestMethod:
             stats.num_steps += len(result.sequence)
             report.finish(response.idx, result, num_unused=rest)
             rest = 0
+        for response, result in zip(group, results, strict=True):
+            yield from settled_tokens(response.idx, result)
 
     def conclude(self, result: DecodeResult) -> None:
         """Nothing is estimated, so that there is nothing to warn of."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..results import (
     StepTrace,
 )
 from ..session import Report, Session
+from ..streaming import ChosenToken, settled_tokens
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .call import OpenMethod, PresetCall
 from .drawing import Drawn
@@ -142,7 +143,7 @@ class PlainMethod:
 
     def decode(
         self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
-    ) -> None:
+    ) -> Iterator[ChosenToken]:
         """Decode the first prompts over one forest for each model, in waves of responses."""
         group = responses[: shape.num_prompts]
         num = self.rows_per_prompt
@@ -159,6 +160,8 @@ class PlainMethod:
         for response, result in zip(group, results, strict=True):
             stats.num_steps += len(result.sequence)
             report.finish(response.idx, result, num_unused=0)
+        for response, result in zip(group, results, strict=True):
+            yield from settled_tokens(response.idx, result)
 
     def conclude(self, result: DecodeResult) -> None:
         """Nothing is estimated, so that there is nothing to warn of."""

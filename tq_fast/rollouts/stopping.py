@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 # Tokens that are decoded beside those that a stop string can be made of: some have no text.
 _MARGIN = 8
+# Stands in decoded text for bytes that make no character yet.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,22 @@ class StopStrings:
         before = token_ids[:num]
         whole = str(self.tokenizer.decode(before, skip_special_tokens=skip_special_tokens))
         return whole + text[len(self._decode(before)) : start]
+
+    def settled_text(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The part of an unfinished response's text that no further token can change.
+
+        A character of which bytes are missing is left out, and what may begin a stop string.
+        """
+        assert self.tokenizer is not None, "text needs a tokenizer"
+        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        text = text.rstrip(_INCOMPLETE)
+        if not self.strings:
+            return text
+        # Special tokens that are left out can only make what is kept back too long.
+        whole = self._decode(token_ids).rstrip(_INCOMPLETE)
+        starts = (string[:length] for string in self.strings for length in range(len(string)))
+        num_held = max(len(start) for start in starts if whole.endswith(start))
+        return text[: max(0, len(text) - num_held)]
 
     def cut(self, token_ids: Sequence[int]) -> list[int]:
         """Tokens that begin before the first stop string does; all where there is none."""

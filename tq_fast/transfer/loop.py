@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 from ..results import DecodeStats, Response
 from ..rewards.base import drop_from
@@ -42,14 +42,16 @@ class DecodeLoop:
         self.stats = stats
         self.reused: list[ReusedRollout | None] = [None] * len(responses)
 
-    def run(self, on_token: Callable[[Response, bool], None]) -> None:
-        """Decode every response to its end; call `on_token(response, is_finished)` per token."""
+    def tokens(self) -> Iterator[tuple[Response, bool]]:
+        """Decode every response to its end; yield it after each token, and whether it is complete.
+
+        All responses get their next token at once, and are yielded one after the other.
+        """
         self._prefill(range(len(self.active)))
         while self.active:
             appended = self._step()
-            for response, is_finished in appended:
-                on_token(response, is_finished)
-            # Refill slots only after `on_token` has seen every response, so that an out-of-memory
+            yield from appended
+            # Refill slots only after the caller has seen every response, so that an out-of-memory
             # error here loses none.
             for tree in reversed(range(len(appended))):
                 if appended[tree][1]:

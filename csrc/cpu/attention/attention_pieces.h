@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/attention/attention_amx_rows.h"
 #include "cpu/attention/attention_rows.h"
 #include "cpu/tensors/tensor_access.h"
 
@@ -47,6 +48,7 @@ struct Problem {
   int64_t window;  // 0: none
   int64_t num_heads, num_kv_heads, num_queries, head_size;
   bool use_bf16_dot;
+  bool use_amx;
   char* out;   // [N, T, H_q, d]
   float* lse;  // [N, H_q, T]
 
@@ -91,6 +93,7 @@ class PieceWorker {
       : problem_(problem),
         room_(room),
         width_(padded(problem.head_size)),
+        amx_width_(padded_for_amx(problem.head_size)),
         group_(problem.group()),
         branches_(room.branches),
         prefixes_(room.prefixes) {}
@@ -100,6 +103,8 @@ class PieceWorker {
     start(piece);
     if (next != nullptr) prefix_to_come_ = prefix_of(next->tree, head_of(*next), nullptr);
     find_branches(piece, next != nullptr ? &prefix_to_come_ : nullptr);
+    use_amx_ = problem_.use_amx && !problem_.is_short(piece.tree);
+    use_amx_ ? start_amx() : TQ_SELECT_ISA(start_queries)(tile_);
     attend_prefix(piece);
     attend_branches(piece);
     finish(piece);
@@ -119,15 +124,18 @@ class PieceWorker {
     const int64_t count = piece.count();
     const int64_t block = kKeysPerBlock * width_;
     const int64_t scores = 12 * kKeysPerBlock;
-    const int64_t needed =
-        5 * count * width_ / 2 + 3 * padded(count + 16) + count * 16 + 2 * block + scores + 16 * width_;
+    const int64_t vector_numbers =
+        2 * count * width_ + count * amx_width_ / 2 + 3 * padded(count + 16) + count * 16 + 2 * block + scores + 16 * width_;
+    const int64_t amx_numbers = padded(count) * (3 * amx_width_ / 2 + 2) + kAmxKeys * amx_width_ +
+                                3 * kAmxKeys * kAmxQueries / 2 + amx_width_ * kAmxQueries;
+    const int64_t needed = vector_numbers + (problem_.use_amx ? amx_numbers : 0);
     room_.reserve(needed);
     used_ = 0;
     q_ = carve<float>(count * width_);
     first_seen_ = carve<int32_t>(count);
     end_seen_ = carve<int32_t>(count);
-    q_pairs_ = problem_.use_bf16_dot ? carve<float>(count * width_ / 2) : nullptr;
-    tile_ = {count, problem_.head_size, q_, q_pairs_, carve<float>(count * width_), carve<float>(count + 16),
+    q_pairs_ = problem_.use_bf16_dot || problem_.use_amx ? carve<float>(count * amx_width_ / 2) : nullptr;
+    tile_ = {count, problem_.head_size, q_, problem_.use_bf16_dot ? q_pairs_ : nullptr, carve<float>(count * width_), carve<float>(count + 16),
              carve<float>(count * 16), first_seen_, end_seen_};
     scratch_ = {carve<float>(block), carve<float>(block), carve<float>(scores), carve<float>(16 * width_)};
 
@@ -135,9 +143,8 @@ class PieceWorker {
     for_each_query(piece, [&](int64_t m, int64_t row, int64_t, int64_t head, int64_t t) {
       const char* const query = problem_.q.at(row, head, t);
       widen_padded(query, problem_.type, problem_.head_size, q_ + m * width_);
-      if (q_pairs_ != nullptr) std::memcpy(q_pairs_ + m * width_ / 2, query, 2 * width_);
+      if (q_pairs_ != nullptr) copy_pairs(query, q_pairs_ + m * amx_width_ / 2);
     });
-    TQ_SELECT_ISA(start_queries)(tile_);
   }
 
   // visit(m, row, key-value head, query head, t) for query m of the piece.
@@ -183,7 +190,7 @@ class PieceWorker {
       end_seen_[m] = static_cast<int32_t>(length);
     });
     if (!prefixes_.empty()) return attend_few(prefixes_.data());
-    attend(tile_, prefix_of(piece.tree, head_of(piece), branches_.data()));
+    attend(0, tile_.count, prefix_of(piece.tree, head_of(piece), branches_.data()));
   }
 
   KeySegment prefix_of(int64_t tree, int64_t head, const KeySegment* then) const {
@@ -216,17 +223,54 @@ class PieceWorker {
       first_seen_[m] = first_in_window(place(row, t));
       end_seen_[m] = static_cast<int32_t>(place(row, t) + 1);
     });
-    if (each < kFewQueries) return attend_few(branches_.data());
+    if (each < kFewQueries) {
+      if (use_amx_) unpack_amx();
+      return attend_few(branches_.data());
+    }
     for (int64_t first = 0; first < piece.count();) {
       const int64_t end = std::min(piece.count(), first + each - (piece.first + first) % each);
-      attend(part_of_tile(tile_, first, end), branches_[first]);
+      attend(first, end, branches_[first]);
       first = end;
     }
+    if (use_amx_) unpack_amx();
   }
+
+  // Takes the keys that they see of a segment into the queries [first, end).
+  void attend(int64_t first, int64_t end, const KeySegment& segment) const {
+    if (use_amx_) return attend_amx(first, end, segment);
+    attend_vectors(part_of_tile(tile_, first, end), segment);
+  }
+
+  void copy_pairs(const char* from, float* to) const {
+    std::memcpy(to, from, 2 * problem_.head_size);
+    std::memset(reinterpret_cast<char*>(to) + 2 * problem_.head_size, 0, 2 * (amx_width_ - problem_.head_size));
+  }
+
+#if TQ_HAS_X86_VARIANTS
+  void start_amx() {
+    const int64_t count = padded(tile_.count);
+    const int64_t width = amx_width_;
+    amx_ = {tile_.count, problem_.head_size, width, carve<float>(count * width / 2), carve<float>(count * width),
+            carve<float>(count), carve<float>(count), first_seen_, end_seen_};
+    amx_scratch_ = {carve<float>(kAmxKeys * width / 2), carve<float>(kAmxKeys * width / 2),
+                    carve<float>(kAmxKeys * kAmxQueries), carve<float>(kAmxKeys * kAmxQueries / 2),
+                    carve<float>(width * kAmxQueries)};
+    avx512::start_amx_queries(amx_, q_pairs_);
+  }
+  void attend_amx(int64_t first, int64_t end, const KeySegment& segment) const {
+    avx512::attend_amx_segment(amx_, first, end, segment, problem_.transform, amx_scratch_);
+  }
+  void unpack_amx() const { avx512::unpack_amx_queries(amx_, tile_); }
+#else
+  // problem_.use_amx is false, so none of these is called.
+  void start_amx() {}
+  void attend_amx(int64_t, int64_t, const KeySegment&) const {}
+  void unpack_amx() const {}
+#endif
 
   // Blocks begin at multiples of their size. The leading queries whose keys have ended are left out of the
   // blocks that follow.
-  void attend(const QueryTile& tile, const KeySegment& segment) const {
+  void attend_vectors(const QueryTile& tile, const KeySegment& segment) const {
     const auto attend_block = TQ_SELECT_ISA(attend_block);
     const int64_t least = *std::min_element(tile.first_seen, tile.first_seen + tile.count);
     const int64_t most = *std::max_element(tile.end_seen, tile.end_seen + tile.count);
@@ -275,6 +319,7 @@ class PieceWorker {
   const Problem& problem_;
   PieceRoom& room_;
   int64_t width_;
+  int64_t amx_width_;
   int64_t group_;
   int64_t used_ = 0;
   float* q_ = nullptr;
@@ -286,6 +331,9 @@ class PieceWorker {
   KeySegment prefix_to_come_{};
   QueryTile tile_{};
   AttentionScratch scratch_{};
+  bool use_amx_ = false;
+  AmxQueries amx_{};
+  AmxScratch amx_scratch_{};
 };
 
 }  // namespace tq

@@ -95,6 +95,12 @@ bool can_multiply_pairs(ElementType type, int64_t head_size) {
   return has_bf16_dot && current_isa() == Isa::kAvx512 && type == ElementType::kBFloat16 && head_size % 32 == 0;
 }
 
+// Whether this run multiplies them in the tiles of AMX.
+bool can_multiply_tiles(ElementType type) {
+  static const bool has_bf16_dot = cpu_has(CpuTrait::kBf16Dot);
+  return has_bf16_dot && can_use_amx() && type == ElementType::kBFloat16;
+}
+
 ScoreTransform transform_of(double scale, std::optional<double> softcap) {
   if (!softcap.has_value()) return {static_cast<float>(scale * kLog2E), 0.0f};
   return {static_cast<float>(scale / *softcap), static_cast<float>(*softcap * kLog2E)};
@@ -148,6 +154,7 @@ std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
       q.size(2),
       q.size(3),
       can_multiply_pairs(element_type_of(q, op, "q"), q.size(3)),
+      can_multiply_tiles(element_type_of(q, op, "q")),
       static_cast<char*>(out.mutable_data_ptr()),
       static_cast<float*>(lse.mutable_data_ptr())};
   if (lse.numel() == 0) return {out, lse};

@@ -9,6 +9,7 @@
 
 #include "cpu/linear/linear_blocks.h"
 #include "cpu/linear/widen_by_tables.h"
+#include "cpu/simd/amx.h"
 #include "cpu/simd/transpose.h"
 
 namespace tq {
@@ -16,56 +17,10 @@ namespace TQ_ISA {
 
 #if defined(__AVX512F__)
 
-// A tile register has sixteen rows of 64 bytes.
 constexpr int64_t kAmxColumns = 32;
-constexpr int64_t kAmxRowBytes = 64;
 constexpr int64_t kAmxNumbers = kAmxRows * kAmxColumns;
 
 constexpr int64_t amx_steps(int64_t size_in) { return (size_in + kAmxColumns - 1) / kAmxColumns; }
-
-// The instructions are written in assembly, because not all compilers that build this know them by name.
-template <int kTile>
-TQ_INLINE void amx_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
-}
-
-template <int kTile>
-TQ_INLINE void amx_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
-}
-
-template <int kTile>
-TQ_INLINE void amx_clear() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-
-// Tile kSums += tile kWeights times tile kX.
-template <int kSums, int kWeights, int kX>
-TQ_INLINE void amx_multiply() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kWeights), "i"(kX));
-}
-
-// While one of these lives, the thread has eight tile registers of full size.
-class AmxRegisters {
- public:
-  AmxRegisters() {
-    struct alignas(64) {
-      uint8_t palette = 1;
-      uint8_t start_row = 0;
-      uint8_t reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = kAmxRowBytes;
-      config.rows[i] = kAmxRows;
-    }
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~AmxRegisters() { asm volatile("tilerelease"); }
-  AmxRegisters(const AmxRegisters&) = delete;
-  AmxRegisters& operator=(const AmxRegisters&) = delete;
-};
 
 // Packs the tiles [first, last) of the rows of x: tile by tile, step by step of 32 columns, as
 // [pair of columns][row].

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from ...results.trace_figure import DPI
 from ..ceiling import CeilingPoint, read_curve
 from .labels import Label, Panel, place_labels
-from .methods import DPI, GRID, Row, Setup
+from .methods import GRID, Row, Setup
 from .sweeps import lines_of, swept_settings
 
 # Settings that trade reward for divergence or cost; the others are ablations.

@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...results.trace_figure import DPI, furthest_steps
+from ...results.trace_figure import trace_figure as draw_trace
 from ..results import Records, cells_of, format_number, kl_mark
-from .page import probability
 
 _COLOURS = {
     "transfer_q": "#1f5fa8",
@@ -24,9 +25,6 @@ _COLOURS = {
     "sft": "#8a8a8a",
 }
 _MARKERS = "osD^v<>P"
-DPI = 110
-# The title of a step shows so many letters of the text before its token.
-_CONTEXT = 26
 # How the grid of every panel looks.
 GRID = {"color": "#e3e3e3", "linewidth": 0.8}
 
@@ -136,61 +134,16 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
 
 
-def trace_figure(record: Mapping[str, Any], label: str, num_steps: int = 6) -> Figure:
+def trace_figure(record: Mapping[str, Any], label: str) -> Figure:
     """Draw the steps of a response that moved furthest from the prior, with Q and the choice."""
     trace = record["trace"]
-    by_shift = sorted(range(len(trace)), key=lambda i: -_moved(trace[i]))
-    picked = sorted(by_shift[:num_steps])
-    columns = 3
-    num_rows = -(-len(picked) // columns)
-    figure = Figure(figsize=(11.0, 0.6 + 2.5 * num_rows), dpi=DPI, layout="constrained")
-    axes = figure.subplots(num_rows, columns, squeeze=False).ravel()
-    for axis, idx in zip(axes, picked, strict=False):
-        _draw_step(axis, trace, idx)
-    for axis in axes[len(picked) :]:
-        axis.set_visible(False)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(f"{label}: the steps that moved furthest from the prior", fontsize=11)
-    return figure
 
+    def before(idx: int) -> str:
+        steps = trace[max(0, idx - 4) : idx]
+        return "".join(step["texts"][step["choice"]] for step in steps if "texts" in step)
 
-def _draw_step(axis: Axes, trace: Sequence[Mapping[str, Any]], idx: int) -> None:
-    step = trace[idx]
-    texts = step.get("texts") or [str(token) for token in step["candidates"]]
-    places = np.arange(len(texts))
-    prior, final = _laws(step)
-    axis.barh(places - 0.2, prior, 0.38, color="#b9b9b9", label="prior probability")
-    axis.barh(places + 0.2, final, 0.38, color=colour_of("transfer_q"), label="final probability")
-    names = []
-    for place, text in enumerate(texts):
-        mark = "▶ " if place == step["choice"] else ""
-        names.append(f"{mark}{text.strip() or repr(text)}  Q {step['q'][place]:+.2f}")
-    axis.set_yticks(places, names, fontsize=8.5)
-    axis.get_yticklabels()[step["choice"]].set_fontweight("bold")
-    axis.invert_yaxis()
-    axis.set_xlim(0, 1)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    chosen = [s["texts"][s["choice"]] for s in trace[max(0, idx - 4) : idx] if "texts" in s]
-    before = "".join(chosen).strip()
-    before = before[-_CONTEXT:]
-    title = f"token {idx + 1}, after “…{before}”" if before else f"token {idx + 1}"
-    # The title is aligned to the right, because it spans the names of the candidates too.
-    axis.set_title(title, fontsize=9, loc="right")
-
-
-def _laws(step: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return prior and final probabilities of the candidates."""
-    kinds = ("prior_logprobs", "final_logprobs")
-    prior, final = (np.array([probability(value) for value in step[kind]]) for kind in kinds)
-    return prior, final
-
-
-def _moved(step: Mapping[str, Any]) -> float:
-    """Return the total variation between the final law and the prior on the candidates."""
-    prior, final = _laws(step)
-    return float(np.abs(final - prior / prior.sum()).sum() / 2)
+    title = f"{label}: the steps that moved furthest from the prior"
+    return draw_trace(trace, title, furthest_steps(trace), before)
 
 
 def _height(rows: Sequence[Row]) -> float:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...results.trace_figure import probability
 from ..equal_cost import read_comparison
 from ..results import format_metric, shown_columns
 
@@ -144,11 +144,6 @@ def _step(trace: Sequence[Mapping[str, Any]], idx: int) -> str:
     return (
         f'<div class="step"><h4>{html.escape(title)}</h4><table>{head}{"".join(rows)}</table></div>'
     )
-
-
-def probability(logprob: float | None) -> float:
-    """Return the probability of a log-prob of a record, where None stands for minus infinity."""
-    return 0.0 if logprob is None else math.exp(logprob)
 
 
 def _bar(kind: str, logprob: float | None) -> str:

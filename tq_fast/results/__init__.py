@@ -11,13 +11,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from . import device_times
-from .errors import InvalidArgument
-from .prompts import Prompt
+from .. import device_times
+from ..errors import InvalidArgument, TqFastError
+from ..prompts import Prompt
+from .table import table_of
+
+if TYPE_CHECKING:
+    from .trace_figure import TraceFigure
 
 KlKind: TypeAlias = Literal["exact", "at most", "approximate"]
 
@@ -291,6 +296,12 @@ def carry_finished(results: Mapping[int, PromptResult]) -> Iterator[None]:
         raise
 
 
+def require_index(name: str, value: object, num: int) -> None:
+    """Refuse what is no index of `num` entries."""
+    if not isinstance(value, int) or isinstance(value, bool) or not -num <= value < num:
+        raise InvalidArgument(f"{name} must be an index below {num}, got {value!r}")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecodeResult(_ByValue):
     """Responses of one call, in the order of the prompts.
@@ -307,6 +318,10 @@ class DecodeResult(_ByValue):
         stats: counts over the whole call.
         stages: choices between whole texts or blocks, of the methods that make some; an empty list
             for a response of another method.
+        prompts: the prompt of every response, as rewards see it: text, messages, or token ids where
+            there is no tokenizer.
+        tokenizer: of the language models, which pictures take the texts of candidates from. It is
+            neither saved nor pickled.
     """
 
     texts: list[str] | None
@@ -315,20 +330,93 @@ class DecodeResult(_ByValue):
     certificates: list[Certificate]
     stats: DecodeStats = dataclasses.field(compare=False)
     stages: list[list[StageTrace]] = dataclasses.field(default_factory=list)
+    prompts: list[Any] = dataclasses.field(default_factory=list, compare=False)
+    tokenizer: PreTrainedTokenizerBase | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "tokenizer": None}
 
     @staticmethod
     def collect(
-        results: Sequence[PromptResult], stats: DecodeStats, *, has_texts: bool
+        results: Sequence[PromptResult],
+        stats: DecodeStats,
+        *,
+        prompts: Sequence[Prompt],
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> DecodeResult:
         """Return the result of one call from those of its prompts."""
         return DecodeResult(
-            texts=[result.text or "" for result in results] if has_texts else None,
+            texts=None if tokenizer is None else [result.text or "" for result in results],
             sequences=[result.sequence for result in results],
             traces=[result.trace for result in results],
             certificates=[result.certificate for result in results],
             stats=stats,
             stages=[result.stages for result in results],
+            prompts=[prompt.given for prompt in prompts],
+            tokenizer=tokenizer,
         )
+
+    def plot_trace(self, idx: int = 0, steps: Sequence[int] | None = None) -> TraceFigure:
+        """Draw how tokens of response `idx` were chosen, as a figure of matplotlib.
+
+        A panel is a token: its candidates with their Q, in grey what the prior gives each, in blue
+        the law that the token was drawn from, and the choice in bold behind a mark. A candidate
+        that was not needed, because bounds on the reward settled the choice, has no Q. Without a
+        tokenizer (`load` gives none) candidates are token ids.
+
+        Args:
+            idx: the position of the response.
+            steps: indices of the tokens; None: the six that moved furthest from the prior.
+
+        Raises:
+            InvalidArgument: there is no such response or token, or the method chose it without
+                candidates, between whole texts.
+            TqFastError: matplotlib is not installed (the extra `plots`).
+        """
+        require_index("idx", idx, len(self.traces))
+        trace = self.traces[idx]
+        if steps is not None and not len(steps):
+            raise InvalidArgument("steps must not be empty; None draws those that moved furthest")
+        for step in steps or ():
+            require_index("steps", step, len(trace))
+        if max((len(step.candidates) for step in trace), default=0) < 2:
+            raise InvalidArgument(
+                f"response {idx} has no candidates to draw: its method does not choose among "
+                "tokens by their Q; `stages` has the choices between texts, where it makes some"
+            )
+        try:
+            from .trace_figure import furthest_steps, trace_figure
+        except ModuleNotFoundError as error:
+            raise TqFastError(
+                "plot_trace needs matplotlib: pip install 'tq-fast[plots]'"
+            ) from error
+        drawn = [_as_json(step, lambda number: None) for step in trace]
+        if self.tokenizer is not None:
+            for step in drawn:
+                step["texts"] = [self.tokenizer.decode([token]) for token in step["candidates"]]
+        title = f"Response {idx}"
+        if steps is None and len(trace) > len(shown := furthest_steps(drawn)):
+            title += ": the steps that moved furthest from the prior"
+        return trace_figure(drawn, title, shown if steps is None else steps, self._before(idx))
+
+    def _before(self, idx: int) -> Callable[[int], str]:
+        """The end of a response's text before the token of a step."""
+        tokenizer, ids = self.tokenizer, self.sequences[idx].tolist()
+
+        def before(step: int) -> str:
+            return "" if tokenizer is None else str(tokenizer.decode(ids[max(0, step - 8) : step]))
+
+        return before
+
+    def _repr_html_(self) -> str:
+        return table_of(self)
+
+    def _repr_pretty_(self, printer: Any, is_cycle: bool) -> None:
+        """What IPython writes where it shows no HTML; all traces would be pages of numbers."""
+        num = len(self.sequences)
+        printer.text(f"DecodeResult of {num} {'response' if num == 1 else 'responses'}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as lists, dicts and numbers, ready for JSON.
@@ -363,6 +451,7 @@ class DecodeResult(_ByValue):
                 certificates=[Certificate(**_numbers(entry)) for entry in saved["certificates"]],
                 stats=DecodeStats(**saved["stats"]),
                 stages=[[_read_stage(stage) for stage in stages] for stages in saved["stages"]],
+                prompts=saved["prompts"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidArgument(
@@ -370,14 +459,14 @@ class DecodeResult(_ByValue):
             ) from error
 
 
-_FORMAT = "tq_fast.DecodeResult 2"
+_FORMAT = "tq_fast.DecodeResult 3"
 _NOT_FINITE = ("nan", "inf", "-inf")
 
 
 def _as_json(value: Any, not_finite: Callable[[float], Any]) -> Any:
     """`value` as JSON has it, with `not_finite` of a number that is NaN or infinite."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
+        names = [field.name for field in dataclasses.fields(value) if field.name != "tokenizer"]
         return {name: _as_json(getattr(value, name), not_finite) for name in names}
     if isinstance(value, torch.Tensor):
         return _as_json(value.tolist(), not_finite)

@@ -1,0 +1,366 @@
+// Attention in tiles: a query is a column throughout. S^T [keys, queries] = K [keys, d] Q^T takes the keys as
+// they lie in memory. The softmax then runs down the columns, sixteen queries a vector, and leaves the weights
+// as pairs of keys, as the product O^T [d, queries] = V^T [d, keys] P^T takes them. Only the values must be
+// transposed, once a block for all queries.
+//
+// A tile adds the products of all its columns in one order, so that the result of a query depends on neither
+// the queries beside it nor their number. A query that sees nothing of a block is left as it is.
+#include "cpu/attention/attention_amx_rows.h"
+
+#if defined(__AVX512F__)
+
+#include "cpu/attention/attention_lookahead.h"
+#include "cpu/simd/amx.h"
+#include "cpu/simd/exp_and_tanh.h"
+#include "cpu/simd/floats.h"
+#include "cpu/simd/transpose.h"
+
+namespace tq {
+namespace TQ_ISA {
+
+namespace {
+
+// A tile holds 32 numbers in each of its rows.
+constexpr int64_t kDepth = 32;
+constexpr int64_t kTileWords = kAmxTileRows * kLanes;
+// Keys that are scored together: their sums are in four tile registers.
+constexpr int64_t kGroup = 4 * kAmxTileRows;
+
+// 2^x for x <= 0, 0 for -inf, within 4e-6 of itself: weights are rounded to bf16 after it. 2^(x - floor(x)) is a
+// polynomial that is exact at both ends. NaN stays NaN.
+TQ_INLINE F32x16 exp2_for_bf16(F32x16 x) {
+  constexpr int kRoundDown = 0x09;
+  const F32x16 rest = (F32x16)_mm512_reduce_ps((__m512)x, kRoundDown);
+  F32x16 poly = rest * 0.0135557475f + 0.0520323701f;
+  poly = poly * rest + 0.241379768f;
+  poly = poly * rest + 0.693032146f;
+  poly = poly * rest + 1.0f;
+  return (F32x16)_mm512_scalef_ps((__m512)poly, (__m512)x);
+}
+
+// Which keys of a block the sixteen queries of a tile see, by position.
+struct Sight {
+  I32x16 first;
+  I32x16 end;
+
+  TQ_ALWAYS_INLINE __mmask16 of(int64_t position) const {
+    const __m512i at = _mm512_set1_epi32(static_cast<int32_t>(position));
+    return _mm512_cmple_epi32_mask((__m512i)first, at) & _mm512_cmplt_epi32_mask(at, (__m512i)end);
+  }
+};
+
+// Numbers [i, i + 32) of a bf16 row, zero beyond its end.
+TQ_INLINE __m512i load_numbers(const char* row, int64_t i, int64_t size) {
+  if (i + kDepth <= size) return _mm512_loadu_si512(row + i * 2);
+  return _mm512_maskz_loadu_epi16((1u << (size - i)) - 1, row + i * 2);
+}
+
+// V^T of the rows [count, head_size] of a block as tiles [depth / 32, width, 16]: each word holds two keys.
+// Zero for the keys from `count` to `depth`.
+void transpose_values(const char* values, int64_t stride, int64_t count, int64_t depth, int64_t head_size, float* to) {
+  for (int64_t key = 0; key < depth; key += kDepth, to += padded_for_amx(head_size) * kLanes) {
+    for (int64_t i = 0; i < head_size; i += kDepth) {
+      __m512 low[kLanes], high[kLanes];
+      for (int64_t pair = 0; pair < kLanes; ++pair) {
+        const int64_t at = key + 2 * pair;
+        const char* const from = values + at * stride * 2;
+        const __m512i a = at < count ? load_numbers(from, i, head_size) : _mm512_setzero_si512();
+        const __m512i b = at + 1 < count ? load_numbers(from + stride * 2, i, head_size) : _mm512_setzero_si512();
+        low[pair] = (__m512)_mm512_unpacklo_epi16(a, b);
+        high[pair] = (__m512)_mm512_unpackhi_epi16(a, b);
+      }
+      // Each 128 bits of `low` hold the first four of eight columns, those of `high` the others.
+      transpose_in_registers(low);
+      transpose_in_registers(high);
+      for (int64_t row = 0; row < kLanes; ++row) {
+        float* const out = to + (i + row / 4 * 8 + row % 4) * kLanes;
+        _mm512_store_ps(out, low[row]);
+        _mm512_store_ps(out + 4 * kLanes, high[row]);
+      }
+    }
+  }
+}
+
+// sums [16 * kTiles, 16] = left [16 * kTiles, steps * 32] @ right, tile by tile. The strides are in bytes: from
+// one row of `left` to the next, from one tile to the next, and from one step to the next.
+struct TileProduct {
+  const char* left;
+  int64_t row_stride;
+  int64_t tile_stride;
+  int64_t step_stride;
+  const float* right;
+  int64_t steps;
+  float* sums;
+};
+
+template <int kTiles>
+TQ_INLINE void multiply_tiles(const TileProduct& x) {
+  amx_clear<0>();
+  amx_clear<1>();
+  if (kTiles > 2) amx_clear<2>();
+  if (kTiles > 2) amx_clear<3>();
+  const char* left = x.left;
+  for (int64_t step = 0; step < x.steps; ++step, left += x.step_stride) {
+    amx_load<4>(x.right + step * kTileWords, kAmxRowBytes);
+    amx_load<5>(left, x.row_stride);
+    amx_multiply<0, 5, 4>();
+    amx_load<6>(left + x.tile_stride, x.row_stride);
+    amx_multiply<1, 6, 4>();
+    if (kTiles == 2) continue;
+    amx_load<7>(left + 2 * x.tile_stride, x.row_stride);
+    amx_multiply<2, 7, 4>();
+    amx_load<5>(left + 3 * x.tile_stride, x.row_stride);
+    amx_multiply<3, 5, 4>();
+  }
+  amx_store<0>(x.sums, kAmxRowBytes);
+  amx_store<1>(x.sums + kTileWords, kAmxRowBytes);
+  if (kTiles > 2) amx_store<2>(x.sums + 2 * kTileWords, kAmxRowBytes);
+  if (kTiles > 2) amx_store<3>(x.sums + 3 * kTileWords, kAmxRowBytes);
+}
+
+// Takes one segment into some queries, block by block.
+class AmxSegment {
+ public:
+  AmxSegment(
+      const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment,
+      const ScoreTransform& transform, const AmxScratch& scratch)
+      : queries_(queries),
+        first_(first),
+        end_(end),
+        segment_(segment),
+        transform_(transform),
+        scratch_(scratch),
+        steps_(queries.width / kDepth) {}
+
+  void attend() {
+    int64_t least = segment_.end;
+    int64_t most = 0;
+    for (int64_t m = first_; m < end_; ++m) {
+      if (queries_.first_seen[m] < least) least = queries_.first_seen[m];
+      if (queries_.end_seen[m] > most) most = queries_.end_seen[m];
+    }
+    const AmxRegisters registers;
+    for (int64_t begin = least / kAmxKeys * kAmxKeys; begin < most; begin += kAmxKeys) {
+      attend_block(begin, begin + kAmxKeys < most ? begin + kAmxKeys : most);
+    }
+  }
+
+ private:
+  void attend_block(int64_t begin, int64_t end) {
+    const int64_t count = end - begin;
+    const char* const values = segment_.values + begin * segment_.value_stride * 2;
+    transpose_values(values, segment_.value_stride, count, whole(count), queries_.head_size, scratch_.values);
+    copy_keys(begin, count);
+    const int64_t first_tile = first_ / kAmxQueries;
+    const int64_t end_tile = (end_ + kAmxQueries - 1) / kAmxQueries;
+    Lookahead lookahead = look_ahead(end, (end_tile - first_tile) * count / 2);
+    for (int64_t tile = first_tile; tile < end_tile; ++tile) attend_tile(tile, begin, end, lookahead);
+  }
+
+  // Copies the keys that do not fill a group, with zeros behind them; all, where they do not fill the tiles.
+  void copy_keys(int64_t begin, int64_t count) {
+    copied_ = queries_.width == queries_.head_size ? count / kGroup * kGroup : 0;
+    for (int64_t key = copied_; key < whole(count); ++key) {
+      const char* const from = segment_.keys + (begin + key) * segment_.key_stride * 2;
+      for (int64_t i = 0; i < queries_.width; i += kDepth) {
+        const __m512i numbers =
+            key < count ? load_numbers(from, i, queries_.head_size) : _mm512_setzero_si512();
+        _mm512_store_si512(scratch_.keys + (key * queries_.width + i) / 2, numbers);
+      }
+    }
+  }
+
+  static int64_t whole(int64_t count) { return (count + kDepth - 1) / kDepth * kDepth; }
+
+  Lookahead look_ahead(int64_t end, int64_t steps) const {
+    const bool is_last = end == segment_.end && segment_.then != nullptr;
+    const KeySegment& next = is_last ? *segment_.then : segment_;
+    const int64_t begin = is_last ? 0 : end;
+    const int64_t most = begin + kAmxKeys < next.end ? begin + kAmxKeys : next.end;
+    return Lookahead(next, queries_.head_size, begin, most > begin ? most : begin, steps);
+  }
+
+  // The sixteen queries of a tile, of which those outside of [first_, end_) see nothing.
+  void attend_tile(int64_t tile, int64_t begin, int64_t end, Lookahead& lookahead) {
+    const int64_t at = tile * kAmxQueries;
+    const Sight sight = sight_of(at);
+    const __m512i from = _mm512_max_epi32((__m512i)sight.first, _mm512_set1_epi32(static_cast<int32_t>(begin)));
+    const __m512i to = _mm512_min_epi32((__m512i)sight.end, _mm512_set1_epi32(static_cast<int32_t>(end)));
+    const __mmask16 sees = _mm512_cmplt_epi32_mask(from, to);
+    if (sees == 0) return;
+    const int64_t most = _mm512_mask_reduce_max_epi32(sees, to);
+    const int64_t depth = whole(most - begin);
+    score(tile, begin, depth);
+    const bool sees_all = _mm512_mask_reduce_max_epi32(sees, from) == begin &&
+                          _mm512_mask_reduce_min_epi32(sees, to) == begin + depth && sees == 0xffff;
+    const F32x16 shrink = sees_all ? soften<false>(at, begin, depth, sees, sight, lookahead)
+                                   : soften<true>(at, begin, depth, sees, sight, lookahead);
+    add_values(tile, depth, sees, shrink);
+  }
+
+  Sight sight_of(int64_t at) const {
+    alignas(64) static constexpr int32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i number = _mm512_add_epi32(_mm512_load_si512(kNumbers), _mm512_set1_epi32(static_cast<int32_t>(at)));
+    const __mmask16 is_ours =
+        _mm512_cmpge_epi32_mask(number, _mm512_set1_epi32(static_cast<int32_t>(first_))) &
+        _mm512_cmplt_epi32_mask(number, _mm512_set1_epi32(static_cast<int32_t>(end_)));
+    return {(I32x16)_mm512_maskz_loadu_epi32(is_ours, queries_.first_seen + at),
+            (I32x16)_mm512_maskz_loadu_epi32(is_ours, queries_.end_seen + at)};
+  }
+
+  void score(int64_t tile, int64_t begin, int64_t depth) const {
+    const float* const q = queries_.q + tile * steps_ * kTileWords;
+    for (int64_t key = 0; key < depth; key += kGroup) {
+      const bool is_copied = key >= copied_;
+      const int64_t stride = 2 * (is_copied ? queries_.width : segment_.key_stride);
+      const char* const keys = is_copied ? reinterpret_cast<const char*>(scratch_.keys) + key * stride
+                                         : segment_.keys + (begin + key) * stride;
+      const TileProduct product{keys, stride, kAmxTileRows * stride, kAmxRowBytes, q, steps_,
+                                scratch_.scores + key * kLanes};
+      depth - key > kDepth ? multiply_tiles<4>(product) : multiply_tiles<2>(product);
+    }
+  }
+
+  // Turns the scores of `depth` keys from `begin` on into weights relative to the new peaks; returns what the
+  // outputs so far must be multiplied by.
+  template <bool kMasked>
+  F32x16 soften(int64_t at, int64_t begin, int64_t depth, __mmask16 sees, const Sight& sight, Lookahead& lookahead) {
+    constexpr int kChains = 4;
+    float* const scores = scratch_.scores;
+    float scale = transform_.scale;
+    if (transform_.cap != 0.0f) {
+      for (int64_t i = 0; i < depth * kLanes; i += kLanes) {
+        store(scores + i, transform_.cap * tanh_of(load(scores + i) * scale));
+      }
+      scale = 1.0f;
+    }
+    F32x16 best[kChains];
+    for (int chain = 0; chain < kChains; ++chain) best[chain] = broadcast(kMinusInfinity);
+    for (int64_t key = 0; key < depth; key += kChains) {
+      for (int chain = 0; chain < kChains; ++chain) {
+        F32x16 x = load(scores + (key + chain) * kLanes) * scale;
+        if (kMasked) x = kept(sight.of(begin + key + chain), x, kMinusInfinity);
+        best[chain] = max_or_second(x, best[chain]);
+      }
+    }
+    const F32x16 before = load(queries_.peaks + at);
+    const F32x16 peak =
+        max_or_second(max_or_second(best[0], best[1]), max_or_second(max_or_second(best[2], best[3]), before));
+    // A query that has seen nothing takes any finite peak, and each of its weights is 0 (or NaN, for a NaN score).
+    const F32x16 finite = select(peak == broadcast(kMinusInfinity), F32x16{}, peak);
+    const F32x16 shrink = exp2_nonpositive(before - finite);
+    F32x16 masses[kChains] = {};
+    for (int64_t key = 0; key < depth; key += kChains) {
+      F32x16 weights[kChains];
+      for (int chain = 0; chain < kChains; ++chain) {
+        weights[chain] = exp2_for_bf16(load(scores + (key + chain) * kLanes) * scale - finite);
+        if (kMasked) weights[chain] = kept(sight.of(begin + key + chain), weights[chain], 0.0f);
+        masses[chain] += weights[chain];
+      }
+      store_pair(weights[0], weights[1], scratch_.weights + key / 2 * kLanes);
+      store_pair(weights[2], weights[3], scratch_.weights + (key / 2 + 1) * kLanes);
+      lookahead.step(2);
+    }
+    const F32x16 mass = load(queries_.masses + at) * shrink + ((masses[0] + masses[1]) + (masses[2] + masses[3]));
+    _mm512_mask_storeu_ps(queries_.masses + at, sees, (__m512)mass);
+    _mm512_mask_storeu_ps(queries_.peaks + at, sees, (__m512)peak);
+    return shrink;
+  }
+
+  // x in the lanes of the mask, `otherwise` in the others.
+  TQ_INLINE F32x16 kept(__mmask16 mask, F32x16 x, float otherwise) {
+    return (F32x16)_mm512_mask_mov_ps((__m512)broadcast(otherwise), mask, (__m512)x);
+  }
+
+  // Stores two keys' weights as bf16, rounded to nearest even: those of a query side by side.
+  TQ_INLINE void store_pair(F32x16 first, F32x16 second, float* to) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    // Written in assembly because the intrinsic needs flags under which the compiler may use the instruction
+    // elsewhere.
+    __m512i halves;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(first), "v"(second));
+    _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves));
+  }
+
+  // out = out * shrink + V^T P^T for the queries that saw something.
+  void add_values(int64_t tile, int64_t depth, __mmask16 sees, F32x16 shrink) const {
+    const int64_t width = queries_.width;
+    for (int64_t i = 0; i < width;) {
+      const TileProduct product{reinterpret_cast<const char*>(scratch_.values + i * kLanes),
+                                kAmxRowBytes,
+                                kTileWords * 4,
+                                width * kAmxRowBytes,
+                                scratch_.weights,
+                                depth / kDepth,
+                                scratch_.sums + i * kLanes};
+      const bool is_four = width - i >= kGroup;
+      is_four ? multiply_tiles<4>(product) : multiply_tiles<2>(product);
+      i += is_four ? kGroup : kDepth;
+    }
+    float* const out = queries_.out + tile * width * kLanes;
+    for (int64_t i = 0; i < width * kLanes; i += kLanes) {
+      _mm512_mask_storeu_ps(out + i, sees, (__m512)(load(out + i) * shrink + load(scratch_.sums + i)));
+    }
+  }
+
+  const AmxQueries& queries_;
+  int64_t first_;
+  int64_t end_;
+  const KeySegment& segment_;
+  const ScoreTransform& transform_;
+  const AmxScratch& scratch_;
+  int64_t steps_;
+  int64_t copied_ = 0;  // keys of the block that are read where they lie; the others are copied
+};
+
+}  // namespace
+
+void start_amx_queries(const AmxQueries& queries, const float* q_pairs) {
+  const int64_t words = queries.width / 2;
+  const int64_t queries_in_tiles = padded(queries.count);
+  for (int64_t m = 0; m < queries_in_tiles; m += kLanes) {
+    for (int64_t i = 0; i < words; i += kLanes) {
+      __m512 rows[kLanes];
+      for (int64_t row = 0; row < kLanes; ++row) {
+        rows[row] = m + row < queries.count ? _mm512_load_ps(q_pairs + (m + row) * words + i) : _mm512_setzero_ps();
+      }
+      transpose_in_registers(rows);
+      for (int64_t row = 0; row < kLanes; ++row) _mm512_store_ps(queries.q + m * words + (i + row) * kLanes, rows[row]);
+    }
+    store(queries.peaks + m, broadcast(kMinusInfinity));
+    store(queries.masses + m, F32x16{});
+  }
+  for (int64_t i = 0; i < queries_in_tiles * queries.width; i += kLanes) store(queries.out + i, F32x16{});
+}
+
+void attend_amx_segment(
+    const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, const ScoreTransform& transform,
+    const AmxScratch& scratch) {
+  AmxSegment(queries, first, end, segment, transform, scratch).attend();
+}
+
+void unpack_amx_queries(const AmxQueries& queries, const QueryTile& tile) {
+  const int64_t width = padded(queries.head_size);
+  for (int64_t m = 0; m < queries.count; m += kLanes) {
+    const int64_t count = queries.count - m < kLanes ? queries.count - m : kLanes;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      __m512 rows[kLanes];
+      for (int64_t row = 0; row < kLanes; ++row) {
+        rows[row] = _mm512_load_ps(queries.out + m * queries.width + (i + row) * kLanes);
+      }
+      transpose_in_registers(rows);
+      for (int64_t row = 0; row < count; ++row) _mm512_store_ps(tile.out + (m + row) * width + i, rows[row]);
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      tile.peaks[m + row] = queries.peaks[m + row];
+      store(tile.masses + (m + row) * kLanes, F32x16{});
+      tile.masses[(m + row) * kLanes] = queries.masses[m + row];
+    }
+  }
+}
+
+}  // namespace TQ_ISA
+}  // namespace tq
+
+#endif

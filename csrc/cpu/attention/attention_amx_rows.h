@@ -1,0 +1,52 @@
+// Attention of bf16 queries in the tile registers of AMX. Only the AVX-512 variant has it, and it may be called
+// only where can_use_amx() says so.
+#pragma once
+
+#include "cpu/attention/attention_rows.h"
+
+namespace tq {
+
+// Keys are taken in blocks of this many, from the first one on, for every query alike.
+constexpr int64_t kAmxKeys = 128;
+constexpr int64_t kAmxQueries = 16;
+
+// Room for `count` bf16 numbers in whole rows of a tile.
+TQ_HOST_DEVICE int64_t padded_for_amx(int64_t count) { return (count + 31) / 32 * 32; }
+
+// Queries, sixteen a tile, one in each lane, and what has been gathered for each so far. The last tile is filled
+// up with queries that see nothing.
+struct AmxQueries {
+  int64_t count;
+  int64_t head_size;
+  int64_t width;  // padded_for_amx(head_size)
+  float* q;       // [tiles, width / 2, 16], two bf16 numbers a word
+  float* out;     // [tiles, width, 16], not yet divided by the mass
+  float* peaks;   // [tiles, 16], in units of log 2
+  float* masses;  // [tiles, 16]
+  // Each query sees the keys [first_seen, end_seen) of the segment.
+  const int32_t* first_seen;
+  const int32_t* end_seen;
+};
+
+// Room for one block of keys and values, and for one tile of queries.
+struct AmxScratch {
+  float* keys;     // [kAmxKeys, width / 2], two bf16 numbers a word
+  float* values;   // [kAmxKeys / 32, width, 16], two bf16 numbers a word
+  float* scores;   // [kAmxKeys, 16]
+  float* weights;  // [kAmxKeys / 2, 16], two bf16 numbers a word
+  float* sums;     // [width, 16]
+};
+
+#if TQ_HAS_X86_VARIANTS
+namespace avx512 {
+// Packs bf16 queries [count, width / 2], two numbers a word; nothing has been gathered for them.
+void start_amx_queries(const AmxQueries& queries, const float* q_pairs);
+// Takes the keys of a segment that the queries [first, end) see into them.
+void attend_amx_segment(const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment,
+                        const ScoreTransform& transform, const AmxScratch& scratch);
+// Writes what has been gathered into a tile of the same queries.
+void unpack_amx_queries(const AmxQueries& queries, const QueryTile& tile);
+}  // namespace avx512
+#endif
+
+}  // namespace tq
