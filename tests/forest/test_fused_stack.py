@@ -26,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     class Counted:
         @staticmethod
         def default(*args: object) -> torch.Tensor:
-            made.append(len(args[6]))  # type: ignore[arg-type]
+            made.append(len(args[7]))  # type: ignore[arg-type]
             return op.default(*args)
 
     monkeypatch.setattr(torch.ops.tq_fast, "run_decoder_layers", Counted)

@@ -41,7 +41,8 @@ def test_the_product_is_that_of_the_quantised_layer_which_is_not_called(
     layers = CpuLayers(view, model)
     assert "1 of 1 linear layers with int8 weights run in the kernel" in str(layers)
     layers.install(10)
-    for scale in (1.0, 100.0):
+    # The sums of a quantiser's own product in fp16 end at 65504.
+    for scale in (1.0, 8.0) if dtype is torch.float16 else (1.0, 100.0):
         x = (torch.randn(10, 1, 96) * scale).to(dtype)
         expected = model(x)
         with monkeypatch.context() as patch:

@@ -12,7 +12,6 @@ which reads half the bytes of bf16.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -25,12 +24,14 @@ from ..ops._dispatch import unchecked_kernel
 from .attention import attending
 from .fused_layers import Forward, FusedLayers, fuse_layers
 from .fused_stack import FusedStack, stack_layers
-from .linears import has_int8_weight, is_int8_linear, is_plain_linear, operands_of
+from .linears import (
+    NativeLinear,
+    has_int8_weight,
+    is_int8_linear,
+    is_plain_linear,
+    product_forward,
+)
 
-# The C++ kernel of `ops.few_rows_linear`.
-NativeLinear = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
-]
 # Models of which it was told that int8 weights run as they are.
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -141,7 +142,7 @@ class CpuLayers:
         if self._native is None:
             return []
         return [
-            (layer, _native_forward(layer, self._native))
+            (layer, product_forward(layer, self._native))
             for layer, dtype in self._linears
             if num_rows <= most_rows(dtype)
         ]
@@ -150,18 +151,3 @@ class CpuLayers:
 def describe_layers(model: PreTrainedModel) -> str:
     """Return how many decoder layers of `model` run fused on a CPU, and why the others do not."""
     return str(CpuLayers(attending(model), model, None))
-
-
-def _native_forward(layer: nn.Linear, native: Forward) -> Forward:
-    operands = operands_of(layer)
-    # Straight from the dict: `layer.weight` costs a search through the module for each call.
-    parameters = layer._parameters
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        weight = parameters["weight"]
-        assert weight is not None, "a linear layer has a weight"
-        if x.dtype is not weight.dtype or x.dim() not in (2, 3):
-            return nn.functional.linear(x, weight, parameters["bias"])
-        return native(x, *operands())
-
-    return forward

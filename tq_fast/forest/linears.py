@@ -37,6 +37,9 @@ class Int8Weight(NamedTuple):
 # Weight and bias of a linear layer, and the scale where the weight is int8.
 Operands = tuple[Tensor, Tensor | None, Tensor | None]
 
+# The C++ kernel of `ops.few_rows_linear`.
+NativeLinear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
 # What was found in a weight; None: its layer does not multiply it as `few_rows_linear` does.
 _tried: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -88,6 +91,22 @@ def operands_of(layer: nn.Linear) -> Callable[[], Operands]:
     return read_int8
 
 
+def product_forward(layer: nn.Linear, native: NativeLinear) -> Callable[[Tensor], Tensor]:
+    """Return a forward of `layer` by the kernel, for rows `[N, D]` or `[N, T, D]` of its dtype."""
+    operands = operands_of(layer)
+    # Straight from the dict: `layer.weight` costs a search through the module for each call.
+    parameters = layer._parameters
+
+    def forward(x: Tensor) -> Tensor:
+        weight = parameters["weight"]
+        assert weight is not None, "a linear layer has a weight"
+        if x.dtype is not weight.dtype or x.dim() not in (2, 3):
+            return nn.functional.linear(x, weight, parameters["bias"])
+        return native(x, *operands())
+
+    return forward
+
+
 def _int8_weight(layer: nn.Linear) -> Int8Weight | None:
     """The int8 weight of `layer`, if the product with it is what the layer computes."""
     weight = layer.weight
@@ -116,8 +135,9 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that a subclass is made of, by the protocol that torch.compile asks too."""
     if type(tensor) in (Tensor, nn.Parameter):
         return
-    names: list[str] = getattr(tensor, "__tensor_flatten__", lambda: ([], None))()[0]
-    for name in names:
+    flatten: Callable[[], tuple[list[str], object]] | None
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    for name in () if flatten is None else flatten()[0]:
         part = getattr(tensor, name)
         if type(part) is Tensor:
             yield part
@@ -133,7 +153,7 @@ def _agrees(layer: nn.Linear, found: Int8Weight) -> bool:
     # Beside a number that is much larger than the others, those would be lost if x were quantised.
     x[1, size // 2] = 4 * size**0.5
     x[2] *= 0.05
-    x[3] *= 8
+    x[3] *= 2
     x = x.to(layer.weight.dtype)
     try:
         truth = nn.functional.linear(x, layer.weight, layer.bias)
