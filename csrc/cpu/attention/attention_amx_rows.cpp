@@ -153,7 +153,7 @@ class AmxSegment {
     copy_keys(begin, count);
     const int64_t first_tile = first_ / kAmxQueries;
     const int64_t end_tile = (end_ + kAmxQueries - 1) / kAmxQueries;
-    Lookahead lookahead = look_ahead(end, (end_tile - first_tile) * count / 2);
+    Lookahead lookahead = look_ahead(end, (end_tile - first_tile) * whole(count) / 2);
     for (int64_t tile = first_tile; tile < end_tile; ++tile) attend_tile(tile, begin, end, lookahead);
   }
 
