@@ -99,6 +99,7 @@ test-release: $(INSTALLED)
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(filter csrc/%,$(NATIVE_FILES))
 	$(VENV)/bin/mypy
 
 # TABLE=FILE keeps the table of figures; the pictures go into the page of benchmarks.

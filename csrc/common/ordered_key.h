@@ -29,9 +29,7 @@ TQ_HOST_DEVICE uint64_t ordered_key(float value, uint32_t id) {
   return static_cast<uint64_t>(ordered_bits(value)) << 32 | static_cast<uint64_t>(~id);
 }
 
-TQ_HOST_DEVICE float value_of_key(uint64_t key) {
-  return value_from_ordered_bits(static_cast<uint32_t>(key >> 32));
-}
+TQ_HOST_DEVICE float value_of_key(uint64_t key) { return value_from_ordered_bits(static_cast<uint32_t>(key >> 32)); }
 
 TQ_HOST_DEVICE uint32_t id_of_key(uint64_t key) { return ~static_cast<uint32_t>(key); }
 

@@ -32,15 +32,13 @@ TQ_HOST_DEVICE PhiloxWords philox4x32(PhiloxWords counter, uint32_t key0, uint32
   return counter;
 }
 
-TQ_HOST_DEVICE PhiloxWords philox_draw(
-    int64_t seed, uint32_t purpose, int64_t key, int64_t step, int64_t index) {
+TQ_HOST_DEVICE PhiloxWords philox_draw(int64_t seed, uint32_t purpose, int64_t key, int64_t step, int64_t index) {
   const uint64_t seed_bits = static_cast<uint64_t>(seed);
   const uint64_t key_bits = static_cast<uint64_t>(key);
   const PhiloxWords counter{
-      static_cast<uint32_t>(index), static_cast<uint32_t>(step),
-      static_cast<uint32_t>(key_bits), static_cast<uint32_t>(key_bits >> 32)};
-  return philox4x32(
-      counter, static_cast<uint32_t>(seed_bits), static_cast<uint32_t>(seed_bits >> 32) ^ purpose);
+      static_cast<uint32_t>(index), static_cast<uint32_t>(step), static_cast<uint32_t>(key_bits),
+      static_cast<uint32_t>(key_bits >> 32)};
+  return philox4x32(counter, static_cast<uint32_t>(seed_bits), static_cast<uint32_t>(seed_bits >> 32) ^ purpose);
 }
 
 constexpr double kLargestUniform = 1.0 - 0x1p-53;
@@ -53,8 +51,7 @@ TQ_HOST_DEVICE double uniform_from_words(PhiloxWords words) {
   return u < kLargestUniform ? u : kLargestUniform;
 }
 
-TQ_HOST_DEVICE double philox_uniform(
-    int64_t seed, uint32_t purpose, int64_t key, int64_t step, int64_t index) {
+TQ_HOST_DEVICE double philox_uniform(int64_t seed, uint32_t purpose, int64_t key, int64_t step, int64_t index) {
   return uniform_from_words(philox_draw(seed, purpose, key, step, index));
 }
 

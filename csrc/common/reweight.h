@@ -84,8 +84,8 @@ TQ_HOST_DEVICE double weight_at(const RolloutWeights& weights, int64_t i) {
 // The value of one candidate from its n roll-outs, whose weights are normalised within it; NaN where
 // no roll-out has any weight, since 0/0 is. is_soft: q = alpha log sum w exp(r / alpha), else sum w r.
 template <typename Real, typename Weights, typename Reader = OneReader>
-TQ_HOST_DEVICE CandidateValue value_weighted(
-    const Real* rewards, const Weights& weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {
+TQ_HOST_DEVICE CandidateValue
+value_weighted(const Real* rewards, const Weights& weights, int64_t n, double alpha, bool is_soft, Reader reader = {}) {
   double mass = 0.0;
   double mass_of_squares = 0.0;
   double top = -INFINITY;
@@ -121,8 +121,7 @@ TQ_HOST_DEVICE CandidateValue value_weighted(
   }
   spread = sum_over(reader, spread);
   const double count = static_cast<double>(n);
-  const double standard_error =
-      n > 1 ? ::sqrt(count / (count - 1.0) * spread) / mass : static_cast<double>(NAN);
+  const double standard_error = n > 1 ? ::sqrt(count / (count - 1.0) * spread) / mass : static_cast<double>(NAN);
   return {q, standard_error, mass * mass / mass_of_squares};
 }
 

@@ -122,26 +122,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cpu(
 
   const auto run = [&](auto zero) {
     using Real = decltype(zero);
-    reweight_prompts(ReweightJob<Real>{
-        static_cast<const Real*>(prior_logprobs.const_data_ptr()),
-        static_cast<const int64_t*>(token_ids.const_data_ptr()),
-        static_cast<const Real*>(rewards.const_data_ptr()),
-        data_or_null<Real>(log_weights),
-        data_or_null<int64_t>(lengths),
-        data_or_null<int64_t>(keys),
-        prompts,
-        k,
-        rewards.size(2),
-        alpha,
-        is_soft,
-        is_greedy,
-        read_int(seed, seed_tensor),
-        read_int(step, step_tensor),
-        static_cast<int64_t*>(choice.mutable_data_ptr()),
-        static_cast<float*>(final_logprobs.mutable_data_ptr()),
-        static_cast<float*>(q.mutable_data_ptr()),
-        static_cast<float*>(q_stderr.mutable_data_ptr()),
-        static_cast<float*>(ess.mutable_data_ptr())});
+    reweight_prompts(
+        ReweightJob<Real>{
+            static_cast<const Real*>(prior_logprobs.const_data_ptr()),
+            static_cast<const int64_t*>(token_ids.const_data_ptr()), static_cast<const Real*>(rewards.const_data_ptr()),
+            data_or_null<Real>(log_weights), data_or_null<int64_t>(lengths), data_or_null<int64_t>(keys), prompts, k,
+            rewards.size(2), alpha, is_soft, is_greedy, read_int(seed, seed_tensor), read_int(step, step_tensor),
+            static_cast<int64_t*>(choice.mutable_data_ptr()), static_cast<float*>(final_logprobs.mutable_data_ptr()),
+            static_cast<float*>(q.mutable_data_ptr()), static_cast<float*>(q_stderr.mutable_data_ptr()),
+            static_cast<float*>(ess.mutable_data_ptr())});
   };
   if (is_float) {
     run(0.0f);

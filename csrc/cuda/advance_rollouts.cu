@@ -84,17 +84,16 @@ void advance_rollouts_cuda(
     const Tensor& tokens, const Tensor& lengths, const Tensor& finished, const Tensor& logprob_sums,
     const Tensor& proposal_logprob_sums, const Tensor& eos, double temperature,
     const std::optional<Tensor>& temperatures, int64_t top_k, const std::optional<Tensor>& top_ks, double top_p,
-    const std::optional<Tensor>& top_ps, int64_t vocab_size, int64_t seed,
-    const std::optional<Tensor>& seed_tensor) {
+    const std::optional<Tensor>& top_ps, int64_t vocab_size, int64_t seed, const std::optional<Tensor>& seed_tensor) {
   const torch::stable::accelerator::DeviceGuard guard(device_of("advance_rollouts_", logits));
   const DrawArguments arguments(
       "advance_rollouts_", logits, keys, step, step_tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps,
       vocab_size, seed, seed_tensor);
   draw_rows(
-      arguments, RolloutSink{
-                     view_integers(tokens), view_integers(lengths), view_integers(eos), eos.size(0), tokens.size(1),
-                     view_column<bool>(finished), view_column<float>(logprob_sums),
-                     view_column<float>(proposal_logprob_sums)});
+      arguments,
+      RolloutSink{
+          view_integers(tokens), view_integers(lengths), view_integers(eos), eos.size(0), tokens.size(1),
+          view_column<bool>(finished), view_column<float>(logprob_sums), view_column<float>(proposal_logprob_sums)});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tq_fast, CUDA, m) { m.impl("advance_rollouts_", TORCH_BOX(&advance_rollouts_cuda)); }

@@ -83,8 +83,7 @@ struct DrawArguments {
             data_or_null<float>(temperatures),
             data_or_null<int64_t>(top_ks),
             data_or_null<double>(top_ps)} {
-    STD_TORCH_CHECK(
-        vocab_size <= kMostVocab, op, ": vocab_size is ", vocab_size, ", expected at most ", kMostVocab);
+    STD_TORCH_CHECK(vocab_size <= kMostVocab, op, ": vocab_size is ", vocab_size, ", expected at most ", kMostVocab);
   }
 };
 
@@ -94,8 +93,8 @@ void draw_rows(const DrawArguments& arguments, const Sink& sink) {
     using Type = decltype(type);
     const DrawRows& rows = arguments.rows;
     // Nothing here depends on the values of tensors: reading them would wait for the device.
-    const bool may_cut = rows.top_ks != nullptr || rows.top_ps != nullptr || rows.parameters.top_p < 1.0 ||
-                         rows.parameters.top_k > 0;
+    const bool may_cut =
+        rows.top_ks != nullptr || rows.top_ps != nullptr || rows.parameters.top_p < 1.0 || rows.parameters.top_k > 0;
     launch_rows(
         may_cut ? draw_rows_kernel<Type, true, Sink> : draw_rows_kernel<Type, false, Sink>,
         DrawJob<Type, Sink>{rows, sink}, arguments.logits.size(0), num_tiles(rows.vocab_size),

@@ -71,10 +71,9 @@ TQ_DEVICE DrawnToken draw(
   const double target = is_greedy ? 0.0 : uniform * total;
   const Place place = find_place(passes.tiles, target, mass_of);
   const int size = passes.row.size;
-  const int id =
-      find_in_tile(passes.row, place.item < 0 ? 0 : place.item, target - place.before, [&](float x, int at) {
-        return at < size ? static_cast<double>(Weigh::mass(weigh, x, at)) : 0.0;
-      });
+  const int id = find_in_tile(passes.row, place.item < 0 ? 0 : place.item, target - place.before, [&](float x, int at) {
+    return at < size ? static_cast<double>(Weigh::mass(weigh, x, at)) : 0.0;
+  });
   const double shifted = static_cast<double>(element_of(passes.row, id)) - state.peak;
   const float logprob = static_cast<float>(shifted - ::log(state.sum));
   if (is_greedy) return {id, logprob, 0.0f, true};

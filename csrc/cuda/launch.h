@@ -65,8 +65,8 @@ void launch_rows(
   const auto* const place = reinterpret_cast<const void*>(kernel);
   constexpr int64_t kAlwaysThere = 48 << 10;
   if (shared_bytes > kAlwaysThere) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(
-        place, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(place, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }
   const int blocks = blocks_of_group(place, rows, tiles);
   cudaLaunchAttribute cluster{};

@@ -55,8 +55,8 @@ TQ_DEVICE void score_candidates(const DeviceReweightJob<Real>& job, int64_t g, d
     int64_t valid = job.lengths == nullptr ? job.n : job.lengths[at];
     valid = !is_own ? 0 : valid < job.n ? valid : job.n;
     const CandidateValue value = value_candidate<Real>(
-        job.rewards + at * job.n, job.log_weights == nullptr ? nullptr : job.log_weights + at * job.n, valid,
-        job.alpha, job.is_soft, reader);
+        job.rewards + at * job.n, job.log_weights == nullptr ? nullptr : job.log_weights + at * job.n, valid, job.alpha,
+        job.is_soft, reader);
     if (!is_own || reader.rank != 0) continue;
     job.q[at] = static_cast<float>(value.q);
     job.q_stderr[at] = static_cast<float>(value.standard_error);

@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> reweight_sample_cuda(
     launch<Real>(
         {static_cast<const Real*>(prior_logprobs.const_data_ptr()),
          static_cast<const int64_t*>(token_ids.const_data_ptr()), static_cast<const Real*>(rewards.const_data_ptr()),
-         data_or_null<Real>(log_weights), data_or_null<int64_t>(lengths), data_or_null<int64_t>(keys), prompts,
-         k, rewards.size(2), alpha, is_soft, is_greedy, device_int(seed, seed_tensor), device_int(step, step_tensor),
+         data_or_null<Real>(log_weights), data_or_null<int64_t>(lengths), data_or_null<int64_t>(keys), prompts, k,
+         rewards.size(2), alpha, is_soft, is_greedy, device_int(seed, seed_tensor), device_int(step, step_tensor),
          static_cast<int64_t*>(choice.mutable_data_ptr()), static_cast<float*>(final_logprobs.mutable_data_ptr()),
          static_cast<float*>(q.mutable_data_ptr()), static_cast<float*>(q_stderr.mutable_data_ptr()),
          static_cast<float*>(ess.mutable_data_ptr())},

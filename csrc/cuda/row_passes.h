@@ -12,8 +12,8 @@ namespace tq {
 struct Weigh {
   float peak;
   float inverse_temperature;
-  float least;       // what lies below is cut off,
-  int last_tie;      // and so are elements equal to `least` with a later id than this
+  float least;   // what lies below is cut off,
+  int last_tie;  // and so are elements equal to `least` with a later id than this
   TQ_DEVICE bool keeps(const Weigh& weigh, float x, int id) {
     return x > weigh.least || (x == weigh.least && id <= weigh.last_tie);
   }
@@ -124,14 +124,13 @@ TQ_DEVICE double total_of(int count, const MassOf& mass_of) {
 // The id inside a tile at which the running amount exceeds `target`; the whole warp takes part.
 // `amount_of(x, id)` must be 0 past the end of the row, where x is -inf.
 template <typename Type, typename AmountOf>
-TQ_DEVICE int find_in_tile(
-    const LogitRow<Type>& row, int tile, double target, const AmountOf& amount_of) {
+TQ_DEVICE int find_in_tile(const LogitRow<Type>& row, int tile, double target, const AmountOf& amount_of) {
   constexpr int kCount = kPerLoad<Type>;
   const auto part_mass = [&](int part) {
     float values[kCount];
     load_part(row, tile, part / simt::kWarp, part % simt::kWarp, values);
     double mass = 0.0;
-TQ_UNROLL
+    TQ_UNROLL
     for (int i = 0; i < kCount; ++i) {
       mass += amount_of(values[i], id_in_tile<Type>(tile, part / simt::kWarp, part % simt::kWarp, i));
     }
@@ -159,10 +158,10 @@ struct RowPasses {
   LogitRow<Type> row;
   DrawScratch scratch;
   int tiles;
-  int room;             // for nearby elements; 0: none are kept
-  int round;            // of masses and counts
-  int collections;      // so far; the last bit is the round of num_nearby. At 0, `nearby` holds the marks.
-  int tellings;         // so far; the last bit is the round of told
+  int room;         // for nearby elements; 0: none are kept
+  int round;        // of masses and counts
+  int collections;  // so far; the last bit is the round of num_nearby. At 0, `nearby` holds the marks.
+  int tellings;     // so far; the last bit is the round of told
   // All elements whose ordered bits are in [nearby_low, nearby_high) are in `nearby`.
   uint32_t nearby_low;
   uint32_t nearby_high;
@@ -184,7 +183,7 @@ TQ_DEVICE Amount weigh_lane(const RowPasses<Type>& passes, const Weigh& weigh, i
     float values[kPerLoad<Type>];
     load_part(passes.row, tile, j, simt::lane(), values);
     float mass_of_part = 0.0f;
-TQ_UNROLL
+    TQ_UNROLL
     for (int i = 0; i < kPerLoad<Type>; ++i) {
       const int id = id_in_tile<Type>(tile, j, simt::lane(), i);
       if (id < passes.row.size && Weigh::keeps(weigh, values[i], id)) {
@@ -212,7 +211,7 @@ TQ_DEVICE void collect_tile(const RowPasses<Type>& passes, const Weigh& weigh, i
   for (int j = 0; j < kLoads<Type>; ++j) {
     float values[kPerLoad<Type>];
     load_part(passes.row, tile, j, simt::lane(), values);
-TQ_UNROLL
+    TQ_UNROLL
     for (int i = 0; i < kPerLoad<Type>; ++i) {
       const int id = id_in_tile<Type>(tile, j, simt::lane(), i);
       if (id < passes.row.size && Weigh::keeps(weigh, values[i], id) && values[i] < end) {

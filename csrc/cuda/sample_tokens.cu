@@ -25,9 +25,9 @@ struct TokenSink {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cuda(
     const Tensor& logits, const Tensor& keys, int64_t step, const std::optional<Tensor>& step_tensor,
-    double temperature, const std::optional<Tensor>& temperatures, int64_t top_k,
-    const std::optional<Tensor>& top_ks, double top_p, const std::optional<Tensor>& top_ps, int64_t vocab_size,
-    int64_t seed, const std::optional<Tensor>& seed_tensor) {
+    double temperature, const std::optional<Tensor>& temperatures, int64_t top_k, const std::optional<Tensor>& top_ks,
+    double top_p, const std::optional<Tensor>& top_ps, int64_t vocab_size, int64_t seed,
+    const std::optional<Tensor>& seed_tensor) {
   const int32_t device = device_of("sample_tokens", logits);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const DrawArguments arguments(
@@ -39,10 +39,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cuda(
   Tensor proposal_logprobs = new_cuda_tensor(device, {rows}, ScalarType::Float);
   Tensor valid = new_cuda_tensor(device, {rows}, ScalarType::Bool);
   draw_rows(
-      arguments, TokenSink{
-                     static_cast<int64_t*>(ids.mutable_data_ptr()), static_cast<float*>(logprobs.mutable_data_ptr()),
-                     static_cast<float*>(proposal_logprobs.mutable_data_ptr()),
-                     static_cast<bool*>(valid.mutable_data_ptr())});
+      arguments,
+      TokenSink{
+          static_cast<int64_t*>(ids.mutable_data_ptr()), static_cast<float*>(logprobs.mutable_data_ptr()),
+          static_cast<float*>(proposal_logprobs.mutable_data_ptr()), static_cast<bool*>(valid.mutable_data_ptr())});
   return {ids, logprobs, proposal_logprobs, valid};
 }
 

@@ -74,7 +74,7 @@ TQ_DEVICE float element_of(const LogitRow<Type>& row, int id) {
 template <typename Type, int kCount>
 TQ_DEVICE void divide(const LogitRow<Type>& row, float (&values)[kCount]) {
   if (row.divisor == 1.0f) return;
-TQ_UNROLL
+  TQ_UNROLL
   for (int n = 0; n < kCount; ++n) values[n] /= row.divisor;
 }
 
@@ -95,10 +95,10 @@ TQ_DEVICE void load_part(const LogitRow<Type>& row, int tile, int j, int lane, f
   const int first = id_in_tile<Type>(tile, j, lane, 0);
   if (is_whole(row, tile)) {
     const simt::Quad quad = simt::load_quad(row.data + first);
-TQ_UNROLL
+    TQ_UNROLL
     for (int i = 0; i < kPerLoad<Type>; ++i) values[i] = clean(Type::unpack(quad, i));
   } else {
-TQ_UNROLL
+    TQ_UNROLL
     for (int i = 0; i < kPerLoad<Type>; ++i) values[i] = element_of(row, first + i);
   }
   divide(row, values);
@@ -110,14 +110,14 @@ TQ_DEVICE void load_tile(const LogitRow<Type>& row, int tile, float (&values)[kP
   constexpr int kCount = kPerLoad<Type>;
   if (is_whole(row, tile)) {
     simt::Quad quads[kLoads<Type>];
-TQ_UNROLL
+    TQ_UNROLL
     for (int j = 0; j < kLoads<Type>; ++j) {
       quads[j] = simt::load_quad(row.data + id_in_tile<Type>(tile, j, simt::lane(), 0));
     }
-TQ_UNROLL
+    TQ_UNROLL
     for (int n = 0; n < kPerLane; ++n) values[n] = clean(Type::unpack(quads[n / kCount], n % kCount));
   } else {
-TQ_UNROLL
+    TQ_UNROLL
     for (int n = 0; n < kPerLane; ++n) {
       values[n] = element_of(row, id_in_tile<Type>(tile, n / kCount, simt::lane(), n % kCount));
     }
@@ -128,14 +128,14 @@ TQ_UNROLL
 // exp((x - peak) * inverse_temperature) summed over a lane's values in a fixed order; 0 for -inf.
 TQ_DEVICE float sum_of_exps(const float (&values)[kPerLane], float peak, float inverse_temperature) {
   float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-TQ_UNROLL
+  TQ_UNROLL
   for (int n = 0; n < kPerLane; ++n) parts[n % 4] += simt::exp_fast((values[n] - peak) * inverse_temperature);
   return (parts[0] + parts[2]) + (parts[1] + parts[3]);
 }
 
 TQ_DEVICE float max_of(const float (&values)[kPerLane]) {
   float peak = -INFINITY;
-TQ_UNROLL
+  TQ_UNROLL
   for (int n = 0; n < kPerLane; ++n) peak = ::fmaxf(peak, values[n]);
   return peak;
 }

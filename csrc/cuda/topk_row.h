@@ -36,8 +36,8 @@ struct TopKScratch {
   uint64_t* candidates;  // [candidate_room]
   uint64_t* best;        // [k]
   SoftmaxState<float>* states;
-  int* lanes;            // [k]
-  int* counts;           // [2 * 32]: partial counts of warps, two rounds
+  int* lanes;   // [k]
+  int* counts;  // [2 * 32]: partial counts of warps, two rounds
   int* num_lanes;
   int* num_candidates;
 };
@@ -71,7 +71,7 @@ template <typename Type>
 TQ_DEVICE uint64_t key_of_lane(const LogitRow<Type>& row, int tile, const float (&values)[kPerLane]) {
   float best = values[0];
   int place = 0;
-TQ_UNROLL
+  TQ_UNROLL
   for (int n = 1; n < kPerLane; ++n) {
     if (values[n] > best) {
       best = values[n];
@@ -121,7 +121,7 @@ TQ_DEVICE void collect_candidates(
     const int j = part % kLoads<Type>;
     float values[kPerLoad<Type>];
     load_part(row, tile, j, lane, values);
-TQ_UNROLL
+    TQ_UNROLL
     for (int i = 0; i < kPerLoad<Type>; ++i) {
       const int id = id_in_tile<Type>(tile, j, lane, i);
       const uint64_t key = ordered_key(values[i], static_cast<uint32_t>(id));
@@ -168,8 +168,7 @@ TQ_DEVICE void topk_row(const TopKRows& rows) {
   const int tiles = num_tiles(rows.vocab_size);
   const TopKScratch scratch = cut_topk_scratch(rows.vocab_size, rows.k);
   const float temperature = rows.temperatures == nullptr ? rows.temperature : rows.temperatures[row_idx];
-  const LogitRow<Type> row =
-      LogitRow<Type>::at(rows.logits, row_idx, rows.stride, rows.vocab_size, temperature);
+  const LogitRow<Type> row = LogitRow<Type>::at(rows.logits, row_idx, rows.stride, rows.vocab_size, temperature);
 
   // Wait until the leader runs: its shared memory must exist before others write to it.
   simt::sync_group();

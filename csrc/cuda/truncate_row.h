@@ -65,8 +65,8 @@ TQ_DEVICE Amount weigh_list(
 
 // Narrows the bracket by the first `size` listed elements, among which are all of the bracket's. The leader
 // calls it.
-TQ_DEVICE Bracket narrow_by_list(
-    const DrawScratch& scratch, int size, const Weigh& weigh, const Goal& goal, Bracket bracket) {
+TQ_DEVICE Bracket
+narrow_by_list(const DrawScratch& scratch, int size, const Weigh& weigh, const Goal& goal, Bracket bracket) {
   const Amount above = bracket.above;
   const float end = value_from_ordered_bits(bracket.high);
   for (int round = 0; !is_narrow(bracket, goal); round ^= 1) {
@@ -120,8 +120,8 @@ TQ_DEVICE void leave_marks(const RowPasses<Type>& passes, int tile, float larges
 // from there on. By mass there is a second bound: all elements below it together have at most the mass that
 // may be cut off.
 template <typename Type>
-TQ_DEVICE uint32_t find_bound(
-    RowPasses<Type>& passes, const Weigh& weigh, double mass, const Goal& goal, const Bracket& whole) {
+TQ_DEVICE uint32_t
+find_bound(RowPasses<Type>& passes, const Weigh& weigh, double mass, const Goal& goal, const Bracket& whole) {
   const int num_marks = passes.tiles * simt::kWarp / lanes_per_mark(passes.tiles, passes.room);
   const auto narrow_by_marks = [&] { return narrow_by_list(passes.scratch, num_marks, weigh, goal, whole); };
   uint32_t bound = ask_leader(passes, narrow_by_marks).low;
@@ -184,7 +184,7 @@ TQ_DEVICE int find_tie(RowPasses<Type>& passes, float least, int wanted) {
     for (int j = 0; may_reach(passes, tile, least) && j < kLoads<Type>; ++j) {
       float values[kPerLoad<Type>];
       load_part(passes.row, tile, j, simt::lane(), values);
-TQ_UNROLL
+      TQ_UNROLL
       for (int i = 0; i < kPerLoad<Type>; ++i) count += values[i] == least;
     }
     count = simt::warp_sum(count);

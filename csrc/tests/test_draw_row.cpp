@@ -109,8 +109,13 @@ void truncated_laws() {
   for (const int size : {5, 1000, 5001}) {
     const std::vector<float> logits = random_logits(size, 1.5f);
     for (const tq::DrawParameters& parameters :
-         {tq::DrawParameters{1.0f, 3, 1.0}, {1.0f, 700, 1.0}, {0.8f, 0, 0.9}, {2.0f, 0, 0.999}, {1.0f, 40, 0.6},
-          {1.3f, 1, 1.0}, {1.0f, 0, 0.0}}) {
+         {tq::DrawParameters{1.0f, 3, 1.0},
+          {1.0f, 700, 1.0},
+          {0.8f, 0, 0.9},
+          {2.0f, 0, 0.999},
+          {1.0f, 40, 0.6},
+          {1.3f, 1, 1.0},
+          {1.0f, 0, 0.0}}) {
       check(logits, parameters);
     }
   }

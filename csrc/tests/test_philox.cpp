@@ -15,8 +15,8 @@ void known_answers_hold() {
   const tq::PhiloxWords ones = tq::philox4x32({all, all, all, all}, all, all);
   CHECK(ones.w0 == 0x408f276du && ones.w1 == 0x41c83b0eu);
   CHECK(ones.w2 == 0xa20bc7c6u && ones.w3 == 0x6d5451fdu);
-  const tq::PhiloxWords pi = tq::philox4x32(
-      {0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}, 0xa4093822u, 0x299f31d0u);
+  const tq::PhiloxWords pi =
+      tq::philox4x32({0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}, 0xa4093822u, 0x299f31d0u);
   CHECK(pi.w0 == 0xd16cfe09u && pi.w1 == 0x94fdccebu);
   CHECK(pi.w2 == 0x5001e420u && pi.w3 == 0x24126ea1u);
 }

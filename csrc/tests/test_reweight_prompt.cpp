@@ -51,12 +51,26 @@ void check(const Problem& problem, bool is_soft, bool is_greedy, bool has_weight
   std::vector<int64_t> choice(problem.prompts, -1);
   std::vector<float> final_logprobs(count), q(count), q_stderr(count), ess(count);
   const tq::DeviceReweightJob<double> job{
-      problem.prior.data(), problem.ids.data(), problem.rewards.data(),
-      has_weights ? problem.log_weights.data() : nullptr, has_lengths ? problem.lengths.data() : nullptr, nullptr,
-      problem.prompts, problem.k, problem.n, 0.6, is_soft, is_greedy, {9, nullptr}, {0, &step}, choice.data(), final_logprobs.data(),
-      q.data(), q_stderr.data(), ess.data()};
-  tq::simt::launch_on_host(
-      problem.prompts, 1, threads, problem.k * sizeof(double), [&] { tq::reweight_prompt(job); });
+      problem.prior.data(),
+      problem.ids.data(),
+      problem.rewards.data(),
+      has_weights ? problem.log_weights.data() : nullptr,
+      has_lengths ? problem.lengths.data() : nullptr,
+      nullptr,
+      problem.prompts,
+      problem.k,
+      problem.n,
+      0.6,
+      is_soft,
+      is_greedy,
+      {9, nullptr},
+      {0, &step},
+      choice.data(),
+      final_logprobs.data(),
+      q.data(),
+      q_stderr.data(),
+      ess.data()};
+  tq::simt::launch_on_host(problem.prompts, 1, threads, problem.k * sizeof(double), [&] { tq::reweight_prompt(job); });
   for (int64_t g = 0; g < problem.prompts; ++g) {
     std::vector<double> scores;
     double mass = 0.0;

@@ -19,7 +19,7 @@ struct TopK {
 TopK run(const std::vector<float>& logits, int64_t stride, int vocab_size, int k, int blocks, int threads) {
   const int64_t rows = static_cast<int64_t>(logits.size()) / stride;
   TopK out{std::vector<int64_t>(rows * k, -1), std::vector<float>(rows * k, NAN), std::vector<float>(rows, NAN)};
-  const tq::TopKRows job{logits.data(),       stride,          vocab_size,     k, 1.0f, nullptr, out.ids.data(),
+  const tq::TopKRows job{logits.data(),       stride,        vocab_size, k, 1.0f, nullptr, out.ids.data(),
                          out.logprobs.data(), out.lse.data()};
   tq::simt::launch_on_host(
       rows, blocks, threads, tq::topk_shared_bytes(vocab_size, k), [&] { tq::topk_row<tq::Float32>(job); });

@@ -122,8 +122,8 @@ TQ_INLINE void multiply_tiles(const TileProduct& x) {
 class AmxSegment {
  public:
   AmxSegment(
-      const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment,
-      const ScoreTransform& transform, const AmxScratch& scratch)
+      const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, const ScoreTransform& transform,
+      const AmxScratch& scratch)
       : queries_(queries),
         first_(first),
         end_(end),
@@ -163,8 +163,7 @@ class AmxSegment {
     for (int64_t key = copied_; key < whole(count); ++key) {
       const char* const from = segment_.keys + (begin + key) * segment_.key_stride * 2;
       for (int64_t i = 0; i < queries_.width; i += kDepth) {
-        const __m512i numbers =
-            key < count ? load_numbers(from, i, queries_.head_size) : _mm512_setzero_si512();
+        const __m512i numbers = key < count ? load_numbers(from, i, queries_.head_size) : _mm512_setzero_si512();
         _mm512_store_si512(scratch_.keys + (key * queries_.width + i) / 2, numbers);
       }
     }
@@ -201,11 +200,11 @@ class AmxSegment {
   Sight sight_of(int64_t at) const {
     alignas(64) static constexpr int32_t kNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const __m512i number = _mm512_add_epi32(_mm512_load_si512(kNumbers), _mm512_set1_epi32(static_cast<int32_t>(at)));
-    const __mmask16 is_ours =
-        _mm512_cmpge_epi32_mask(number, _mm512_set1_epi32(static_cast<int32_t>(first_))) &
-        _mm512_cmplt_epi32_mask(number, _mm512_set1_epi32(static_cast<int32_t>(end_)));
-    return {(I32x16)_mm512_maskz_loadu_epi32(is_ours, queries_.first_seen + at),
-            (I32x16)_mm512_maskz_loadu_epi32(is_ours, queries_.end_seen + at)};
+    const __mmask16 is_ours = _mm512_cmpge_epi32_mask(number, _mm512_set1_epi32(static_cast<int32_t>(first_))) &
+                              _mm512_cmplt_epi32_mask(number, _mm512_set1_epi32(static_cast<int32_t>(end_)));
+    return {
+        (I32x16)_mm512_maskz_loadu_epi32(is_ours, queries_.first_seen + at),
+        (I32x16)_mm512_maskz_loadu_epi32(is_ours, queries_.end_seen + at)};
   }
 
   void score(int64_t tile, int64_t begin, int64_t depth) const {
@@ -215,8 +214,8 @@ class AmxSegment {
       const int64_t stride = 2 * (is_copied ? queries_.width : segment_.key_stride);
       const char* const keys = is_copied ? reinterpret_cast<const char*>(scratch_.keys) + key * stride
                                          : segment_.keys + (begin + key) * stride;
-      const TileProduct product{keys, stride, kAmxTileRows * stride, kAmxRowBytes, q, steps_,
-                                scratch_.scores + key * kLanes};
+      const TileProduct product{keys, stride, kAmxTileRows * stride,         kAmxRowBytes,
+                                q,    steps_, scratch_.scores + key * kLanes};
       depth - key > kDepth ? multiply_tiles<4>(product) : multiply_tiles<2>(product);
     }
   }
@@ -287,13 +286,14 @@ class AmxSegment {
   void add_values(int64_t tile, int64_t depth, __mmask16 sees, F32x16 shrink) const {
     const int64_t width = queries_.width;
     for (int64_t i = 0; i < width;) {
-      const TileProduct product{reinterpret_cast<const char*>(scratch_.values + i * kLanes),
-                                kAmxRowBytes,
-                                kTileWords * 4,
-                                width * kAmxRowBytes,
-                                scratch_.weights,
-                                depth / kDepth,
-                                scratch_.sums + i * kLanes};
+      const TileProduct product{
+          reinterpret_cast<const char*>(scratch_.values + i * kLanes),
+          kAmxRowBytes,
+          kTileWords * 4,
+          width * kAmxRowBytes,
+          scratch_.weights,
+          depth / kDepth,
+          scratch_.sums + i * kLanes};
       const bool is_four = width - i >= kGroup;
       is_four ? multiply_tiles<4>(product) : multiply_tiles<2>(product);
       i += is_four ? kGroup : kDepth;

@@ -42,8 +42,9 @@ namespace avx512 {
 // Packs bf16 queries [count, width / 2], two numbers a word; nothing has been gathered for them.
 void start_amx_queries(const AmxQueries& queries, const float* q_pairs);
 // Takes the keys of a segment that the queries [first, end) see into them.
-void attend_amx_segment(const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment,
-                        const ScoreTransform& transform, const AmxScratch& scratch);
+void attend_amx_segment(
+    const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, const ScoreTransform& transform,
+    const AmxScratch& scratch);
 // Writes what has been gathered into a tile of the same queries.
 void unpack_amx_queries(const AmxQueries& queries, const QueryTile& tile);
 }  // namespace avx512

@@ -124,8 +124,8 @@ class PieceWorker {
     const int64_t count = piece.count();
     const int64_t block = kKeysPerBlock * width_;
     const int64_t scores = 12 * kKeysPerBlock;
-    const int64_t vector_numbers =
-        2 * count * width_ + count * amx_width_ / 2 + 3 * padded(count + 16) + count * 16 + 2 * block + scores + 16 * width_;
+    const int64_t vector_numbers = 2 * count * width_ + count * amx_width_ / 2 + 3 * padded(count + 16) + count * 16 +
+                                   2 * block + scores + 16 * width_;
     const int64_t amx_numbers = padded(count) * (3 * amx_width_ / 2 + 2) + kAmxKeys * amx_width_ +
                                 3 * kAmxKeys * kAmxQueries / 2 + amx_width_ * kAmxQueries;
     const int64_t needed = vector_numbers + (problem_.use_amx ? amx_numbers : 0);
@@ -135,8 +135,16 @@ class PieceWorker {
     first_seen_ = carve<int32_t>(count);
     end_seen_ = carve<int32_t>(count);
     q_pairs_ = problem_.use_bf16_dot || problem_.use_amx ? carve<float>(count * amx_width_ / 2) : nullptr;
-    tile_ = {count, problem_.head_size, q_, problem_.use_bf16_dot ? q_pairs_ : nullptr, carve<float>(count * width_), carve<float>(count + 16),
-             carve<float>(count * 16), first_seen_, end_seen_};
+    tile_ = {
+        count,
+        problem_.head_size,
+        q_,
+        problem_.use_bf16_dot ? q_pairs_ : nullptr,
+        carve<float>(count * width_),
+        carve<float>(count + 16),
+        carve<float>(count * 16),
+        first_seen_,
+        end_seen_};
     scratch_ = {carve<float>(block), carve<float>(block), carve<float>(scores), carve<float>(16 * width_)};
 
     const auto widen_padded = TQ_SELECT_ISA(widen_padded);
@@ -169,9 +177,7 @@ class PieceWorker {
   }
 
   // The key-value head of the first query.
-  int64_t head_of(const Piece& piece) const {
-    return piece.first / (piece.num_rows * problem_.queries_per_row());
-  }
+  int64_t head_of(const Piece& piece) const { return piece.first / (piece.num_rows * problem_.queries_per_row()); }
 
   // The place of query t of a row in its own branch.
   int64_t place(int64_t row, int64_t t) const { return problem_.branch_len[row] - problem_.num_queries + t; }
@@ -194,21 +200,22 @@ class PieceWorker {
   }
 
   KeySegment prefix_of(int64_t tree, int64_t head, const KeySegment* then) const {
-    return {problem_.prefix_k.at(tree, head, 0),
-            problem_.prefix_v.at(tree, head, 0),
-            problem_.prefix_k.stride(),
-            problem_.prefix_v.stride(),
-            problem_.type,
-            problem_.prefix_len[tree],
-            then};
+    return {
+        problem_.prefix_k.at(tree, head, 0),
+        problem_.prefix_v.at(tree, head, 0),
+        problem_.prefix_k.stride(),
+        problem_.prefix_v.stride(),
+        problem_.type,
+        problem_.prefix_len[tree],
+        then};
   }
 
   void find_branches(const Piece& piece, const KeySegment* then) {
     branches_.clear();
     for_each_query(piece, [&](int64_t, int64_t row, int64_t head, int64_t, int64_t) {
       branches_.push_back(
-          {problem_.branch_k.at(row, head, 0), problem_.branch_v.at(row, head, 0),
-           problem_.branch_k.stride(), problem_.branch_v.stride(), problem_.type, problem_.branch_len[row], then});
+          {problem_.branch_k.at(row, head, 0), problem_.branch_v.at(row, head, 0), problem_.branch_k.stride(),
+           problem_.branch_v.stride(), problem_.type, problem_.branch_len[row], then});
     });
     // Queries of one row are neighbours and share its branch.
     for (size_t m = branches_.size() - 1; m > 0; --m) {
@@ -250,11 +257,19 @@ class PieceWorker {
   void start_amx() {
     const int64_t count = padded(tile_.count);
     const int64_t width = amx_width_;
-    amx_ = {tile_.count, problem_.head_size, width, carve<float>(count * width / 2), carve<float>(count * width),
-            carve<float>(count), carve<float>(count), first_seen_, end_seen_};
-    amx_scratch_ = {carve<float>(kAmxKeys * width / 2), carve<float>(kAmxKeys * width / 2),
-                    carve<float>(kAmxKeys * kAmxQueries), carve<float>(kAmxKeys * kAmxQueries / 2),
-                    carve<float>(width * kAmxQueries)};
+    amx_ = {
+        tile_.count,
+        problem_.head_size,
+        width,
+        carve<float>(count * width / 2),
+        carve<float>(count * width),
+        carve<float>(count),
+        carve<float>(count),
+        first_seen_,
+        end_seen_};
+    amx_scratch_ = {
+        carve<float>(kAmxKeys * width / 2), carve<float>(kAmxKeys * width / 2), carve<float>(kAmxKeys * kAmxQueries),
+        carve<float>(kAmxKeys * kAmxQueries / 2), carve<float>(width * kAmxQueries)};
     avx512::start_amx_queries(amx_, q_pairs_);
   }
   void attend_amx(int64_t first, int64_t end, const KeySegment& segment) const {

@@ -12,8 +12,8 @@ namespace {
 // Positions [begin, end) of one side of a segment as floats with a row stride of `*stride`: where
 // they lie if they are such already, else widened into `room`.
 const float* rows_as_floats(
-    const char* base, int64_t base_stride, ElementType type, int64_t head_size, int64_t begin, int64_t end,
-    float* room, int64_t* stride) {
+    const char* base, int64_t base_stride, ElementType type, int64_t head_size, int64_t begin, int64_t end, float* room,
+    int64_t* stride) {
   const int64_t width = padded(head_size);
   if (type == ElementType::kFloat32 && width == head_size) {
     *stride = base_stride;
@@ -158,14 +158,21 @@ void attend_operands(
       next, tile.head_size, next_begin, next_begin + keys_from(next, next_begin), tile.count * products / kLanes);
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
-    const Product scored{operands.q + m * operands.q_stride, operands.q_stride, scratch.keys, kKeysPerBlock,
-                         operands.q_depth, scratch.scores, kKeysPerBlock, nullptr};
+    const Product scored{
+        operands.q + m * operands.q_stride,
+        operands.q_stride,
+        scratch.keys,
+        kKeysPerBlock,
+        operands.q_depth,
+        scratch.scores,
+        kKeysPerBlock,
+        nullptr};
     multiply<Words, false>(scored, rows, columns, lookahead);
     float shrinks[kLanes];
     soften_block(tile, m, rows, begin, end - begin, transform, scratch.scores, shrinks);
     for (int64_t row = 0; row < rows; ++row) Words::pack_weights(scratch.scores + row * kKeysPerBlock);
-    const Product weighted{scratch.scores, kKeysPerBlock, operands.values, operands.value_stride,
-                           operands.value_depth, tile.out + m * width, width, shrinks};
+    const Product weighted{scratch.scores,       kKeysPerBlock,        operands.values, operands.value_stride,
+                           operands.value_depth, tile.out + m * width, width,           shrinks};
     multiply<Words, true>(weighted, rows, width, lookahead);
   }
 }
@@ -239,8 +246,8 @@ void attend_block_of_few(
       return RowsToCome{segment.keys + begin * segment.key_stride * element, segment.key_stride * element, element};
     };
     const auto values_of = [&](const KeySegment& segment) {
-      return RowsToCome{segment.values + begin * segment.value_stride * element, segment.value_stride * element,
-                        element};
+      return RowsToCome{
+          segment.values + begin * segment.value_stride * element, segment.value_stride * element, element};
     };
     int64_t counts[kScoreRows];
     int64_t most = 0;
@@ -259,8 +266,7 @@ void attend_block_of_few(
       }
       const RowsToCome to_come = row + 1 < rows ? keys_of(segments[m + row + 1]) : values_of(segments[m]);
       score_few(
-          tile.q + (m + row) * width, width, keys, stride, counts[row], to_come,
-          scratch.scores + row * kKeysPerBlock);
+          tile.q + (m + row) * width, width, keys, stride, counts[row], to_come, scratch.scores + row * kKeysPerBlock);
     }
     if (most == 0) continue;
     float shrinks[kLanes];
@@ -273,8 +279,8 @@ void attend_block_of_few(
             segment.values, segment.value_stride, segment.type, tile.head_size, begin, begin + counts[row],
             scratch.values, &stride);
       }
-      const RowsToCome to_come =
-          row + 1 < rows ? values_of(segments[m + row + 1]) : keys_of(segment.then != nullptr ? *segment.then : segment);
+      const RowsToCome to_come = row + 1 < rows ? values_of(segments[m + row + 1])
+                                                : keys_of(segment.then != nullptr ? *segment.then : segment);
       add_row_of_values(
           scratch.scores + row * kKeysPerBlock, shrinks[row], values, stride, counts[row], width, to_come,
           tile.out + (m + row) * width);

@@ -19,9 +19,9 @@ struct QueryTile {
   int64_t head_size;
   const float* q;        // [count, padded(head_size)], zero beyond head_size
   const float* q_pairs;  // the same bf16 numbers, two a word, [count, head_size / 2]; null: multiply floats
-  float* out;      // [count, padded(head_size)], not yet divided by the mass
-  float* peaks;    // [count + 16], in units of log 2
-  float* masses;   // [count, 16], one partial sum a lane
+  float* out;            // [count, padded(head_size)], not yet divided by the mass
+  float* peaks;          // [count + 16], in units of log 2
+  float* masses;         // [count, 16], one partial sum a lane
   // Each query sees the keys [first_seen, end_seen) of the segment.
   const int32_t* first_seen;
   const int32_t* end_seen;
@@ -34,7 +34,7 @@ struct KeySegment {
   int64_t key_stride;  // in elements, from one position to the next
   int64_t value_stride;
   ElementType type;
-  int64_t end;  // positions, all of them readable
+  int64_t end;             // positions, all of them readable
   const KeySegment* then;  // what is likely to be read after it, or null
 };
 
@@ -47,27 +47,29 @@ struct ScoreTransform {
 
 // Room for one block of keys and values in fp32, and of scores.
 struct AttentionScratch {
-  float* keys;     // [padded(head_size), 64] or [64, padded(head_size)]
-  float* values;   // [64, padded(head_size)]
-  float* scores;   // [12, 64]
-  float* room;     // [16, padded(head_size)]
+  float* keys;    // [padded(head_size), 64] or [64, padded(head_size)]
+  float* values;  // [64, padded(head_size)]
+  float* scores;  // [12, 64]
+  float* room;    // [16, padded(head_size)]
 };
 
-#define TQ_DECLARE(isa)                                                                               \
-  namespace isa {                                                                                     \
-  void start_queries(const QueryTile& tile);                                                          \
-  /* Takes the keys [begin, end) of the segment, at most kKeysPerBlock of them, into every query. */  \
-  void attend_block(const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end,     \
-                    const ScoreTransform& transform, const AttentionScratch& scratch);                \
+#define TQ_DECLARE(isa)                                                                                              \
+  namespace isa {                                                                                                    \
+  void start_queries(const QueryTile& tile);                                                                         \
+  /* Takes the keys [begin, end) of the segment, at most kKeysPerBlock of them, into every query. */                 \
+  void attend_block(                                                                                                 \
+      const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end, const ScoreTransform& transform, \
+      const AttentionScratch& scratch);                                                                              \
   /* Takes the keys [begin, begin + kKeysPerBlock) of segments[m], what there is of them, into query    \
      m: by dot products, where there are too few queries to pay for transposing the keys; rounds         \
-     differently. */                                                                                   \
-  void attend_block_of_few(const QueryTile& tile, const KeySegment* segments, int64_t begin,          \
-                           const ScoreTransform& transform, const AttentionScratch& scratch);         \
-  /* out[m] = the mean of the values in `type`; lse[m] = log of the mass. */                          \
-  void finish_query(const QueryTile& tile, int64_t m, ElementType type, void* out, float* lse);       \
-  /* One query of `size` numbers as floats, padded with zeros. */                                     \
-  void widen_padded(const void* from, ElementType type, int64_t size, float* to);                     \
+     differently. */            \
+  void attend_block_of_few(                                                                                          \
+      const QueryTile& tile, const KeySegment* segments, int64_t begin, const ScoreTransform& transform,             \
+      const AttentionScratch& scratch);                                                                              \
+  /* out[m] = the mean of the values in `type`; lse[m] = log of the mass. */                                         \
+  void finish_query(const QueryTile& tile, int64_t m, ElementType type, void* out, float* lse);                      \
+  /* One query of `size` numbers as floats, padded with zeros. */                                                    \
+  void widen_padded(const void* from, ElementType type, int64_t size, float* to);                                    \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

@@ -121,9 +121,9 @@ bool splits_evenly(int64_t rows, int64_t trees) { return trees == 0 ? rows == 0 
 }  // namespace
 
 std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
-    const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& prefix_len,
-    const Tensor& branch_k, const Tensor& branch_v, const Tensor& branch_len,
-    std::optional<double> scale, std::optional<double> softcap, std::optional<int64_t> window, const std::optional<Tensor>& tree_in) {
+    const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& prefix_len, const Tensor& branch_k,
+    const Tensor& branch_v, const Tensor& branch_len, std::optional<double> scale, std::optional<double> softcap,
+    std::optional<int64_t> window, const std::optional<Tensor>& tree_in) {
   const char* const op = "shared_prefix_attention";
   require_contract(
       are_in_shape(q, prefix_k, prefix_v, branch_k, branch_v) && is_integers(prefix_len, {prefix_k.size(0)}) &&

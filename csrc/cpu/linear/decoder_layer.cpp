@@ -46,8 +46,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   torch::stable::parallel_for(0, rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t at = row * size * bytes;
-      TQ_SELECT_ISA(rms_norm_row)(
-          type, from + at, weight.const_data_ptr(), static_cast<float>(eps), size, to + at);
+      TQ_SELECT_ISA(rms_norm_row)(type, from + at, weight.const_data_ptr(), static_cast<float>(eps), size, to + at);
     }
   });
   return out;

@@ -11,8 +11,8 @@ struct QkvWeights {
   double eps;
   LinearLayer q, k, v;
 
-  QkvWeights(const Tensor& norm_in, double eps_in, const LinearLayer& q_in, const LinearLayer& k_in,
-             const LinearLayer& v_in)
+  QkvWeights(
+      const Tensor& norm_in, double eps_in, const LinearLayer& q_in, const LinearLayer& k_in, const LinearLayer& v_in)
       : norm(dense(norm_in, q_in.dtype)), eps(eps_in), q(q_in), k(k_in), v(v_in) {}
 };
 
@@ -31,10 +31,10 @@ struct FinishWeights {
   double eps;
   LinearLayer gate, up, down;
 
-  FinishWeights(const LinearLayer& o_in, const Tensor& norm_in, double eps_in, const LinearLayer& gate_in,
-                const LinearLayer& up_in, const LinearLayer& down_in)
-      : o(o_in), norm(dense(norm_in, o_in.dtype)), eps(eps_in), gate(gate_in), up(up_in),
-        down(down_in) {}
+  FinishWeights(
+      const LinearLayer& o_in, const Tensor& norm_in, double eps_in, const LinearLayer& gate_in,
+      const LinearLayer& up_in, const LinearLayer& down_in)
+      : o(o_in), norm(dense(norm_in, o_in.dtype)), eps(eps_in), gate(gate_in), up(up_in), down(down_in) {}
 };
 
 // attended [N, T, A] and residual [N, T, D], dense, to the next residual stream [N, T, D].

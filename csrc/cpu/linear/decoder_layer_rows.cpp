@@ -135,8 +135,7 @@ void silu_mul_row(ElementType type, const void* gate, const void* up, int64_t si
   });
 }
 
-void rotate_row(
-    ElementType type, void* x, const void* cos, const void* sin, int64_t num_heads, int64_t head_size) {
+void rotate_row(ElementType type, void* x, const void* cos, const void* sin, int64_t num_heads, int64_t head_size) {
   with_element(type, [&](auto element) {
     using Stored = typename decltype(element)::Stored;
     rotate_typed<decltype(element)>(

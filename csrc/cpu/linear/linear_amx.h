@@ -193,7 +193,8 @@ class AmxShare {
   // stream from memory all the time, which the processor's own prefetching serves better.
   const char* weights_ahead(int64_t first, int64_t tile) const {
     if (product_.ahead != nullptr) return tile == 0 ? product_.ahead : nullptr;
-    if (num_tiles_ <= 2 || first + 2 * kOutputsTogether > end_ || product_.weight_stride != product_.size_in) return nullptr;
+    if (num_tiles_ <= 2 || first + 2 * kOutputsTogether > end_ || product_.weight_stride != product_.size_in)
+      return nullptr;
     const int64_t row = first + kOutputsTogether;
     return reinterpret_cast<const char*>(weight_ + row * product_.weight_stride) +
            tile / 2 * rows_ahead() * steps_ * kAmxRowBytes;

@@ -113,9 +113,9 @@ inline void multiply_widened(const FewRowsProduct& product, int64_t begin, int64
     FewRowsProduct panel = product;
     panel.weight = line_of(room.data());
     panel.weight_stride = stride;
-    TQ_SELECT_ISA(widen_weights)({weight + first * product.weight_stride, product.weight_stride, last - first,
-                                  product.size_in, product.type, has_byte_tables(), const_cast<void*>(panel.weight),
-                                  stride});
+    TQ_SELECT_ISA(widen_weights)(
+        {weight + first * product.weight_stride, product.weight_stride, last - first, product.size_in, product.type,
+         has_byte_tables(), const_cast<void*>(panel.weight), stride});
     panel.scale = product.scale + first;
     if (product.bias != nullptr) panel.bias = static_cast<const char*>(product.bias) + first * size;
     panel.out = static_cast<char*>(product.out) + first * out_size;
@@ -150,8 +150,7 @@ void multiply_by_us(
     product.bias = data_or_null<void>(layer.bias);
     product.scale = data_or_null<float>(layer.scale);
     // With more than a pair of tiles of x, weights that each pair widens anew cost more than a panel of them.
-    product.is_int8 =
-        product.scale != nullptr && product.use_amx && has_byte_tables() && rows <= 2 * kAmxRows;
+    product.is_int8 = product.scale != nullptr && product.use_amx && has_byte_tables() && rows <= 2 * kAmxRows;
     product.out = outputs[i];
     product.size_out = layer.size_out();
     num_units += (layer.size_out() + unit - 1) / unit;

@@ -45,8 +45,7 @@ TQ_INLINE void turn_vectors(const typename Step::Stored* const* rows, int64_t in
 // Packs the tiles [first, last) of the rows of x: block by block, and in each tile by tile, as
 // [lane][vector][row].
 template <typename Step>
-void pack_many(
-    const FewRowsProduct& product, const void* x, int64_t x_stride, void* to, int64_t first, int64_t last) {
+void pack_many(const FewRowsProduct& product, const void* x, int64_t x_stride, void* to, int64_t first, int64_t last) {
   using Stored = typename Step::Stored;
   const Blocks blocks = blocks_of<Step>(product.size_in);
   const int64_t num_tiles = many_tiles(product.rows);
@@ -148,10 +147,10 @@ static_assert(kLeastManyRows > kMostManyTileRows, "tiles of half the rows at lea
 
 template <typename Step>
 MultiplyManyTile<Step> multiply_many_tile_for(int64_t rows) {
-  static constexpr MultiplyManyTile<Step> kFunctions[] = {
-      multiply_many_tile<Step, 7>,  multiply_many_tile<Step, 8>,  multiply_many_tile<Step, 9>,
-      multiply_many_tile<Step, 10>, multiply_many_tile<Step, 11>, multiply_many_tile<Step, 12>,
-      multiply_many_tile<Step, 13>, multiply_many_tile<Step, 14>};
+  static constexpr MultiplyManyTile<Step> kFunctions[] = {multiply_many_tile<Step, 7>,  multiply_many_tile<Step, 8>,
+                                                          multiply_many_tile<Step, 9>,  multiply_many_tile<Step, 10>,
+                                                          multiply_many_tile<Step, 11>, multiply_many_tile<Step, 12>,
+                                                          multiply_many_tile<Step, 13>, multiply_many_tile<Step, 14>};
   return kFunctions[rows - kLeastManyTileRows];
 }
 

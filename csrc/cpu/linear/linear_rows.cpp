@@ -84,10 +84,10 @@ using AddFour = void (*)(const Operands<Step>&, float*);
 template <typename Step>
 AddFour<Step> add_four_for(int64_t rows) {
   static constexpr AddFour<Step> kFunctions[kMostTileRows] = {
-      add_four<Step, 1>,  add_four<Step, 2>,  add_four<Step, 3>,
+      add_four<Step, 1>, add_four<Step, 2>,  add_four<Step, 3>,
 #if defined(__AVX512F__)
-      add_four<Step, 4>,  add_four<Step, 5>,  add_four<Step, 6>, add_four<Step, 7>, add_four<Step, 8>,
-      add_four<Step, 9>,  add_four<Step, 10>, add_four<Step, 11>, add_four<Step, 12>,
+      add_four<Step, 4>, add_four<Step, 5>,  add_four<Step, 6>,  add_four<Step, 7>,  add_four<Step, 8>,
+      add_four<Step, 9>, add_four<Step, 10>, add_four<Step, 11>, add_four<Step, 12>,
 #endif
   };
   return kFunctions[rows - 1];
@@ -228,8 +228,7 @@ TQ_INLINE void with_step(const FewRowsProduct& product, const Run& run) {
 
 }  // namespace
 
-void pack_rows(
-    const FewRowsProduct& product, const void* x, int64_t x_stride, void* to, int64_t first, int64_t last) {
+void pack_rows(const FewRowsProduct& product, const void* x, int64_t x_stride, void* to, int64_t first, int64_t last) {
 #if defined(__AVX512F__)
   if (product.use_amx) return pack_amx(product, x, x_stride, to, first, last);
 #endif

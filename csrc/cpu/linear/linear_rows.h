@@ -28,7 +28,7 @@ struct FewRowsProduct {
   int64_t rows;
   int64_t size_in;
   int64_t size_out;
-  const char* ahead;      // memory to prefetch while this product is under way, or null: its own weights
+  const char* ahead;  // memory to prefetch while this product is under way, or null: its own weights
   int64_t ahead_bytes;
 };
 
@@ -64,14 +64,13 @@ inline int64_t packed_bytes(int64_t rows, int64_t size_in) {
   return room * (size_in + kMostStepColumns) * static_cast<int64_t>(sizeof(float));
 }
 
-#define TQ_DECLARE(isa)                                                                      \
-  namespace isa {                                                                            \
-  /* The parts [first, last) of x: rows of size_in elements, x_stride elements apart. */     \
-  void pack_rows(                                                                            \
-      const FewRowsProduct& product, const void* x, int64_t x_stride, void* to,              \
-      int64_t first, int64_t last);                                                          \
-  /* The outputs [begin, end) of every row. */                                               \
-  void multiply_few_rows(const FewRowsProduct& product, int64_t begin, int64_t end);         \
+#define TQ_DECLARE(isa)                                                                                       \
+  namespace isa {                                                                                             \
+  /* The parts [first, last) of x: rows of size_in elements, x_stride elements apart. */                      \
+  void pack_rows(                                                                                             \
+      const FewRowsProduct& product, const void* x, int64_t x_stride, void* to, int64_t first, int64_t last); \
+  /* The outputs [begin, end) of every row. */                                                                \
+  void multiply_few_rows(const FewRowsProduct& product, int64_t begin, int64_t end);                          \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

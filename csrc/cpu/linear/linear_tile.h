@@ -28,9 +28,7 @@ struct Float16Step : Float32Step {
   using Stored = uint16_t;
   static constexpr int kColumns = 2 * kLanes;
   static constexpr int kParts = 2 * kPieces;
-  TQ_INLINE Vector load_stored(const uint16_t* from, int part) {
-    return Float16::load_piece(from + part * kWidth);
-  }
+  TQ_INLINE Vector load_stored(const uint16_t* from, int part) { return Float16::load_piece(from + part * kWidth); }
 };
 
 // Even columns, then odd ones: one shift and one mask instead of two widenings.
@@ -76,15 +74,14 @@ TQ_INLINE Piece fold_sixteen(const Piece* v) {
       const __m512 b = (__m512)v[4 * (2 * k + 1) + j];
       pairs[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
     }
-    quads[j] = _mm512_add_ps(
-        _mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88), _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd));
+    quads[j] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88), _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd));
   }
   __m512 halves[2];
   for (int k = 0; k < 2; ++k) {
     const __m512d a = _mm512_castps_pd(quads[2 * k]);
     const __m512d b = _mm512_castps_pd(quads[2 * k + 1]);
-    halves[k] = _mm512_add_ps(
-        _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    halves[k] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
   }
   return (Piece)_mm512_add_ps(
       _mm512_shuffle_ps(halves[0], halves[1], 0x88), _mm512_shuffle_ps(halves[0], halves[1], 0xdd));

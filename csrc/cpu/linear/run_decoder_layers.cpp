@@ -43,16 +43,19 @@ void check_branch(const Tensor& branch, const Tensor& states, int64_t start) {
 
 Tensor run_decoder_layers_cpu(
     const Tensor& hidden_in, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-    const std::vector<std::optional<Tensor>>& weight_scales,
-    const std::vector<double>& eps, const Tensor& cos_in, const Tensor& sin_in, const std::vector<Tensor>& prefix_k,
-    const std::vector<Tensor>& prefix_v, const std::vector<Tensor>& branch_k, const std::vector<Tensor>& branch_v,
-    const Tensor& prefix_len, const Tensor& branch_len, const Tensor& tree, int64_t start,
-    const std::vector<double>& scales, const std::vector<int64_t>& windows) {
+    const std::vector<std::optional<Tensor>>& weight_scales, const std::vector<double>& eps, const Tensor& cos_in,
+    const Tensor& sin_in, const std::vector<Tensor>& prefix_k, const std::vector<Tensor>& prefix_v,
+    const std::vector<Tensor>& branch_k, const std::vector<Tensor>& branch_v, const Tensor& prefix_len,
+    const Tensor& branch_len, const Tensor& tree, int64_t start, const std::vector<double>& scales,
+    const std::vector<int64_t>& windows) {
   const auto count = static_cast<int64_t>(prefix_k.size());
-  const auto has = [count](const auto& list, int64_t each) { return static_cast<int64_t>(list.size()) == each * count; };
+  const auto has = [count](const auto& list, int64_t each) {
+    return static_cast<int64_t>(list.size()) == each * count;
+  };
   STD_TORCH_CHECK(
-      has(weights, kWeights) && has(biases, kBiases) && has(weight_scales, kBiases) && has(eps, 2) && has(prefix_v, 1) && has(branch_k, 1) &&
-          has(branch_v, 1) && has(scales, 1) && has(windows, 1) && hidden_in.dim() == 3,
+      has(weights, kWeights) && has(biases, kBiases) && has(weight_scales, kBiases) && has(eps, 2) &&
+          has(prefix_v, 1) && has(branch_k, 1) && has(branch_v, 1) && has(scales, 1) && has(windows, 1) &&
+          hidden_in.dim() == 3,
       kOp, ": the lists must have the parts of as many layers");
   Tensor hidden = torch::stable::contiguous(hidden_in);
   const ScalarType dtype = hidden.scalar_type();
@@ -65,7 +68,8 @@ Tensor run_decoder_layers_cpu(
     const std::optional<Tensor>* const scale = &weight_scales[i * kBiases];
     const QkvWeights qkv(
         weight[0], eps[2 * i], LinearLayer(weight[1], bias[0], scale[0], size, dtype, kOp),
-        LinearLayer(weight[2], bias[1], scale[1], size, dtype, kOp), LinearLayer(weight[3], bias[2], scale[2], size, dtype, kOp));
+        LinearLayer(weight[2], bias[1], scale[1], size, dtype, kOp),
+        LinearLayer(weight[3], bias[2], scale[2], size, dtype, kOp));
     const QueriesKeysValues made = project(hidden, qkv, cos, sin);
     Tensor keys = branch_k[i], values = branch_v[i];
     check_branch(keys, made.k, start);

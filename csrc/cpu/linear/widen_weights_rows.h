@@ -21,9 +21,9 @@ struct WidenedWeights {
   int64_t to_stride;
 };
 
-#define TQ_DECLARE(isa)                                 \
-  namespace isa {                                       \
-  void widen_weights(const WidenedWeights& widened);    \
+#define TQ_DECLARE(isa)                              \
+  namespace isa {                                    \
+  void widen_weights(const WidenedWeights& widened); \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

@@ -42,8 +42,7 @@ void advance_rollouts_cpu(
     const Tensor& tokens, const Tensor& lengths, const Tensor& finished, const Tensor& logprob_sums,
     const Tensor& proposal_logprob_sums, const Tensor& eos, double temperature,
     const std::optional<Tensor>& temperatures, int64_t top_k, const std::optional<Tensor>& top_ks, double top_p,
-    const std::optional<Tensor>& top_ps, int64_t vocab_size, int64_t seed,
-    const std::optional<Tensor>& seed_tensor) {
+    const std::optional<Tensor>& top_ps, int64_t vocab_size, int64_t seed, const std::optional<Tensor>& seed_tensor) {
   const DrawArguments arguments(
       "advance_rollouts_", logits, keys, step, step_tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps,
       vocab_size, seed, seed_tensor);

@@ -84,9 +84,8 @@ void draw_rows(const DrawArguments& arguments, const Wants& wants, const Finish&
   for (int64_t row = 0; row < rows; ++row) {
     if (!wants(row)) continue;
     sampler.start(row_at(row), arguments.parameters(row));
-    torch::stable::parallel_for(0, blocks, kMinBlocksPerPiece, [&](int64_t begin, int64_t end) {
-      sampler.reduce(begin, end);
-    });
+    torch::stable::parallel_for(
+        0, blocks, kMinBlocksPerPiece, [&](int64_t begin, int64_t end) { sampler.reduce(begin, end); });
     finish(row, sampler.draw(arguments.uniform(row)));
   }
 }

@@ -58,8 +58,7 @@ TQ_INLINE Peaks raise(const float* prior, const float* products, float inverse_a
 TQ_INLINE float reference_of(float peak) { return peak == kMinusInfinity ? 0.0f : peak; }
 
 template <typename Element>
-GuidedBlock guide_typed_block(
-    const LogitsRow& row, const float* products, const GuidedScale& scale, float* guided) {
+GuidedBlock guide_typed_block(const LogitsRow& row, const float* products, const GuidedScale& scale, float* guided) {
   alignas(64) float prior[kGuidedBlock];
   const Block<Element> block(row, 0);
   load_prior(block, prior);

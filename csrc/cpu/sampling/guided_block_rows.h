@@ -37,17 +37,15 @@ struct KeptMoment {
   double moment;
 };
 
-#define TQ_DECLARE(isa)                                                                             \
-  namespace isa {                                                                                   \
+#define TQ_DECLARE(isa)                                                                                               \
+  namespace isa {                                                                                                     \
   /* guided[i] = y of token i of `row`, at most kGuidedBlock tokens, NaN as -inf. `products` can be read, and \
-     `guided` written, up to a whole group. */                                                      \
-  GuidedBlock guide_block(                                                                          \
-      const LogitsRow& row, const float* products, const GuidedScale& scale, float* guided);        \
+     `guided` written, up to a whole group. */       \
+  GuidedBlock guide_block(const LogitsRow& row, const float* products, const GuidedScale& scale, float* guided);      \
   /* The mass and the moment of the values of `guided` that are kept, relative to scale.peak and to    \
-     `prior_peak`, the peaks of the whole row. */                                                   \
-  KeptMoment kept_moment(                                                                           \
-      const LogitsRow& prior, float prior_peak, const float* guided, const MassScale& scale,        \
-      const KeptValues& kept);                                                                      \
+     `prior_peak`, the peaks of the whole row. */              \
+  KeptMoment kept_moment(                                                                                             \
+      const LogitsRow& prior, float prior_peak, const float* guided, const MassScale& scale, const KeptValues& kept); \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

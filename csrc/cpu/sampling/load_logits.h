@@ -78,18 +78,18 @@ TQ_INLINE void load_block(const Block<Element>& block, float divisor, float* val
 }  // namespace tq
 
 // Calls function<Element>(arguments...) for the row's element type.
-#define TQ_BY_ELEMENT(row, call)                                    \
-  switch ((row).type) {                                             \
-    case ElementType::kFloat32: {                                   \
-      using Element = Float32;                                      \
-      return call;                                                  \
-    }                                                               \
-    case ElementType::kBFloat16: {                                  \
-      using Element = BFloat16;                                     \
-      return call;                                                  \
-    }                                                               \
-    default: {                                                      \
-      using Element = Float16;                                      \
-      return call;                                                  \
-    }                                                               \
+#define TQ_BY_ELEMENT(row, call)   \
+  switch ((row).type) {            \
+    case ElementType::kFloat32: {  \
+      using Element = Float32;     \
+      return call;                 \
+    }                              \
+    case ElementType::kBFloat16: { \
+      using Element = BFloat16;    \
+      return call;                 \
+    }                              \
+    default: {                     \
+      using Element = Float16;     \
+      return call;                 \
+    }                              \
   }

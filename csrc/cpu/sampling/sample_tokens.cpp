@@ -7,9 +7,9 @@ namespace tq {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens_cpu(
     const Tensor& logits, const Tensor& keys, int64_t step, const std::optional<Tensor>& step_tensor,
-    double temperature, const std::optional<Tensor>& temperatures, int64_t top_k,
-    const std::optional<Tensor>& top_ks, double top_p, const std::optional<Tensor>& top_ps, int64_t vocab_size,
-    int64_t seed, const std::optional<Tensor>& seed_tensor) {
+    double temperature, const std::optional<Tensor>& temperatures, int64_t top_k, const std::optional<Tensor>& top_ks,
+    double top_p, const std::optional<Tensor>& top_ps, int64_t vocab_size, int64_t seed,
+    const std::optional<Tensor>& seed_tensor) {
   const DrawArguments arguments(
       "sample_tokens", logits, keys, step, step_tensor, temperature, temperatures, top_k, top_ks, top_p, top_ps,
       vocab_size, seed, seed_tensor);

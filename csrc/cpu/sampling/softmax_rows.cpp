@@ -39,8 +39,7 @@ TQ_INLINE void prefetch_group(const Stored* group) {
 // Returns the sum of exp((x - reference) * inverse_temperature). Without `kTempered`, finds the strands'
 // peaks in the same pass.
 template <typename Element, bool kTempered>
-TQ_INLINE float sum_exp(
-    const Block<Element>& block, float reference, float inverse_temperature, StrandPeaks* peaks) {
+TQ_INLINE float sum_exp(const Block<Element>& block, float reference, float inverse_temperature, StrandPeaks* peaks) {
   const F32x16 references = broadcast(reference);
   const F32x16 scales = broadcast(inverse_temperature);
   F32x16 sums[kParts] = {};

@@ -22,10 +22,10 @@ struct BlockReduction {
   float* strand_peaks;
 };
 
-#define TQ_DECLARE(isa)                                                                             \
-  namespace isa {                                                                                   \
-  void reduce_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end);            \
-  float value_at(const LogitsRow& row, int64_t id);                                                 \
+#define TQ_DECLARE(isa)                                                                  \
+  namespace isa {                                                                        \
+  void reduce_blocks(const BlockReduction& job, int64_t block_begin, int64_t block_end); \
+  float value_at(const LogitsRow& row, int64_t id);                                      \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

@@ -177,8 +177,7 @@ int64_t find_in_block(const LogitsRow& row, int64_t b, float value) {
   TQ_BY_ELEMENT(row, find_in_typed_block<Element>(row, b, value));
 }
 
-int64_t draw_in_block(
-    const LogitsRow& row, int64_t b, const MassScale& scale, const KeptValues& kept, double target) {
+int64_t draw_in_block(const LogitsRow& row, int64_t b, const MassScale& scale, const KeptValues& kept, double target) {
   TQ_BY_ELEMENT(row, draw_in_typed_block<Element>(row, b, scale, kept, target));
 }
 

@@ -23,8 +23,7 @@ int64_t fill_to_sixteens(float* values, int64_t count) {
 
 // Returns a bound that at least k elements reach, and few more: the k-th largest strand peak. The peaks of
 // blocks tell which blocks' strands can matter.
-float TopK::find_least(
-    const SoftmaxState<float>* states, const float* strand_peaks, int64_t blocks, int64_t k) {
+float TopK::find_least(const SoftmaxState<float>* states, const float* strand_peaks, int64_t blocks, int64_t k) {
   const auto bound_of_largest = TQ_SELECT_ISA(bound_of_largest);
   const auto keep_at_least = TQ_SELECT_ISA(keep_at_least);
   peaks_.resize((blocks + 1) * kGroup);

@@ -278,8 +278,7 @@ class RowsTogether {
     std::vector<float> widened;
     BlockProduct(problem_, first_ + row, 1).multiply(b, widened, values);
     const LogitsRow prior = problem_.block_at(first_ + row, b);
-    const float peak =
-        TQ_SELECT_ISA(guide_block)(prior, values, problem_.scale(first_ + row), guided).guided.peak;
+    const float peak = TQ_SELECT_ISA(guide_block)(prior, values, problem_.scale(first_ + row), guided).guided.peak;
     const LogitsRow block{guided, ElementType::kFloat32, prior.size};
     const int64_t id = is_arg_max ? TQ_SELECT_ISA(find_in_block)(block, 0, peak)
                                   : TQ_SELECT_ISA(draw_in_block)(block, 0, scale, kEverything, target);
@@ -299,8 +298,7 @@ class RowsTogether {
     DrawnToken token = sampler.draw(problem_.arguments.uniform(first_ + row));
     token.logprob = law.prior_logprob(TQ_SELECT_ISA(value_at)(prior, token.id));
     const MassScale scale{law.peak, problem_.scale(first_ + row).inverse_temperature};
-    const KeptMoment kept =
-        TQ_SELECT_ISA(kept_moment)(prior, law.prior_peak, guided, scale, sampler.kept());
+    const KeptMoment kept = TQ_SELECT_ISA(kept_moment)(prior, law.prior_peak, guided, scale, sampler.kept());
     out.write(first_ + row, token, law.divergence(kept.moment, kept.mass));
   }
 

@@ -23,15 +23,13 @@ TQ_INLINE F32x16 broadcast(float value) { return value - F32x16{}; }
 
 TQ_INLINE F32x16 load(const float* from) {
   F32x16 out;
-  for_each_piece(out, [&](Piece& piece, int i) TQ_INLINED {
-    piece = *reinterpret_cast<const PieceU*>(from + i * kWidth);
-  });
+  for_each_piece(
+      out, [&](Piece& piece, int i) TQ_INLINED { piece = *reinterpret_cast<const PieceU*>(from + i * kWidth); });
   return out;
 }
 TQ_INLINE void store(float* to, const F32x16& value) {
-  for_each_piece(value, [&](const Piece& piece, int i) TQ_INLINED {
-    *reinterpret_cast<PieceU*>(to + i * kWidth) = piece;
-  });
+  for_each_piece(
+      value, [&](const Piece& piece, int i) TQ_INLINED { *reinterpret_cast<PieceU*>(to + i * kWidth) = piece; });
 }
 
 // Sixteen words of any kind, on any even address.
@@ -63,9 +61,7 @@ TQ_INLINE F32x16 clean(const F32x16& value) { return max_or_second(value, broadc
 
 // One bit for each lane where !(a < b): at least b, or one of them NaN.
 #if defined(__AVX512F__)
-TQ_INLINE uint32_t mask_not_lt(Piece a, Piece b) {
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
-}
+TQ_INLINE uint32_t mask_not_lt(Piece a, Piece b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ); }
 #elif defined(__AVX2__)
 TQ_INLINE uint32_t mask_not_lt(Piece a, Piece b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)));
@@ -117,15 +113,14 @@ TQ_INLINE F32x4 fold_lanes(F32x4 value) {
 #if defined(__AVX2__)
 template <typename Reduce>
 TQ_INLINE F32x4 fold_lanes(F32x8 value) {
-  return Reduce::both(
-      (F32x4)_mm256_castps256_ps128((__m256)value), (F32x4)_mm256_extractf128_ps((__m256)value, 1));
+  return Reduce::both((F32x4)_mm256_castps256_ps128((__m256)value), (F32x4)_mm256_extractf128_ps((__m256)value, 1));
 }
 #endif
 #if defined(__AVX512F__)
 template <typename Reduce>
 TQ_INLINE F32x4 fold_lanes(F32x16 value) {
-  return fold_lanes<Reduce>(Reduce::both(
-      (F32x8)_mm512_castps512_ps256((__m512)value), (F32x8)_mm512_extractf32x8_ps((__m512)value, 1)));
+  return fold_lanes<Reduce>(
+      Reduce::both((F32x8)_mm512_castps512_ps256((__m512)value), (F32x8)_mm512_extractf32x8_ps((__m512)value, 1)));
 }
 #endif
 template <typename Reduce, typename Half>

@@ -80,9 +80,7 @@ Isa current_isa() {
   return detected < limit ? detected : limit;
 }
 
-bool can_use_amx() {
-  return has_amx() && g_limit.load(std::memory_order_relaxed) == Isa::kAmx;
-}
+bool can_use_amx() { return has_amx() && g_limit.load(std::memory_order_relaxed) == Isa::kAmx; }
 
 void limit_isa(Isa limit) { g_limit.store(limit, std::memory_order_relaxed); }
 

@@ -45,9 +45,9 @@ bool cpu_has(CpuTrait trait);
 // TQ_SELECT_ISA(function) is the variant of tq::<isa>::function to run now.
 #if TQ_HAS_X86_VARIANTS
 #define TQ_FOR_EACH_ISA(DECLARE) DECLARE(base) DECLARE(avx2) DECLARE(avx512)
-#define TQ_SELECT_ISA(function)                                              \
-  (::tq::current_isa() == ::tq::Isa::kAvx512  ? &::tq::avx512::function      \
-   : ::tq::current_isa() == ::tq::Isa::kAvx2 ? &::tq::avx2::function        \
+#define TQ_SELECT_ISA(function)                                        \
+  (::tq::current_isa() == ::tq::Isa::kAvx512 ? &::tq::avx512::function \
+   : ::tq::current_isa() == ::tq::Isa::kAvx2 ? &::tq::avx2::function   \
                                              : &::tq::base::function)
 #else
 #define TQ_FOR_EACH_ISA(DECLARE) DECLARE(base)

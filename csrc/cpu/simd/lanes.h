@@ -54,18 +54,18 @@ struct Twin {
   TQ_ALWAYS_INLINE Twin operator~() const { return {~low, ~high}; }
 };
 
-#define TQ_LANEWISE(op)                                                                        \
-  template <typename A, typename B>                                                            \
-  TQ_INLINE auto operator op(const Twin<A>& a, const Twin<B>& b) {                             \
-    return Twin<decltype(a.low op b.low)>{a.low op b.low, a.high op b.high};                   \
-  }                                                                                            \
-  template <typename A>                                                                        \
-  TQ_INLINE auto operator op(const Twin<A>& a, LaneOf<A> b) {                                  \
-    return Twin<decltype(a.low op b)>{a.low op b, a.high op b};                                \
-  }                                                                                            \
-  template <typename B>                                                                        \
-  TQ_INLINE auto operator op(LaneOf<B> a, const Twin<B>& b) {                                  \
-    return Twin<decltype(a op b.low)>{a op b.low, a op b.high};                                \
+#define TQ_LANEWISE(op)                                                      \
+  template <typename A, typename B>                                          \
+  TQ_INLINE auto operator op(const Twin<A>& a, const Twin<B>& b) {           \
+    return Twin<decltype(a.low op b.low)>{a.low op b.low, a.high op b.high}; \
+  }                                                                          \
+  template <typename A>                                                      \
+  TQ_INLINE auto operator op(const Twin<A>& a, LaneOf<A> b) {                \
+    return Twin<decltype(a.low op b)>{a.low op b, a.high op b};              \
+  }                                                                          \
+  template <typename B>                                                      \
+  TQ_INLINE auto operator op(LaneOf<B> a, const Twin<B>& b) {                \
+    return Twin<decltype(a op b.low)>{a op b.low, a op b.high};              \
   }
 TQ_LANEWISE(+)
 TQ_LANEWISE(-)

@@ -104,8 +104,7 @@ TQ_INLINE F32x4 reduce_four(const F32x16* x) {
     const __m128 b = (__m128)fours[2 * i + 1];
     pairs[i] = (__m128)Reduce::both((F32x4)_mm_movelh_ps(a, b), (F32x4)_mm_movehl_ps(b, a));
   }
-  return Reduce::both(
-      (F32x4)_mm_shuffle_ps(pairs[0], pairs[1], 0x88), (F32x4)_mm_shuffle_ps(pairs[0], pairs[1], 0xdd));
+  return Reduce::both((F32x4)_mm_shuffle_ps(pairs[0], pairs[1], 0x88), (F32x4)_mm_shuffle_ps(pairs[0], pairs[1], 0xdd));
 #else
   F32x4 columns[4];
   for (int i = 0; i < 4; ++i) columns[i] = F32x4{fours[0][i], fours[1][i], fours[2][i], fours[3][i]};

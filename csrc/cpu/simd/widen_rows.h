@@ -8,10 +8,10 @@
 
 namespace tq {
 
-#define TQ_DECLARE(isa)                                                       \
-  namespace isa {                                                             \
-  /* to[i] = from[i] as a float, NaN kept. */                                 \
-  void widen(const void* from, ElementType type, int64_t count, float* to);   \
+#define TQ_DECLARE(isa)                                                     \
+  namespace isa {                                                           \
+  /* to[i] = from[i] as a float, NaN kept. */                               \
+  void widen(const void* from, ElementType type, int64_t count, float* to); \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

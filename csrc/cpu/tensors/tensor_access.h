@@ -47,9 +47,7 @@ struct PerRow {
       : shared(number), values(), is_tensor(tensor.has_value()) {
     if (is_tensor) values = dense(*tensor, type);
   }
-  Number at(int64_t row) const {
-    return is_tensor ? static_cast<const Number*>(values.const_data_ptr())[row] : shared;
-  }
+  Number at(int64_t row) const { return is_tensor ? static_cast<const Number*>(values.const_data_ptr())[row] : shared; }
 };
 
 }  // namespace tq

@@ -106,8 +106,7 @@ void find_states_by_library(const Problem& problem, int64_t begin, int64_t count
   Tensor logits_block = new_tensor({count * vocab_each}, ScalarType::Float);
   auto* const logits = static_cast<float*>(logits_block.mutable_data_ptr());
   FloatRows(problem.hidden, problem.type)
-      .copy(
-          count, [&](int64_t i) { return problem.offsets[begin + i]; }, static_cast<float*>(left.mutable_data_ptr()));
+      .copy(count, [&](int64_t i) { return problem.offsets[begin + i]; }, static_cast<float*>(left.mutable_data_ptr()));
   std::fill_n(states, count, kNothingSeen);
   for (int64_t first = 0; first < problem.vocab_size; first += vocab_each) {
     const int64_t outputs = std::min(vocab_each, problem.vocab_size - first);
@@ -199,7 +198,6 @@ Tensor linear_trajectory_logprob_cpu(
   const auto* const bias_data = data_or_null<float>(bias);
   const LogitTransform transform{
       static_cast<float>(scale), static_cast<float>(softcap.value_or(0.0)), bias.has_value()};
-
 
   Problem problem{hidden, weight, type, transform, bias_data, vocab_size, {}, {}};
   std::vector<int64_t> positions;

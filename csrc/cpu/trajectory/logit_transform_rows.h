@@ -16,10 +16,10 @@ struct LogitTransform {
   bool is_identity() const { return scale == 1.0f && softcap == 0.0f && !has_bias; }
 };
 
-#define TQ_DECLARE(isa)                                                                                 \
-  namespace isa {                                                                                       \
-  /* bias: `count` floats, read only where the transform has one. */                                    \
-  void transform_logits(const LogitTransform& transform, const float* bias, int64_t count, float* x);   \
+#define TQ_DECLARE(isa)                                                                               \
+  namespace isa {                                                                                     \
+  /* bias: `count` floats, read only where the transform has one. */                                  \
+  void transform_logits(const LogitTransform& transform, const float* bias, int64_t count, float* x); \
   }
 TQ_FOR_EACH_ISA(TQ_DECLARE)
 #undef TQ_DECLARE

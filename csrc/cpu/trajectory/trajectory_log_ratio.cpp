@@ -52,17 +52,14 @@ Tensor trajectory_log_ratio_cpu(
     for (int64_t i = begin; i < end; ++i) {
       if (!trajectories.counts(i / length, i % length)) continue;
       const int64_t token = trajectories.tokens[i];
-      terms[i] = token < 0 || token >= vocab_size
-                     ? std::numeric_limits<double>::quiet_NaN()
-                     : logprob_of_token(p.at(i / length, i % length), token, states) -
-                           logprob_of_token(q.at(i / length, i % length), token, states);
+      terms[i] = token < 0 || token >= vocab_size ? std::numeric_limits<double>::quiet_NaN()
+                                                  : logprob_of_token(p.at(i / length, i % length), token, states) -
+                                                        logprob_of_token(q.at(i / length, i % length), token, states);
     }
   });
   return trajectories.sum_rows(terms.data());
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) {
-  m.impl("trajectory_log_ratio", TORCH_BOX(&trajectory_log_ratio_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) { m.impl("trajectory_log_ratio", TORCH_BOX(&trajectory_log_ratio_cpu)); }
 
 }  // namespace tq
