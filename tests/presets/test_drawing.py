@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -101,8 +102,8 @@ def test_progress_comes_to_its_end(
     bars: list[tuple[int, list[int]]] = []
 
     class Bar(session.TokenBar):
-        def __init__(self, num_tokens: int, *, visible: bool) -> None:
-            super().__init__(num_tokens, visible=visible)
+        def __init__(self, num_tokens: int, *options: Any) -> None:
+            super().__init__(num_tokens, *options)
             bars.append((num_tokens, []))
 
         def advance(self, num_tokens: int) -> None:
