@@ -301,8 +301,8 @@ def _with_lengths(resolve: Callable[[], Implementation]) -> Callable[[], Impleme
 
 # The kernel computes in fp32. With AMX it multiplies bf16 heads as they are, with avx512_bf16 alone
 # those of a multiple of 32, and rounds the weights of the values to bf16; every sum stays in fp32.
-# Two calls of ATen serve where the kernel was not built: beside it they are slower throughout, with
-# AMX by 1.6 to 3 times (bench/test_shared_prefix_attention.py).
+# Two calls of ATen serve where the kernel was not built; beside it they are slower, with AMX too
+# (bench/test_shared_prefix_attention.py times both).
 _native = _with_lengths(native_function(_NAME, None, _fake))
 
 # Flash attention is compiled CUDA code of others for a special case, so it stands under "cuda",
