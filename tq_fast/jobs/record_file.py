@@ -16,7 +16,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from ..errors import TqFastError
@@ -80,12 +79,7 @@ class RecordFile:
             ) from None
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file >= 0:
             os.close(self._file)
         # The settings go away with a job that never began or wrote no record: it leaves nothing.
