@@ -54,6 +54,7 @@ def test_int8_decode(benchmark: BenchmarkFixture, figure: Callable[[str], None])
 
     benchmark.group = "decode, prompt 512, int8 weights"
     benchmark.pedantic(take_turns, rounds=ROUNDS, warmup_rounds=1)
+    # Rounding to int8 may change which tokens are the last candidates, and each log-prob a little.
     both = priors["bf16"].keys() & priors["int8"].keys()
     assert len(both) >= 5
     assert all(abs(priors["bf16"][token] - priors["int8"][token]) < 0.2 for token in both)

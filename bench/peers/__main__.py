@@ -26,11 +26,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.conftest import processor
-from bench.peers.cases import DTYPES, KINDS, PROMPT_LENGTHS, Case, all_cases
+from bench.decode_models import DTYPES
+from bench.peers.cases import KINDS, PROMPT_LENGTHS, Case, all_cases
 from bench.peers.measure import Row, measure
 from bench.peers.models import save_models
 from bench.peers.table import table
-from bench.peers.workers import ROOT, Worker
+from bench.peers.workers import ROOT, Worker, WorkerFailed
 from bench.runs import commit_id, fill_table
 
 THREADS = 2
@@ -48,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--models", type=Path, help="keep the saved models in this folder")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument(
         "--prompt", nargs="+", type=int, choices=PROMPT_LENGTHS, default=list(PROMPT_LENGTHS)
     )
@@ -61,19 +62,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(cases: Sequence[Case], args: argparse.Namespace) -> list[Case]:
-    """Return the cases that the options leave."""
-    found = []
-    for case in cases:
-        number = getattr(case, "num_prompts", getattr(case, "num_responses", None))
-        length = getattr(case, "prompt_len", None)
-        if (
-            case.kind in args.kind
-            and case.dtype in args.dtype
-            and (length is None or length in args.prompt)
-            and (args.number is None or number is None or number in args.number)
-        ):
-            found.append(case)
-    return found
+    """Return the cases that the options leave.
+
+    Drawing has one length of prompts, and one prompt is encoded at a time: these kinds stay
+    whatever `--prompt` and `--number` say.
+    """
+    return [
+        case
+        for case in cases
+        if case.kind in args.kind
+        and case.dtype in args.dtype
+        and (case.kind == "sample" or case.prompt_len in args.prompt)
+        and (case.kind == "encode" or args.number is None or case.number in args.number)
+    ]
 
 
 @contextlib.contextmanager
@@ -139,25 +140,35 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, folder: Path, output: Path) -> None:
         self.args, self.folder, self.output = args, folder, output
+        self.stack = contextlib.ExitStack()
         self.workers: dict[str, Worker] = {}
         self.dtype: str | None = None
         self.header: dict[str, str] = {}
 
     def run(self, cases: Sequence[Case]) -> None:
-        """Measure the cases, and print the table."""
-        by_dtype = sorted(cases, key=lambda case: DTYPES.index(case.dtype))
-        with contextlib.ExitStack() as self.stack:
-            fill_table(by_dtype, self.measure, self.write)
+        """Measure the cases, and print the table; those of a dtype lie together."""
+        with self.stack:
+            fill_table(cases, self.measure, self.write)
 
     def measure(self, case: Case) -> Row:
+        """Measure one case, by new workers where the last ones failed or have another dtype."""
         if case.dtype != self.dtype:
-            self.stack.close()
-            self.dtype = None
+            self.end_workers()
             self.workers = self.stack.enter_context(running(self.args, self.folder, case.dtype))
-            self.dtype = case.dtype
             self.header = self.header or describe(self.workers, self.args)
+            self.dtype = case.dtype
         sys.stderr.write(f"{case}\n")
-        return measure(self.workers, case, turns=self.args.turns, steps=self.args.steps)
+        try:
+            return measure(self.workers, case, turns=self.args.turns, steps=self.args.steps)
+        except WorkerFailed:
+            # The side that did not fail may be in the midst of a decode, and would take the next
+            # case's commands for those of this one.
+            self.end_workers()
+            raise
+
+    def end_workers(self) -> None:
+        self.dtype = None
+        self.stack.close()
 
     def write(self, rows: list[Row]) -> Path:
         self.output.parent.mkdir(parents=True, exist_ok=True)

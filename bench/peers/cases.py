@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from typing import ClassVar
+from typing import Literal, TypeAlias, get_args
 
-VOCAB_SIZE = 32_000
-DTYPES = ("fp32", "bf16")
+from bench.decode_models import DTYPES, VOCAB_SIZE
+
+Kind: TypeAlias = Literal["transfer", "encode", "sample"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 PROMPT_LENGTHS = (512, 3_072)
 
 # A step of Transfer Q*: k candidates, a greedy roll-out of L tokens each, the next token greedy.
@@ -17,59 +19,39 @@ SAMPLED_PROMPT, SAMPLED_TOKENS = 128, 64
 
 
 @dataclasses.dataclass(frozen=True)
-class TransferCase:
-    """Steps of Transfer Q* on several prompts at once."""
+class Case:
+    """One thing that both sides are timed on.
 
+    Attributes:
+        kind: "transfer": steps of Transfer Q* on several prompts at once; "encode": a prompt that
+            no cache knows is encoded, up to the logits of its next token; "sample": responses to
+            one prompt are drawn at temperature 1.
+        dtype: of the models.
+        prompt_len: tokens of every prompt.
+        number: prompts at once, or responses where they are drawn.
+    """
+
+    kind: Kind
     dtype: str
     prompt_len: int
-    num_prompts: int
-    kind: ClassVar[str] = "transfer"
-    unit: ClassVar[str] = "tokens/s"
+    number: int
 
     def __str__(self) -> str:
-        return f"Transfer Q*, {self.num_prompts} x {self.prompt_len}, {self.dtype}"
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodeCase:
-    """A prompt that no cache knows is encoded, up to the logits of its next token."""
-
-    dtype: str
-    prompt_len: int
-    kind: ClassVar[str] = "encode"
-    unit: ClassVar[str] = "tokens/s"
-
-    def __str__(self) -> str:
-        return f"encoding, {self.prompt_len}, {self.dtype}"
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleCase:
-    """Responses to one prompt are drawn at temperature 1."""
-
-    dtype: str
-    num_responses: int
-    kind: ClassVar[str] = "sample"
-    unit: ClassVar[str] = "tokens/s"
-
-    def __str__(self) -> str:
-        return f"sampling, {self.num_responses} responses, {self.dtype}"
-
-
-Case = TransferCase | EncodeCase | SampleCase
-KINDS = tuple(case.kind for case in (TransferCase, EncodeCase, SampleCase))
+        if self.kind == "transfer":
+            return f"Transfer Q*, {self.number} x {self.prompt_len}, {self.dtype}"
+        if self.kind == "encode":
+            return f"encoding, {self.prompt_len}, {self.dtype}"
+        return f"sampling, {self.number} responses, {self.dtype}"
 
 
 def all_cases() -> list[Case]:
-    """Return every case, those of a kind together."""
-    cases: list[Case] = [
-        TransferCase(dtype, prompt_len, num_prompts)
-        for dtype in DTYPES
-        for prompt_len in PROMPT_LENGTHS
-        for num_prompts in (1, 8)
-    ]
-    cases += [EncodeCase(dtype, length) for dtype in DTYPES for length in PROMPT_LENGTHS]
-    cases += [SampleCase(dtype, number) for dtype in DTYPES for number in (1, 8, 64)]
+    """Return every case, those of a dtype together."""
+    cases: list[Case] = []
+    for dtype in DTYPES:
+        for length in PROMPT_LENGTHS:
+            cases += [Case("transfer", dtype, length, number) for number in (1, 8)]
+        cases += [Case("encode", dtype, length, 1) for length in PROMPT_LENGTHS]
+        cases += [Case("sample", dtype, SAMPLED_PROMPT, number) for number in (1, 8, 64)]
     return cases
 
 

@@ -53,29 +53,37 @@ def check_transfer(
                 )
             errors += found
             num_steps += 1
-            num_same += mine["choice"] == peer["choice"]
-            if mine["choice"] != peer["choice"]:
-                if is_exact:
-                    raise Disagreement(
-                        f"{where}: tokens {mine['choice']} and {peer['choice']} were chosen"
-                    )
-                num_parted += 1
-                break
+            if mine["choice"] == peer["choice"]:
+                num_same += 1
+                continue
+            if is_exact:
+                raise Disagreement(
+                    f"{where}: tokens {mine['choice']} and {peer['choice']} were chosen"
+                )
+            num_parted += 1
+            break
     errors.sort()
     said = f"{num_same} of {num_steps} choices the same, Q of the same candidates "
     said += f"differs by {errors[len(errors) // 2]:.1e} (median) and {errors[-1]:.1e} (most)"
     return said + (f"; {num_parted} responses parted" if num_parted else "")
 
 
-def check_same_token(ours: int, theirs: int, *, dtype: str) -> str:
-    """Compare the likeliest next token after an encoded prompt; bf16 may tie.
+def check_next_tokens(ours: Sequence[int], theirs: Sequence[int], *, dtype: str) -> str:
+    """Compare the likeliest next token after every prompt that was encoded; bf16 may tie.
+
+    Returns:
+        a line that says what was compared.
 
     Raises:
         Disagreement: they differ in fp32.
     """
-    if ours != theirs and dtype == "fp32":
-        raise Disagreement(f"the next tokens are {ours} and {theirs}")
-    return "the same next token" if ours == theirs else "another next token (a tie in bf16)"
+    pairs = list(zip(ours, theirs, strict=True))
+    other = [(mine, peer) for mine, peer in pairs if mine != peer]
+    if not other:
+        return "the same next token"
+    if dtype == "fp32":
+        raise Disagreement(f"the next tokens are {other[0][0]} and {other[0][1]}")
+    return f"another next token after {len(other)} of {len(pairs)} prompts (a tie in bf16)"
 
 
 def check_lengths(lengths: Sequence[int], *, number: int, length: int) -> None:

@@ -11,15 +11,12 @@ from bench.peers import checks
 from bench.peers.cases import (
     ALPHA,
     HORIZON,
-    SAMPLED_PROMPT,
     SAMPLED_TOKENS,
     Case,
-    EncodeCase,
     K,
-    SampleCase,
-    TransferCase,
     prompt_of,
 )
+from bench.peers.serving import DecodeSettings
 from bench.peers.workers import Worker
 
 SIDES = ("tq_fast", "vLLM")
@@ -82,21 +79,19 @@ def measure(workers: dict[str, Worker], case: Case, *, turns: int, steps: int) -
         Disagreement: the sides do not compute the same; nothing is to be reported then.
         WorkerFailed: a side failed.
     """
-    if isinstance(case, TransferCase):
+    if case.kind == "transfer":
         return _measure_transfer(workers, case, turns=turns, steps=steps)
-    if isinstance(case, EncodeCase):
+    if case.kind == "encode":
         return _measure_encode(workers, case, turns=turns)
     return _measure_sample(workers, case, turns=turns)
 
 
-def _measure_transfer(
-    workers: dict[str, Worker], case: TransferCase, *, turns: int, steps: int
-) -> Row:
-    prompts = [prompt_of(case.prompt_len, idx) for idx in range(case.num_prompts)]
-    options = {"k": K, "horizon": HORIZON, "alpha": ALPHA, "warm_steps": WARM_STEPS}
-    options["max_steps"] = WARM_STEPS + turns * steps
+def _measure_transfer(workers: dict[str, Worker], case: Case, *, turns: int, steps: int) -> Row:
+    prompts = [prompt_of(case.prompt_len, idx) for idx in range(case.number)]
+    max_steps = WARM_STEPS + turns * steps
+    settings = DecodeSettings(K, HORIZON, ALPHA, WARM_STEPS, max_steps)
     for worker in workers.values():
-        worker.call("begin", prompts=prompts, **options)
+        worker.call("begin", prompts=prompts, settings=dataclasses.asdict(settings))
     found = _in_turns(workers, turns, lambda worker, turn: worker.call("decode", num_steps=steps))
     records = [workers[side].call("end")["steps"] for side in SIDES]
     agreement = checks.check_transfer(*records, dtype=case.dtype)
@@ -113,26 +108,24 @@ def _measure_transfer(
         side: [statistics.median(answer["seconds"]) for answer in answers]
         for side, answers in found.items()
     }
-    return Row(case, seconds, case.num_prompts, agreement, phases)
+    return Row(case, seconds, case.number, agreement, phases)
 
 
-def _measure_encode(workers: dict[str, Worker], case: EncodeCase, *, turns: int) -> Row:
+def _measure_encode(workers: dict[str, Worker], case: Case, *, turns: int) -> Row:
     def encode(worker: Worker, turn: int) -> dict[str, Any]:
         return worker.call("encode", prompt=prompt_of(case.prompt_len, "turn", turn))
 
-    said = ""
     found = _in_turns(workers, turns, encode, warm=True)
-    for ours, theirs in zip(found["tq_fast"], found["vLLM"], strict=True):
-        tokens = (ours["next_token"], theirs["next_token"])
-        said = max(said, checks.check_same_token(*tokens, dtype=case.dtype), key=len)
+    tokens = [[answer["next_token"] for answer in found[side]] for side in SIDES]
+    said = checks.check_next_tokens(*tokens, dtype=case.dtype)
     return Row(case, _seconds(found), case.prompt_len, said)
 
 
-def _measure_sample(workers: dict[str, Worker], case: SampleCase, *, turns: int) -> Row:
-    number, length = case.num_responses, SAMPLED_TOKENS
+def _measure_sample(workers: dict[str, Worker], case: Case, *, turns: int) -> Row:
+    number, length = case.number, SAMPLED_TOKENS
 
     def sample(worker: Worker, turn: int) -> dict[str, Any]:
-        prompt = prompt_of(SAMPLED_PROMPT, number, "turn", turn)
+        prompt = prompt_of(case.prompt_len, number, "turn", turn)
         return worker.call("sample", prompt=prompt, number=number, num_tokens=length)
 
     found = _in_turns(workers, turns, sample, warm=True)

@@ -8,6 +8,7 @@ answer to it is one object; that of a handler that raised has the traceback unde
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,6 +17,25 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 Message = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings:
+    """What the command `begin` says of a decode of Transfer Q*.
+
+    Attributes:
+        k: candidates a step.
+        horizon: tokens of the greedy roll-out of each.
+        alpha: divides Q.
+        warm_steps: steps that `begin` takes before it answers.
+        max_steps: steps of the whole decode.
+    """
+
+    k: int
+    horizon: int
+    alpha: float
+    warm_steps: int
+    max_steps: int
 
 
 class Channel:

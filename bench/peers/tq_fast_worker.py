@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tq_fast
 from bench.decode_models import DTYPES
-from bench.peers.serving import Channel, Message, serve, take_stdout
+from bench.peers.serving import Channel, DecodeSettings, Message, serve, take_stdout
 from tq_fast.forest.language import LanguageForest
 from tq_fast.presets import open_method
 from tq_fast.presets.call import OpenMethod
@@ -44,25 +44,18 @@ class TqFastWorker:
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         return {"versions": versions, "num_threads": torch.get_num_threads()}
 
-    def begin(
-        self,
-        prompts: list[list[int]],
-        k: int,
-        horizon: int,
-        alpha: float,
-        warm_steps: int,
-        max_steps: int,
-    ) -> Message:
+    def begin(self, prompts: list[list[int]], settings: Message) -> Message:
         """Decode `max_steps` tokens, and answer after the first `warm_steps` of them.
 
-        A decode runs in one call, so that the commands `decode` that follow are read and answered
-        in it, whenever as many steps as they ask for are done.
+        A decode runs in one call. The commands `decode` that follow are read and answered within
+        it, each when as many steps as it asks for are done.
         """
-        turn = Turn(num_prompts=len(prompts), num_steps=warm_steps)
+        given = DecodeSettings(**settings)
+        turn = Turn(num_prompts=len(prompts), num_steps=given.warm_steps)
 
         def on_token(idx: int) -> None:
             # The answer of the last turn is what this method returns.
-            if turn.count(idx) and turn.num_done < max_steps:
+            if turn.count(idx) and turn.num_done < given.max_steps:
                 self.channel.send(turn.answer())
                 message = self.channel.receive()
                 if message is None:
@@ -74,13 +67,13 @@ class TqFastWorker:
         with _phases_added_to(turn):
             result = self.decoder.decode(
                 [torch.tensor(prompt) for prompt in prompts],
-                k=k,
+                k=given.k,
                 num_rollouts=1,
-                horizon=horizon,
-                alpha=alpha,
+                horizon=given.horizon,
+                alpha=given.alpha,
                 strategy="greedy",
                 rollout="greedy",
-                max_new_tokens=max_steps,
+                max_new_tokens=given.max_steps,
                 eos_token_id=(),
                 batch_size=len(prompts),
                 on_token=on_token,

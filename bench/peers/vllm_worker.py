@@ -8,6 +8,7 @@ Both engines keep the KV of what they have seen (prefix caching).
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from typing import Any
@@ -17,9 +18,10 @@ import vllm
 from vllm import LLM, SamplingParams
 from vllm.pooling_params import PoolingParams
 
-from bench.peers.serving import Channel, Message, serve, take_stdout
+from bench.peers.serving import Channel, DecodeSettings, Message, serve, take_stdout
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+PHASES = ("candidates", "rollout", "reward")
 
 
 class VllmWorker:
@@ -51,33 +53,24 @@ class VllmWorker:
             "num_threads": torch.get_num_threads(),
         }
 
-    def begin(
-        self,
-        prompts: list[list[int]],
-        k: int,
-        horizon: int,
-        alpha: float,
-        warm_steps: int,
-        max_steps: int,
-    ) -> Message:
+    def begin(self, prompts: list[list[int]], settings: Message) -> Message:
         """Forget what was cached, and decode `warm_steps` tokens of every prompt."""
         self.baseline.reset_prefix_cache()
         self.reward.reset_prefix_cache()
+        self.settings = DecodeSettings(**settings)
         self.texts = [list(prompt) for prompt in prompts]
-        self.k, self.horizon, self.alpha = k, horizon, alpha
-        self.seconds = dict.fromkeys(("candidates", "rollout", "reward"), 0.0)
         self.steps: list[list[Message]] = []
-        return self.decode(warm_steps)
+        return self.decode(self.settings.warm_steps)
 
     def decode(self, num_steps: int) -> Message:
         """Decode so many tokens more; return the seconds of each step, and of its phases."""
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self.phases = dict.fromkeys(PHASES, 0.0)
         seconds = []
         for _ in range(num_steps):
             start = time.perf_counter()
             self._step()
             seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds, "phases": self.seconds}
+        return {"seconds": seconds, "phases": self.phases}
 
     def end(self) -> Message:
         """Return the record of every step, by prompt."""
@@ -102,9 +95,10 @@ class VllmWorker:
         )
 
     def _step(self) -> None:
+        k, alpha = self.settings.k, self.settings.alpha
         marks = [time.perf_counter()]
-        found = self._generate(self.texts, max_tokens=1, temperature=0.0, logprobs=self.k)
-        proposed = [_candidates(output.outputs[0].logprobs[0], self.k) for output in found]
+        found = self._generate(self.texts, max_tokens=1, temperature=0.0, logprobs=k)
+        proposed = [_candidates(output.outputs[0].logprobs[0], k) for output in found]
         marks.append(time.perf_counter())
 
         roots = [
@@ -112,7 +106,7 @@ class VllmWorker:
             for text, candidates in zip(self.texts, proposed, strict=True)
             for token in candidates
         ]
-        rolled = self._generate(roots, max_tokens=self.horizon, temperature=0.0)
+        rolled = self._generate(roots, max_tokens=self.settings.horizon, temperature=0.0)
         whole = [
             [*root, *output.outputs[0].token_ids]
             for root, output in zip(roots, rolled, strict=True)
@@ -127,17 +121,17 @@ class VllmWorker:
         rewards = [output.outputs.probs[0] for output in scored]
         records = []
         for i, (text, candidates) in enumerate(zip(self.texts, proposed, strict=True)):
-            q = rewards[i * self.k : (i + 1) * self.k]
+            q = rewards[i * k : (i + 1) * k]
             prior = list(candidates.values())
-            scores = torch.tensor(prior) + torch.tensor(q) / self.alpha
-            choice = list(candidates)[int(scores.softmax(-1).argmax())]
+            scores = torch.tensor(prior) + torch.tensor(q) / alpha
+            choice = list(candidates)[int(scores.argmax())]
             text.append(choice)
             record = {"candidates": list(candidates), "prior": prior, "q": q, "choice": choice}
             records.append(record)
         self.steps.append(records)
         marks.append(time.perf_counter())
-        for name, before, after in zip(self.seconds, marks, marks[1:], strict=False):
-            self.seconds[name] += after - before
+        for name, (before, after) in zip(PHASES, itertools.pairwise(marks), strict=True):
+            self.phases[name] += after - before
 
 
 def _candidates(logprobs: dict[int, Any], k: int) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import torch
 import bench.peers.__main__ as peers
 from bench.decode_models import Duo
 from bench.peers import checks, measure
-from bench.peers.cases import EncodeCase, SampleCase, TransferCase, all_cases
+from bench.peers.cases import Case, all_cases
 from bench.peers.measure import Row
 from bench.peers.serving import Channel, serve
 from bench.peers.table import table
@@ -73,6 +74,39 @@ def test_answers_and_errors_come_back_whatever_else_is_printed() -> None:
         assert worker.call("clock")["seconds"] > 0
         with pytest.raises(WorkerFailed, match=r"(?s)ended at 'leave'.*out of memory"):
             worker.call("leave")
+        # Nobody reads this command; that it cannot be delivered is no error of its own at the end.
+        with pytest.raises(WorkerFailed, match="ended at 'clock'"):
+            worker.call("clock")
+
+
+def test_a_failed_side_ends_both_workers_and_the_next_case_begins_with_new_ones(
+    monkeypatch, tmp_path
+) -> None:
+    live: list[str] = []
+    began: list[str] = []
+
+    @contextlib.contextmanager
+    def running(args, folder, dtype):
+        began.append(dtype)
+        live.append(dtype)
+        try:
+            yield {}
+        finally:
+            live.remove(dtype)
+
+    def fail_once(workers, case, **options) -> Row:
+        if len(began) == 1:
+            raise WorkerFailed("vLLM ended")
+        return Row(case, {side: [1.0] for side in measure.SIDES}, 1, "the same")
+
+    monkeypatch.setattr(peers, "running", running)
+    monkeypatch.setattr(peers, "describe", lambda workers, args: {})
+    monkeypatch.setattr(peers, "measure", fail_once)
+    cases = [Case("encode", dtype, 512, 1) for dtype in ("fp32", "fp32", "fp32", "bf16")]
+    comparison = peers.Comparison(peers.parse([]), tmp_path, tmp_path / "table")
+    with pytest.raises(SystemExit, match="1 of 4 rows failed"):
+        comparison.run(cases)
+    assert began == ["fp32", "fp32", "bf16"] and not live
 
 
 def test_a_worker_is_stopped_between_its_turns() -> None:
@@ -113,7 +147,7 @@ def test_q_that_differs_is_no_figure() -> None:
         "vLLM": decoding([1.0, 1.0], [[step(q=(0.5, 0.2502))]]),
     }
     with pytest.raises(checks.Disagreement, match=r"prompt 0, step 0: Q differs by 0\.0002"):
-        measure.measure(sides, TransferCase("fp32", 512, 1), turns=2, steps=2)
+        measure.measure(sides, Case("transfer", "fp32", 512, 1), turns=2, steps=2)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +178,13 @@ def test_an_encoding_and_a_draw_are_checked() -> None:
     sides = {"tq_fast": scripted({"encode": [token]})}
     sides["vLLM"] = scripted({"encode": [token | {"next_token": 4}]})
     with pytest.raises(checks.Disagreement, match="the next tokens are 3 and 4"):
-        measure.measure(sides, EncodeCase("fp32", 512), turns=1, steps=1)
-    said = measure.measure(sides, EncodeCase("bf16", 512), turns=1, steps=1).agreement
-    assert said == "another next token (a tie in bf16)"
+        measure.measure(sides, Case("encode", "fp32", 512, 1), turns=1, steps=1)
+    said = measure.measure(sides, Case("encode", "bf16", 512, 1), turns=2, steps=1).agreement
+    assert said == "another next token after 2 of 2 prompts (a tie in bf16)"
     draw = {"seconds": 1.0, "lengths": [64] * 7 + [63]}
     sides = {side: scripted({"sample": [draw]}) for side in measure.SIDES}
     with pytest.raises(checks.Disagreement, match="8 responses of 64 tokens were expected"):
-        measure.measure(sides, SampleCase("fp32", 8), turns=1, steps=1)
+        measure.measure(sides, Case("sample", "fp32", 128, 8), turns=1, steps=1)
 
 
 def test_the_table_shows_rates_ratios_their_spread_and_losses() -> None:
@@ -158,8 +192,8 @@ def test_the_table_shows_rates_ratios_their_spread_and_losses() -> None:
         "tq_fast": decoding([0.5, 0.4, 0.6], [[step()]] * 8),
         "vLLM": decoding([1.0, 1.2, 0.9], [[step()]] * 8),
     }
-    won = measure.measure(sides, TransferCase("fp32", 512, 8), turns=3, steps=2)
-    lost = Row(EncodeCase("bf16", 512), {"tq_fast": [2.0], "vLLM": [1.0]}, 512, "the same")
+    won = measure.measure(sides, Case("transfer", "fp32", 512, 8), turns=3, steps=2)
+    lost = Row(Case("encode", "bf16", 512, 1), {"tq_fast": [2.0], "vLLM": [1.0]}, 512, "the same")
     lines = table({"machine": "a test"}, [won, lost]).splitlines()
     assert lines[0] == "machine: a test"
     words = [" ".join(line.split()) for line in lines]
@@ -187,7 +221,8 @@ def test_a_decode_of_tq_fast_goes_on_from_turn_to_turn(monkeypatch) -> None:
     )
     worker = TqFastWorker("", "fp32", channel)
     prompts = [[3, 4, 5], [6, 7, 8, 9]]
-    last = worker.begin(prompts, k=3, horizon=2, alpha=1.0, warm_steps=1, max_steps=3)
+    settings = {"k": 3, "horizon": 2, "alpha": 1.0, "warm_steps": 1, "max_steps": 3}
+    last = worker.begin(prompts, settings)
     channel.send(last)
     serve(channel, {"end": worker.end})
     first, second, end = map(json.loads, answers.getvalue().splitlines())
@@ -205,7 +240,7 @@ def test_a_decode_of_tq_fast_goes_on_from_turn_to_turn(monkeypatch) -> None:
 def test_options_choose_the_cases() -> None:
     args = peers.parse(["--kind", "transfer", "--dtype", "bf16", "--number", "8"])
     assert peers.chosen(all_cases(), args) == [
-        TransferCase("bf16", 512, 8),
-        TransferCase("bf16", 3072, 8),
+        Case("transfer", "bf16", 512, 8),
+        Case("transfer", "bf16", 3072, 8),
     ]
     assert len(peers.chosen(all_cases(), peers.parse([]))) == 18
