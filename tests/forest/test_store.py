@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -146,3 +148,24 @@ def test_a_forest_in_use_is_not_given_away_and_a_failure_leaves_none() -> None:
             decoder.decode(PROMPTS, **SETTINGS)
         assert not decoder.session.forests._kept
     assert lease is not None
+
+
+def test_two_threads_never_get_the_same_forest(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, store = language_model(), ForestStore()
+    sizes = {"num_trees": 1, "num_rows": 2, "prefix_capacity": 8, "branch_capacity": 2}
+    options: dict[str, Any] = {**sizes, "backend": None, "graphs": True}
+    begin = LanguageForest.begin
+
+    def begin_slowly(forest: LanguageForest, num_trees: int) -> None:
+        # The other thread asks for a forest meanwhile.
+        time.sleep(0.05)
+        begin(forest, num_trees)
+
+    with fixed_addresses():
+        (free, lease) = store.open(LanguageForest, model, **options)
+        del lease
+        monkeypatch.setattr(LanguageForest, "begin", begin_slowly)
+        with ThreadPoolExecutor(2) as pool:
+            calls = [pool.submit(store.open, LanguageForest, model, **options) for _ in range(2)]
+            (one, _one_lease), (other, _other_lease) = (call.result() for call in calls)
+    assert one is not other and free in (one, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -36,6 +37,8 @@ class ForestStore:
 
     def __init__(self) -> None:
         self._kept: list[_Kept] = []
+        # Two threads that decode with one session must not find the same forest free.
+        self._lock = threading.Lock()
 
     def open(
         self,
@@ -55,12 +58,13 @@ class ForestStore:
         """
         key = kind, id(model), tuple(sorted(options.items()))
         lease = Lease()
-        for kept in [k for k in self._kept if k.key == key and k.lease() is None]:
-            if kept.forest.fits(num_trees, num_rows, prefix_capacity, branch_capacity):
-                kept.forest.begin(num_trees)
-                kept.lease = weakref.ref(lease)
-                return cast(_Kind, kept.forest), lease
-            self._kept.remove(kept)
+        with self._lock:
+            for kept in [k for k in self._kept if k.key == key and k.lease() is None]:
+                if kept.forest.fits(num_trees, num_rows, prefix_capacity, branch_capacity):
+                    kept.forest.begin(num_trees)
+                    kept.lease = weakref.ref(lease)
+                    return cast(_Kind, kept.forest), lease
+                self._kept.remove(kept)
         forest = kind(
             model,
             num_trees=num_trees,
@@ -75,7 +79,7 @@ class ForestStore:
 
     def graphs_for(self, forest: Forest, settings: Any, make: Callable[[], _Graphs]) -> _Graphs:
         """Return the graphs over `forest` for equal `settings`, made where there are none."""
-        for kept in self._kept:
+        for kept in list(self._kept):
             if kept.forest is forest:
                 for known, graphs in kept.graphs:
                     if known == settings:
