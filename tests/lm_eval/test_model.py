@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import tq_fast
+from tests import zoo
 from tq_fast.models.tiny import load_tiny_world
 
 pytestmark = pytest.mark.lm_eval
@@ -188,6 +189,11 @@ def test_log_likelihoods_are_refused_by_a_sentence() -> None:
         ({"batch_size": "auto"}, "batch_size must be an integer"),
         ({"max_batch_size": 4}, "max_batch_size must be None"),
         ({"metod": "args"}, "unknown option 'metod'"),
+        ({"num_return_sequences": 2}, "num_return_sequences must be 1, got 2"),
+        (
+            {"baseline": zoo.language_model("llama"), "reward": lambda prompts, texts: [0.0]},
+            "tokenizer must be given, got None",
+        ),
     ],
 )
 def test_wrong_model_args_are_refused(options: Any, message: str) -> None:

@@ -74,6 +74,16 @@ class TransferModel(LM):  # type: ignore[misc]
         self.max_gen_toks = max_gen_toks
         self.has_strategy = "strategy" in options
         self.opened = open_method(method, device=device, **options)
+        if self.tokenizer is None:
+            raise InvalidArgument(
+                "tokenizer must be given, got None: the baseline came without one, and the prompts "
+                "of the harness are text"
+            )
+        if self.opened.config.num_return_sequences != 1:
+            raise InvalidArgument(
+                "num_return_sequences must be 1, got "
+                f"{self.opened.config.num_return_sequences}: a request has one answer"
+            )
         self.certificates: list[Certificate] = []
 
     @property
@@ -165,7 +175,8 @@ class TransferModel(LM):  # type: ignore[misc]
                 **self.running,
             )
             self.certificates += result.certificates
-            for idx, text in zip(members, result.texts or (), strict=True):
+            assert result.texts is not None, "there is a tokenizer"
+            for idx, text in zip(members, result.texts, strict=True):
                 answers[idx] = text
                 self.cache_hook.add_partial("generate_until", requests[idx].args, text)
         return answers
