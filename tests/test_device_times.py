@@ -120,7 +120,7 @@ def test_a_phase_that_fails_on_a_gpu_is_left_out(machine) -> None:
 def test_without_a_gpu_the_clock_of_the_host_counts_and_no_event_is_made(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", None)
     clock = iter([10.0, 12.5, 20.0, 21.0])
-    monkeypatch.setattr("tq_fast.results.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tq_fast.results.stats.time.perf_counter", lambda: next(clock))
     stats = DecodeStats()
     with stats.phase("rollout"):
         pass

@@ -165,8 +165,20 @@ def test_the_result_of_every_method_can_be_saved(tmp_path: Path, method: str) ->
     assert DecodeResult.load(tmp_path / "result.json") == given
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "tq_fast.DecodeResult 1"}', "null"])
-def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value"),
+        ("{}", "'format'"),
+        ("[1]", "integer"),
+        ("null", "pop"),
+        (
+            '{"format": "tq_fast.DecodeResult 1"}',
+            r"its format is 'tq_fast.DecodeResult 1', 'tq_fast.DecodeResult \d' was expected",
+        ),
+    ],
+)
+def test_another_file_is_refused(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(InvalidArgument, match="must be a file that DecodeResult"):
+    with pytest.raises(InvalidArgument, match=f"must be a file that DecodeResult.*{reason}"):
         DecodeResult.load(tmp_path / "other.json")

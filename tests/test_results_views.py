@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,12 +145,22 @@ def test_a_loaded_result_draws_token_ids(result: DecodeResult, tmp_path: Path) -
         ({"idx": 2}, "idx must be an index below 2, got 2"),
         ({"idx": True}, "idx must be an index below 2, got True"),
         ({"steps": [99]}, "steps must be an index below"),
-        ({"steps": []}, "steps must not be empty"),
+        ({"steps": [0.5]}, "steps must be an index below .*, got 0.5"),
+        ({"steps": []}, r"steps must be indices of tokens, one at least, got \[\]"),
+        ({"steps": 3}, "steps must be indices of tokens, one at least, got 3"),
     ],
 )
 def test_what_is_not_there_is_refused(result: DecodeResult, given: Any, message: str) -> None:
     with pytest.raises(tq_fast.InvalidArgument, match=message):
         result.plot_trace(**given)
+
+
+def test_indices_may_count_from_the_end_and_come_from_numpy(result: DecodeResult) -> None:
+    num = len(result.traces[1])
+    figure = result.plot_trace(-1, steps=np.array([-1, 0]))
+    assert figure.get_suptitle() == "Response 1"
+    titles = [axis.get_title(loc="right") for axis in panels(figure)]
+    assert [title.split(",")[0] for title in titles] == [f"token {num}", "token 1"]
 
 
 def test_a_method_without_candidates_has_no_such_picture(best: DecodeResult) -> None:
@@ -202,6 +213,29 @@ def test_a_text_that_was_scored_shows_its_reward(best: DecodeResult) -> None:
     assert Cells(plain._repr_html_()).rows[1][-2:] == ["", ""]
 
 
+def test_the_reward_of_a_roll_out_is_not_shown_as_that_of_the_text() -> None:
+    single = tq_fast.decode(
+        PROMPTS[0], WORLD.baseline, WORLD.reward, k=1, horizon=2, max_new_tokens=3
+    )
+    assert single.traces[0][0].rewards.shape == (1, 1)
+    _, line = Cells(single._repr_html_()).rows
+    assert line[-2:] == [f"{single.traces[0][-1].q[0]:+.2f}", ""]
+
+
+def test_a_text_that_a_value_head_guided_shows_its_reward(result: DecodeResult) -> None:
+    step = result.traces[0][0]
+    drawn = dataclasses.replace(
+        step,
+        candidates=step.candidates[:1],
+        rewards=torch.tensor([[1.5]]),
+        q=torch.tensor([0.5]),
+        value=0.25,
+        choice=0,
+    )
+    guided = dataclasses.replace(result, traces=[[drawn], result.traces[1]])
+    assert Cells(guided._repr_html_()).rows[1][-2:] == ["+0.50", "+1.50"]
+
+
 def test_text_in_the_table_is_escaped(result: DecodeResult) -> None:
     odd = dataclasses.replace(
         result,
@@ -210,6 +244,7 @@ def test_text_in_the_table_is_escaped(result: DecodeResult) -> None:
     )
     html = odd._repr_html_()
     assert "<script" not in html and "<b>" not in html
+    assert "mathjax_ignore" in html, "dollars are no formulas"
     _, first, second = Cells(html).rows
     assert first[:2] == ["user: <b>&", "<script>alert(1)</script>"]
     assert second[:2] == ["[3, 4]", ""]

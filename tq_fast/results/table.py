@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import DecodeResult, StageTrace, StepTrace
+    from . import DecodeResult
+    from .traces import StageTrace, StepTrace
 
 _COLUMNS = ("prompt", "response", "tokens", "KL to sft", "KL to baseline", "last Q", "reward")
 # What stands before a divergence that is not exact.
@@ -30,7 +31,8 @@ def table_of(result: DecodeResult) -> str:
     num_left = len(result.sequences) - _MOST
     if num_left > 0:
         rows.append(f'<tr><td colspan="{len(_COLUMNS)}">and {num_left} more</td></tr>')
-    return f"<table>{''.join(rows)}</table>"
+    # Notebooks would set text between two dollar signs as a formula.
+    return f'<table class="tex2jax_ignore mathjax_ignore">{"".join(rows)}</table>'
 
 
 def _row(kind: str, cells: Sequence[str]) -> str:
@@ -76,5 +78,9 @@ def _final_reward(trace: Sequence[StepTrace], stages: Sequence[StageTrace]) -> f
     for stage in reversed(stages):
         if stage.choice is not None:
             return float(stage.rewards[stage.choice])
-    is_scored = bool(trace) and len(trace[0].candidates) == 1 and trace[0].rewards.numel() == 1
-    return float(trace[0].rewards) if is_scored else None
+    if not trace or len(trace[0].candidates) != 1 or trace[0].rewards.numel() != 1:
+        return None
+    # A token that was drawn by itself has no Q, unless it is a value head's: the reward is that of
+    # the text. The reward of a single candidate with a Q is that of a roll-out.
+    is_drawn = bool(trace[0].q.isnan()) or trace[0].value is not None
+    return float(trace[0].rewards) if is_drawn else None
