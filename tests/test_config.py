@@ -11,7 +11,7 @@ import pytest
 from tq_fast import DecodeConfig, DecodeOptions
 from tq_fast.errors import InvalidArgument
 from tq_fast.models.options import LoadingOptions
-from tq_fast.session import MethodOptions
+from tq_fast.session.method import MethodOptions
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from .results import DecodeResult, DecodeStats, PromptResult, Response
 from .rewards.base import Reward, RewardFunction
 from .rewards.options import RewardOptions
 from .servers import LanguageServer
-from .session import Report, Session
+from .session import Session
+from .session.method import Report
 from .streaming import ChosenToken, TokenStream
 from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes
 from .transfer.certificate import certify

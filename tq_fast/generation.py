@@ -27,7 +27,7 @@ from .models.generation import settings_that_choose
 from .presets import METHODS, open_method, own_settings
 from .presets.call import SAMPLING_FIELDS, chooses_tokens, sampling_field
 from .results import DecodeResult
-from .session import MethodOptions, RunOptions
+from .session.method import MethodOptions, RunOptions
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer

@@ -18,7 +18,7 @@ from tests.meta.pages import DOCS, ROOT, SITE_PAGES, Block, blocks, page_id, pro
 from tq_fast.cli.app import app
 from tq_fast.config import DecodeOptions
 from tq_fast.evaluation.config_file import load_config
-from tq_fast.session import MethodOptions
+from tq_fast.session.method import MethodOptions
 
 PAGES = [ROOT / "README.md", *SITE_PAGES]
 COMMANDS: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})

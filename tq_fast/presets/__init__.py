@@ -37,7 +37,7 @@ from ..models.loading import ModelLike
 from ..prompts import PromptLike
 from ..results import DecodeResult
 from ..rewards.base import RewardFunction
-from ..session import MethodOptions
+from ..session.method import MethodOptions
 from .blocks import Judge, open_blocks
 from .call import FIXED_FIELDS as FIXED_FIELDS
 from .call import RUNNING, OpenMethod, check_running

@@ -13,7 +13,8 @@ from ..models.options import ROLES, LoadingOptions
 from ..prompts import Prompt, PromptReader
 from ..prompts.chats import TemplateOptions
 from ..results import DecodeResult
-from ..session import Method, Session
+from ..session import Session
+from ..session.method import Method
 from ..streaming import TokenStream
 from ..transfer.budget import check_sizes
 

@@ -25,7 +25,8 @@ from ..models.served import require_local
 from ..prompts import Prompt
 from ..results import DecodeResult, DecodeStats, Response, StepTrace
 from ..rewards.base import drop_from
-from ..session import Report, Session
+from ..session import Session
+from ..session.method import Report
 from ..streaming import ChosenToken
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from ..transfer.choice import Candidates, choose

@@ -17,7 +17,8 @@ from ..ops.philox import gumbel
 from ..prompts import Prompt
 from ..results import DecodeResult, DecodeStats, PromptResult, Response, StageTrace
 from ..rollouts.streams import stream_keys
-from ..session import Report, Session
+from ..session import Session
+from ..session.method import Report
 from ..streaming import ChosenToken, settled_tokens
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .drawing import Drawn

@@ -31,7 +31,8 @@ from ..prompts import Prompt
 from ..rewards.base import Reward
 from ..rewards.causal import CausalReward
 from ..rewards.classifier import ClassifierReward
-from ..session import Method, Session
+from ..session import Session
+from ..session.method import Method
 from ..transfer.roles import DecodePlan, distinct
 from .collab import CollabMethod
 from .rounds import Round

@@ -19,7 +19,8 @@ from ..models.served import require_local
 from ..ops.sample_tokens import proposal_logprobs
 from ..ops.topk_logprobs import clean_logits
 from ..prompts import Prompt
-from ..session import MethodOptions, Session, neutral_torch
+from ..session import Session, neutral_torch
+from ..session.method import MethodOptions
 from ..values.fitting import FitOptions, LoggedTokens, fit_head
 from ..values.head import ValueHead, ValueHeadConfig
 from .call import RUNNING, OpenMethod, PresetCall, check_running

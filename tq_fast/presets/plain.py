@@ -23,7 +23,8 @@ from ..results import (
     StageTrace,
     StepTrace,
 )
-from ..session import Report, Session
+from ..session import Session
+from ..session.method import Report
 from ..streaming import ChosenToken, settled_tokens
 from ..transfer.budget import BatchShape, MemoryPerPrompt
 from .call import OpenMethod, PresetCall

@@ -8,7 +8,8 @@ from typing import Any
 from ..config import DecodeConfig, Role
 from ..decoder import TransferMethod
 from ..errors import InvalidArgument
-from ..session import Method, Session
+from ..session import Session
+from ..session.method import Method
 from .call import OpenMethod, PresetCall
 
 # The models that each method cannot do without; the first one rolls out.

@@ -3,83 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Protocol, TypedDict
+from typing import Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from transformers import PreTrainedTokenizerBase
 
-from .config import DecodeConfig, DecodeOptions, Role, SpeedOptions
-from .device_times import timing_on
-from .errors import InvalidArgument
-from .forest.language import device_of
-from .forest.store import ForestStore
-from .models.generation import warn_of_ignored
-from .models.loading import (
-    ModelLike,
-    TokenizerLike,
-    check_same_vocabulary,
-    end_token_ids,
-    load_language_model,
-    load_reward,
-    load_tokenizer,
-    num_token_ids,
-)
-from .models.options import LoadingOptions, place_models
-from .models.served import (
-    LanguageModel,
-    ServedModel,
-    is_local,
-    position_limit,
-    vocabulary_size,
-)
-from .models.shared_weights import Loader
-from .prompts import Prompt, PromptLike, PromptReader, read_prompts, repeat_prompts
-from .prompts.chats import TemplateOptions
-from .results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
-from .rewards.base import Reward, RewardFunction, Texts
-from .rewards.lengths import check_room
-from .rewards.options import RewardOptions
-from .rollouts.stopping import StopStrings
-from .servers import Server
-from .streaming import ChosenToken, TextPieces, TokenStream, read_to_end, resume_within
-from .transfer.budget import BatchShape, MemoryPerPrompt, check_sizes, fit_forest, smaller_after
-
-
-class RunOptions(TypedDict, total=False):
-    """Options of how a call runs; results do not depend on them."""
-
-    batch_size: int
-    memory_budget: int | None
-    progress: bool
-
-
-class MethodOptions(DecodeOptions, RunOptions, total=False):
-    """The keyword arguments of every preset, beside prompts and models."""
-
-    config: DecodeConfig | None
-    template_options: TemplateOptions | None
-    baseline_reward: ModelLike | RewardFunction | None
-    tokenizer: TokenizerLike | None
-    reward_tokenizer: TokenizerLike | None
-    baseline_reward_tokenizer: TokenizerLike | None
-    reward_index: int | None
-    reward_bounds: tuple[float, float] | None
-    reward_options: RewardOptions | None
-    device: torch.device | str | Mapping[str, torch.device | str] | None
-    dtype: torch.dtype | str
-    speed: SpeedOptions | None
-    model_kwargs: Mapping[str, Mapping[str, Any]] | None
+from ..config import DecodeConfig, Role, SpeedOptions
+from ..device_times import timing_on
+from ..errors import InvalidArgument
+from ..forest.language import device_of
+from ..forest.store import ForestStore
+from ..models.loading import ModelLike, end_token_ids
+from ..models.options import LoadingOptions
+from ..models.served import position_limit
+from ..prompts import Prompt, PromptLike, PromptReader, read_prompts, repeat_prompts
+from ..prompts.chats import TemplateOptions
+from ..results import DecodeResult, DecodeStats, PromptResult, Response, carry_finished
+from ..rewards.base import RewardFunction
+from ..rewards.lengths import check_room
+from ..rollouts.stopping import StopStrings
+from ..streaming import ChosenToken, TextPieces, TokenStream, read_to_end, resume_within
+from ..transfer.budget import BatchShape, check_sizes, fit_forest, smaller_after
+from .loading import load_models
+from .method import Method, Report
+from .progress import TokenBar
 
 
 @contextlib.contextmanager
@@ -99,77 +46,6 @@ def neutral_torch() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             settings.enter_context(torch.device("cpu"))
         yield
-
-
-class Report:
-    """The progress of a run as its method reports it, and the results that are finished.
-
-    Args:
-        bar: the progress bar, which counts tokens.
-        finished: the results so far, by prompt position; new ones are added here.
-        on_token: called after every new token of a prompt, with the prompt's position.
-        on_finished: called as soon as a response is complete, with the prompt's position.
-    """
-
-    def __init__(
-        self,
-        bar: TokenBar,
-        finished: dict[int, PromptResult],
-        on_token: Callable[[int], None] | None,
-        on_finished: Callable[[int, PromptResult], None] | None,
-    ) -> None:
-        self.bar = bar
-        self._finished = finished
-        self._on_token = on_token
-        self._on_finished = on_finished
-
-    def token(self, idx: int) -> None:
-        """Count one more token of prompt `idx`."""
-        self.bar.advance(1)
-        if self._on_token is not None:
-            self._on_token(idx)
-
-    def finish(self, idx: int, result: PromptResult, *, num_unused: int) -> None:
-        """Keep the result of prompt `idx`, which left `num_unused` of its tokens undrawn."""
-        self.bar.advance(num_unused)
-        self._finished[idx] = result
-        if self._on_finished is not None:
-            self._on_finished(idx, result)
-
-
-class Method(Protocol):
-    """One way to decode prompts over the models of a session.
-
-    Attributes:
-        config: how to decode.
-        rows_per_prompt: rows of the forest that a prompt takes.
-        tokens_per_prompt: tokens that a prompt is counted as, in the progress bar.
-        num_new: tokens that may come after a prompt in some model, at most.
-        room: the settings that `num_new` comes from, for messages.
-    """
-
-    config: DecodeConfig
-    rows_per_prompt: int
-    tokens_per_prompt: int
-    num_new: int
-    room: str
-
-    def memory(self, prompts: Sequence[Prompt]) -> MemoryPerPrompt:
-        """Return the bytes of a prompt and of a row, for the longest of `prompts`."""
-        ...
-
-    def decode(
-        self, responses: list[Response], shape: BatchShape, stats: DecodeStats, report: Report
-    ) -> Iterator[ChosenToken]:
-        """Decode the first of `responses`, as many as `shape` allows, or more in turn.
-
-        Yields every token that stays, once it is settled and reported.
-        """
-        ...
-
-    def conclude(self, result: DecodeResult) -> None:
-        """Warn of what the whole result shows."""
-        ...
 
 
 class Session:
@@ -203,82 +79,12 @@ class Session:
         self.reward_bounds = loading.reward_bounds
         self.speed = loading.speed or SpeedOptions()
         self.forests = ForestStore()
-        dtype = loading.dtype
-        given = {role: model for role, model in languages.items() if model is not None}
-        sources: dict[str, Any] = {str(role): model for role, model in given.items()}
-        sources |= {role: reward for role, reward in rewards.items() if reward is not None}
-        places = {role: place_models(loading.device, role) for role in sources}
-        model_kwargs = loading.model_kwargs or {}
-        for role in model_kwargs:
-            if role in sources and not isinstance(sources[role], (str, os.PathLike)):
-                raise InvalidArgument(
-                    f"model_kwargs of {role} cannot be honoured: {role} is loaded already"
-                )
-        loader = Loader(sources, devices=places, dtype=dtype, model_kwargs=model_kwargs)
-        self.languages = _load_languages(given, places, loading, loader)
-        warn_of_ignored({role: m for role, m in self.languages.items() if is_local(m)})
-        first = next(iter(given))
-        self.tokenizer: PreTrainedTokenizerBase | None = self._load_tokenizer(
-            loading.tokenizer, given, first, loader, "tokenizer"
-        )
-        tokenizers = [self.tokenizer]
-        for role in [role for role in given if role != first]:
-            other = self._load_tokenizer(None, given, role, loader, role)
-            check_same_vocabulary(
-                role,
-                (self.tokenizer, other),
-                (self.languages[first], self.languages[role]),
-                is_given=loading.tokenizer is not None,
-            )
-            tokenizers.append(other)
-        sizes = [vocabulary_size(model) for model in self.languages.values()]
-        known = [num_token_ids(tokenizer) for tokenizer in tokenizers if tokenizer is not None]
-        self.vocab_size = min(sizes)
-        # Prompts may have any id that all models embed; what is chosen is a token to everybody.
-        self.num_tokens = min([*sizes, *known])
-        is_one_reward = (
-            {"reward", "baseline_reward"} <= set(sources)
-            and _is_same(sources["reward"], sources["baseline_reward"])
-            and _is_same(loading.reward_tokenizer, loading.baseline_reward_tokenizer)
-            and loader.options_of("reward") == loader.options_of("baseline_reward")
-            and places["reward"] == places["baseline_reward"]
-            # These are of the target reward alone.
-            and loading.reward_index is None
-            and loading.reward_options is None
-        )
-        self.rewards: dict[str, Reward] = {
-            role: load_reward(
-                reward,
-                role,
-                tokenizer=getattr(loading, f"{role}_tokenizer"),
-                label=loading.reward_index if role == "reward" else None,
-                options=loading.reward_options if role == "reward" else None,
-                texts=Texts(self.tokenizer),
-                vocab_size=sizes[0],
-                device=places[role],
-                dtype=dtype,
-                loader=loader,
-            )
-            for role, reward in rewards.items()
-            if reward is not None and (role == "reward" or not is_one_reward)
-        }
-        if is_one_reward:
-            self.rewards["baseline_reward"] = self.rewards["reward"]
-
-    def _load_tokenizer(
-        self,
-        source: TokenizerLike | None,
-        given: Mapping[Role, ModelLike],
-        role: Role,
-        loader: Loader,
-        name: str,
-    ) -> PreTrainedTokenizerBase | None:
-        """Return the tokenizer `source`, else the model's; `name` is for messages."""
-        model = self.languages[role]
-        if source is None and isinstance(model, ServedModel):
-            return model.tokenizer
-        beside = None if isinstance(model, ServedModel) else given[role]
-        return load_tokenizer(source, beside, name, loader.options_of(role))
+        loaded = load_models(languages, rewards, loading)
+        self.languages = loaded.languages
+        self.rewards = loaded.rewards
+        self.tokenizer = loaded.tokenizer
+        self.vocab_size = loaded.vocab_size
+        self.num_tokens = loaded.num_tokens
 
     def prompt_reader(self, template_options: TemplateOptions | None = None) -> PromptReader:
         """Return a reader of one prompt at a time, with the random streams of a single call."""
@@ -483,80 +289,8 @@ class Session:
         return DecodeResult.collect(results, stats, prompts=prompts, tokenizer=self.tokenizer)
 
 
-def _load_languages(
-    given: Mapping[Role, ModelLike],
-    places: Mapping[str, torch.device],
-    loading: LoadingOptions,
-    loader: Loader,
-) -> dict[Role, LanguageModel]:
-    """Return the language models by role; a server that is named twice is opened once."""
-    languages: dict[Role, LanguageModel] = {}
-    served: dict[Server, ServedModel] = {}
-    for role, model in given.items():
-        server = Server.named(model, loader.options_of(role))
-        if server is None:
-            languages[role] = load_language_model(
-                model, role, device=places[role], dtype=loading.dtype, loader=loader
-            )
-            continue
-        if server not in served:
-            served[server] = ServedModel(server, role, loading.tokenizer)
-        languages[role] = served[server]
-    return languages
-
-
 def gpus_of(modules: Sequence[torch.nn.Module]) -> list[torch.device]:
     """Return the GPUs on which `modules` compute, each once."""
     places = {device_of(module) for module in modules}
     places |= {weight.device for module in modules for weight in module.parameters()}
     return sorted((gpu for gpu in places if gpu.type == "cuda"), key=str)
-
-
-def _is_same(first: Any, second: Any) -> bool:
-    """Whether two arguments are one object, or one name."""
-    return first is second or (isinstance(first, (str, os.PathLike)) and first == second)
-
-
-class TokenBar:
-    """A context manager with a progress bar over `num_tokens` tokens, shown where `visible`.
-
-    `on_advance(num_tokens)` is called whenever it moves.
-    """
-
-    def __init__(
-        self, num_tokens: int, visible: bool, on_advance: Callable[[int], None] | None = None
-    ) -> None:
-        self._on_advance = on_advance
-        self._bar = Progress(
-            TextColumn("decoding"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            disable=not visible,
-        )
-        self._task = self._bar.add_task("decoding", total=num_tokens)
-
-    def __enter__(self) -> TokenBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    @property
-    def num_done(self) -> int:
-        """The number of tokens counted so far."""
-        return int(self._bar.tasks[0].completed)
-
-    def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` more tokens."""
-        self._bar.update(self._task, advance=num_tokens)
-        if self._on_advance is not None:
-            self._on_advance(num_tokens)
