@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import tq_fast
+from tq_fast.forest.language import LanguageForest
 from tq_fast.generation import DecodedOutput
 from tq_fast.models.tiny import load_tiny_world
 
@@ -166,6 +169,13 @@ def test_lengths_and_ends_are_those_that_generate_was_given(
     assert call(generation_config=GenerationConfig(max_new_tokens=2)).shape[1] == num_prompt + 2
     decoder = tq_fast.TransferDecoder(baseline, reward)
     free = decoder.decode(PROMPTS[0], strategy="greedy", max_new_tokens=6, **STEERED).sequences[0]
+    both = free[1:3].tolist()
+    several = decoder.decode(
+        PROMPTS[0], strategy="greedy", max_new_tokens=6, eos_token_id=tuple(both), **STEERED
+    ).sequences[0]
+    for ends in (both, torch.tensor(both)):
+        assert torch.equal(call(max_new_tokens=6, eos_token_id=ends)[0, num_prompt:], several)
+    assert not torch.equal(several, free), "the ids end roll-outs, at least"
     for ends in ({"eos_token_id": int(free[2])}, {"eos_token_id": 262, "min_new_tokens": 5}):
         given = {"max_new_tokens": 6, **ends}
         expected = decoder.decode(PROMPTS[0], strategy="greedy", **given, **STEERED).sequences[0]
@@ -177,6 +187,13 @@ def test_lengths_and_ends_are_those_that_generate_was_given(
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
     same = call(max_new_tokens=6, stopping_criteria=criteria, return_dict_in_generate=True)
     assert same.result == stopped.result
+    config = tq_fast.DecodeConfig(stop=[stop], **STEERED)
+    never = StoppingCriteriaList([StopStringCriteria(tokenizer, ["###"])])
+    call = functools.partial(
+        baseline.generate, **inputs, custom_generate=tq_fast.generate, reward=reward, config=config
+    )
+    both = call(max_new_tokens=6, stopping_criteria=never, return_dict_in_generate=True)
+    assert both.result == stopped.result, "stop strings of config and of criteria all count"
 
 
 class Listener(BaseStreamer):
@@ -262,6 +279,86 @@ def test_a_streamer_hears_the_end_of_a_call_that_fails(tokenizer: Any, baseline:
     assert listener.num_ends == 1
 
 
+def test_two_streamers_are_refused_and_both_hear_the_end(tokenizer: Any, baseline: Any) -> None:
+    bound, passed = Listener(), Listener()
+    with pytest.raises(tq_fast.InvalidArgument, match=r"streamer must be passed .* or bound"):
+        baseline.generate(
+            **encode(tokenizer, PROMPTS[0]),
+            custom_generate=functools.partial(tq_fast.generate, streamer=bound),
+            streamer=passed,
+            reward=count_words,
+        )
+    assert bound.num_ends == passed.num_ends == 1
+
+
+class FalseListener(Listener):
+    """False, as a streamer is that counts what it holds; and without a hash, as a list is."""
+
+    __hash__ = None
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_a_streamer_counts_whatever_its_truth_value_is(tokenizer: Any, baseline: Any) -> None:
+    listener = FalseListener()
+    baseline.generate(
+        **encode(tokenizer, PROMPTS[0]),
+        custom_generate=tq_fast.generate,
+        reward=count_words,
+        max_new_tokens=2,
+        streamer=listener,
+        **STEERED,
+    )
+    assert len(listener.heard) == 3 and listener.num_ends == 1
+
+
+def test_a_streamer_that_raises_leaves_no_buffers(
+    tokenizer: Any, baseline: Any, monkeypatch: Any
+) -> None:
+    opened: list[weakref.ReferenceType[LanguageForest]] = []
+    init = LanguageForest.__init__
+
+    def remember(forest: LanguageForest, *given: Any, **options: Any) -> None:
+        init(forest, *given, **options)
+        opened.append(weakref.ref(forest))
+
+    class Full(Listener):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.heard) == 3:
+                raise BufferError("no room for more tokens")
+
+    monkeypatch.setattr(LanguageForest, "__init__", remember)
+    with pytest.raises(BufferError) as caught:
+        baseline.generate(
+            **encode(tokenizer, PROMPTS[0]),
+            custom_generate=tq_fast.generate,
+            reward=count_words,
+            max_new_tokens=6,
+            streamer=Full(),
+            **STEERED,
+        )
+    gc.collect()
+    assert opened and [forest() for forest in opened] == [None] * len(opened)
+    assert caught.traceback, "the error is still there, and holds the frames that it went through"
+
+
+def test_without_an_id_to_pad_with_a_batch_with_stop_strings_is_refused_before_any_work(
+    tokenizer: Any,
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(WORLD.baseline).eval()
+    model.generation_config.update(eos_token_id=None, pad_token_id=None)
+    given: Any = {"custom_generate": tq_fast.generate, "reward": count_words, "max_new_tokens": 2}
+    SCORED.clear()
+    with pytest.raises(tq_fast.InvalidArgument, match="pad_token_id is needed by 3 responses"):
+        model.generate(**encode(tokenizer, PROMPTS), stop=".", **given, **STEERED)
+    assert not SCORED
+    inputs = encode(tokenizer, PROMPTS)
+    found = model.generate(**inputs, **given, **STEERED)
+    assert found.shape == (3, inputs.input_ids.shape[1] + 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -289,7 +386,12 @@ def test_a_streamer_hears_the_end_of_a_call_that_fails(tokenizer: Any, baseline:
         ({"prefix_allowed_tokens_fn": lambda batch, ids: [5]}, "logits_processor must be empty"),
         ({"config": tq_fast.DecodeConfig(max_new_tokens=9)}, "max_new_tokens is 4 by the settings"),
         ({"alpha": -1.0}, "alpha must be"),
-        ({"method": "baseline", "temperature": 0.5, "rollout_temperature": 1.5}, "one setting"),
+        (
+            {"method": "baseline", "temperature": 0.5, "rollout_temperature": 1.5},
+            "temperature=0.5 and rollout_temperature=1.5 are one setting",
+        ),
+        ({"streamer": Listener(), "progress": True}, "progress must be False beside a streamer"),
+        ({"stop": 5}, "stop must be a string that is not empty, or several, got 5"),
     ],
 )
 def test_what_contradicts_is_refused_by_its_name(
@@ -328,13 +430,26 @@ def test_the_settings_of_the_models_own_config_are_warned_about(
 
 def test_positions_caches_and_other_inputs_are_refused(tokenizer: Any, baseline: Any) -> None:
     inputs = encode(tokenizer, PROMPTS[0])
-    call = functools.partial(
+    call: Any = functools.partial(
         baseline.generate, **inputs, custom_generate=tq_fast.generate, reward=count_words
     )
-    with pytest.raises(tq_fast.InvalidArgument, match="position_ids must count"):
-        call(position_ids=torch.arange(3, 3 + inputs.input_ids.shape[1])[None], max_new_tokens=2)
+    num_prompt = inputs.input_ids.shape[1]
+    late = torch.arange(3, 3 + num_prompt)[None]
+    for positions in (late, torch.arange(num_prompt), torch.arange(num_prompt - 1)[None]):
+        with pytest.raises(tq_fast.InvalidArgument, match=r"position_ids must be .* and count"):
+            call(position_ids=positions, max_new_tokens=2)
+    shorter = inputs.attention_mask[:, 1:].clone()
+    shorter[:, 0] = 0
+    for mask, message in (
+        (shorter, r"attention_mask must have the shape of input_ids, \(1, "),
+        (torch.zeros_like(inputs.attention_mask), r"prompts\[0\] is empty"),
+    ):
+        with pytest.raises(tq_fast.InvalidArgument, match=message):
+            call(attention_mask=mask, max_new_tokens=2)
     cache = baseline(inputs.input_ids[:, :2], use_cache=True).past_key_values
-    with pytest.raises(tq_fast.InvalidArgument, match="past_key_values must be empty"):
+    with pytest.raises(
+        tq_fast.InvalidArgument, match="past_key_values must be empty, got 2 tokens"
+    ):
         call(past_key_values=cache, max_new_tokens=2)
     with pytest.raises(tq_fast.InvalidArgument, match="streamer must be None for more than one"):
         call(num_return_sequences=2, do_sample=True, max_new_tokens=2, streamer=Listener())

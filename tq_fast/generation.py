@@ -32,12 +32,13 @@ from .session.method import MethodOptions, RunOptions
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
-# Settings of `generate` that are read; lengths are read where it has made one of them.
+# Settings that choose tokens and are read whatever the method is. What was passed as max_new_tokens
+# stands in `max_length`, to which `generate` adds the length of the prompt.
 _READ = ("min_length", "min_new_tokens", "num_return_sequences")
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # Fields of DecodeConfig that `generate` has settings of its own for.
 _FROM_GENERATE = ("max_new_tokens", "min_new_tokens", "eos_token_id", "num_return_sequences")
-# What transformers makes for its own loop.
+# Inputs of the model that transformers makes for its own loop; the methods make their own.
 _OF_THE_LOOP = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 
 
@@ -70,7 +71,7 @@ def generate(
 
         model.generate(**inputs, custom_generate=tq_fast.generate, reward=reward, alpha=0.5)
 
-    The model whose `generate` is called takes the part that is left: it is the baseline, which
+    The model whose `generate` is called takes the role that is left: it is the baseline, which
     rolls out, also where `sft=` names a prior; where `baseline=` (or `baselines=`) is given it is
     `sft`, the prior that is steered; and for a method that has no baseline it is `sft` too.
 
@@ -104,6 +105,11 @@ def generate(
     """
     heard = _streamer_of_generate()
     try:
+        if heard is not None and streamer is not None:
+            raise InvalidArgument(
+                "streamer must be passed to model.generate or bound to tq_fast.generate, got both: "
+                f"{heard!r} and {streamer!r}"
+            )
         if generation_config is None:
             raise InvalidArgument(
                 "tq_fast.generate is called by model.generate: pass it as custom_generate="
@@ -114,10 +120,13 @@ def generate(
         call = _Call(model, input_ids, generation_config, method, options)
         call.check_processors(logits_processor or ())
         call.check_criteria(stopping_criteria or ())
-        result = call.run(heard or streamer, is_begun=heard is not None)
+        call.check_padding()
+        is_begun = heard is not None
+        result = call.run(heard if is_begun else streamer, is_begun=is_begun)
     finally:
-        # Whoever reads what the streamer hears would wait for ever after an error.
-        for listener in dict.fromkeys((heard, streamer)):
+        # Streamers hear the end of a call that fails, too: a thread that reads from one waits for
+        # the next token until then.
+        for listener in (heard, streamer):
             if listener is not None:
                 listener.end()
     return call.output(result)
@@ -187,7 +196,7 @@ class _Call:
             if name in self.options
         }
         self._take_settings()
-        self._take_part()
+        self._take_role()
 
     def _check_inputs(self) -> None:
         """Refuse what a model would read beside the ids of its prompts."""
@@ -199,15 +208,27 @@ class _Call:
         given = {name: value for name, value in self.model_inputs.items() if value is not None}
         cache = given.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
-            raise InvalidArgument("past_key_values must be empty: tq_fast encodes the whole prompt")
+            raise InvalidArgument(
+                f"past_key_values must be empty, got {cache.get_seq_length()} tokens: tq_fast "
+                "encodes the whole prompt"
+            )
         for name in given:
             if name not in _OF_THE_LOOP:
                 raise InvalidArgument(f"{name} is an input of the model that tq_fast does not pass")
         positions, mask = given.get("position_ids"), self._mask()
+        if mask.shape != self.input_ids.shape:
+            raise InvalidArgument(
+                f"attention_mask must have the shape of input_ids, {tuple(self.input_ids.shape)}, "
+                f"got {tuple(mask.shape)}"
+            )
         if positions is not None:
             expected = mask.long().cumsum(-1) - 1
-            if not torch.equal(positions.expand_as(expected)[mask], expected[mask]):
-                raise InvalidArgument("position_ids must count the tokens of each prompt from 0")
+            is_fitting = positions.shape in (expected.shape, expected[:1].shape)
+            if not is_fitting or not (positions == expected)[mask].all():
+                raise InvalidArgument(
+                    "position_ids must be [N, P] and count the tokens of each prompt from 0, as "
+                    f"attention_mask has them, got {positions.tolist()!r:.60}"
+                )
 
     def _check_settings(self) -> None:
         """Refuse settings that were passed, and that mean nothing here."""
@@ -226,7 +247,10 @@ class _Call:
                 )
             field = sampling_field(self.method, name, value)
             if field in self.options:
-                raise InvalidArgument(f"{name} and {field} are one setting; pass one of them")
+                raise InvalidArgument(
+                    f"{name}={value!r} and {field}={self.options[field]!r} are one setting; pass "
+                    "one of them"
+                )
             self.options[field] = value
         for name in _OUTPUTS:
             if getattr(self.settings, name, False):
@@ -257,8 +281,7 @@ class _Call:
 
         Lengths and EOS are criteria of `generate` itself.
         """
-        stop = self.options.get("stop") or ()
-        found = [stop] if isinstance(stop, str) else [*stop]
+        found: list[str] = []
         for one in criteria:
             if isinstance(one, StopStringCriteria):
                 found += one.stop_strings
@@ -267,8 +290,18 @@ class _Call:
                     f"stopping_criteria must be stop strings, got {type(one).__name__}: lengths, "
                     "eos_token_id and stop= end a response"
                 )
-        if found:
-            self.options["stop"] = tuple(found)
+        stop: Any = self.options.get("stop")
+        if stop is None:
+            stop = getattr(self.options.get("config"), "stop", ())
+        self.options["stop"] = (*DecodeConfig(stop=stop).stop_strings, *found)
+
+    def check_padding(self) -> None:
+        """Refuse responses that may differ in length where there is no id to pad them with."""
+        if self._pad_id() is None and self.options["stop"] and len(self.input_ids) > 1:
+            raise InvalidArgument(
+                f"pad_token_id is needed by {len(self.input_ids)} responses that stop strings end "
+                "at several lengths, got None, and no eos_token_id to take its place"
+            )
 
     def _is_built(self, criterion: Any) -> bool:
         """Whether `generate` has made a criterion from its settings."""
@@ -309,8 +342,8 @@ class _Call:
                 )
         self.options |= taken
 
-    def _take_part(self) -> None:
-        """Give the model the part that no other has."""
+    def _take_role(self) -> None:
+        """Give the model the role that no other has."""
         options = self.options
         others = [name for name in ("baseline", "baselines") if options.get(name) is not None]
         # The prior that ARGS and value guidance draw from is the only model that they need.
@@ -318,14 +351,14 @@ class _Call:
         has_none = self.method in ("sft", "controlled_decoding") or (
             self.method in ("args", "value_guided") and prior == "sft"
         )
-        part = "sft" if others or has_none or options.get("source") == "sft" else "baseline"
-        if options.get(part) is not None:
-            names = " and ".join([*others, part])
+        role = "sft" if others or has_none or options.get("source") == "sft" else "baseline"
+        if options.get(role) is not None:
+            names = " and ".join([*others, role])
             raise InvalidArgument(
                 f"{names} cannot be passed for the method {self.method!r}: the model whose "
-                f"generate is called is {part}"
+                f"generate is called is {role}"
             )
-        options[part] = self.model
+        options[role] = self.model
 
     def _mask(self) -> torch.Tensor:
         """Which ids are no padding, bool `[N, P]`."""
@@ -333,17 +366,24 @@ class _Call:
         return torch.ones_like(self.input_ids).bool() if mask is None else mask.bool()
 
     def _end_ids(self) -> tuple[int, ...]:
+        """The ids that end a response; `generate` takes an id, a list and a tensor."""
         ids = self.settings.eos_token_id
-        if ids is None:
-            return ()
-        return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+        return () if ids is None else tuple(torch.as_tensor(ids).long().flatten().tolist())
+
+    def _pad_id(self) -> int | None:
+        """What `generate` pads with: the first EOS where no other id is given."""
+        pad = self.settings.pad_token_id
+        return next(iter(self._end_ids()), None) if pad is None else int(pad)
 
     def run(self, streamer: BaseStreamer | None, *, is_begun: bool) -> DecodeResult:
         """Decode the prompts; `is_begun` says that the streamer has heard the prompt."""
         if streamer is not None and len(self.input_ids) != 1:
             raise InvalidArgument(
-                f"streamer must be None for more than one response, got {len(self.input_ids)}"
+                f"streamer must be None for more than one response, got {len(self.input_ids)} "
+                "responses"
             )
+        if streamer is not None and self.running.get("progress"):
+            raise InvalidArgument("progress must be False beside a streamer, got True")
         num = self.settings.num_return_sequences
         rows = zip(self.input_ids[::num], self._mask()[::num], strict=True)
         prompts = [ids[is_token].cpu() for ids, is_token in rows]
@@ -352,20 +392,17 @@ class _Call:
             return opened.decode(prompts, **self.running)
         if not is_begun:
             streamer.put(self.input_ids.cpu())
-        stream = opened.stream(prompts, memory_budget=self.running.get("memory_budget"))
-        for token in stream:
-            streamer.put(torch.tensor([token.token_id]))
+        # The block frees the decode's buffers where the streamer raises.
+        with opened.stream(prompts, memory_budget=self.running.get("memory_budget")) as stream:
+            for token in stream:
+                streamer.put(torch.tensor([token.token_id]))
         return stream.result
 
     def output(self, result: DecodeResult) -> torch.Tensor | DecodedOutput:
         """Return prompts and responses as `generate` does."""
         lengths = [len(ids) for ids in result.sequences]
-        pad = self.settings.pad_token_id
-        if pad is None:
-            pad = next(iter(self._end_ids()), None)
-        if pad is None and len(set(lengths)) > 1:
-            raise InvalidArgument("pad_token_id is needed for responses of several lengths")
-        new = self.input_ids.new_full((len(lengths), max(lengths)), 0 if pad is None else pad)
+        # Without an id to pad with, all responses have one length.
+        new = self.input_ids.new_full((len(lengths), max(lengths)), self._pad_id() or 0)
         for row, ids in zip(new, result.sequences, strict=True):
             row[: len(ids)] = ids
         sequences = torch.cat([self.input_ids, new], dim=1)

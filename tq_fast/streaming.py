@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Generator, Iterator
-from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 from .errors import InvalidArgument
@@ -94,12 +94,7 @@ class TokenStream(Iterator[StreamedToken]):
     def __enter__(self) -> TokenStream:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -126,9 +121,8 @@ class TextPieces:
         ids, skips = self._token_ids, self._skips
         if is_last:
             text = self._stop.text(ids, skip_special_tokens=skips)
-            pairs = enumerate(zip(text, self._said, strict=False))
-            parting = (place for place, (one, other) in pairs if one != other)
-            num_common = next(parting, min(len(text), len(self._said)))
+            # Letter by letter, which the name of the module does not say.
+            num_common = len(os.path.commonprefix([text, self._said]))  # noqa: RUF071
         else:
             text = self._stop.settled_text(ids, skip_special_tokens=skips)
             if not text.startswith(self._said):
