@@ -74,6 +74,7 @@ def test_answers_and_errors_come_back_whatever_else_is_printed() -> None:
         assert worker.call("clock")["seconds"] > 0
         with pytest.raises(WorkerFailed, match=r"(?s)ended at 'leave'.*out of memory"):
             worker.call("leave")
+        worker._process.wait()
         # Nobody reads this command; that it cannot be delivered is no error of its own at the end.
         with pytest.raises(WorkerFailed, match="ended at 'clock'"):
             worker.call("clock")
