@@ -109,6 +109,17 @@ def test_no_line_is_wider_than_the_terminal_and_prose_has_room(command: str) -> 
             assert len(line.rstrip(" │")) > 24
 
 
+@pytest.mark.parametrize(("name", "word"), [("horizon", "none"), ("eos-token-id", "never")])
+def test_a_number_that_may_be_a_word_names_it(name: str, word: str) -> None:
+    said = options_in(help_of("decode", width=120))[name]
+    assert re.match(rf"--{name} +N\|{word} ", said), said
+
+
+def test_the_help_says_what_skipping_special_tokens_does() -> None:
+    said = options_in(help_of("decode", width=120))["skip-special-tokens"]
+    assert "Leave special tokens out" in said and "Default: left out." in said
+
+
 def test_special_tokens_in_examples_are_not_taken_for_markup() -> None:
     assert "<think>" in help_of("decode", width=120)
 
