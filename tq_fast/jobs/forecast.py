@@ -49,5 +49,5 @@ def forecast(opened: OpenMethod, prompts: Sequence[Prompt]) -> Forecast:
         token_forwards={role: num * count for role, count in counts.items()},
         is_bound=cost.is_bound,
         tokens_per_prompt=num * method.tokens_per_prompt,
-        scores_texts=draws_texts(method) and "reward" in method.session.rewards,
+        scores_texts=draws_texts(method) and "reward" in opened.session.rewards,
     )
