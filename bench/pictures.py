@@ -1,15 +1,16 @@
 """Draw the results of `make bench`: cost against shape, and the worth of each speed option.
 
-    python -m bench.pictures RESULTS.json FOLDER
+    python -m bench.pictures RESULTS FOLDER
 
-RESULTS.json is what pytest-benchmark wrote (--benchmark-json); the pictures are
-FOLDER/decode-shapes.png and FOLDER/speed-options.png. A picture whose benches did not run is not
-drawn.
+RESULTS is what pytest-benchmark wrote (--benchmark-json), or a .txt of bench/results, of which the
+speed options are read. The pictures are FOLDER/decode-shapes.png and FOLDER/speed-options.png. A
+picture whose benches did not run is not drawn.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -31,11 +32,22 @@ _TITLES = {
 _COLOURS = {"fp32": "#2563ab", "bf16": "#d9772b"}
 _COPIES = "prompt (generate over copies)"
 Series = dict[tuple[str, str], list[tuple[int, dict[str, Any]]]]
+# A line of bench/test_speed_options.py, as tables keep it.
+_OPTION = re.compile(
+    r"(?P<option>[a-z_ ]+): (?P<ratio>[\d.]+)x \(.*\), token-forwards of the baseline "
+    r"(?P<baseline>[\d.]+)x, of the reward (?P<reward>[\d.]+)x"
+)
+# What options are called now that had another name when a table was made.
+_RENAMED = {"few_rows": "cpu_layers"}
 
 
 def main(results: Path, folder: Path) -> list[Path]:
     """Draw every picture for which `results` holds something; return their files."""
-    records = [bench["extra_info"] for bench in json.loads(results.read_text())["benchmarks"]]
+    text = results.read_text()
+    if results.suffix == ".txt":
+        records = read_options(text)
+    else:
+        records = [bench["extra_info"] for bench in json.loads(text)["benchmarks"]]
     series: Series = defaultdict(list)
     for info in records:
         if "axis" in info:
@@ -51,6 +63,19 @@ def main(results: Path, folder: Path) -> list[Path]:
     if speed:
         drawn.append(_draw_speed(speed, folder / "speed-options.png"))
     return drawn
+
+
+def read_options(table: str) -> list[dict[str, Any]]:
+    """Return the speed options of a stored table as the benches record them, by their names now."""
+    return [
+        {
+            "option": _RENAMED.get(found["option"], found["option"]),
+            "ratio": float(found["ratio"]),
+            "forwards": {role: float(found[role]) for role in ("baseline", "reward")},
+        }
+        for found in map(_OPTION.fullmatch, table.splitlines())
+        if found
+    ]
 
 
 def _draw_shapes(series: Series, file: Path) -> Path:

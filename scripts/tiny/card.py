@@ -73,7 +73,7 @@ text and reads responses back, so what a response says is known exactly.
 | `weights/sft` | language model: Llama, {_num_parameters(weights) / 1e6:.2f} M parameters, 3 layers | TRL `SFTTrainer` on reviews of mixed quality, some with slips |
 | `weights/reward` | r, the target reward: prefers helpful answers | TRL `RewardTrainer` on pairs that the helpful reader chose |
 | `weights/baseline_reward` | r_BL: prefers friendly answers | the same, pairs that the friendly reader chose |
-| `weights/baseline` | language model aligned to r_BL, beta = {beta} | TRL `DPOTrainer`: pairs of SFT samples, the choice drawn with probability sigmoid(r_BL difference) |
+| `weights/baseline` | language model aligned to r_BL, beta = {beta} | TRL `DPOTrainer` on pairs of SFT samples; sigmoid(r_BL difference) chooses |
 
 The *helpful* reader wants the two aspects that were asked for, figures (price, waiting time,
 rating) and a tip; the *friendly* reader wants praise, thanks and enthusiasm. Both want the question

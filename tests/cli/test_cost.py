@@ -190,6 +190,14 @@ def test_whole_texts_are_timed_without_their_scores(
     assert "for 6 prompts, and the time to score them; the first step" in job.said
 
 
+def test_texts_that_no_reward_scores_are_timed_as_a_whole(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tq_fast.cli.progress._MEASURED_FOR", 0.0)
+    assert job.run(models={"method": "sft", "baseline": None, "reward": None}) == 0
+    assert "for 6 prompts; the first step" in job.said
+
+
 @pytest.mark.parametrize("field", ["batch_size", "memory_budget"])
 def test_a_wrong_size_is_refused_before_a_model_is_loaded(job: Job, field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field} must be "):

@@ -8,9 +8,11 @@ import typing
 import pytest
 from typer.testing import CliRunner
 
+from tests.meta.pages import ROOT
 from tq_fast import config as settings
 from tq_fast.cli import app as cli
 from tq_fast.cli.methods import METHOD_NAMES
+from tq_fast.evaluation.config_file import recipe_files
 
 COMMANDS = ("decode", "fit-value", "demo", "eval", "report", "info")
 
@@ -50,6 +52,20 @@ def test_every_command_has_an_example_of_itself_and_a_page(command: str) -> None
 
 def test_the_help_of_decode_leads_to_the_form_of_its_records() -> None:
     assert "docs/cli/decode.md: the form of prompts and records" in help_of("decode", width=80)
+    assert "docs/cli/decode.md: the form of records" in help_of("eval", width=80)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_pages_that_a_help_names_exist(command: str) -> None:
+    named = re.findall(r"docs/[\w/-]+\.md", help_of(command, width=80))
+    assert named and all((ROOT / page).is_file() for page in named)
+
+
+def test_the_help_of_eval_names_every_recipe() -> None:
+    said = " ".join(help_of("eval", width=200).replace("│", " ").split())
+    own = [file.stem for file in recipe_files() if not file.stem.startswith("paper-")]
+    named = re.search(r"a shipped recipe: (.*), or one of paper-\*", said)
+    assert named and sorted(named[1].split(", ")) == sorted(own)
 
 
 CHOICES = {
@@ -107,6 +123,17 @@ def test_no_line_is_wider_than_the_terminal_and_prose_has_room(command: str) -> 
     for line in lines:
         if re.match(r"│ [* ] *--|│ --", line) and "--no-" not in line:
             assert len(line.rstrip(" │")) > 24
+
+
+@pytest.mark.parametrize(("name", "word"), [("horizon", "none"), ("eos-token-id", "never")])
+def test_a_number_that_may_be_a_word_names_it(name: str, word: str) -> None:
+    said = options_in(help_of("decode", width=120))[name]
+    assert re.match(rf"--{name} +N\|{word} ", said), said
+
+
+def test_the_help_says_what_skipping_special_tokens_does() -> None:
+    said = options_in(help_of("decode", width=120))["skip-special-tokens"]
+    assert "Leave special tokens out" in said and "Default: left out." in said
 
 
 def test_special_tokens_in_examples_are_not_taken_for_markup() -> None:

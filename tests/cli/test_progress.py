@@ -68,8 +68,35 @@ def test_a_prompt_that_ends_early_counts_as_all_its_work(clock: Clock) -> None:
     console = Console(file=io.StringIO())
     with JobProgress(console, "prompts", work_of(2)) as progress:
         clock.now = 20.0
+        progress.end(0)
+    assert lines_of(console) == ["1/2 prompts, 180 prompts/h, 20 s left"]
+
+
+def test_prompts_that_fail_say_nothing_of_the_time_that_others_take(clock: Clock) -> None:
+    console = Console(file=io.StringIO())
+    with JobProgress(console, "prompts", work_of(10), announces=True) as progress:
+        clock.now = 0.01
+        # They cannot be read, which is known before the first step.
+        for key in range(4):
+            progress.end(key, is_failed=True)
+        assert lines_of(console) == []
+        for _ in range(12):
+            draw(progress, clock, [9], 1.0)
+    said, later = lines_of(console)
+    # Six prompts of ten tokens are left, of which one is drawn in a second.
+    assert said.startswith("360 prompts an hour: at most about 1 min for 6 prompts; the first step")
+    assert later == "4/10 prompts, 0.9 tokens/s, 360 prompts/h, 50 s left, 4 failed"
+
+
+def test_a_prompt_that_fails_midway_is_no_work_that_was_done(clock: Clock) -> None:
+    console = Console(file=io.StringIO())
+    with JobProgress(console, "prompts", work_of(3)) as progress:
+        for _ in range(8):
+            draw(progress, clock, [0], 1.0)
         progress.end(0, is_failed=True)
-    assert lines_of(console) == ["1/2 prompts, 180 prompts/h, 20 s left, 1 failed"]
+        clock.now = 20.0
+        progress.end(1)
+    assert lines_of(console) == ["2/3 prompts, 0.4 tokens/s, 180 prompts/h, 20 s left, 1 failed"]
 
 
 def test_tokens_of_prompts_that_begin_again_count_once(clock: Clock) -> None:
@@ -135,10 +162,10 @@ def test_items_of_unequal_work_say_what_is_left_by_work_and_to_what_they_belong(
         progress.end(("cheap", 0), label="s/cheap")
         clock.now += 20.0
         progress.end(("dear", 0), label="s/dear", is_failed=True)
-    # After 20 s one of ten parts of the work is done, after 40 s five.
+    # After 20 s one of ten parts of the work is done. After 40 s four of them are no work any more.
     assert lines_of(console) == [
         "4/7 responses, s/cheap, 72 responses/h, 3 min left",
-        "5/7 responses, s/dear, 180 responses/h, 40 s left, 1 failed",
+        "5/7 responses, s/dear, 45 responses/h, 3 min 20 s left, 1 failed",
     ]
 
 

@@ -184,9 +184,11 @@ def test_weights_must_be_normalised_within_each_candidate(size: tuple[int, int, 
         return float((values - truth).abs().mean())
 
     assert error(weighed / normalisers) < 1e-10
-    # Rewards lie in [0, 1], so these errors are large.
-    assert error(weighed) > 0.1
-    assert error(weighed * ratio) > 0.1
+    # Rewards lie in [0, 1], so these errors are large: larger than those without weights.
+    unweighed = error(state_values(source, world.reward)[0])
+    assert 0.15 < unweighed < 0.19
+    assert error(weighed) > max(unweighed, 0.23)
+    assert error(weighed * ratio) > max(unweighed, 0.2)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -384,14 +384,23 @@ def demo(
 _EVAL_EXAMPLES = _examples(
     "tq-fast eval tiny --output results",
     "tq-fast report results",
-    links={"docs/cli/eval.md": "the configuration file, and the shipped recipes"},
+    links={
+        "docs/cli/eval.md": "the configuration file, and the shipped recipes",
+        "docs/cli/decode.md": "the form of records",
+        "docs/results/measures.md": "what is measured",
+    },
 )
 
 
 @app.command(name="eval", cls=RayCommand, epilog=_EVAL_EXAMPLES)
 def evaluate(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A TOML file, or a recipe such as `tiny`.")
+        str,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A TOML file, or a shipped recipe: tiny, tiny-ablations, frontier, real, or one "
+            "of paper-*.",
+        ),
     ],
     *,
     output: Annotated[
@@ -434,7 +443,11 @@ def evaluate(
 
 
 _REPORT_EXAMPLES = _examples(
-    "tq-fast report results", links={"docs/cli/eval.md": "what the pictures show"}
+    "tq-fast report results",
+    links={
+        "docs/cli/eval.md": "what is made",
+        "docs/results/measures.md": "what the numbers mean",
+    },
 )
 
 

@@ -220,7 +220,7 @@ class DecodeJob:
             dict.fromkeys(self.pending, left.tokens_per_prompt),
             num_before=len(self.done),
             announces=True,
-            leaves_out="and the time to score them" if left.draws_texts else "",
+            leaves_out="and the time to score them" if left.scores_texts else "",
         )
 
     def _write(self, finished: Finished) -> None:

@@ -50,7 +50,8 @@ _PANELS: dict[str, dict[str, str]] = {
         "backend": "The one backend that every op must use. Default: the fastest that accepts.",
     },
     "Special tokens in texts": {
-        "skip_special_tokens": "Default: left out. `--no-skip-special-tokens` keeps them.",
+        "skip_special_tokens": "Leave special tokens out of the texts, or keep them. Default: "
+        "left out.",
     },
 }
 _HELP = {name: (panel, line) for panel, lines in _PANELS.items() for name, line in lines.items()}
@@ -186,11 +187,11 @@ def _option(field: dataclasses.Field[Any], hint: Any, default: Any) -> inspect.P
     settings: dict[str, Any] = {}
     if field.name == "horizon":
         kind: Any = str
-        settings = {"parser": _horizon, "metavar": "N"}
+        settings = {"parser": _horizon, "metavar": "N|none"}
         default = str(default)
     elif field.name == "eos_token_id":
         kind = list[str]
-        settings["metavar"] = "N"
+        settings["metavar"] = "N|never"
     elif field.name == "stop":
         kind, default = list[str], []
         settings["metavar"] = "TEXT"

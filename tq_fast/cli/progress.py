@@ -38,7 +38,7 @@ class JobProgress(Generic[_Key]):
     The time left follows from the work done per second: between the first step that was heard of
     and the last one, which leaves out what came before the first (prompts are encoded, kernels warm
     up or are compiled); without steps, since the start. An item that ends early counts as all of
-    its work.
+    its work; one that fails counts as none, since it says nothing of the time that others take.
 
     Args:
         console: where to show it.
@@ -136,11 +136,15 @@ class JobProgress(Generic[_Key]):
         """
         counted = self._tokens_of.pop(key, 0)
         self._num_done += 1
-        self._num_failed += is_failed
         self._num_tokens += max(0, num_tokens - counted)
-        self._ended += self._work[key]
-        # Work of items that fail, or that are done elsewhere, is not heard of before.
-        self._done = max(self._done, self._ended)
+        if is_failed:
+            self._num_failed += 1
+            self._total -= self._work[key]
+            self.restart(())
+        else:
+            self._ended += self._work[key]
+            # Work that is done elsewhere is not heard of before.
+            self._done = max(self._done, self._ended)
         self._label = label
         self._announce()
         self._show()
@@ -152,6 +156,11 @@ class JobProgress(Generic[_Key]):
         self._done = self._ended
         # Work is not measured over the time that was lost.
         self._first_step = self._last_step = None
+
+    @property
+    def _num_with_work(self) -> int:
+        """Items of this run that have not failed."""
+        return len(self._work) - self._num_failed
 
     def _speed(self) -> float | None:
         """The work a second; None where too little was measured."""
@@ -171,7 +180,7 @@ class JobProgress(Generic[_Key]):
         if speed is None:
             return
         self._is_announced = True
-        num = len(self._work)
+        num = self._num_with_work
         text = f"{describe_rate(num * 3600 * speed / self._total)} {self._unit} an hour: "
         # Responses that end early make it less; those that have ended are part of the speed.
         text += "about " if self._ended else "at most about "
@@ -186,7 +195,12 @@ class JobProgress(Generic[_Key]):
     def _show(self) -> None:
         """Move the bar; without one, print a line if the last one is old enough."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=self._describe())
+            self._bar.update(
+                self._task,
+                total=self._total,
+                completed=self._done,
+                description=self._describe(),
+            )
             return
         interval = max(_LINE_INTERVAL, _LINE_SHARE * self.seconds)
         if time.monotonic() - self._last_line >= interval:
@@ -201,7 +215,7 @@ class JobProgress(Generic[_Key]):
             parts.append(f"{self.rate:.1f} tokens/s")
         speed = self._speed()
         if speed is not None:
-            an_hour = len(self._work) * 3600 * speed / self._total
+            an_hour = self._num_with_work * 3600 * speed / self._total
             parts.append(f"{describe_rate(an_hour)} {self._unit}/h")
             parts.append(f"{format_seconds((self._total - self._done) / speed)} left")
         if self._num_failed:

@@ -22,7 +22,7 @@ class Forecast:
         token_forwards: tokens that go through each model, by role.
         is_bound: whether these numbers are bounds, or estimates.
         tokens_per_prompt: tokens that are drawn for a prompt, at most, as progress counts them.
-        draws_texts: whether whole texts or blocks are drawn, which are scored once they are.
+        scores_texts: whether whole texts or blocks are drawn, and scored once they are.
     """
 
     num_prompts: int
@@ -31,7 +31,7 @@ class Forecast:
     token_forwards: Mapping[str, int]
     is_bound: bool
     tokens_per_prompt: int
-    draws_texts: bool
+    scores_texts: bool
 
 
 def forecast(opened: OpenMethod, prompts: Sequence[Prompt]) -> Forecast:
@@ -49,5 +49,5 @@ def forecast(opened: OpenMethod, prompts: Sequence[Prompt]) -> Forecast:
         token_forwards={role: num * count for role, count in counts.items()},
         is_bound=cost.is_bound,
         tokens_per_prompt=num * method.tokens_per_prompt,
-        draws_texts=draws_texts(method),
+        scores_texts=draws_texts(method) and "reward" in opened.session.rewards,
     )
