@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
+from tq_fast.forest.huge_pages import ask_for_huge_pages
 from tq_fast.ops import few_rows_linear
 
 
@@ -39,8 +40,10 @@ class Work:
 
 @functools.cache
 def measure_machine(dtype: torch.dtype) -> Machine:
-    """Read a large buffer, and multiply matrices; the fastest of several rounds is the ceiling."""
-    buffer = torch.ones(1 << 27, dtype=torch.float32)
+    """Read a large buffer in huge pages, and multiply; the fastest round is the ceiling."""
+    buffer = torch.empty(1 << 27, dtype=torch.float32)
+    ask_for_huge_pages([buffer])
+    buffer.fill_(1)
     reading = _least_seconds(lambda: buffer.sum())
     rates = []
     for rows, size, columns in ((1024, 2048, 2048), (512, 768, 2048), (256, 2048, 768)):

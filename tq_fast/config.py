@@ -331,7 +331,8 @@ class SpeedOptions:
         refill_slots: with a fixed horizon, a finished prompt's place in the forest goes to the next
             prompt at once (same tokens). Prompts that roll out to the end stay together.
         share_prefixes: what a prompt has in common with another one in the forest is not encoded
-            again (same tokens up to rounding).
+            again, and several responses to one prompt are drawn over one copy of it (same tokens
+            up to rounding).
         graph_rollouts: on a CUDA device, each forward pass over branches (a depth of the roll-outs,
             the pass of the reward or of the SFT model) is one CUDA graph, replayed, and so is a
             token of plain and of value-guided decoding (same tokens). Equal roll-outs part after

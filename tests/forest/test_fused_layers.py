@@ -144,7 +144,7 @@ def fused(model: PreTrainedModel) -> list[int]:
     """The numbers of the layers that may run fused."""
     view = attending(model)
     found = fuse_layers(view, model, None)
-    return [layer.self_attn.layer_idx for layer, _, _ in found.forwards]
+    return [layer.self_attn.layer_idx for layer, _ in found.forwards]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma", "olmo2", "phi3", "granite", "gpt2"])

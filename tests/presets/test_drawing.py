@@ -16,7 +16,7 @@ from tests.presets.test_presets import ATOL, ENDS, PROMPTS, models, run, tokens,
 from tests.presets.test_refining import CUTS, NUMBERS, fixed_cut, naive, read, word_tokenizer
 from tests.test_speed_options import share_of_low
 from tq_fast import session
-from tq_fast.config import DecodeConfig
+from tq_fast.config import DecodeConfig, Role, SpeedOptions
 from tq_fast.errors import DecodingError, RewardError
 from tq_fast.models.options import LoadingOptions
 from tq_fast.presets.drawing import TextForest
@@ -151,6 +151,33 @@ def test_an_error_keeps_the_texts_that_are_finished(method: str) -> None:
     assert {idx: ids.tolist() for idx, ids in caught.value.finished.items()} == dict(
         enumerate(tokens(whole)[:2])
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "role"), [("sft", "sft"), ("value_guided", "sft"), ("best_of_n", "baseline")]
+)
+def test_equal_prompts_side_by_side_share_a_tree(method: str, role: Role) -> None:
+    prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[1]]
+    options: dict[str, Any] = {"num_return_sequences": 3, "batch_size": 9}
+    options |= {"min_new_tokens": 2, "eos_token_id": ENDS}
+    apart = run(method, prompts, speed=SpeedOptions(share_prefixes=False), **options)
+    ours = run(method, prompts, **options)
+    assert tokens(ours) == tokens(apart)
+    assert len({tuple(text) for text in tokens(ours)}) > 3
+    for one, other in zip(ours.certificates, apart.certificates, strict=True):
+        assert one.kl_to_sft == pytest.approx(other.kl_to_sft, abs=ATOL)
+    # One of three equal prompts is encoded, and the third prompt is a copy of the first.
+    saved = apart.stats.token_forwards[role] - ours.stats.token_forwards[role]
+    assert saved == 2 * (5 + 3 + 5) + 5
+    assert ours.stats.peak_kv_bytes[role] < apart.stats.peak_kv_bytes[role]
+
+
+def test_a_stop_string_ends_the_response_of_its_own_prompt_in_a_shared_tree() -> None:
+    options: dict[str, Any] = {"num_return_sequences": 4, "stop": ["t7", "t3 "]}
+    lm = {**models(), "tokenizer": word_tokenizer()}
+    apart = run("sft", [PROMPTS[0]], speed=SpeedOptions(share_prefixes=False), **lm, **options)
+    ours = run("sft", [PROMPTS[0]], **lm, **options)
+    assert tokens(ours) == tokens(apart)
 
 
 def open_forest(

@@ -36,10 +36,6 @@ from .linears import (
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-# A quantiser's own product first makes a copy of the weights in the dtype of the rows.
-MOST_ROWS_OF_INT8 = 256
-
-
 def most_rows(dtype: torch.dtype) -> int:
     """Rows up to which `few_rows_linear` is the faster one on this processor; 0: never.
 
@@ -49,9 +45,7 @@ def most_rows(dtype: torch.dtype) -> int:
     Args:
         dtype: that of the weights; int8 beside rows of any dtype.
     """
-    if dtype is torch.int8:
-        return 0 if _native.cpu_isa() in (None, "base") else MOST_ROWS_OF_INT8
-    if dtype not in KERNEL_FLOATS or _native.cpu_refusal() is not None:
+    if dtype not in KERNEL_FLOATS | {torch.int8} or _native.cpu_refusal() is not None:
         return 0
     return int(torch.ops.tq_fast.most_few_rows(torch.empty(0, dtype=dtype)))
 
@@ -90,12 +84,12 @@ class CpuLayers:
                 _warned.add(source)
                 warn_caller(f"{type(source).__name__}: {self._int8_linears()}")
             self._stack = stack_layers(view, source, self._fused, backend)
-            for layer, forward, _ in self._fused.forwards:
+            for layer, forward in self._fused.forwards:
                 layer.__dict__["forward"] = forward
             if self._stack is not None:
                 self._stack.base.__dict__["forward"] = self._stack.forward
             # What runs inside of a fused layer is not called by itself.
-            inside = {part for layer, _, _ in self._fused.forwards for part in layer.modules()}
+            inside = {part for layer, _ in self._fused.forwards for part in layer.modules()}
             self._linears = [known for known in self._linears if known[0] not in inside]
         self._stand_ins: dict[int, list[tuple[nn.Module, Forward]]] = {}
         self._installed: list[tuple[nn.Module, Forward]] = []
@@ -121,7 +115,7 @@ class CpuLayers:
     @property
     def taken(self) -> frozenset[nn.Module]:
         """Modules that something stands in for in some passes, and what those are made of."""
-        fused = [module for module, _, _ in self._fused.forwards] if self._fused else []
+        fused = [module for module, _ in self._fused.forwards] if self._fused else []
         linears = [module for module, _ in self._linears]
         return frozenset(part for module in (*fused, *linears) for part in module.modules())
 

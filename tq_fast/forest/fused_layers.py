@@ -55,19 +55,18 @@ class FusedLayers:
     """The decoder layers of a model that may run fused, and why the others may not.
 
     Attributes:
-        forwards: a layer of the view, what stands in for its forward, and the dtype of its weights:
-            int8 where any of its linear layers has such weights.
+        forwards: a layer of the view, and what stands in for its forward.
         num_layers: decoder layers of the model.
         reasons: for the layers that run as they are, each reason with the number of its layers.
     """
 
-    forwards: list[tuple[nn.Module, Forward, torch.dtype]]
+    forwards: list[tuple[nn.Module, Forward]]
     num_layers: int
     reasons: Counter[str]
 
     def __str__(self) -> str:
         text = f"{len(self.forwards)} of {self.num_layers} decoder layers run fused"
-        num_int8 = sum(dtype is torch.int8 for _, _, dtype in self.forwards)
+        num_int8 = sum(any(map(is_int8_linear, layer.modules())) for layer, _ in self.forwards)
         if num_int8 > 0:
             text += f", {num_int8} with int8 weights"
         others = [f"{count} {reason}" for reason, count in self.reasons.most_common()]
@@ -93,9 +92,7 @@ def fuse_layers(view: nn.Module, source: nn.Module, backend: str | None) -> Fuse
                 _verdicts[original] = None if agrees else _DISAGREES
             reason = _verdicts[original]
         if reason is None:
-            is_int8 = any(is_int8_linear(module) for module in layer.modules())
-            dtype = torch.int8 if is_int8 else layer.self_attn.q_proj.weight.dtype
-            found.forwards.append((layer, forward, dtype))
+            found.forwards.append((layer, forward))
         else:
             found.reasons[reason] += 1
     left = found.num_layers - len(found.forwards) - found.reasons.total()

@@ -1,10 +1,10 @@
 """All decoder layers of a model in one call, where they all are of Llama's formula.
 
-Between two layers of transformers lie some 200 us of Python. Where every layer of a backbone runs
-fused (`fused_layers`), a pass over branches is one call of `run_decoder_layers`: the same kernels
-in the same order, hence the same numbers. What the backbone does around its layers (embedding,
-rotary angles, last norm) is tried: both ways must agree on a few tokens. Prompts, and backbones
-that disagree, go layer by layer.
+Between two layers lies Python of transformers' and of the forest's. Where every layer of a backbone
+runs fused (`fused_layers`), a pass over branches is one call of `run_decoder_layers`: the same
+kernels in the same order, hence the same numbers. What the backbone does around its layers
+(embedding, rotary angles, last norm) is tried: both ways must agree on a few tokens. Prompts, and
+backbones that disagree, go layer by layer.
 """
 
 from __future__ import annotations
@@ -133,10 +133,9 @@ def stack_layers(
     """Return the stack of the backbone in `view`; None where its layers cannot run in one call."""
     base: Any = getattr(view, "base_model", None)
     layers = list(getattr(base, "layers", None) or ())
-    is_whole = 0 < len(layers) == fused.num_layers and all(
-        layer is own for layer, (own, _, _) in zip(layers, fused.forwards, strict=False)
-    )
-    if not is_whole or len(fused.forwards) != len(layers) or any(map(is_watched, (base, *layers))):
+    if not layers or layers != [layer for layer, _ in fused.forwards]:
+        return None
+    if len(layers) != fused.num_layers or any(map(is_watched, (base, *layers))):
         return None
     if [layer.self_attn.layer_idx for layer in layers] != list(range(len(layers))):
         return None
@@ -170,7 +169,7 @@ def _tried_windows(base: Any, fused: FusedLayers, backend: str | None) -> list[i
         return output.last_hidden_state
 
     try:
-        for layer, forward, _ in fused.forwards:
+        for layer, forward in fused.forwards:
             layer.__dict__["forward"] = _noting(forward, seen)
         call(base, ids[None, :3], PrefillPass(0, 0))
         windows = [window or 0 for window in seen]
@@ -187,7 +186,7 @@ def _tried_windows(base: Any, fused: FusedLayers, backend: str | None) -> list[i
         # A backbone that wants other arguments is of another kind, whatever it raises.
         return None
     finally:
-        for layer, _, _ in fused.forwards:
+        for layer, _ in fused.forwards:
             layer.__dict__.pop("forward", None)
     agrees = all(is_close(mine, theirs) for theirs, mine in zip(*results, strict=True))
     return windows if agrees else None  # type: ignore[return-value]

@@ -1,10 +1,10 @@
 """Weights and KV in huge pages, where they are in main memory and the system has them.
 
 A pass over a few rows is as fast as memory is read, and with pages of 4 kB the processor spends
-much of that time looking up where they lie: with pages of 2 MB memory was read two to three times
-as fast on a virtual machine. Linux gives them to new memory that asks (`MADV_HUGEPAGE`), and
-gathers what is there already (`MADV_COLLAPSE`, Linux 6.1), which takes some seconds a GB, once a
-model. No number changes. Where the system refuses, memory stays as it is.
+much of that time looking up where they lie (bench/test_huge_pages.py measures it). Linux gives
+pages of 2 MB to new memory that asks (`MADV_HUGEPAGE`), and gathers what is there already
+(`MADV_COLLAPSE`, Linux 6.1), which takes some seconds a GB, once a model. No number changes. Where
+the system refuses, memory stays as it is.
 """
 
 from __future__ import annotations

@@ -195,6 +195,10 @@ class Forest:
         """Append `tokens[i]` to the prefix of `trees[i]` (ascending) by one forward pass."""
         raise NotImplementedError
 
+    def copy_tree(self, source: int, tree: int) -> None:
+        """Let `tree`, which is empty, have the prefix of `source` and what is ready after it."""
+        self.cache.copy_prefix(source, tree, self.cache.prefix_len[source])
+
     def encode(
         self, trees: Iterable[int], texts: Sequence[list[int]], *, shares: bool = True
     ) -> None:
@@ -205,10 +209,17 @@ class Forest:
             texts: of every tree of the forest.
             shares: what a text has in common with a prefix that is there is copied.
         """
+        encoded: list[int] = []
         for tree in trees:
-            # Leave the last token to be encoded: its logits are the next-token logits.
-            known = share_prefix(self.cache, tree, texts[tree][:-1], texts) if shares else 0
-            self.prefill(tree, texts[tree][known:])
+            twins = (other for other in encoded if texts[other] == texts[tree])
+            twin = next(twins, None) if shares else None
+            if twin is not None:
+                self.copy_tree(twin, tree)
+            else:
+                # Leave the last token to be encoded: its logits are the next-token logits.
+                known = share_prefix(self.cache, tree, texts[tree][:-1], texts) if shares else 0
+                self.prefill(tree, texts[tree][known:])
+            encoded.append(tree)
 
     def seek(self, trees: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
         """Set the prefixes of `trees` (ascending) to `texts`, of which the cache holds the KV.
@@ -333,6 +344,12 @@ class LanguageForest(Forest):
         if self.hidden is not None:
             self._keep_hidden(tree, self.hidden[:, -1])
 
+    def copy_tree(self, source: int, tree: int) -> None:
+        super().copy_tree(source, tree)
+        self.next_logits[tree] = self.next_logits[source]
+        if self.next_hidden is not None:
+            self.next_hidden[tree] = self.next_hidden[source]
+
     def drop_tree(self, tree: int) -> None:
         """Take `tree` out; the last tree takes over its place."""
         last = self.cache.num_trees - 1
@@ -438,6 +455,10 @@ class StateForest(Forest):
         hidden = self.forward_rows(ids[:, None], start=0, tree=tree)
         self.cache.commit(trees, tree, torch.arange(len(trees), device=self.device))
         self.next_hidden[tree] = hidden[:, -1]
+
+    def copy_tree(self, source: int, tree: int) -> None:
+        super().copy_tree(source, tree)
+        self.next_hidden[tree] = self.next_hidden[source]
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

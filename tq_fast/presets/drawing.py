@@ -1,14 +1,16 @@
 """Whole responses, or what is left of them, drawn over forests of shared prefixes.
 
 Every prompt is a tree of the forest and every response a row of it, from its first token to its
-last; all rows of all prompts go through one forward pass a token. A text that was drawn can stay in
-its tree: it may be cut anywhere and continued from there, and nothing of it but the token before
-the cut is encoded again.
+last; all rows of all prompts go through one forward pass a token. Equal prompts that follow one
+another, such as those of several responses, share a tree. Where texts that were drawn stay in their
+trees, each prompt has one of its own: its text may be cut anywhere and continued from there, and
+nothing of it but the token before the cut is encoded again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -41,7 +43,7 @@ class Drawn:
     """One draw of tokens and the laws that they came from; T tokens, natural logs in fp32.
 
     Attributes:
-        tree: the tree that it belongs to.
+        tree: number of the prompt that it belongs to.
         row: the row of the caches that holds the KV of all its tokens but the last.
         token_ids: its tokens, an EOS included.
         columns: `[T]` by name, as `laws` lists them.
@@ -86,16 +88,17 @@ class TextForest:
         self.shares_prefixes = session.speed.share_prefixes
         self.uses_graphs = session.speed.graph_rollouts
         self.prompts = [list(response.prompt.token_ids) for response in responses]
+        self.keeps_texts = keeps_texts
+        # The tree of each prompt, ascending.
+        self._tree_of = _place(self.prompts, shares=self.shares_prefixes and not keeps_texts)
         self._leases: list[Lease] = []
-        self.forests = self._open(session, num_rows, keeps_texts)
-        self.states = self._open_states(session, num_rows, keeps_texts)
+        self.forests = self._open(session, num_rows)
+        self.states = self._open_states(session, num_rows)
         device = next(iter(self.forests.values())).device
         self.eos = torch.tensor(session.end_ids(config), dtype=torch.int64, device=device)
         self.graphs = self._open_graphs(session) if self._runs_graphs() else None
 
-    def _open(
-        self, session: Session, num_rows: int, keeps_texts: bool
-    ) -> dict[Role, LanguageForest]:
+    def _open(self, session: Session, num_rows: int) -> dict[Role, LanguageForest]:
         languages = {role: session.languages[role] for role in self.law.roles}
         by_model: dict[PreTrainedModel, LanguageForest] = {}
         for model in distinct(languages).values():
@@ -108,13 +111,11 @@ class TextForest:
                 keeps_hidden=reads is not None and languages[reads] is model,
                 cpu_layers=session.speed.cpu_layers,
                 compiled_modules=session.speed.compiled_modules,
-                **self._sizes(num_rows, keeps_texts),
+                **self._sizes(num_rows),
             )
         return {role: by_model[model] for role, model in languages.items()}
 
-    def _open_states(
-        self, session: Session, num_rows: int, keeps_texts: bool
-    ) -> StateForest | None:
+    def _open_states(self, session: Session, num_rows: int) -> StateForest | None:
         if not self.law.reads_reward:
             return None
         model: Any = session.rewards["reward"].model
@@ -124,7 +125,7 @@ class TextForest:
             model,
             cpu_layers=session.speed.cpu_layers,
             compiled_modules=session.speed.compiled_modules,
-            **self._sizes(num_rows, keeps_texts),
+            **self._sizes(num_rows),
         )
 
     def _take(self, session: Session, kind: type[_Kind], model: Any, **options: Any) -> _Kind:
@@ -148,12 +149,13 @@ class TextForest:
             lambda: TextGraphs(forests, states, law, eos=eos, num_tokens=num_tokens),
         )
 
-    def _sizes(self, num_rows: int, keeps_texts: bool) -> dict[str, Any]:
+    def _sizes(self, num_rows: int) -> dict[str, Any]:
         longest, most = max(map(len, self.prompts)), self.config.max_new_tokens
+        num_trees = self._tree_of[-1] + 1
         return {
-            "num_trees": len(self.prompts),
-            "num_rows": max(num_rows, len(self.prompts)),
-            "prefix_capacity": longest + (most if keeps_texts else 0),
+            "num_trees": num_trees,
+            "num_rows": max(num_rows, num_trees),
+            "prefix_capacity": longest + (most if self.keeps_texts else 0),
             "branch_capacity": max(1, most - 1),
             "backend": self.config.backend,
             "graphs": self.uses_graphs,
@@ -167,11 +169,13 @@ class TextForest:
 
     def prefill(self) -> None:
         """Encode the prompts; draws follow them directly until `seek` says otherwise."""
+        of_trees = list(dict(zip(self._tree_of, self.prompts, strict=True)).values())
         for forest in self.all_forests:
-            forest.encode(range(len(self.prompts)), self.prompts, shares=self.shares_prefixes)
+            forest.encode(range(len(of_trees)), of_trees, shares=self.shares_prefixes)
 
     def seek(self, texts: Mapping[int, Sequence[int]]) -> None:
         """Let the next draws of each tree follow `texts[tree]`, of which its KV is held."""
+        assert self.keeps_texts, "prompts may share a tree"
         trees = sorted(texts)
         whole = [[*self.prompts[tree], *texts[tree]] for tree in trees]
         for forest in self.all_forests:
@@ -182,6 +186,7 @@ class TextForest:
 
         The prefixes stay where they are, so that further draws can follow them.
         """
+        assert self.keeps_texts, "prompts may share a tree"
         for forest in self.all_forests:
             cache = forest.cache
             held = list(cache.prefix_len)
@@ -198,33 +203,33 @@ class TextForest:
         limit: int | None = None,
         on_depth: Callable[[int], None] = lambda num: None,
     ) -> list[Drawn]:
-        """Draw a continuation of each of `numbers` for every tree of `before`.
+        """Draw a continuation of each of `numbers` for every prompt of `before`.
 
         Args:
-            numbers: of the draws of a tree at this stage; each has a random stream of its own.
+            numbers: of the draws of a prompt at this stage; each has a random stream of its own.
             stage: number of the stage, part of the key of the random streams.
-            before: the response tokens that each tree's draws follow.
+            before: the response tokens that the draws of each prompt, by its number, follow.
             limit: tokens at most, beside the length that is left of the response.
             on_depth: called after every token of all draws, with their number.
 
         Returns:
-            The draws by tree, then number.
+            The draws by prompt, then number.
 
         Raises:
             DecodingError: logits that are no law; prompt_idx is the prompt's position in the call.
         """
-        trees = [tree for tree in sorted(before) for _ in numbers]
-        state = self._begin(trees, numbers, stage, before, limit)
+        prompts = [prompt for prompt in sorted(before) for _ in numbers]
+        state = self._begin(prompts, numbers, stage, before, limit)
         rows = RowMap(state)
         outputs = self._next_outputs(rows.tree)
-        started = [before.get(tree, ()) for tree in range(len(self.prompts))]
+        started = [before[prompt] for prompt in prompts]
         for depth in range(state.tokens.shape[1]):
             num = rows.num_active
             early = self._early(state, depth, started, num)
             draw = self.law.draw(outputs, state.keys[:num], depth, early)
             record_draw(draw, state, depth, eos=self.eos)
             self._stop(state, num, depth, started)
-            on_depth(len(trees))
+            on_depth(len(prompts))
             if self.graphs is not None:
                 # Graphs take rows that ascend in their trees, and so as they began.
                 is_last = depth + 1 == state.tokens.shape[1]
@@ -240,7 +245,7 @@ class TextForest:
                     for forest in self.all_forests:
                         forest.cache.take_rows(order, depth)
             outputs = self._forward(rows.tokens(depth), depth, rows.tree)
-        return self._collect(state, started)
+        return self._collect(state, prompts, started)
 
     def _finish_in(
         self,
@@ -263,10 +268,10 @@ class TextForest:
         """Finish those of the first `num` draws that end with a stop string."""
         if not self.stop:
             return
-        trees, drawn = state.tree[:num].tolist(), state.tokens[:num, : depth + 1].tolist()
+        origins, drawn = state.origin[:num].tolist(), state.tokens[:num, : depth + 1].tolist()
         is_met = [
-            self.stop.is_met([*started[tree], *tokens])
-            for tree, tokens in zip(trees, drawn, strict=True)
+            self.stop.is_met([*started[origin], *tokens])
+            for origin, tokens in zip(origins, drawn, strict=True)
         ]
         state.finished[:num] |= torch.tensor(is_met, device=state.finished.device)
 
@@ -292,7 +297,7 @@ class TextForest:
 
     def _begin(
         self,
-        trees: Sequence[int],
+        prompts: Sequence[int],
         numbers: Sequence[int],
         stage: int,
         before: Mapping[int, Sequence[int]],
@@ -300,15 +305,16 @@ class TextForest:
     ) -> RolloutState:
         keys = stream_keys(
             [
-                (self.responses[tree].prompt.key, stage, NO_CANDIDATE, number)
-                for tree in sorted(before)
+                (self.responses[prompt].prompt.key, stage, NO_CANDIDATE, number)
+                for prompt in sorted(before)
                 for number in numbers
             ]
         )
         most = self.config.max_new_tokens
-        limits = [most - len(before[tree]) for tree in trees]
+        limits = [most - len(before[prompt]) for prompt in prompts]
         if limit is not None:
             limits = [min(limit, left) for left in limits]
+        trees = [self._tree_of[prompt] for prompt in prompts]
         there = upload(self.eos.device, keys, torch.tensor(limits), torch.tensor(trees))
         return RolloutState.begin(*there, num_tokens=max(limits), columns=self.law.columns)
 
@@ -319,31 +325,36 @@ class TextForest:
         least = self.config.min_new_tokens
         if not least:
             return None
-        early = [len(started[tree]) + depth < least for tree in state.tree[:num].tolist()]
+        early = [len(started[origin]) + depth < least for origin in state.origin[:num].tolist()]
         return early if any(early) else None
 
-    def _collect(self, state: RolloutState, started: Sequence[Sequence[int]]) -> list[Drawn]:
+    def _collect(
+        self,
+        state: RolloutState,
+        prompts: Sequence[int],
+        started: Sequence[Sequence[int]],
+    ) -> list[Drawn]:
         """Return what came of every draw, in the order in which they began."""
-        fields = (state.origin, state.tree, state.lengths, state.tokens, *state.columns.values())
+        fields = (state.origin, state.lengths, state.tokens, *state.columns.values())
         origin, *ended = download(*fields)
         places = origin.argsort()
-        tree, lengths, tokens, *values = (field[places] for field in ended)
+        lengths, tokens, *values = (field[places] for field in ended)
         columns = dict(zip(state.columns, values, strict=True))
         drawn = [
             Drawn(
-                of_tree,
+                prompts[i],
                 row,
                 of_row[:length],
                 {name: column[i, :length] for name, column in columns.items()},
             )
-            for i, (row, of_tree, length, of_row) in enumerate(
-                zip(*(field.tolist() for field in (places, tree, lengths, tokens)), strict=True)
+            for i, (row, length, of_row) in enumerate(
+                zip(*(field.tolist() for field in (places, lengths, tokens)), strict=True)
             )
         ]
-        for one in drawn:
+        for one, before in zip(drawn, started, strict=True):
             broken = (one.columns["policy"] == -torch.inf).nonzero()
             if len(broken):
-                step = int(broken[0]) + len(started[one.tree])
+                step = int(broken[0]) + len(before)
                 idx = self.responses[one.tree].idx
                 raise DecodingError("the logits are not finite", prompt_idx=idx, step=step)
         return drawn
@@ -358,3 +369,11 @@ class TextForest:
             own.token_forwards["reward_states"] = self.states.num_token_forwards
             own.peak_kv_bytes["reward_states"] = self.states.peak_kv_bytes
         stats.add(own)
+
+
+def _place(prompts: Sequence[Sequence[int]], *, shares: bool) -> list[int]:
+    """Return the tree of each prompt: equal neighbours have one, if they may share it."""
+    trees = [0]
+    for before, prompt in itertools.pairwise(prompts):
+        trees.append(trees[-1] if shares and prompt == before else trees[-1] + 1)
+    return trees

@@ -52,9 +52,20 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return out;
 }
 
-QueriesKeysValues project(const Tensor& x, const QkvWeights& weights, const Tensor& cos, const Tensor& sin) {
-  const ElementType type = element_type_of(x, "project_qkv", "x");
+QueriesKeysValues project(
+    const char* op, const Tensor& x, const QkvWeights& weights, const Tensor& cos, const Tensor& sin) {
+  const ElementType type = element_type_of(x, op, "x");
+  STD_TORCH_CHECK(cos.dim() == 3 && sin.dim() == 3, op, ": cos and sin must have 3 axes");
   const int64_t batch = x.size(0), length = x.size(1), size = x.size(2), head_size = cos.size(2);
+  STD_TORCH_CHECK(weights.norm.numel() == size, op, ": norm_weight must have a number for each column of x");
+  STD_TORCH_CHECK(
+      head_size > 0 && head_size % 2 == 0 && weights.q.size_out() % head_size == 0 &&
+          weights.k.size_out() % head_size == 0 && weights.v.size_out() == weights.k.size_out(),
+      op, ": the weights must have whole heads of the size of cos");
+  STD_TORCH_CHECK(
+      cos.size(1) == length && (cos.size(0) == batch || cos.size(0) == 1) && sin.size(0) == cos.size(0) &&
+          sin.size(1) == length && sin.size(2) == head_size,
+      op, ": cos and sin must be [N, T, d] or [1, T, d]");
   const Tensor normed = rms_norm(torch::stable::view(x, {batch * length, size}), weights.norm, weights.eps);
   auto [q, k, v] = run_linear_layers<3>(normed, type, {&weights.q, &weights.k, &weights.v});
   const int64_t q_heads = weights.q.size_out() / head_size, kv_heads = weights.k.size_out() / head_size;
@@ -67,9 +78,16 @@ QueriesKeysValues project(const Tensor& x, const QkvWeights& weights, const Tens
   return result;
 }
 
-Tensor finish(const Tensor& attended, const Tensor& residual, const FinishWeights& weights) {
-  const ElementType type = element_type_of(residual, "finish_decoder_layer", "residual");
+Tensor finish(const char* op, const Tensor& attended, const Tensor& residual, const FinishWeights& weights) {
+  const ElementType type = element_type_of(residual, op, "residual");
   const int64_t rows = residual.size(0) * residual.size(1), size = residual.size(2), inner = weights.gate.size_out();
+  STD_TORCH_CHECK(
+      attended.size(0) == residual.size(0) && attended.size(1) == residual.size(1), op,
+      ": attended must have the rows of residual");
+  STD_TORCH_CHECK(
+      weights.norm.numel() == size && weights.o.size_out() == size && weights.down.size_out() == size &&
+          weights.up.size_out() == inner,
+      op, ": the weights must lead from the columns of residual back to them");
   const int64_t bytes = static_cast<int64_t>(residual.element_size());
   Tensor out = new_tensor({residual.size(0), residual.size(1), size}, residual.scalar_type());
   const auto* const residual_data = static_cast<const char*>(residual.const_data_ptr());

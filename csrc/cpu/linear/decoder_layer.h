@@ -21,8 +21,9 @@ struct QueriesKeysValues {
 };
 
 // x [N, T, D], dense, through the norm and three products, q and k rotated by cos and sin, [N, T, d] or
-// [1, T, d], dense.
-QueriesKeysValues project(const Tensor& x, const QkvWeights& weights, const Tensor& cos, const Tensor& sin);
+// [1, T, d], dense. What does not fit is refused in the name of `op`.
+QueriesKeysValues project(
+    const char* op, const Tensor& x, const QkvWeights& weights, const Tensor& cos, const Tensor& sin);
 
 // What finish_decoder_layer multiplies by.
 struct FinishWeights {
@@ -37,8 +38,9 @@ struct FinishWeights {
       : o(o_in), norm(dense(norm_in, o_in.dtype)), eps(eps_in), gate(gate_in), up(up_in), down(down_in) {}
 };
 
-// attended [N, T, A] and residual [N, T, D], dense, to the next residual stream [N, T, D].
-Tensor finish(const Tensor& attended, const Tensor& residual, const FinishWeights& weights);
+// attended [N, T, A] and residual [N, T, D], dense, to the next residual stream [N, T, D]. What does not fit
+// is refused in the name of `op`.
+Tensor finish(const char* op, const Tensor& attended, const Tensor& residual, const FinishWeights& weights);
 
 // weight * x / sqrt(mean(x^2) + eps) for each of the rows of x [rows, size], dense.
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);

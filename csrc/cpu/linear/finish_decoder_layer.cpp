@@ -15,19 +15,12 @@ Tensor finish_decoder_layer_cpu(
   const ScalarType dtype = residual.scalar_type();
   const Tensor attended = dense(attended_in, dtype);
   const int64_t size = residual.size(2);
-  STD_TORCH_CHECK(
-      attended.size(0) == residual.size(0) && attended.size(1) == residual.size(1), op,
-      ": attended must have the rows of residual");
   const LinearLayer gate(gate_weight, gate_bias, gate_scale, size, dtype, op);
   const FinishWeights weights(
       LinearLayer(o_weight, o_bias, o_scale, attended.size(2), dtype, op), norm_in, eps, gate,
       LinearLayer(up_weight, up_bias, up_scale, size, dtype, op),
       LinearLayer(down_weight, down_bias, down_scale, gate.size_out(), dtype, op));
-  STD_TORCH_CHECK(
-      weights.norm.numel() == size && weights.o.size_out() == size && weights.down.size_out() == size &&
-          weights.up.size_out() == gate.size_out(),
-      op, ": the weights must lead from the columns of residual back to them");
-  return finish(attended, residual, weights);
+  return finish(op, attended, residual, weights);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) { m.impl("finish_decoder_layer", TORCH_BOX(&finish_decoder_layer_cpu)); }

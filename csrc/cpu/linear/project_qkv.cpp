@@ -9,25 +9,16 @@ std::tuple<Tensor, Tensor, Tensor> project_qkv_cpu(
     const std::optional<Tensor>& k_scale, const Tensor& v_weight, const std::optional<Tensor>& v_bias,
     const std::optional<Tensor>& v_scale, const Tensor& cos_in, const Tensor& sin_in) {
   const char* const op = "project_qkv";
-  STD_TORCH_CHECK(x_in.dim() == 3 && cos_in.dim() == 3, op, ": x and cos must have 3 axes");
+  STD_TORCH_CHECK(x_in.dim() == 3, op, ": x must have 3 axes");
   const Tensor x = torch::stable::contiguous(x_in);
   const ScalarType dtype = x.scalar_type();
-  const int64_t batch = x.size(0), length = x.size(1), size = x.size(2), head_size = cos_in.size(2);
+  const int64_t size = x.size(2);
   const Tensor cos = dense(cos_in, dtype);
   const Tensor sin = dense(sin_in, dtype);
   const QkvWeights weights(
       norm_in, eps, LinearLayer(q_weight, q_bias, q_scale, size, dtype, op),
       LinearLayer(k_weight, k_bias, k_scale, size, dtype, op), LinearLayer(v_weight, v_bias, v_scale, size, dtype, op));
-  STD_TORCH_CHECK(weights.norm.numel() == size, op, ": norm_weight must have a number for each column of x");
-  STD_TORCH_CHECK(
-      head_size > 0 && head_size % 2 == 0 && weights.q.size_out() % head_size == 0 &&
-          weights.k.size_out() % head_size == 0 && weights.v.size_out() == weights.k.size_out(),
-      op, ": the weights must have whole heads of the size of cos");
-  STD_TORCH_CHECK(
-      cos.size(1) == length && (cos.size(0) == batch || cos.size(0) == 1) && sin.dim() == 3 &&
-          sin.size(0) == cos.size(0) && sin.size(1) == length && sin.size(2) == head_size,
-      op, ": cos and sin must be [N, T, d] or [1, T, d]");
-  QueriesKeysValues result = project(x, weights, cos, sin);
+  QueriesKeysValues result = project(op, x, weights, cos, sin);
   return {result.q, result.k, result.v};
 }
 

@@ -70,7 +70,7 @@ Tensor run_decoder_layers_cpu(
         weight[0], eps[2 * i], LinearLayer(weight[1], bias[0], scale[0], size, dtype, kOp),
         LinearLayer(weight[2], bias[1], scale[1], size, dtype, kOp),
         LinearLayer(weight[3], bias[2], scale[2], size, dtype, kOp));
-    const QueriesKeysValues made = project(hidden, qkv, cos, sin);
+    const QueriesKeysValues made = project(kOp, hidden, qkv, cos, sin);
     Tensor keys = branch_k[i], values = branch_v[i];
     check_branch(keys, made.k, start);
     check_branch(values, made.v, start);
@@ -87,7 +87,7 @@ Tensor run_decoder_layers_cpu(
         LinearLayer(weight[4], bias[3], scale[3], attended.size(2), dtype, kOp), weight[5], eps[2 * i + 1], gate,
         LinearLayer(weight[7], bias[5], scale[5], size, dtype, kOp),
         LinearLayer(weight[8], bias[6], scale[6], gate.size_out(), dtype, kOp));
-    hidden = finish(attended, hidden, rest);
+    hidden = finish(kOp, attended, hidden, rest);
   }
   return hidden;
 }
