@@ -1,7 +1,7 @@
-// Attention in tiles: a query is a column throughout. S^T [keys, queries] = K [keys, d] Q^T takes the keys as
-// they lie in memory. The softmax then runs down the columns, sixteen queries a vector, and leaves the weights
-// as pairs of keys, as the product O^T [d, queries] = V^T [d, keys] P^T takes them. Only the values must be
-// transposed, once a block for all queries.
+// Attention in tiles. Scores: S^T [keys, queries] = K [keys, d] Q^T takes the keys as they lie in memory; the
+// softmax then runs down the columns, sixteen queries a vector. Outputs: O [queries, d] = P [queries, keys]
+// V [keys, d], for which the weights are transposed, and of the values each number is put beside that of the
+// next key.
 //
 // A tile adds the products of all its columns in one order, so that the result of a query depends on neither
 // the queries beside it nor their number. A query that sees nothing of a block is left as it is.
@@ -9,7 +9,6 @@
 
 #if defined(__AVX512F__)
 
-#include "cpu/attention/attention_lookahead.h"
 #include "cpu/simd/amx.h"
 #include "cpu/simd/exp_and_tanh.h"
 #include "cpu/simd/floats.h"
@@ -38,6 +37,26 @@ TQ_INLINE F32x16 exp2_for_bf16(F32x16 x) {
   return (F32x16)_mm512_scalef_ps((__m512)poly, (__m512)x);
 }
 
+// The keys, or the values, that are read next: they are asked for row by row in the course of the work.
+class RowsToCome {
+ public:
+  RowsToCome() = default;
+  RowsToCome(const char* rows, int64_t stride, int64_t count, int64_t head_size)
+      : next_(rows), stride_(2 * stride), left_(count), bytes_(2 * head_size) {}
+
+  TQ_ALWAYS_INLINE void ask(int64_t count) {
+    for (; count > 0 && left_ > 0; --count, --left_, next_ += stride_) {
+      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(next_ + i, 0, 2);
+    }
+  }
+
+ private:
+  const char* next_ = nullptr;
+  int64_t stride_ = 0;
+  int64_t left_ = 0;
+  int64_t bytes_ = 0;
+};
+
 // Which keys of a block the sixteen queries of a tile see, by position.
 struct Sight {
   I32x16 first;
@@ -55,62 +74,54 @@ TQ_INLINE __m512i load_numbers(const char* row, int64_t i, int64_t size) {
   return _mm512_maskz_loadu_epi16((1u << (size - i)) - 1, row + i * 2);
 }
 
-// V^T of the rows [count, head_size] of a block as tiles [depth / 32, width, 16]: each word holds two keys.
-// Zero for the keys from `count` to `depth`.
-void transpose_values(const char* values, int64_t stride, int64_t count, int64_t depth, int64_t head_size, float* to) {
-  for (int64_t key = 0; key < depth; key += kDepth, to += padded_for_amx(head_size) * kLanes) {
-    for (int64_t i = 0; i < head_size; i += kDepth) {
-      __m512 low[kLanes], high[kLanes];
-      for (int64_t pair = 0; pair < kLanes; ++pair) {
-        const int64_t at = key + 2 * pair;
-        const char* const from = values + at * stride * 2;
-        const __m512i a = at < count ? load_numbers(from, i, head_size) : _mm512_setzero_si512();
-        const __m512i b = at + 1 < count ? load_numbers(from + stride * 2, i, head_size) : _mm512_setzero_si512();
-        low[pair] = (__m512)_mm512_unpacklo_epi16(a, b);
-        high[pair] = (__m512)_mm512_unpackhi_epi16(a, b);
-      }
-      // Each 128 bits of `low` hold the first four of eight columns, those of `high` the others.
-      transpose_in_registers(low);
-      transpose_in_registers(high);
-      for (int64_t row = 0; row < kLanes; ++row) {
-        float* const out = to + (i + row / 4 * 8 + row % 4) * kLanes;
-        _mm512_store_ps(out, low[row]);
-        _mm512_store_ps(out + 4 * kLanes, high[row]);
-      }
+// The rows [count, head_size] of a block of values as [depth / 2, width] words, each of two keys. Sixteen words
+// hold the numbers 0 to 3, 8 to 11, 16 to 19 and 24 to 27 of 32, the next sixteen the others; unpack_amx_queries
+// puts them in order. Zero for the keys from `count` to `depth`.
+void pair_values(const char* values, int64_t stride, int64_t count, int64_t depth, int64_t head_size, float* to) {
+  const int64_t width = padded_for_amx(head_size);
+  for (int64_t key = 0; key < depth; key += 2, to += width) {
+    const char* const from = values + key * stride * 2;
+    for (int64_t i = 0; i < width; i += kDepth) {
+      const __m512i a = key < count ? load_numbers(from, i, head_size) : _mm512_setzero_si512();
+      const __m512i b = key + 1 < count ? load_numbers(from + stride * 2, i, head_size) : _mm512_setzero_si512();
+      _mm512_store_si512(to + i, _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(to + i + kLanes, _mm512_unpackhi_epi16(a, b));
     }
   }
 }
 
-// sums [16 * kTiles, 16] = left [16 * kTiles, steps * 32] @ right, tile by tile. The strides are in bytes: from
-// one row of `left` to the next, from one tile to the next, and from one step to the next.
-struct TileProduct {
-  const char* left;
+// Several products of tiles that share a factor, summed over `steps`. The strides are in bytes: from one row of
+// the other factors to the next, from one of them to the next, and from one step to the next.
+struct TileProducts {
+  const float* shared;  // tiles, one after the other
+  const char* others;
   int64_t row_stride;
   int64_t tile_stride;
   int64_t step_stride;
-  const float* right;
   int64_t steps;
-  float* sums;
+  float* sums;  // tiles, one after the other
 };
 
-template <int kTiles>
-TQ_INLINE void multiply_tiles(const TileProduct& x) {
+template <int kTile, int kOther, bool kSharesLeft>
+TQ_INLINE void multiply_tile(const char* other, int64_t row_stride) {
+  amx_load<kOther>(other, row_stride);
+  kSharesLeft ? amx_multiply<kTile, 4, kOther>() : amx_multiply<kTile, kOther, 4>();
+}
+
+template <int kTiles, bool kSharesLeft>
+TQ_INLINE void multiply_tiles(const TileProducts& x) {
   amx_clear<0>();
   amx_clear<1>();
   if (kTiles > 2) amx_clear<2>();
   if (kTiles > 2) amx_clear<3>();
-  const char* left = x.left;
-  for (int64_t step = 0; step < x.steps; ++step, left += x.step_stride) {
-    amx_load<4>(x.right + step * kTileWords, kAmxRowBytes);
-    amx_load<5>(left, x.row_stride);
-    amx_multiply<0, 5, 4>();
-    amx_load<6>(left + x.tile_stride, x.row_stride);
-    amx_multiply<1, 6, 4>();
+  const char* others = x.others;
+  for (int64_t step = 0; step < x.steps; ++step, others += x.step_stride) {
+    amx_load<4>(x.shared + step * kTileWords, kAmxRowBytes);
+    multiply_tile<0, 5, kSharesLeft>(others, x.row_stride);
+    multiply_tile<1, 6, kSharesLeft>(others + x.tile_stride, x.row_stride);
     if (kTiles == 2) continue;
-    amx_load<7>(left + 2 * x.tile_stride, x.row_stride);
-    amx_multiply<2, 7, 4>();
-    amx_load<5>(left + 3 * x.tile_stride, x.row_stride);
-    amx_multiply<3, 5, 4>();
+    multiply_tile<2, 7, kSharesLeft>(others + 2 * x.tile_stride, x.row_stride);
+    multiply_tile<3, 5, kSharesLeft>(others + 3 * x.tile_stride, x.row_stride);
   }
   amx_store<0>(x.sums, kAmxRowBytes);
   amx_store<1>(x.sums + kTileWords, kAmxRowBytes);
@@ -149,12 +160,12 @@ class AmxSegment {
   void attend_block(int64_t begin, int64_t end) {
     const int64_t count = end - begin;
     const char* const values = segment_.values + begin * segment_.value_stride * 2;
-    transpose_values(values, segment_.value_stride, count, whole(count), queries_.head_size, scratch_.values);
+    pair_values(values, segment_.value_stride, count, whole(count), queries_.head_size, scratch_.values);
     copy_keys(begin, count);
     const int64_t first_tile = first_ / kAmxQueries;
     const int64_t end_tile = (end_ + kAmxQueries - 1) / kAmxQueries;
-    Lookahead lookahead = look_ahead(end, (end_tile - first_tile) * whole(count) / 2);
-    for (int64_t tile = first_tile; tile < end_tile; ++tile) attend_tile(tile, begin, end, lookahead);
+    look_ahead(end);
+    for (int64_t tile = first_tile; tile < end_tile; ++tile) attend_tile(tile, begin, end);
   }
 
   // Copies the keys that do not fill a group, with zeros behind them; all, where they do not fill the tiles.
@@ -171,16 +182,19 @@ class AmxSegment {
 
   static int64_t whole(int64_t count) { return (count + kDepth - 1) / kDepth * kDepth; }
 
-  Lookahead look_ahead(int64_t end, int64_t steps) const {
+  void look_ahead(int64_t end) {
     const bool is_last = end == segment_.end && segment_.then != nullptr;
     const KeySegment& next = is_last ? *segment_.then : segment_;
     const int64_t begin = is_last ? 0 : end;
-    const int64_t most = begin + kAmxKeys < next.end ? begin + kAmxKeys : next.end;
-    return Lookahead(next, queries_.head_size, begin, most > begin ? most : begin, steps);
+    const int64_t count = begin + kAmxKeys < next.end ? kAmxKeys : next.end - begin;
+    const char* const keys = next.keys + 2 * begin * next.key_stride;
+    const char* const values = next.values + 2 * begin * next.value_stride;
+    keys_to_come_ = RowsToCome(keys, next.key_stride, count, queries_.head_size);
+    values_to_come_ = RowsToCome(values, next.value_stride, count, queries_.head_size);
   }
 
   // The sixteen queries of a tile, of which those outside of [first_, end_) see nothing.
-  void attend_tile(int64_t tile, int64_t begin, int64_t end, Lookahead& lookahead) {
+  void attend_tile(int64_t tile, int64_t begin, int64_t end) {
     const int64_t at = tile * kAmxQueries;
     const Sight sight = sight_of(at);
     const __m512i from = _mm512_max_epi32((__m512i)sight.first, _mm512_set1_epi32(static_cast<int32_t>(begin)));
@@ -192,8 +206,8 @@ class AmxSegment {
     score(tile, begin, depth);
     const bool sees_all = _mm512_mask_reduce_max_epi32(sees, from) == begin &&
                           _mm512_mask_reduce_min_epi32(sees, to) == begin + depth && sees == 0xffff;
-    const F32x16 shrink = sees_all ? soften<false>(at, begin, depth, sees, sight, lookahead)
-                                   : soften<true>(at, begin, depth, sees, sight, lookahead);
+    const F32x16 shrink =
+        sees_all ? soften<false>(at, begin, depth, sees, sight) : soften<true>(at, begin, depth, sees, sight);
     add_values(tile, depth, sees, shrink);
   }
 
@@ -202,9 +216,15 @@ class AmxSegment {
     const __m512i number = _mm512_add_epi32(_mm512_load_si512(kNumbers), _mm512_set1_epi32(static_cast<int32_t>(at)));
     const __mmask16 is_ours = _mm512_cmpge_epi32_mask(number, _mm512_set1_epi32(static_cast<int32_t>(first_))) &
                               _mm512_cmplt_epi32_mask(number, _mm512_set1_epi32(static_cast<int32_t>(end_)));
-    return {
-        (I32x16)_mm512_maskz_loadu_epi32(is_ours, queries_.first_seen + at),
-        (I32x16)_mm512_maskz_loadu_epi32(is_ours, queries_.end_seen + at)};
+    // What fills up the last tile sees as much as the last query, so that it needs no mask.
+    const __mmask16 is_filling = end_ == queries_.count
+                                     ? _mm512_cmpge_epi32_mask(number, _mm512_set1_epi32(static_cast<int32_t>(end_)))
+                                     : __mmask16{0};
+    const auto seen = [&](const int32_t* of) {
+      const __m512i ours = _mm512_maskz_loadu_epi32(is_ours, of + at);
+      return (I32x16)_mm512_mask_mov_epi32(ours, is_filling, _mm512_set1_epi32(of[end_ - 1]));
+    };
+    return {seen(queries_.first_seen), seen(queries_.end_seen)};
   }
 
   void score(int64_t tile, int64_t begin, int64_t depth) const {
@@ -214,16 +234,16 @@ class AmxSegment {
       const int64_t stride = 2 * (is_copied ? queries_.width : segment_.key_stride);
       const char* const keys = is_copied ? reinterpret_cast<const char*>(scratch_.keys) + key * stride
                                          : segment_.keys + (begin + key) * stride;
-      const TileProduct product{keys, stride, kAmxTileRows * stride,         kAmxRowBytes,
-                                q,    steps_, scratch_.scores + key * kLanes};
-      depth - key > kDepth ? multiply_tiles<4>(product) : multiply_tiles<2>(product);
+      const TileProducts products{
+          q, keys, stride, kAmxTileRows * stride, kAmxRowBytes, steps_, scratch_.scores + key * kLanes};
+      depth - key > kDepth ? multiply_tiles<4, false>(products) : multiply_tiles<2, false>(products);
     }
   }
 
   // Turns the scores of `depth` keys from `begin` on into weights relative to the new peaks; returns what the
   // outputs so far must be multiplied by.
   template <bool kMasked>
-  F32x16 soften(int64_t at, int64_t begin, int64_t depth, __mmask16 sees, const Sight& sight, Lookahead& lookahead) {
+  F32x16 soften(int64_t at, int64_t begin, int64_t depth, __mmask16 sees, const Sight& sight) {
     constexpr int kChains = 4;
     float* const scores = scratch_.scores;
     float scale = transform_.scale;
@@ -241,6 +261,7 @@ class AmxSegment {
         if (kMasked) x = kept(sight.of(begin + key + chain), x, kMinusInfinity);
         best[chain] = max_or_second(x, best[chain]);
       }
+      keys_to_come_.ask(kChains);
     }
     const F32x16 before = load(queries_.peaks + at);
     const F32x16 peak =
@@ -249,16 +270,20 @@ class AmxSegment {
     const F32x16 finite = select(peak == broadcast(kMinusInfinity), F32x16{}, peak);
     const F32x16 shrink = exp2_nonpositive(before - finite);
     F32x16 masses[kChains] = {};
-    for (int64_t key = 0; key < depth; key += kChains) {
-      F32x16 weights[kChains];
-      for (int chain = 0; chain < kChains; ++chain) {
-        weights[chain] = exp2_for_bf16(load(scores + (key + chain) * kLanes) * scale - finite);
-        if (kMasked) weights[chain] = kept(sight.of(begin + key + chain), weights[chain], 0.0f);
-        masses[chain] += weights[chain];
+    for (int64_t step = 0; step < depth; step += kDepth) {
+      float* const weights_of_step = scratch_.weights + step / 2 * kLanes;
+      for (int64_t key = step; key < step + kDepth; key += kChains) {
+        F32x16 weights[kChains];
+        for (int chain = 0; chain < kChains; ++chain) {
+          weights[chain] = exp2_for_bf16(load(scores + (key + chain) * kLanes) * scale - finite);
+          if (kMasked) weights[chain] = kept(sight.of(begin + key + chain), weights[chain], 0.0f);
+          masses[chain] += weights[chain];
+        }
+        store_pair(weights[0], weights[1], scratch_.weights + key / 2 * kLanes);
+        store_pair(weights[2], weights[3], scratch_.weights + (key / 2 + 1) * kLanes);
+        values_to_come_.ask(kChains);
       }
-      store_pair(weights[0], weights[1], scratch_.weights + key / 2 * kLanes);
-      store_pair(weights[2], weights[3], scratch_.weights + (key / 2 + 1) * kLanes);
-      lookahead.step(2);
+      transpose_16x16_words(reinterpret_cast<const char*>(weights_of_step), kAmxRowBytes, weights_of_step, kLanes);
     }
     const F32x16 mass = load(queries_.masses + at) * shrink + ((masses[0] + masses[1]) + (masses[2] + masses[3]));
     _mm512_mask_storeu_ps(queries_.masses + at, sees, (__m512)mass);
@@ -282,25 +307,31 @@ class AmxSegment {
     _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves));
   }
 
-  // out = out * shrink + V^T P^T for the queries that saw something.
+  // out = out * shrink + P V for the queries that saw something.
   void add_values(int64_t tile, int64_t depth, __mmask16 sees, F32x16 shrink) const {
     const int64_t width = queries_.width;
     for (int64_t i = 0; i < width;) {
-      const TileProduct product{
-          reinterpret_cast<const char*>(scratch_.values + i * kLanes),
-          kAmxRowBytes,
-          kTileWords * 4,
-          width * kAmxRowBytes,
+      const TileProducts products{
           scratch_.weights,
+          reinterpret_cast<const char*>(scratch_.values + i),
+          width * 4,
+          kAmxRowBytes,
+          kAmxTileRows * width * 4,
           depth / kDepth,
-          scratch_.sums + i * kLanes};
+          scratch_.sums + i * kAmxQueries};
       const bool is_four = width - i >= kGroup;
-      is_four ? multiply_tiles<4>(product) : multiply_tiles<2>(product);
+      is_four ? multiply_tiles<4, true>(products) : multiply_tiles<2, true>(products);
       i += is_four ? kGroup : kDepth;
     }
-    float* const out = queries_.out + tile * width * kLanes;
-    for (int64_t i = 0; i < width * kLanes; i += kLanes) {
-      _mm512_mask_storeu_ps(out + i, sees, (__m512)(load(out + i) * shrink + load(scratch_.sums + i)));
+    alignas(64) float shrinks[kLanes];
+    store(shrinks, shrink);
+    float* out = queries_.out + tile * kAmxQueries * width;
+    for (int64_t query = 0; query < kAmxQueries; ++query, out += width) {
+      if (!(sees >> query & 1)) continue;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const F32x16 sum = load(scratch_.sums + i * kAmxQueries + query * kLanes);
+        store(out + i, load(out + i) * shrinks[query] + sum);
+      }
     }
   }
 
@@ -311,6 +342,8 @@ class AmxSegment {
   const ScoreTransform& transform_;
   const AmxScratch& scratch_;
   int64_t steps_;
+  RowsToCome keys_to_come_;
+  RowsToCome values_to_come_;
   int64_t copied_ = 0;  // keys of the block that are read where they lie; the others are copied
 };
 
@@ -341,22 +374,22 @@ void attend_amx_segment(
 }
 
 void unpack_amx_queries(const AmxQueries& queries, const QueryTile& tile) {
+  // The words of pair_values, and those sixteen words later, in order.
+  alignas(64) static constexpr int32_t kOrder[2][kLanes] = {
+      {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23},
+      {8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31}};
   const int64_t width = padded(queries.head_size);
-  for (int64_t m = 0; m < queries.count; m += kLanes) {
-    const int64_t count = queries.count - m < kLanes ? queries.count - m : kLanes;
+  for (int64_t m = 0; m < queries.count; ++m) {
+    const float* const from = queries.out + m * queries.width;
     for (int64_t i = 0; i < width; i += kLanes) {
-      __m512 rows[kLanes];
-      for (int64_t row = 0; row < kLanes; ++row) {
-        rows[row] = _mm512_load_ps(queries.out + m * queries.width + (i + row) * kLanes);
-      }
-      transpose_in_registers(rows);
-      for (int64_t row = 0; row < count; ++row) _mm512_store_ps(tile.out + (m + row) * width + i, rows[row]);
+      const __m512 low = _mm512_load_ps(from + i / kDepth * kDepth);
+      const __m512 high = _mm512_load_ps(from + i / kDepth * kDepth + kLanes);
+      const __m512i order = _mm512_load_si512(kOrder[i / kLanes % 2]);
+      _mm512_store_ps(tile.out + m * width + i, _mm512_permutex2var_ps(low, order, high));
     }
-    for (int64_t row = 0; row < count; ++row) {
-      tile.peaks[m + row] = queries.peaks[m + row];
-      store(tile.masses + (m + row) * kLanes, F32x16{});
-      tile.masses[(m + row) * kLanes] = queries.masses[m + row];
-    }
+    tile.peaks[m] = queries.peaks[m];
+    store(tile.masses + m * kLanes, F32x16{});
+    tile.masses[m * kLanes] = queries.masses[m];
   }
 }
 

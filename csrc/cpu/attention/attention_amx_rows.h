@@ -20,7 +20,7 @@ struct AmxQueries {
   int64_t head_size;
   int64_t width;  // padded_for_amx(head_size)
   float* q;       // [tiles, width / 2, 16], two bf16 numbers a word
-  float* out;     // [tiles, width, 16], not yet divided by the mass
+  float* out;     // [tiles * 16, width], not yet divided by the mass, in the order of pair_values
   float* peaks;   // [tiles, 16], in units of log 2
   float* masses;  // [tiles, 16]
   // Each query sees the keys [first_seen, end_seen) of the segment.
@@ -31,10 +31,10 @@ struct AmxQueries {
 // Room for one block of keys and values, and for one tile of queries.
 struct AmxScratch {
   float* keys;     // [kAmxKeys, width / 2], two bf16 numbers a word
-  float* values;   // [kAmxKeys / 32, width, 16], two bf16 numbers a word
+  float* values;   // [kAmxKeys / 2, width], two bf16 numbers a word
   float* scores;   // [kAmxKeys, 16]
-  float* weights;  // [kAmxKeys / 2, 16], two bf16 numbers a word
-  float* sums;     // [width, 16]
+  float* weights;  // [kAmxKeys / 32, 16, 16], two bf16 numbers a word
+  float* sums;     // [width / 16, 16, 16]
 };
 
 #if TQ_HAS_X86_VARIANTS

@@ -31,7 +31,7 @@ class Lookahead {
 
  private:
   TQ_ALWAYS_INLINE void ask() {
-    __builtin_prefetch(row_ + offset_);
+    __builtin_prefetch(row_ + offset_, 0, 2);
     offset_ += 64;
     if (offset_ < row_bytes_) return;
     offset_ = 0;
