@@ -80,7 +80,7 @@ engine-test: $(INSTALLED) $(INSTALLED_VLLM)
 # with the releases of other libraries that it asks for.
 OLDEST_TRANSFORMERS := transformers==5.17.0
 NEWEST_TRANSFORMERS := transformers>=5.24,<6
-RELEASE_TESTS := tests/forest tests/rewards tests/models tests/test_equivalence.py
+RELEASE_TESTS := tests/forest tests/rewards tests/models tests/test_equivalence.py tests/test_generation.py
 
 test-transformers: $(INSTALLED)
 	$(MAKE) --no-print-directory test-release FOLDER=build/transformers-oldest RELEASE="$(OLDEST_TRANSFORMERS)" \

@@ -38,8 +38,10 @@ _READ = ("min_length", "min_new_tokens", "num_return_sequences")
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # Fields of DecodeConfig that `generate` has settings of its own for.
 _FROM_GENERATE = ("max_new_tokens", "min_new_tokens", "eos_token_id", "num_return_sequences")
+# The names of the cache, of which the first is that of transformers below 5.24.
+_CACHES = ("past_key_values", "cache")
 # Inputs of the model that transformers makes for its own loop; the methods make their own.
-_OF_THE_LOOP = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+_OF_THE_LOOP = ("attention_mask", "position_ids", *_CACHES, "use_cache", "logits_to_keep")
 
 
 @dataclasses.dataclass
@@ -206,12 +208,13 @@ class _Call:
                 "decoders alone"
             )
         given = {name: value for name, value in self.model_inputs.items() if value is not None}
-        cache = given.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise InvalidArgument(
-                f"past_key_values must be empty, got {cache.get_seq_length()} tokens: tq_fast "
-                "encodes the whole prompt"
-            )
+        for name in _CACHES:
+            num_cached = given[name].get_seq_length() if name in given else 0
+            if num_cached > 0:
+                raise InvalidArgument(
+                    f"{name} must be empty, got {num_cached} tokens: tq_fast encodes the whole "
+                    "prompt"
+                )
         for name in given:
             if name not in _OF_THE_LOOP:
                 raise InvalidArgument(f"{name} is an input of the model that tq_fast does not pass")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -52,6 +55,21 @@ def test_each_pass_over_branches_is_one_call_with_the_numbers_of_the_modules(kin
     # Scrambled weights make errors of rounding larger than weights as they are trained.
     tolerance = 10 * TOLERANCE[dtype]
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+
+
+@torch.inference_mode()
+def test_transformers_warns_of_nothing(calls) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    # What was said once in this process would not be said again.
+    transformers.utils.logging.warning_once.cache_clear()
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        rolled_out(scrambled(model_of("llama")))
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert calls and not said
 
 
 @torch.inference_mode()

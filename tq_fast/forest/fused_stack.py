@@ -38,6 +38,10 @@ _WEIGHTS = (
     "mlp.down_proj",
 )
 _NORMS = (_WEIGHTS[0], _WEIGHTS[5])
+# The name of the cache in what a backbone returns, which is another one from transformers 5.24 on.
+_CACHE_OF_OUTPUTS = (
+    "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
 # Arguments of a backbone that leave what it computes as it is.
 _HARMLESS = frozenset({"use_cache", "return_dict"})
 
@@ -117,7 +121,7 @@ class FusedStack:
             self._windows,
         )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.base.norm(hidden), past_key_values=kept
+            last_hidden_state=self.base.norm(hidden), **{_CACHE_OF_OUTPUTS: kept}
         )
 
 
