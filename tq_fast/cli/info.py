@@ -82,7 +82,8 @@ def _versions() -> list[tuple[str, str]]:
 
 def _hardware() -> list[tuple[str, str]]:
     isa = _native.cpu_isa()
-    kernels = f", kernels for {isa}" if isa else ""
+    tiles = " with amx" if _native.cpu_has("amx") else ""
+    kernels = f", kernels for {isa}{tiles}" if isa else ""
     threads = torch.get_num_threads()
     cpu = f"{_native.cpu_name()}, {os.cpu_count()} cores ({threads} used by torch){kernels}"
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
