@@ -296,7 +296,7 @@ def test_what_prompts_have_in_common_is_encoded_once() -> None:
     given = [[*start, 5], [*start, 6, 7], [8], [*start, 5]]
     options = {"strategy": "greedy", "sft": None}
     result = run("baseline", given, **options)
-    assert result.stats.token_forwards["baseline"] == 31 + 2 + 1 + 1 + 4 * 4
+    assert result.stats.token_forwards["baseline"] == 31 + 2 + 1 + 4 * 4
     alone = run("baseline", given, batch_size=1, **options)
     assert tokens(result) == tokens(alone)
     assert alone.stats.token_forwards["baseline"] == 31 + 32 + 1 + 31 + 4 * 4
