@@ -8,11 +8,12 @@ import functools
 import sys
 import time
 from collections.abc import Iterator
+from typing import cast
 from unittest import mock
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import PreTrainedModel
 
 import tq_fast
 from bench.decode_models import DTYPES
@@ -33,10 +34,10 @@ class TqFastWorker:
     """
 
     def __init__(self, folder: str, dtype: str, channel: Channel) -> None:
-        options = {"dtype": DTYPES[dtype]}
-        self.baseline = AutoModelForCausalLM.from_pretrained(f"{folder}/baseline", **options)
-        reward = AutoModelForSequenceClassification.from_pretrained(f"{folder}/reward", **options)
-        self.decoder = tq_fast.TransferDecoder(self.baseline, reward)
+        self.decoder = tq_fast.TransferDecoder(
+            f"{folder}/baseline", f"{folder}/reward", device="cpu", dtype=DTYPES[dtype]
+        )
+        self.baseline = cast(PreTrainedModel, self.decoder.baseline)
         self.channel = channel
         self.steps: list[list[Message]] = []
 

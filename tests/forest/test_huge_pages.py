@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+import tq_fast
 from tests import zoo
 from tq_fast.forest import huge_pages
 from tq_fast.forest.cache import ForestCache
@@ -15,6 +18,7 @@ from tq_fast.forest.language import LanguageForest
 
 Asked = list[tuple[int, int, int]]
 MB = 1 << 20
+linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux where memory is")
 SIZES = {"num_trees": 1, "num_rows": 1, "prefix_capacity": 4, "branch_capacity": 1}
 
 
@@ -72,6 +76,38 @@ def test_a_forest_gathers_weights_with_its_layers_alone(asked: Asked, monkeypatc
     assert not models
     LanguageForest(model, **SIZES, backend=None)
     assert models == [model]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    zoo.language_model("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def are_mapped(model: nn.Module) -> set[bool]:
+    files = huge_pages._mapped_files()
+    return {any(a <= w.data_ptr() < b for a, b in files) for w in model.parameters()}
+
+
+@linux
+def test_weights_in_a_file_are_copied_where_tq_fast_loads_them(saved: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(saved)
+    assert are_mapped(theirs) == {True}, "the test needs what transformers does"
+    decoder = tq_fast.TransferDecoder(saved, lambda prompts, responses: [0.0] * len(responses))
+    ours = decoder.session.languages["baseline"]
+    assert are_mapped(ours) == {huge_pages._page_size() == 0}
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@linux
+def test_weights_stay_in_their_file_where_memory_is_short(saved: Path, asked: Asked, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    monkeypatch.setattr(huge_pages, "_available_bytes", lambda: 1000)
+    huge_pages.copy_from_files(model)
+    assert are_mapped(model) == {True}
+    monkeypatch.undo()
+    assert huge_pages._available_bytes() > MB
 
 
 def test_a_system_that_refuses_or_has_none_changes_nothing(monkeypatch) -> None:

@@ -5,6 +5,9 @@ much of that time looking up where they lie (bench/test_huge_pages.py measures i
 pages of 2 MB to new memory that asks (`MADV_HUGEPAGE`), and gathers what is there already
 (`MADV_COLLAPSE`, Linux 6.1), which takes some seconds a GB, once a model. No number changes. Where
 the system refuses, memory stays as it is.
+
+transformers leaves weights in the file that they were read from, unless their dtype is to change,
+and the system has no huge pages for files. Those of models that tq_fast loads are copied.
 """
 
 from __future__ import annotations
@@ -38,6 +41,29 @@ def gather_weights(model: nn.Module) -> None:
     _advise(weights, _MADV_COLLAPSE)
 
 
+def copy_from_files(model: nn.Module) -> None:
+    """Give the weights of `model` that lie in mapped files memory of their own, if there is any.
+
+    Nobody else may hold these weights: who has a view of one would not see later changes.
+    """
+    if _page_size() == 0:
+        return
+    files = _mapped_files()
+    weights = [
+        weight
+        for weight in model.parameters()
+        if type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and any(begin <= weight.data_ptr() < end for begin, end in files)
+    ]
+    if 2 * sum(weight.nbytes for weight in weights) > _available_bytes():
+        return
+    for weight in weights:
+        own = torch.empty_like(weight.data)
+        ask_for_huge_pages([own])
+        weight.data = own.copy_(weight.data)
+
+
 def ask_for_huge_pages(tensors: Iterable[torch.Tensor]) -> None:
     """Have new tensors, whose memory nobody has touched, lie in huge pages."""
     _advise([tensor for tensor in tensors if tensor.device.type == "cpu"], _MADV_HUGEPAGE)
@@ -67,6 +93,24 @@ def _runs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
         else:
             runs.append((begin, begin + num_bytes))
     return runs
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Where memory of this process that is mapped from files begins and ends."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        if inode != "0":
+            begin, end = addresses.split("-")
+            found.append((int(begin, 16), int(end, 16)))
+    return found
+
+
+def _available_bytes() -> int:
+    """Bytes of memory that new data may take."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(line.split()[1])
 
 
 @functools.cache

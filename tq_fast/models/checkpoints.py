@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..errors import InvalidArgument, UnsupportedModel, warn_caller
+from ..forest.huge_pages import copy_from_files
 from .adapters import FINDING, short
 
 # Keyword arguments that change how names are turned into configurations.
@@ -116,6 +117,7 @@ def load_checkpoint(
     places_itself = any(options.get(key) is not None for key in _PLACED)
     if not places_itself and getattr(model, "hf_quantizer", None) is None:
         model.to(device)
+        copy_from_files(model)
     return model.eval(), unfilled
 
 
