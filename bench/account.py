@@ -204,10 +204,10 @@ def measure_phases(
         name: (median(whole, name) - median(first, name)) / setting.tokens for name in whole[0]
     }
     token["prefill"] = median(first, "prefill") + median(first, "reward") - token["reward"]
-    return token, result, _kernel_seconds(lambda: run(1 + setting.tokens), setting)
+    return token, result, _kernel_seconds(lambda: run(1 + setting.tokens))
 
 
-def _kernel_seconds(run: Callable[[], object], setting: Setting) -> dict[str, float]:
+def _kernel_seconds(run: Callable[[], object]) -> dict[str, float]:
     """Return the self time of every op in one profiled decode, seconds, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
@@ -217,6 +217,39 @@ def _kernel_seconds(run: Callable[[], object], setting: Setting) -> dict[str, fl
         if event.self_cpu_time_total
     }
     return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+@torch.inference_mode()
+def measure_pass(duo: Duo, setting: Setting) -> dict[str, float]:
+    """Return the seconds of one pass of the roll-outs as it is, and of its ops layer by layer."""
+    forest = LanguageForest(
+        duo.baseline,
+        num_trees=1,
+        num_rows=setting.num_branches,
+        prefix_capacity=setting.prompt,
+        branch_capacity=setting.horizon,
+        backend=None,
+    )
+    forest.begin(1)
+    forest.encode([0], [prompt_of(setting.prompt).tolist()])
+    tree = torch.zeros(setting.num_branches, dtype=torch.int64)
+    tokens = torch.arange(setting.num_branches)
+
+    def run() -> list[float]:
+        seconds = []
+        for depth in range(setting.horizon):
+            start = time.perf_counter()
+            forest.forward_rows(tokens, start=depth, tree=tree)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    run()
+    whole = statistics.median(run() + run())
+    # Without what stands in for the backbone, its layers are calls of their own.
+    vars(forest.model.base_model).pop("forward", None)
+    run()
+    ops = _kernel_seconds(run)
+    return {"whole": whole} | {name: ops[name] / setting.horizon for name in ops}
 
 
 def report(setting: Setting, duo: Duo) -> list[str]:
@@ -239,6 +272,8 @@ def report(setting: Setting, duo: Duo) -> list[str]:
         *_count_lines(setting, baseline, reward, result),
         "",
         *_phase_lines(token, least_work(setting, baseline, reward), machine),
+        "",
+        *_pass_lines(measure_pass(duo, setting), setting, baseline),
         "",
         *_kernel_lines(kernels, result),
     ]
@@ -296,6 +331,31 @@ def _phase_line(name: str, seconds: float, floor: float | None) -> str:
     if floor is not None:
         line += f"{1e3 * floor:13.2f}{100 * floor / seconds:12.0f} %"
     return line
+
+
+def _pass_lines(seconds: dict[str, float], setting: Setting, baseline: Model) -> list[str]:
+    """What a pass reads in each of its parts, and how fast; the rest is small ops and Python."""
+    itemsize = DTYPES[setting.dtype].itemsize
+    head = baseline.head_flops // 2 * itemsize
+    context = setting.prompt + setting.num_branches * setting.horizon // 2
+    parts = {
+        "layers, without attention": (
+            ("project_qkv", "finish_decoder_layer"),
+            baseline.weight_bytes - head,
+        ),
+        "LM head": (("few_rows_linear",), head),
+        "attention": (("shared_prefix_attention",), baseline.kv_bytes * context),
+    }
+    title = f"a pass of {setting.num_branches} rows"
+    lines = [f"{title:27}       MB        ms      GB/s   (each op alone, by the profiler)"]
+    rest = seconds["whole"]
+    for name, (ops, num_bytes) in parts.items():
+        taken = sum(seconds.get(f"tq_fast::{op}", 0.0) for op in ops)
+        rest -= taken
+        speed = f"{num_bytes / taken / 1e9:10.1f}" if taken else ""
+        lines.append(f"{name:27}{num_bytes / 1e6:9.1f}{1e3 * taken:10.2f}{speed}")
+    lines.append(f"{'the rest':36}{1e3 * rest:10.2f}")
+    return [*lines, f"{'all, in one call':36}{1e3 * seconds['whole']:10.2f}"]
 
 
 def _kernel_lines(kernels: dict[str, float], result: tq_fast.DecodeResult) -> list[str]:
