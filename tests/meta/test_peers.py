@@ -205,22 +205,16 @@ def test_the_table_shows_rates_ratios_their_spread_and_losses() -> None:
     assert "  tq_fast       500.0 a step: roll-outs 500.0" in lines
 
 
-def test_a_decode_of_tq_fast_goes_on_from_turn_to_turn(monkeypatch) -> None:
+def test_a_decode_of_tq_fast_goes_on_from_turn_to_turn(tmp_path: Path) -> None:
     small = {"vocab_size": 50, "max_position_embeddings": 128}
     duo = Duo(zoo.language_model("llama", **small), zoo.classifier("llama", **small))
     commands = [{"command": "decode", "num_steps": 2}, {"command": "end"}]
     source = io.StringIO("".join(json.dumps(message) + "\n" for message in commands))
     answers = io.StringIO()
     channel = Channel(source, answers)
-    monkeypatch.setattr(
-        "bench.peers.tq_fast_worker.AutoModelForCausalLM.from_pretrained",
-        lambda *_, **__: duo.baseline,
-    )
-    monkeypatch.setattr(
-        "bench.peers.tq_fast_worker.AutoModelForSequenceClassification.from_pretrained",
-        lambda *_, **__: duo.reward,
-    )
-    worker = TqFastWorker("", "fp32", channel)
+    duo.baseline.save_pretrained(tmp_path / "baseline")
+    duo.reward.save_pretrained(tmp_path / "reward")
+    worker = TqFastWorker(str(tmp_path), "fp32", channel)
     prompts = [[3, 4, 5], [6, 7, 8, 9]]
     settings = {"k": 3, "horizon": 2, "alpha": 1.0, "warm_steps": 1, "max_steps": 3}
     last = worker.begin(prompts, settings)
