@@ -1,7 +1,8 @@
 """The weights of a layer read from huge pages, and from pages as the system gives them.
 
-Two copies of the same layers take turns: of one the weights were gathered, as a forest does it for
-a model. The product of ten rows reads each weight once.
+The same layers are timed one after the other in one run: as they are, and with weights that were
+gathered as a forest does it for a model. The product of ten rows reads each weight once. How much
+it brings changes with the state of the machine: compare several runs.
 """
 
 from __future__ import annotations

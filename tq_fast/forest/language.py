@@ -19,6 +19,7 @@ from .cache import BranchPass, LayerShapes, PrefillPass
 from .cpu_layers import CpuLayers
 from .experts import QuietExperts
 from .graphs import PassGraphs, has_graphs
+from .head_input import HeadInput
 from .huge_pages import gather_weights
 from .view import cache_argument, takes
 
@@ -87,7 +88,7 @@ class Forest:
         self.refuses_graphs = False
         self.graphs = PassGraphs(self) if graphs and has_graphs(self.device) else None
         self._experts = QuietExperts(self.model)
-        self._head_input: _HeadInput | None = None
+        self._head_input: HeadInput | None = None
         self._cache_argument = cache_argument(model)
 
     @property
@@ -357,7 +358,7 @@ class LanguageForest(Forest):
         self.next_logits[tree] = self.next_logits[last]
         self.next_logits = self.next_logits[:last]
 
-    def _watch_head(self) -> _HeadInput:
+    def _watch_head(self) -> HeadInput:
         """Keep what the LM head of the view reads, pass for pass."""
         head = self.model.get_output_embeddings()
         if head is None:
@@ -366,7 +367,7 @@ class LanguageForest(Forest):
             )
         # The view shares its dicts of hooks with the model, which must not get this one.
         vars(head)["_forward_pre_hooks"] = OrderedDict(head._forward_pre_hooks)
-        watched = _HeadInput()
+        watched = HeadInput()
         head.register_forward_pre_hook(watched)
         return watched
 
@@ -385,20 +386,6 @@ class LanguageForest(Forest):
     def _last_only(self) -> dict[str, Any]:
         """Options that ask the model for the logits of the last token alone."""
         return {"logits_to_keep": 1} if takes(self.source, "logits_to_keep") else {}
-
-
-class _HeadInput:
-    """A hook that keeps what the LM head read last.
-
-    It knows nothing of the forest: one that did would be part of a circle, and would hold all KV
-    until Python looks for circles.
-    """
-
-    def __init__(self) -> None:
-        self.states: torch.Tensor | None = None
-
-    def __call__(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.states = inputs[0]
 
 
 class StateForest(Forest):

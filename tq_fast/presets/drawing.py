@@ -306,8 +306,7 @@ class TextForest:
         keys = stream_keys(
             [
                 (self.responses[prompt].prompt.key, stage, NO_CANDIDATE, number)
-                for prompt in sorted(before)
-                for number in numbers
+                for prompt, number in zip(prompts, itertools.cycle(numbers), strict=False)
             ]
         )
         most = self.config.max_new_tokens
