@@ -12,13 +12,14 @@
 
 #include "cpu/attention/shared_prefix_attention.h"
 
-#include "cpu/attention/attention_pieces.h"
 #include "cpu/tensors/contract.h"
 #include "cpu/tensors/tensor_access.h"
 
 namespace tq {
 
 namespace {
+
+constexpr const char* kOp = "shared_prefix_attention";
 
 // A piece has at most about this many queries, which with their output stay in the cache. Where there are
 // too few pieces for the threads it has fewer, but not much fewer than kQueriesToShare, which share the
@@ -106,9 +107,18 @@ ScoreTransform transform_of(double scale, std::optional<double> softcap) {
   return {static_cast<float>(scale / *softcap), static_cast<float>(*softcap * kLog2E)};
 }
 
-// Makes the output [N, H_q, T, d], which lies in memory as [N, T, H_q, d]: a layer reads it with its heads side
-// by side.
-Tensor new_output(const Tensor& q) {
+bool splits_evenly(int64_t rows, int64_t trees) { return trees == 0 ? rows == 0 : rows % trees == 0; }
+
+bool fits(const AttentionArguments& x) {
+  return are_in_shape(x.q, x.prefix_k, x.prefix_v, x.branch_k, x.branch_v) &&
+         is_integers(x.prefix_len, {x.prefix_k.size(0)}) && is_integers(x.branch_len, {x.q.size(0)}) &&
+         is_float_number(x.scale.value_or(1.0)) && is_softcap(x.softcap) && !(x.window.has_value() && *x.window < 1) &&
+         (x.tree.has_value() ? is_integers(*x.tree, {x.q.size(0)}) : splits_evenly(x.q.size(0), x.prefix_k.size(0)));
+}
+
+}  // namespace
+
+Tensor new_attention_output(const Tensor& q) {
   const int64_t size = q.size(3);
   const int64_t token = std::max<int64_t>(q.size(1), 1) * size;
   const int64_t strides[] = {std::max<int64_t>(q.size(2), 1) * token, size, token, 1};
@@ -116,68 +126,66 @@ Tensor new_output(const Tensor& q) {
       aoti_torch_device_type_cpu(), 0, {q.size(0), q.size(1), q.size(2), size}, strides, q.scalar_type());
 }
 
-bool splits_evenly(int64_t rows, int64_t trees) { return trees == 0 ? rows == 0 : rows % trees == 0; }
+SharedPrefixAttention::SharedPrefixAttention(const AttentionArguments& x, Tensor& out, Tensor& lse)
+    : prefix_lens_((require_contract(fits(x), kOp), dense(x.prefix_len, ScalarType::Long))),
+      branch_lens_(dense(x.branch_len, ScalarType::Long)),
+      problem_{
+          HeadRows(x.q),
+          HeadRows(x.prefix_k),
+          HeadRows(x.prefix_v),
+          HeadRows(x.branch_k),
+          HeadRows(x.branch_v),
+          static_cast<const int64_t*>(prefix_lens_.const_data_ptr()),
+          static_cast<const int64_t*>(branch_lens_.const_data_ptr()),
+          element_type_of(x.q, kOp, "q"),
+          static_cast<int64_t>(x.q.element_size()),
+          transform_of(x.scale.value_or(std::pow(x.q.size(3), -0.5)), x.softcap),
+          x.window.value_or(0),
+          x.q.size(1),
+          x.prefix_k.size(1),
+          x.q.size(2),
+          x.q.size(3),
+          can_multiply_pairs(element_type_of(x.q, kOp, "q"), x.q.size(3)),
+          can_multiply_tiles(element_type_of(x.q, kOp, "q")),
+          static_cast<char*>(out.mutable_data_ptr()),
+          static_cast<float*>(lse.mutable_data_ptr())} {
+  if (lse.numel() == 0) return;
+  const int64_t rows = x.q.size(0), trees = x.prefix_k.size(0), size = x.q.size(3);
+  const int64_t prefix = check_lengths("prefix_len", prefix_lens_, 0, x.prefix_k.size(2));
+  const int64_t branch = check_lengths("branch_len", branch_lens_, 0, x.branch_k.size(2));
+  const int64_t products = 2 * lse.numel() * size * (prefix + branch);
+  const int64_t positions = trees * prefix + rows * branch;
+  const int64_t bytes = 2 * positions * problem_.num_kv_heads * size * problem_.element_size;
+  threads_ = std::clamp<int64_t>(
+      std::max(products / kProductsPerThread, bytes / kBytesPerThread), 1, torch::stable::get_num_threads());
+  pieces_ = cut_into_pieces(problem_, rows, trees, dense(x.tree, ScalarType::Long), threads_);
+}
 
-}  // namespace
+void SharedPrefixAttention::run() {
+  // The room is made once a thread: allocating it takes as long as a small piece.
+  static thread_local PieceRoom room;
+  PieceWorker worker(problem_, room);
+  for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < pieces_.size();) {
+    const size_t then = next_.load(std::memory_order_relaxed);
+    worker.run(pieces_[i], then < pieces_.size() ? &pieces_[then] : nullptr);
+  }
+}
+
+std::tuple<Tensor, Tensor> attend(const AttentionArguments& arguments) {
+  require_contract(fits(arguments), kOp);
+  const Tensor& q = arguments.q;
+  Tensor out = new_attention_output(q);
+  Tensor lse = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  SharedPrefixAttention attention(arguments, out, lse);
+  torch::stable::parallel_for(0, attention.threads(), 1, [&](int64_t, int64_t) { attention.run(); });
+  return {out, lse};
+}
 
 std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
     const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& prefix_len, const Tensor& branch_k,
     const Tensor& branch_v, const Tensor& branch_len, std::optional<double> scale, std::optional<double> softcap,
-    std::optional<int64_t> window, const std::optional<Tensor>& tree_in) {
-  const char* const op = "shared_prefix_attention";
-  require_contract(
-      are_in_shape(q, prefix_k, prefix_v, branch_k, branch_v) && is_integers(prefix_len, {prefix_k.size(0)}) &&
-          is_integers(branch_len, {q.size(0)}) && is_float_number(scale.value_or(1.0)) && is_softcap(softcap) &&
-          !(window.has_value() && *window < 1) &&
-          (tree_in.has_value() ? is_integers(*tree_in, {q.size(0)}) : splits_evenly(q.size(0), prefix_k.size(0))),
-      op);
-  const Tensor prefix_lens = dense(prefix_len, ScalarType::Long);
-  const Tensor branch_lens = dense(branch_len, ScalarType::Long);
-  const std::optional<Tensor> tree = dense(tree_in, ScalarType::Long);
-  const int64_t rows = q.size(0);
-  Tensor out = new_output(q);
-  Tensor lse = new_tensor({rows, q.size(1), q.size(2)}, ScalarType::Float);
-  const Problem problem{
-      HeadRows(q),
-      HeadRows(prefix_k),
-      HeadRows(prefix_v),
-      HeadRows(branch_k),
-      HeadRows(branch_v),
-      static_cast<const int64_t*>(prefix_lens.const_data_ptr()),
-      static_cast<const int64_t*>(branch_lens.const_data_ptr()),
-      element_type_of(q, op, "q"),
-      static_cast<int64_t>(q.element_size()),
-      transform_of(scale.value_or(std::pow(q.size(3), -0.5)), softcap),
-      window.value_or(0),
-      q.size(1),
-      prefix_k.size(1),
-      q.size(2),
-      q.size(3),
-      can_multiply_pairs(element_type_of(q, op, "q"), q.size(3)),
-      can_multiply_tiles(element_type_of(q, op, "q")),
-      static_cast<char*>(out.mutable_data_ptr()),
-      static_cast<float*>(lse.mutable_data_ptr())};
-  if (lse.numel() == 0) return {out, lse};
-  const int64_t prefix = check_lengths("prefix_len", prefix_lens, 0, prefix_k.size(2));
-  const int64_t branch = check_lengths("branch_len", branch_lens, 0, branch_k.size(2));
-  const int64_t products = 2 * lse.numel() * q.size(3) * (prefix + branch);
-  const int64_t positions = prefix_k.size(0) * prefix + rows * branch;
-  const int64_t bytes = 2 * positions * problem.num_kv_heads * q.size(3) * problem.element_size;
-  const int64_t threads = std::clamp<int64_t>(
-      std::max(products / kProductsPerThread, bytes / kBytesPerThread), 1, torch::stable::get_num_threads());
-  const std::vector<Piece> pieces = cut_into_pieces(problem, rows, prefix_k.size(0), tree, threads);
-  // Pieces differ in size, so each thread that is free takes the next one.
-  std::atomic<size_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // The room is made once a thread: allocating it takes as long as a small piece.
-    static thread_local PieceRoom room;
-    PieceWorker worker(problem, room);
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < pieces.size();) {
-      const size_t then = next.load(std::memory_order_relaxed);
-      worker.run(pieces[i], then < pieces.size() ? &pieces[then] : nullptr);
-    }
-  });
-  return {out, lse};
+    std::optional<int64_t> window, const std::optional<Tensor>& tree) {
+  return attend({q, prefix_k, prefix_v, prefix_len, branch_k, branch_v, branch_len, scale, softcap, window, tree});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) {

@@ -1,18 +1,53 @@
 // The attention of a forest on CPU, for callers in C++.
 #pragma once
 
+#include <atomic>
 #include <optional>
 #include <tuple>
+#include <vector>
 
+#include "cpu/attention/attention_pieces.h"
 #include "stable_tensor.h"
 
 namespace tq {
 
-// out [N, H_q, T, d], which lies in memory as [N, T, H_q, d], and lse [N, H_q, T]; the arguments are those
-// of the op.
-std::tuple<Tensor, Tensor> shared_prefix_attention_cpu(
-    const Tensor& q, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& prefix_len, const Tensor& branch_k,
-    const Tensor& branch_v, const Tensor& branch_len, std::optional<double> scale, std::optional<double> softcap,
-    std::optional<int64_t> window, const std::optional<Tensor>& tree_in);
+// What is to be attended to; the arguments of the op.
+struct AttentionArguments {
+  Tensor q;  // [N, H_q, T, d]
+  Tensor prefix_k, prefix_v, prefix_len;
+  Tensor branch_k, branch_v, branch_len;
+  std::optional<double> scale, softcap;
+  std::optional<int64_t> window;
+  std::optional<Tensor> tree;
+};
+
+// out [N, H_q, T, d], uninitialised, which lies in memory as [N, T, H_q, d]: a layer reads it with its heads side
+// by side.
+Tensor new_attention_output(const Tensor& q);
+
+// out and lse, as the op returns them.
+std::tuple<Tensor, Tensor> attend(const AttentionArguments& arguments);
+
+// The attention of one layer, for any number of threads that run it together.
+class SharedPrefixAttention {
+ public:
+  // Refuses what breaks the contract. out: of new_attention_output, and lse [N, H_q, T], dense, are filled in.
+  SharedPrefixAttention(const AttentionArguments& arguments, Tensor& out, Tensor& lse);
+
+  // The number of threads that pay.
+  int64_t threads() const { return threads_; }
+
+  // Takes pieces of the work until none is left; all are done when every thread has returned.
+  void run();
+
+ private:
+  Tensor prefix_lens_;
+  Tensor branch_lens_;
+  Problem problem_;
+  int64_t threads_ = 1;
+  std::vector<Piece> pieces_;
+  // Pieces differ in size, so each thread that is free takes the next one.
+  std::atomic<size_t> next_{0};
+};
 
 }  // namespace tq

@@ -27,7 +27,7 @@ Tensor few_rows_linear_cpu(
   const LinearLayer layer(weight, bias, scale, size_in, x.scalar_type(), op);
   Tensor out = is_flat ? new_tensor({rows, layer.size_out()}, x.scalar_type())
                        : new_tensor({x.size(0), x.size(1), layer.size_out()}, x.scalar_type());
-  multiply_by_us<1>(x.const_data_ptr(), stride, rows, size_in, type, {&layer}, {out.mutable_data_ptr()});
+  multiply_by_us(x.const_data_ptr(), stride, rows, type, layer, out.mutable_data_ptr());
   return out;
 }
 

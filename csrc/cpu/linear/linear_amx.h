@@ -99,11 +99,10 @@ class AmxShare {
   void add_bf16(int64_t first, int64_t last, int64_t tile, const uint16_t* x) const {
     const int64_t whole = last - first == kOutputsTogether ? product_.size_in / kAmxColumns : 0;
     const int64_t stride = product_.weight_stride * static_cast<int64_t>(sizeof(uint16_t));
-    const char* ahead = weights_ahead(first, tile);
-    const int64_t lines = ahead == nullptr ? 0 : lines_ahead();
+    const int64_t lines = lines_ahead(tile);
     for (int64_t step = 0; step < whole; ++step) {
       const uint16_t* const weights = weight_ + first * product_.weight_stride + step * kAmxColumns;
-      for (int64_t i = 0; i < lines; ++i, ahead += kAmxRowBytes) __builtin_prefetch(ahead, 0, 2);
+      if (lines > 0) product_.ahead->advance(lines);
       add_step<kTiles>(weights, weights + kTileOutputs * product_.weight_stride, stride, x + step * kAmxNumbers);
     }
     for (int64_t step = whole; step < steps_; ++step) {
@@ -146,8 +145,7 @@ class AmxShare {
     }
   }
 
-  // The int8 weights [first, last) in two steps of columns as bf16, zero where there are none. Fetches the
-  // same share of the next panel, which follows in memory.
+  // The int8 weights [first, last) in two steps of columns as bf16, zero where there are none.
   void widen_pair(int64_t first, int64_t last, int64_t step, uint16_t* to) const {
     const int64_t left = product_.size_in - step * kAmxColumns;
     const int64_t columns = left < kNumbersOfTables ? left : kNumbersOfTables;
@@ -155,10 +153,9 @@ class AmxShare {
       for (int64_t i = 0; i < kOutputsTogether * kNumbersOfTables; ++i) to[i] = 0;
     }
     const auto* const panel = static_cast<const int8_t*>(product_.weight) + first * product_.weight_stride;
-    const int8_t* const ahead = panel + (product_.weight_stride + step * kAmxColumns) * kOutputsTogether;
     widen_by_tables(
         panel + step * kAmxColumns, product_.weight_stride, last - first, columns, to, kNumbersOfTables,
-        last < end_ ? ahead : nullptr);
+        product_.ahead);
   }
 
   // The weights [first, last) from `column` on as two tiles, zero where there are none.
@@ -188,27 +185,14 @@ class AmxShare {
     finish_rows<BFloat16>(product_, begin, end, first, last, sums, kOutputsTogether);
   }
 
-  // Where the part of the next panel begins that is fetched while this one meets `tile`: the pairs of tiles
-  // share the fetching, so that memory is never idle. Null: nothing is fetched. With a single pair weights
-  // stream from memory all the time, which the processor's own prefetching serves better.
-  const char* weights_ahead(int64_t first, int64_t tile) const {
-    if (product_.ahead != nullptr) return tile == 0 ? product_.ahead : nullptr;
-    if (num_tiles_ <= 2 || first + 2 * kOutputsTogether > end_ || product_.weight_stride != product_.size_in)
-      return nullptr;
-    const int64_t row = first + kOutputsTogether;
-    return reinterpret_cast<const char*>(weight_ + row * product_.weight_stride) +
-           tile / 2 * rows_ahead() * steps_ * kAmxRowBytes;
+  // Cache lines to come that are fetched in every step of columns: as many as the step reads, which the pairs
+  // of tiles share, so that memory is never idle.
+  int64_t lines_ahead(int64_t tile) const {
+    if (product_.ahead == nullptr) return 0;
+    const int64_t lines = kOutputsTogether / product_.ahead_part;
+    const int64_t pairs = (num_tiles_ + 1) / 2;
+    return part_begin(lines, pairs, tile / 2 + 1) - part_begin(lines, pairs, tile / 2);
   }
-
-  // Cache lines that are fetched in every step of columns.
-  int64_t lines_ahead() const {
-    if (product_.ahead == nullptr) return rows_ahead();
-    const int64_t step_bytes = steps_ * kAmxRowBytes;
-    return (product_.ahead_bytes + step_bytes - 1) / step_bytes;
-  }
-
-  // Rows of the next panel that are fetched while a pair of tiles meets this one.
-  int64_t rows_ahead() const { return kOutputsTogether / ((num_tiles_ + 1) / 2); }
 
   const FewRowsProduct& product_;
   const uint16_t* weight_;

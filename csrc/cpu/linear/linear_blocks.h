@@ -78,8 +78,5 @@ void finish_rows(
   round(product, begin, end, first, last, sums, sums_stride);
 }
 
-// Where part `part` begins when a range of `size` is cut into `count` parts that differ by one at most.
-TQ_INLINE int64_t part_begin(int64_t size, int64_t count, int64_t part) { return size * part / count; }
-
 }  // namespace TQ_ISA
 }  // namespace tq

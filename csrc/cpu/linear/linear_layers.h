@@ -9,19 +9,21 @@
 #include "cpu/linear/linear_rows.h"
 #include "cpu/linear/widen_weights_rows.h"
 #include "cpu/tensors/tensor_access.h"
+#include "cpu/threads/team.h"
 
 namespace tq {
 
 // With fewer bytes of weights than this, another thread does not pay.
 constexpr int64_t kLinearBytesPerThread = int64_t{1} << 16;
 
+// Lines that a thread fetches at a time while it waits for others.
+constexpr int64_t kLinesWhileWaiting = 8;
+
 // With fewer parts of x than this, another thread does not pay for packing.
 constexpr int64_t kPackedPartsPerThread = 4;
 
-// Rows begin at cache lines: loading a vector that lies across two lines takes two loads.
-constexpr int64_t kCacheLine = 64;
-
-// The first cache line that begins in `room`.
+// The first cache line that begins in `room`, where rows are to begin: loading a vector that lies across two lines
+// takes two loads.
 inline void* line_of(void* room) {
   const auto address = reinterpret_cast<uintptr_t>(room);
   return static_cast<char*>(room) + (kCacheLine - address % kCacheLine) % kCacheLine;
@@ -74,6 +76,7 @@ inline FewRowsProduct product_of_rows(ElementType type, int64_t rows, int64_t si
   product.is_many = !product.use_amx && current_isa() == Isa::kAvx512 && rows >= kLeastManyRows;
   product.rows = rows;
   product.size_in = size_in;
+  product.ahead_part = 1;
   return product;
 }
 
@@ -95,7 +98,7 @@ inline bool has_byte_tables() {
 }
 
 // The outputs [begin, end) of a product with int8 weights: a panel of them is widened to the type of x, then
-// multiplied, while the next panel is fetched.
+// multiplied, while later ones are fetched.
 inline void multiply_widened(const FewRowsProduct& product, int64_t begin, int64_t end) {
   if (product.is_int8) return TQ_SELECT_ISA(multiply_few_rows)(product, begin, end);
   thread_local std::vector<char> room;
@@ -119,61 +122,136 @@ inline void multiply_widened(const FewRowsProduct& product, int64_t begin, int64
     panel.scale = product.scale + first;
     if (product.bias != nullptr) panel.bias = static_cast<const char*>(product.bias) + first * size;
     panel.out = static_cast<char*>(product.out) + first * out_size;
-    const int64_t ahead_rows = std::min(panel_rows, end - last);
-    panel.ahead = reinterpret_cast<const char*>(weight + (ahead_rows > 0 ? last : first) * product.weight_stride);
-    panel.ahead_bytes = ahead_rows * product.weight_stride;
+    panel.ahead_part = size;
     TQ_SELECT_ISA(multiply_few_rows)(panel, 0, last - first);
   }
 }
 
-// outputs[i] [rows, size_out] = x through layers[i] by our product, in one parallel region for all layers.
-// x has `rows` rows of `size_in` elements, `stride` elements apart.
+// Linear layers that read the same x [rows, size_in], on a team: its threads pack x, wait, and multiply.
 template <size_t kCount>
-void multiply_by_us(
-    const void* x, int64_t stride, int64_t rows, int64_t size_in, ElementType type,
-    const std::array<const LinearLayer*, kCount>& layers, std::array<void*, kCount> outputs) {
-  // The room is kept from call to call, because the first touch of new memory is slow; there are few
-  // threads, and it is small.
-  thread_local std::vector<char> packed;
-  packed.resize(std::max<size_t>(packed.size(), packed_bytes(rows, size_in) + kCacheLine));
-  void* const packed_x = line_of(packed.data());
-  const FewRowsProduct any = product_of_rows(type, rows, size_in, packed_x);
-  const int64_t unit = outputs_per_unit(any);
-  std::array<FewRowsProduct, kCount> products;
-  std::array<int64_t, kCount> ends;  // of each layer's units of outputs, numbered through
-  int64_t num_units = 0;
-  for (size_t i = 0; i < kCount; ++i) {
-    const LinearLayer& layer = *layers[i];
-    FewRowsProduct& product = products[i] = any;
-    product.weight = layer.weight.const_data_ptr();
-    product.weight_stride = layer.weight.stride(0);
-    product.bias = data_or_null<void>(layer.bias);
-    product.scale = data_or_null<float>(layer.scale);
-    // With more than a pair of tiles of x, weights that each pair widens anew cost more than a panel of them.
-    product.is_int8 = product.scale != nullptr && product.use_amx && has_byte_tables() && rows <= 2 * kAmxRows;
-    product.out = outputs[i];
-    product.size_out = layer.size_out();
-    num_units += (layer.size_out() + unit - 1) / unit;
-    ends[i] = num_units;
+class LinearGroup {
+ public:
+  // outputs[i] [rows, size_out of layers[i]]; packed_x has room for packed_bytes(rows, size_in). A thread makes
+  // the same outputs of layers that are `alike`; otherwise the layers are divided as if they were one.
+  LinearGroup(
+      ElementType type, int64_t rows, const std::array<const LinearLayer*, kCount>& layers, bool alike, void* packed_x,
+      const std::array<void*, kCount>& outputs)
+      : rows_(rows), size_in_(layers[0]->weight.size(1)), alike_(alike) {
+    const FewRowsProduct any = product_of_rows(type, rows, size_in_, packed_x);
+    unit_ = outputs_per_unit(any);
+    for (size_t i = 0; i < kCount; ++i) {
+      const LinearLayer& layer = *layers[i];
+      FewRowsProduct& product = products_[i] = any;
+      product.weight = layer.weight.const_data_ptr();
+      product.weight_stride = layer.weight.stride(0);
+      product.bias = data_or_null<void>(layer.bias);
+      product.scale = data_or_null<float>(layer.scale);
+      // With more than a pair of tiles of x, weights that each pair widens anew cost more than a panel of them.
+      product.is_int8 = product.scale != nullptr && product.use_amx && has_byte_tables() && rows <= 2 * kAmxRows;
+      product.out = outputs[i];
+      product.size_out = layer.size_out();
+      weight_bytes_[i] = product.scale != nullptr ? 1 : type == ElementType::kFloat32 ? 4 : 2;
+      num_units_[i] = (product.size_out + unit_ - 1) / unit_;
+    }
   }
-  if (rows == 0 || num_units == 0) return;
-  pack_all_rows(any, x, stride);
 
-  const int64_t element = type == ElementType::kFloat32 ? 4 : 2;
-  const int64_t unit_bytes = std::max<int64_t>(1, unit * size_in * element);
-  const int64_t grain = std::max<int64_t>(1, kLinearBytesPerThread / unit_bytes);
-  torch::stable::parallel_for(0, num_units, grain, [&](int64_t begin, int64_t end) {
+  int64_t rows() const { return rows_; }
+  int64_t size_in() const { return size_in_; }
+  int64_t size_out(size_t i) const { return products_[i].size_out; }
+
+  int64_t bytes() const {
+    int64_t sum = 0;
+    for (size_t i = 0; i < kCount; ++i) sum += products_[i].size_out * size_in_ * weight_bytes_[i];
+    return sum;
+  }
+
+  // The outputs of layer i that this thread makes.
+  Range outputs(const Member& member, size_t i) const {
     int64_t first = 0;
-    for (size_t i = 0; i < kCount; first = ends[i++]) {
-      const int64_t from = (std::max(begin, first) - first) * unit;
-      const int64_t to = std::min((std::min(end, ends[i]) - first) * unit, products[i].size_out);
-      if (from >= to) continue;
-      if (products[i].scale != nullptr) {
-        multiply_widened(products[i], from, to);
+    for (size_t j = 0; j < i && !alike_; ++j) first += num_units_[j];
+    int64_t all = num_units_[0];
+    for (size_t j = 1; j < kCount && !alike_; ++j) all += num_units_[j];
+    const Range units = member.share(all);
+    const int64_t begin = std::clamp<int64_t>(units.begin - first, 0, num_units_[i]);
+    const int64_t end = std::clamp<int64_t>(units.end - first, 0, num_units_[i]);
+    return {begin * unit_, std::min(end * unit_, products_[i].size_out)};
+  }
+
+  // Adds the weights that this thread reads, in order; weights whose rows lie apart are left out.
+  void add_runs(const Member& member, std::vector<MemoryRun>& runs) const {
+    for (size_t i = 0; i < kCount; ++i) {
+      const Range range = outputs(member, i);
+      if (range.begin >= range.end || products_[i].weight_stride != size_in_ || size_in_ == 0) continue;
+      runs.push_back({weights(i, range.begin), weights(i, range.end)});
+    }
+  }
+
+  // Packs this thread's parts of x, whose rows are `stride` elements apart. prepare(begin, end) makes rows of x.
+  template <typename Prepare>
+  void pack(const Member& member, const void* x, int64_t stride, const Prepare& prepare) const {
+    const Range parts = member.share(packing_parts(products_[0]));
+    if (parts.begin >= parts.end) return;
+    prepare(packed_part_begin(products_[0], parts.begin), packed_part_begin(products_[0], parts.end));
+    auto* const to = const_cast<void*>(products_[0].packed_x);
+    TQ_SELECT_ISA(pack_rows)(products_[0], x, stride, to, parts.begin, parts.end);
+  }
+  void pack(const Member& member, const void* x, int64_t stride) const {
+    pack(member, x, stride, [](int64_t, int64_t) {});
+  }
+
+  // Makes this thread's outputs; all of x is packed.
+  void multiply(const Member& member, ReadAhead& ahead) const {
+    for (size_t i = 0; i < kCount; ++i) {
+      const Range range = outputs(member, i);
+      if (range.begin >= range.end) continue;
+      FewRowsProduct product = products_[i];
+      product.ahead = &ahead;
+      ahead.reach(weights(i, range.begin));
+      ahead.fetch(INT64_MAX);
+      if (product.scale != nullptr) {
+        multiply_widened(product, range.begin, range.end);
       } else {
-        TQ_SELECT_ISA(multiply_few_rows)(products[i], from, to);
+        TQ_SELECT_ISA(multiply_few_rows)(product, range.begin, range.end);
       }
     }
+  }
+
+ private:
+  const char* weights(size_t i, int64_t row) const {
+    return static_cast<const char*>(products_[i].weight) + row * products_[i].weight_stride * weight_bytes_[i];
+  }
+
+  std::array<FewRowsProduct, kCount> products_;
+  std::array<int64_t, kCount> weight_bytes_;
+  std::array<int64_t, kCount> num_units_;
+  int64_t rows_;
+  int64_t size_in_;
+  int64_t unit_;
+  bool alike_;
+};
+
+// Room for packed rows, kept from call to call, because the first touch of new memory is slow; there are few
+// threads, and it is small.
+inline void* packing_room(int64_t rows, int64_t size_in) {
+  thread_local std::vector<char> room;
+  room.resize(std::max<size_t>(room.size(), packed_bytes(rows, size_in) + kCacheLine));
+  return line_of(room.data());
+}
+
+// out [rows, size_out] = x through a layer by our product. x has rows of size_in elements, `stride` apart.
+inline void multiply_by_us(
+    const void* x, int64_t stride, int64_t rows, ElementType type, const LinearLayer& layer, void* out) {
+  const int64_t size_in = layer.weight.size(1);
+  if (rows == 0 || layer.size_out() == 0) return;
+  const LinearGroup<1> group(type, rows, {&layer}, false, packing_room(rows, size_in), {out});
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  run_as_team(std::clamp<int64_t>(group.bytes() / kLinearBytesPerThread, 1, threads), [&](Member& member) {
+    std::vector<MemoryRun> runs;
+    group.add_runs(member, runs);
+    ReadAhead ahead(runs.data(), static_cast<int64_t>(runs.size()));
+    group.pack(member, x, stride);
+    member.wait([&] { return ahead.fetch(kLinesWhileWaiting); });
+    group.multiply(member, ahead);
   });
 }
 
@@ -186,26 +264,13 @@ inline Tensor multiply_by_library(const Tensor& x, const LinearLayer& layer) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// x [rows, size_in], dense, through layers that all read it, by the product that is faster for so many rows.
+// Whether so many rows go through the layers by the library's product. It has none with int8 weights that would
+// not first copy them.
 template <size_t kCount>
-std::array<Tensor, kCount> run_linear_layers(
-    const Tensor& x, ElementType type, const std::array<const LinearLayer*, kCount>& layers) {
-  std::array<Tensor, kCount> results;
-  const int64_t rows = x.size(0), size_in = x.size(1);
-  // The library has no product with int8 weights that would not first copy them.
+bool is_for_library(ElementType type, int64_t rows, const std::array<const LinearLayer*, kCount>& layers) {
   bool has_int8 = false;
   for (const LinearLayer* const layer : layers) has_int8 |= layer->scale.has_value();
-  if (rows > most_rows_of_our_product(type) && !has_int8) {
-    for (size_t i = 0; i < kCount; ++i) results[i] = multiply_by_library(x, *layers[i]);
-    return results;
-  }
-  std::array<void*, kCount> outputs;
-  for (size_t i = 0; i < kCount; ++i) {
-    results[i] = new_tensor({rows, layers[i]->size_out()}, x.scalar_type());
-    outputs[i] = results[i].mutable_data_ptr();
-  }
-  multiply_by_us(x.const_data_ptr(), size_in, rows, size_in, type, layers, outputs);
-  return results;
+  return rows > most_rows_of_our_product(type) && !has_int8;
 }
 
 }  // namespace tq

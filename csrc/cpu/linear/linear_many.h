@@ -74,35 +74,37 @@ void pack_many(const FewRowsProduct& product, const void* x, int64_t x_stride, v
   }
 }
 
-// The weights to prefetch while tiles are multiplied: at most one row of them in every pass over a lane.
-struct WeightsAhead {
-  const char* from;  // null: none
-  int64_t row_bytes;
+// The fetching of weights to come while tiles are multiplied: at most one row of them in every pass over a lane.
+struct RowsAhead {
+  ReadAhead* ahead;  // null: none
   int64_t rows;
-  int64_t row_of(int64_t pass, int64_t num_passes) const {
-    const int64_t row = pass * kOutputsTogether / num_passes;
-    const bool is_first = pass == 0 || row != (pass - 1) * kOutputsTogether / num_passes;
-    return from != nullptr && is_first && row < rows ? row : -1;
+  int64_t first_pass;
+  int64_t num_passes;
+
+  // The row to fetch in a pass, or null.
+  TQ_ALWAYS_INLINE const char* take(int64_t pass, int64_t bytes) const {
+    pass += first_pass;
+    const bool is_due = part_begin(rows, num_passes, pass + 1) > part_begin(rows, num_passes, pass);
+    return ahead != nullptr && is_due ? ahead->take(bytes / kCacheLine) : nullptr;
   }
 };
 
 // sums [kRows, kOutputsTogether] (+)= the tile of x times the turned weights.
 template <typename Step, int kRows>
 void multiply_many_tile(
-    const float* weights, const float* x, int64_t vectors, const WeightsAhead& ahead, int64_t first_pass,
-    int64_t num_passes, bool is_first_block, float* sums) {
+    const float* weights, const float* x, int64_t vectors, const RowsAhead& ahead, bool is_first_block, float* sums) {
   alignas(64) Piece levels[kFoldLevels][kRows * kManyVectors];
   for (int pass = 0; pass < kLanes; ++pass) {
     const float* const left = weights + pass * vectors * kOutputsTogether;
     const float* const right = x + pass * vectors * kLanes;
-    const int64_t row = ahead.row_of(first_pass + pass, num_passes);
-    const char* const prefetched = row < 0 ? reinterpret_cast<const char*>(left) : ahead.from + row * ahead.row_bytes;
-    const int64_t prefetched_step = row < 0 ? 0 : kVectorBytes<Step>;
+    const char* const row = ahead.take(pass, vectors * kVectorBytes<Step>);
+    const char* const fetched = row == nullptr ? reinterpret_cast<const char*>(left) : row;
+    const int64_t fetched_step = row == nullptr ? 0 : kVectorBytes<Step>;
     Piece lane[kRows * kManyVectors];
 #pragma GCC unroll 64
     for (int i = 0; i < kRows * kManyVectors; ++i) lane[i] = Piece{};
     for (int64_t v = 0; v < vectors; ++v) {
-      __builtin_prefetch(prefetched + v * prefetched_step, 0, 2);
+      __builtin_prefetch(fetched + v * fetched_step, 0, 2);
       typename Step::Vector outputs[kManyVectors];
 #pragma GCC unroll 4
       for (int o = 0; o < kManyVectors; ++o) {
@@ -138,8 +140,7 @@ void multiply_many_tile(
 }
 
 template <typename Step>
-using MultiplyManyTile =
-    void (*)(const float*, const float*, int64_t, const WeightsAhead&, int64_t, int64_t, bool, float*);
+using MultiplyManyTile = void (*)(const float*, const float*, int64_t, const RowsAhead&, bool, float*);
 
 // Tiles differ by one row at most, so none of kLeastManyRows or more rows is smaller.
 constexpr int kLeastManyTileRows = kMostManyTileRows / 2;
@@ -187,14 +188,14 @@ class ManyShare {
     for (int64_t block = 0; block < blocks_.count; ++block) {
       const int64_t vectors = turn_weights(first, last, block, weights);
       const float* const x = static_cast<const float*>(product_.packed_x) + words_before(block) * num_tiles_ * kLanes;
-      const WeightsAhead ahead = weights_ahead(first, block, group);
-      const int64_t num_passes = (end_tile - begin_tile) * kLanes;
       for (int64_t tile = begin_tile; tile < end_tile; ++tile) {
         const int64_t from = part_begin(product_.rows, num_tiles_, tile);
         const int64_t to = part_begin(product_.rows, num_tiles_, tile + 1);
+        const RowsAhead ahead{
+            product_.ahead, kOutputsTogether / product_.ahead_part, tile * kLanes, num_tiles_ * kLanes};
         multiply_many_tile_for<Step>(to - from)(
-            weights, x + tile * vectors * kLanes * kLanes, vectors, ahead, (tile - begin_tile) * kLanes, num_passes,
-            block == 0, sums + (from - begin) * kOutputsTogether);
+            weights, x + tile * vectors * kLanes * kLanes, vectors, ahead, block == 0,
+            sums + (from - begin) * kOutputsTogether);
       }
     }
     finish_rows<typename Step::Element>(product_, begin, end, first, last, sums, kOutputsTogether);
@@ -229,27 +230,6 @@ class ManyShare {
       }
     }
     return vectors;
-  }
-
-  // The weights that are transposed after this block; only the last group of rows goes on to other weight
-  // rows.
-  WeightsAhead weights_ahead(int64_t first, int64_t block, int64_t group) const {
-    if (product_.ahead != nullptr) {
-      const int64_t row_bytes = words_before(1) * static_cast<int64_t>(sizeof(float));
-      const bool is_first = block == 0 && group == 0 && row_bytes > 0;
-      const int64_t rows = is_first ? (product_.ahead_bytes + row_bytes - 1) / row_bytes : 0;
-      return {product_.ahead, row_bytes, rows < kOutputsTogether ? rows : kOutputsTogether};
-    }
-    int64_t row = first;
-    int64_t column = (block + 1) * blocks_.size;
-    if (column >= blocks_.whole) {
-      row += kOutputsTogether;
-      column = 0;
-      if (group + 1 < num_groups_ || row >= end_) return {nullptr, 0, 0};
-    }
-    const int64_t size = static_cast<int64_t>(sizeof(Stored));
-    const auto* const from = reinterpret_cast<const char*>(weight_ + row * product_.weight_stride + column);
-    return {from, product_.weight_stride * size, end_ - row};
   }
 
   const FewRowsProduct& product_;

@@ -20,12 +20,11 @@ constexpr int tile_weight_rows(int tile_rows) { return tile_rows == 1 ? 1 : 2; }
 
 // Rows of x that stay in the first-level cache while the weights stream by.
 constexpr int64_t kGroupRows = 12;
-// Bytes of a panel of weights, which groups of rows share from the second-level cache.
-constexpr int64_t kPanelBytes = 1 << 18;
+// Bytes of a panel of weights, which groups of rows share from the second-level cache; what is fetched ahead of a
+// panel is its beginning.
+constexpr int64_t kPanelBytes = 1 << 17;
 constexpr int64_t kLeastPanelRows = 16;
 constexpr int64_t kMostPanelRows = 64;
-// The distance between a weight's prefetch and its use, in steps of four weight rows.
-TQ_INLINE int64_t fours_ahead(int64_t rows) { return rows <= kRowsBesideWeights ? 1 : 2; }
 
 // Packs x block by block, and in each block row by row.
 template <typename Step>
@@ -55,7 +54,7 @@ void pack_typed(const FewRowsProduct& product, const void* x, int64_t x_stride, 
 template <typename Step>
 struct Operands {
   const typename Step::Stored* weights[kWeightRowsPerTile];
-  int64_t ahead;
+  FetchedBeside fetched;
   const typename Step::Packed* x;
   int64_t count;  // columns, and the distance between rows of x
   bool is_first_block;
@@ -67,8 +66,10 @@ void add_four(const Operands<Step>& operands, float* sums) {
   constexpr int kWeights = tile_weight_rows(kRows);
   for (int64_t w = 0; w < kWeightRowsPerTile; w += kWeights) {
     alignas(64) float found[(kWeights * kRows + 3) / 4 * 4];
+    const FetchedBeside fetched{
+        operands.fetched.from + w * (operands.count / Step::kColumns) * operands.fetched.step, operands.fetched.step};
     multiply_tile<Step, kWeights, kRows>(
-        operands.weights + w, operands.ahead, operands.x, operands.count, operands.count, found);
+        operands.weights + w, fetched, operands.x, operands.count, operands.count, found);
     for (int m = 0; m < kRows; ++m) {
       float* const to = sums + m * kMostPanelRows + w;
       for (int r = 0; r < kWeights; ++r) {
@@ -132,21 +133,23 @@ class Share {
           // Rows beyond the last are the last row again; their sums are not used.
           operands.weights[r] = weight_ + (row + r < last ? row + r : last - 1) * product_.weight_stride;
         }
-        operands.ahead = ahead_of(panel, row, block, group);
         operands.is_first_block = block == 0;
-        multiply_block(operands, block, begin, end, sums + (row - panel));
+        // Groups of rows share the fetching, so that memory is never idle.
+        const bool fetches = ((row - panel) / kWeightRowsPerTile + group) % num_groups_ == 0;
+        multiply_block(operands, block, begin, end, fetches ? product_.ahead : nullptr, sums + (row - panel));
       }
     }
     finish_rows<typename Step::Element>(product_, begin, end, panel, last, sums, kMostPanelRows);
   }
 
-  // Multiplies four weight rows, given by their first column, by the rows [begin, end) of x.
-  void multiply_block(Operands<Step>& operands, int64_t block, int64_t begin, int64_t end, float* sums) {
+  // Multiplies four weight rows, given by their first column, by the rows [begin, end) of x, and fetches as much.
+  void multiply_block(
+      Operands<Step>& operands, int64_t block, int64_t begin, int64_t end, ReadAhead* ahead, float* sums) {
     int64_t first = block * blocks_.size;
     operands.count = blocks_.whole - first < blocks_.size ? blocks_.whole - first : blocks_.size;
     if (operands.count > 0) {
       for (auto& weights : operands.weights) weights += first;
-      return multiply_rows(operands, first, begin, end, sums);
+      return multiply_rows(operands, first, begin, end, ahead, sums);
     }
     first = blocks_.whole;
     const int64_t rest = product_.size_in - first;
@@ -154,51 +157,32 @@ class Share {
     const PaddedStep<Step> padded[kWeightRowsPerTile] = {
         {rows[0] + first, rest}, {rows[1] + first, rest}, {rows[2] + first, rest}, {rows[3] + first, rest}};
     for (int64_t r = 0; r < kWeightRowsPerTile; ++r) operands.weights[r] = padded[r].values;
-    operands.ahead = 0;
     operands.count = Step::kColumns;
-    multiply_rows(operands, first, begin, end, sums);
+    multiply_rows(operands, first, begin, end, nullptr, sums);
   }
 
   // Multiplies the rows [begin, end) of x, tile by tile.
-  void multiply_rows(Operands<Step>& operands, int64_t first, int64_t begin, int64_t end, float* sums) {
+  void multiply_rows(
+      Operands<Step>& operands, int64_t first, int64_t begin, int64_t end, ReadAhead* ahead, float* sums) {
     const auto* const x = static_cast<const typename Step::Packed*>(product_.packed_x) + first * product_.rows;
     const int64_t num_tiles = (end - begin + kMostTileRows - 1) / kMostTileRows;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t from = part_begin(end - begin, num_tiles, tile);
       const int64_t to = part_begin(end - begin, num_tiles, tile + 1);
       operands.x = x + (begin + from) * operands.count;
+      operands.fetched = fetched_beside(operands, tile == 0 ? ahead : nullptr);
       add_four_for<Step>(to - from)(operands, sums + from * kMostPanelRows);
     }
   }
 
-  // The number of elements between these weights and those to prefetch while they are multiplied. With one
-  // group of rows, weights stream from memory all the time, and a little ahead is enough. With several,
-  // only the first group would read from memory, which idles during the others: so all groups together
-  // prefetch the whole next panel.
-  int64_t ahead_of(int64_t panel, int64_t row, int64_t block, int64_t group) const {
-    if (product_.ahead != nullptr) return group == 0 ? ahead_elsewhere(row) : 0;
-    const int64_t fours = panel_rows_ / kWeightRowsPerTile;
-    const int64_t in_panel = fours * blocks_.count;
-    const int64_t now = (group * blocks_.count + block) * fours + (row - panel) / kWeightRowsPerTile;
-    if (now % num_groups_ != 0) return 0;
-    int64_t next = now / num_groups_ + (num_groups_ == 1 ? fours_ahead(product_.rows) : in_panel);
-    int64_t next_panel = panel;
-    if (next >= in_panel) {
-      next -= in_panel;
-      next_panel += panel_rows_;
+  // What is fetched while four weight rows are multiplied: as many lines of memory as they are made from.
+  FetchedBeside fetched_beside(const Operands<Step>& operands, ReadAhead* ahead) const {
+    if (ahead != nullptr) {
+      const int64_t lines = kWeightRowsPerTile * operands.count / Step::kColumns / product_.ahead_part;
+      const char* const from = ahead->take(lines);
+      if (from != nullptr) return {from, kCacheLine / product_.ahead_part};
     }
-    const int64_t next_row = next_panel + next % fours * kWeightRowsPerTile;
-    if (next >= in_panel || next_row >= end_) return 0;
-    return (next_row - row) * product_.weight_stride + (next / fours - block) * blocks_.size;
-  }
-
-  // The same where other memory is to be prefetched: as many bytes of it as the weights before `row` have
-  // were prefetched beside them.
-  int64_t ahead_elsewhere(int64_t row) const {
-    const int64_t size = static_cast<int64_t>(sizeof(typename Step::Stored));
-    if (row * product_.weight_stride * size >= product_.ahead_bytes) return 0;
-    const auto distance = reinterpret_cast<intptr_t>(product_.ahead) - reinterpret_cast<intptr_t>(weight_);
-    return distance / size;
+    return {reinterpret_cast<const char*>(operands.weights[0]), 0};
   }
 
   const FewRowsProduct& product_;

@@ -2,6 +2,7 @@
 // weights, or many. One copy for each ISA.
 #pragma once
 
+#include "cpu/linear/read_ahead.h"
 #include "cpu/simd/element_type.h"
 #include "cpu/simd/isa.h"
 
@@ -28,8 +29,8 @@ struct FewRowsProduct {
   int64_t rows;
   int64_t size_in;
   int64_t size_out;
-  const char* ahead;  // memory to prefetch while this product is under way, or null: its own weights
-  int64_t ahead_bytes;
+  ReadAhead* ahead;    // fetches weights to come, or null
+  int64_t ahead_part;  // weights are made from memory of 1 / ahead_part of their bytes
 };
 
 // From this many rows on transposing the weights pays; and the most rows of a tile.
@@ -50,9 +51,18 @@ inline int64_t outputs_per_unit(const FewRowsProduct& product) {
   return product.use_amx || product.is_many ? kOutputsTogether : kWeightRowsPerTile;
 }
 
+// Where part `part` begins when a range of `size` is cut into `count` parts that differ by one at most.
+constexpr int64_t part_begin(int64_t size, int64_t count, int64_t part) { return size * part / count; }
+
 // Parts of x that threads may pack at once.
 inline int64_t packing_parts(const FewRowsProduct& product) {
   return product.use_amx ? amx_tiles(product.rows) : product.is_many ? many_tiles(product.rows) : 1;
+}
+
+// The first row of a part of x.
+inline int64_t packed_part_begin(const FewRowsProduct& product, int64_t part) {
+  if (!product.use_amx) return part_begin(product.rows, packing_parts(product), part);
+  return part * kAmxRows < product.rows ? part * kAmxRows : product.rows;
 }
 
 // The most columns of a step; x is packed in whole steps.

@@ -152,25 +152,24 @@ TQ_INLINE void load_once(Vector& value) {
 #endif
 }
 
-// With up to this many rows of x, weights to come are prefetched into the first-level cache, which has room
-// for them; with more, into the second.
-constexpr int kRowsBesideWeights = 6;
+// Memory to fetch in the course of a product: `step` bytes for each weight row in each step of columns.
+struct FetchedBeside {
+  const char* from;
+  int64_t step;
+};
 
-// sums[m * kWeights + r] = weights[r] times row m of x, over `count` columns, whole steps. Prefetches the
-// elements `ahead` of each weight.
+// sums[m * kWeights + r] = weights[r] times row m of x, over `count` columns, whole steps.
 template <typename Step, int kWeights, int kRows>
 TQ_INLINE void multiply_tile(
-    const typename Step::Stored* const* weights, int64_t ahead, const typename Step::Packed* x, int64_t x_stride,
-    int64_t count, float* sums) {
+    const typename Step::Stored* const* weights, FetchedBeside fetched, const typename Step::Packed* x,
+    int64_t x_stride, int64_t count, float* sums) {
   constexpr int kSums = (kWeights * kRows + 3) / 4 * 4;
   Piece lanes[kPieces * kSums];
 #pragma GCC unroll 64
   for (int i = 0; i < kPieces * kSums; ++i) lanes[i] = Piece{};
   for (int64_t i = 0; i < count; i += Step::kColumns) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kWeights; ++r) {
-      __builtin_prefetch(weights[r] + i + ahead, 0, kRows <= kRowsBesideWeights ? 3 : 2);
-    }
+    for (int r = 0; r < kWeights; ++r, fetched.from += fetched.step) __builtin_prefetch(fetched.from, 0, 2);
 #pragma GCC unroll 8
     for (int part = 0; part < Step::kParts; ++part) {
       Piece* const to = lanes + part % kPieces * kSums;

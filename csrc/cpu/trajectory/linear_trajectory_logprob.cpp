@@ -155,6 +155,11 @@ void find_states_by_kernel(const Problem& problem, int64_t begin, int64_t count,
     const std::unique_ptr<float[]> logits(new float[count * kOutputsPerBlock]);
     FewRowsProduct product = rows_product;
     product.out = logits.get();
+    const MemoryRun weights{
+        weight + first_block * kOutputsPerBlock * product.weight_stride * bytes,
+        weight + std::min(last_block * kOutputsPerBlock, problem.vocab_size) * product.weight_stride * bytes};
+    ReadAhead ahead(&weights, product.weight_stride == size ? 1 : 0);
+    product.ahead = &ahead;
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t first = block * kOutputsPerBlock;
       const int64_t outputs = std::min(kOutputsPerBlock, problem.vocab_size - first);
