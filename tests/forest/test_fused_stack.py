@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent import futures
 
 import pytest
 import torch
@@ -55,6 +56,37 @@ def test_each_pass_over_branches_is_one_call_with_the_numbers_of_the_modules(kin
     # Scrambled weights make errors of rounding larger than weights as they are trained.
     tolerance = 10 * TOLERANCE[dtype]
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_any_number_of_threads_gives_the_same_bits(dtype, calls) -> None:
+    # Large enough for as many threads as there are, also for more than the processor runs at a time.
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval().to(dtype)
+
+    @torch.inference_mode()
+    def run(num_threads: int) -> torch.Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            return rolled_out(model)
+        finally:
+            torch.set_num_threads(before)
+
+    alone = run(1)
+    for num_threads in (2, 3, 7):
+        assert torch.equal(run(num_threads), alone)
+    with futures.ThreadPoolExecutor(3) as callers:
+        assert all(torch.equal(found, alone) for found in callers.map(run, [3] * 6))
+    assert len(calls) >= 3 * 10
 
 
 @torch.inference_mode()

@@ -59,8 +59,42 @@ def test_int8_weights_of_scale_one_give_the_bits_of_the_same_numbers_in_the_dtyp
     isa_or_amx, dtype, num_rows
 ):
     x, weight, bias, scale = int8_problem(num_rows, 770, 137, dtype)
-    result = few_rows_linear_cpu(x, weight, bias, torch.ones_like(scale))
+    ones = torch.ones_like(scale)
+    result = few_rows_linear_cpu(x, weight, bias, ones)
+    if isa_or_amx == "amx" and dtype == torch.bfloat16:
+        # Tiles multiply int8 weights as integers, which rounds otherwise.
+        return assert_near_dequantised(result, x, weight, bias, ones)
     assert torch.equal(result, few_rows_linear_cpu(x, weight.to(dtype), bias))
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 6, 10, 11, 256, 257])
+def test_rows_of_any_magnitude_by_int8_weights(isa_or_amx, num_rows):
+    # Tiles write a row as integers, whose unit its largest number sets.
+    x, weight, _, scale = int8_problem(num_rows, 200, 37, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    x *= 2.0 ** torch.randint(-90, 90, (num_rows, 1), generator=generator)
+    x[:, 7] *= 1000.0
+    x[:, 9] *= 1e-4
+    result = few_rows_linear_cpu(x, weight, None, scale)
+    exact = x.double() @ (scale.double()[:, None] * weight.double()).T
+    weights = (scale.double()[:, None] * weight.double().abs()).T
+    # The sums are fp32; an integer has an error of half its unit.
+    terms = 2.0**-18 * (x.double().abs() @ weights)
+    units = 2.0**-23 * x.double().abs().amax(1, keepdim=True) * weights.sum(0)
+    assert ((result.double() - exact).abs() <= 2.0**-8 * exact.abs() + terms + units).all()
+
+
+def test_rows_without_finite_or_large_numbers_by_int8_weights(isa_or_amx):
+    x, weight, bias, scale = int8_problem(12, 130, 37, torch.bfloat16)
+    expected = few_rows_linear_cpu(x, weight, bias, scale)
+    x[3], x[4] = 0.0, 1e-39
+    x[5, 128] = float("nan")
+    x[11, 0] = float("inf")
+    result = few_rows_linear_cpu(x, weight, bias, scale)
+    assert result[5].isnan().all() and not result[11].isfinite().any()
+    torch.testing.assert_close(result[3:5], bias.expand(2, -1))
+    untouched = [0, 1, 2, 6, 7, 8, 9, 10]
+    assert torch.equal(result[untouched], expected[untouched])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "cpu/linear/linear_blocks.h"
-#include "cpu/linear/widen_by_tables.h"
 #include "cpu/simd/amx.h"
 #include "cpu/simd/transpose.h"
 
@@ -85,18 +84,14 @@ class AmxShare {
     amx_clear<1>();
     amx_clear<2>();
     amx_clear<3>();
-    if (product_.is_int8) {
-      add_int8<kTiles>(first, last, x);
-    } else {
-      add_bf16<kTiles>(first, last, tile, x);
-    }
+    add_columns<kTiles>(first, last, tile, x);
     finish_tile<0, 2>(first, last, tile);
     if (kTiles == 2) finish_tile<1, 3>(first, last, tile + 1);
   }
 
-  // Adds the products of all columns with bf16 weights, which are read as they lie.
+  // Adds the products of all columns; weights are read as they lie.
   template <int kTiles>
-  void add_bf16(int64_t first, int64_t last, int64_t tile, const uint16_t* x) const {
+  void add_columns(int64_t first, int64_t last, int64_t tile, const uint16_t* x) const {
     const int64_t whole = last - first == kOutputsTogether ? product_.size_in / kAmxColumns : 0;
     const int64_t stride = product_.weight_stride * static_cast<int64_t>(sizeof(uint16_t));
     const int64_t lines = lines_ahead(tile);
@@ -126,36 +121,6 @@ class AmxShare {
     amx_load<5>(more_weights, stride);
     amx_multiply<2, 5, 6>();
     if (kTiles == 2) amx_multiply<3, 5, 7>();
-  }
-
-  // Adds the products of all columns with int8 weights. They are widened two steps at a time, the next two
-  // before these are multiplied: a tile of what was stored just now would wait for the stores.
-  template <int kTiles>
-  void add_int8(int64_t first, int64_t last, const uint16_t* x) const {
-    alignas(64) uint16_t room[2][kOutputsTogether * kNumbersOfTables];
-    constexpr int64_t kStride = kNumbersOfTables * static_cast<int64_t>(sizeof(uint16_t));
-    widen_pair(first, last, 0, room[0]);
-    for (int64_t step = 0; step < steps_; step += 2) {
-      const uint16_t* const weights = room[step / 2 % 2];
-      if (step + 2 < steps_) widen_pair(first, last, step + 2, room[(step / 2 + 1) % 2]);
-      for (int64_t i = 0; i < 2 && step + i < steps_; ++i) {
-        const uint16_t* const begin = weights + i * kAmxColumns;
-        add_step<kTiles>(begin, begin + kTileOutputs * kNumbersOfTables, kStride, x + (step + i) * kAmxNumbers);
-      }
-    }
-  }
-
-  // The int8 weights [first, last) in two steps of columns as bf16, zero where there are none.
-  void widen_pair(int64_t first, int64_t last, int64_t step, uint16_t* to) const {
-    const int64_t left = product_.size_in - step * kAmxColumns;
-    const int64_t columns = left < kNumbersOfTables ? left : kNumbersOfTables;
-    if (columns < kNumbersOfTables || last - first < kOutputsTogether) {
-      for (int64_t i = 0; i < kOutputsTogether * kNumbersOfTables; ++i) to[i] = 0;
-    }
-    const auto* const panel = static_cast<const int8_t*>(product_.weight) + first * product_.weight_stride;
-    widen_by_tables(
-        panel + step * kAmxColumns, product_.weight_stride, last - first, columns, to, kNumbersOfTables,
-        product_.ahead);
   }
 
   // The weights [first, last) from `column` on as two tiles, zero where there are none.

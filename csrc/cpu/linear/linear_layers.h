@@ -127,6 +127,11 @@ inline void multiply_widened(const FewRowsProduct& product, int64_t begin, int64
   }
 }
 
+// With more rows than this, digits take longer than widening the weights once for all rows.
+constexpr int64_t kMostInt8Rows = 256;
+// So many products of two bytes cannot overflow a sum of 32 bits.
+constexpr int64_t kMostInt8Columns = int64_t{1} << 16;
+
 // Linear layers that read the same x [rows, size_in], on a team: its threads pack x, wait, and multiply.
 template <size_t kCount>
 class LinearGroup {
@@ -137,7 +142,9 @@ class LinearGroup {
       ElementType type, int64_t rows, const std::array<const LinearLayer*, kCount>& layers, bool alike, void* packed_x,
       const std::array<void*, kCount>& outputs)
       : rows_(rows), size_in_(layers[0]->weight.size(1)), alike_(alike) {
-    const FewRowsProduct any = product_of_rows(type, rows, size_in_, packed_x);
+    FewRowsProduct any = product_of_rows(type, rows, size_in_, packed_x);
+    any.is_int8 = any.use_amx && rows <= kMostInt8Rows && size_in_ <= kMostInt8Columns;
+    for (const LinearLayer* const layer : layers) any.is_int8 &= layer->scale.has_value();
     unit_ = outputs_per_unit(any);
     for (size_t i = 0; i < kCount; ++i) {
       const LinearLayer& layer = *layers[i];
@@ -146,8 +153,6 @@ class LinearGroup {
       product.weight_stride = layer.weight.stride(0);
       product.bias = data_or_null<void>(layer.bias);
       product.scale = data_or_null<float>(layer.scale);
-      // With more than a pair of tiles of x, weights that each pair widens anew cost more than a panel of them.
-      product.is_int8 = product.scale != nullptr && product.use_amx && has_byte_tables() && rows <= 2 * kAmxRows;
       product.out = outputs[i];
       product.size_out = layer.size_out();
       weight_bytes_[i] = product.scale != nullptr ? 1 : type == ElementType::kFloat32 ? 4 : 2;

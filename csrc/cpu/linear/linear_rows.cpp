@@ -1,6 +1,7 @@
 #include "cpu/linear/linear_rows.h"
 
 #include "cpu/linear/linear_amx.h"
+#include "cpu/linear/linear_amx_int8.h"
 #include "cpu/linear/linear_many.h"
 
 namespace tq {
@@ -214,6 +215,7 @@ TQ_INLINE void with_step(const FewRowsProduct& product, const Run& run) {
 
 void pack_rows(const FewRowsProduct& product, const void* x, int64_t x_stride, void* to, int64_t first, int64_t last) {
 #if defined(__AVX512F__)
+  if (product.is_int8) return pack_int8(product, x, x_stride, to, first, last);
   if (product.use_amx) return pack_amx(product, x, x_stride, to, first, last);
 #endif
   with_step(product, [&](auto step) {
@@ -226,6 +228,7 @@ void pack_rows(const FewRowsProduct& product, const void* x, int64_t x_stride, v
 
 void multiply_few_rows(const FewRowsProduct& product, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)
+  if (product.is_int8) return AmxInt8Share(product, end).multiply(begin);
   if (product.use_amx) return AmxShare(product, end).multiply(begin);
 #endif
   with_step(product, [&](auto step) {

@@ -23,7 +23,7 @@ struct FewRowsProduct {
   ElementType type;       // of weight, bias, x and out
   bool is_out_float;      // out holds floats whatever the type
   bool use_bf16_dot;      // multiply bf16 pairs by the processor's instruction for them (AVX-512)
-  bool is_int8;           // weight holds int8 numbers, which the tiles of AMX widen by tables of bytes
+  bool is_int8;           // weight holds int8 numbers, which the tiles of AMX multiply by digits of x
   bool use_amx;           // multiply bf16 numbers in AMX tiles, however many rows there are
   bool is_many;           // turn blocks of weights once for all rows (AVX-512, kLeastManyRows or more)
   int64_t rows;
@@ -39,6 +39,11 @@ constexpr int kMostManyTileRows = 14;
 
 // Rows of a tile of AMX.
 constexpr int64_t kAmxRows = 16;
+
+// Rows of x that meet int8 weights together, as digits, and the steps of their columns.
+constexpr int64_t kInt8GroupRows = 10;
+constexpr int64_t int8_groups(int64_t rows) { return (rows + kInt8GroupRows - 1) / kInt8GroupRows; }
+constexpr int64_t int8_steps(int64_t size_in) { return (size_in + 63) / 64; }
 
 constexpr int64_t amx_tiles(int64_t rows) { return (rows + kAmxRows - 1) / kAmxRows; }
 constexpr int64_t many_tiles(int64_t rows) { return (rows + kMostManyTileRows - 1) / kMostManyTileRows; }
@@ -56,13 +61,15 @@ constexpr int64_t part_begin(int64_t size, int64_t count, int64_t part) { return
 
 // Parts of x that threads may pack at once.
 inline int64_t packing_parts(const FewRowsProduct& product) {
+  if (product.is_int8) return int8_groups(product.rows);
   return product.use_amx ? amx_tiles(product.rows) : product.is_many ? many_tiles(product.rows) : 1;
 }
 
 // The first row of a part of x.
 inline int64_t packed_part_begin(const FewRowsProduct& product, int64_t part) {
   if (!product.use_amx) return part_begin(product.rows, packing_parts(product), part);
-  return part * kAmxRows < product.rows ? part * kAmxRows : product.rows;
+  const int64_t row = part * (product.is_int8 ? kInt8GroupRows : kAmxRows);
+  return row < product.rows ? row : product.rows;
 }
 
 // The most columns of a step; x is packed in whole steps.
@@ -70,8 +77,10 @@ constexpr int64_t kMostStepColumns = 32;
 
 // The most bytes that pack_rows writes; tiles of many rows, and those of AMX, take the room of sixteen.
 inline int64_t packed_bytes(int64_t rows, int64_t size_in) {
-  const int64_t room = 16 * many_tiles(rows);
-  return room * (size_in + kMostStepColumns) * static_cast<int64_t>(sizeof(float));
+  const auto element = static_cast<int64_t>(sizeof(float));
+  const int64_t wide = 16 * many_tiles(rows) * (size_in + kMostStepColumns) * element;
+  const int64_t digits = int8_groups(rows) * (int8_steps(size_in) * 2048 + kInt8GroupRows * element);
+  return wide > digits ? wide : digits;
 }
 
 #define TQ_DECLARE(isa)                                                                                       \

@@ -1,8 +1,7 @@
-// int8 numbers as bf16, sixty-four at a time, by tables of their bytes. Included only by linear_amx.h and
+// int8 numbers as bf16, sixty-four at a time, by tables of their bytes. Included only by
 // widen_weights_rows.cpp.
 #pragma once
 
-#include "cpu/linear/read_ahead.h"
 #include "cpu/simd/floats.h"
 
 namespace tq {
@@ -33,10 +32,9 @@ inline constexpr ByteTables kByteTables = make_byte_tables();
 constexpr int64_t kNumbersOfTables = 64;
 
 // Rows of `columns` numbers, `stride` apart, to rows `to_stride` apart. Both bytes of a magnitude are looked
-// up, and the sign is put beside them. With `ahead`, as much is fetched as is read.
+// up, and the sign is put beside them.
 __attribute__((target("avx512vbmi"))) inline void widen_by_tables(
-    const int8_t* from, int64_t stride, int64_t rows, int64_t columns, uint16_t* to, int64_t to_stride,
-    ReadAhead* ahead) {
+    const int8_t* from, int64_t stride, int64_t rows, int64_t columns, uint16_t* to, int64_t to_stride) {
   const __m512i low_first = _mm512_load_si512(kByteTables.low);
   const __m512i low_second = _mm512_load_si512(kByteTables.low + 64);
   const __m512i high_first = _mm512_load_si512(kByteTables.high);
@@ -47,7 +45,6 @@ __attribute__((target("avx512vbmi"))) inline void widen_by_tables(
   // Interleaving bytes takes the two halves of each 128 bits apart; this order makes up for it.
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   for (int64_t row = 0; row < rows; ++row, from += stride, to += to_stride) {
-    if (ahead != nullptr) ahead->advance(1);
     int64_t i = 0;
     for (; i + kNumbersOfTables <= columns; i += kNumbersOfTables) {
       const __m512i number = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(from + i));

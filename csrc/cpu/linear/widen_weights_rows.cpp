@@ -63,7 +63,7 @@ void widen_weights(const WidenedWeights& widened) {
   if (widened.use_byte_tables) {
     return widen_by_tables(
         widened.from, widened.stride, widened.rows, widened.columns, static_cast<uint16_t*>(widened.to),
-        widened.to_stride, nullptr);
+        widened.to_stride);
   }
 #endif
   widen_rows<BFloat16>(widened);

@@ -38,6 +38,13 @@ TQ_INLINE void amx_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
 }
 
+// Tile kSums [16, 16] of 32-bit integers += tile kLeft [16, 64] of signed bytes times tile kRight [64, 16] of unsigned ones; of
+// kRight four rows lie side by side: [four rows][column].
+template <int kSums, int kLeft, int kRight>
+TQ_INLINE void amx_multiply_int8() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kLeft), "i"(kRight));
+}
+
 // While one of these lives, the thread has eight tile registers of full size.
 class AmxRegisters {
  public:

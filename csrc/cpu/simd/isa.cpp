@@ -42,8 +42,9 @@ bool has_leaf_7_bit(unsigned subleaf, bool in_edx, unsigned bit) {
 bool enable_amx() {
 #if TQ_HAS_X86_VARIANTS && defined(__linux__) && defined(SYS_arch_prctl)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  const bool has_bf16_tiles = has_leaf_7_bit(0, true, 24) && has_leaf_7_bit(0, true, 22);
-  return has_bf16_tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  // Tiles, products of bf16 numbers, and of int8 numbers: no processor has but some of them.
+  const bool has_tiles = has_leaf_7_bit(0, true, 24) && has_leaf_7_bit(0, true, 22) && has_leaf_7_bit(0, true, 25);
+  return has_tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
