@@ -336,8 +336,8 @@ def _phase_line(name: str, seconds: float, floor: float | None) -> str:
 def _pass_lines(seconds: dict[str, float], setting: Setting, baseline: Model) -> list[str]:
     """What a pass reads in each of its parts, and how fast.
 
-    In one call threads start once, and read ahead from one part into the next, which the parts alone
-    do not: the sum of the parts may be more than the whole, which holds small ops and Python, too.
+    In one call threads start once, and read ahead from one part into the next, which the parts
+    alone do not: their sum may be more than the whole, which holds small ops and Python, too.
     """
     itemsize = DTYPES[setting.dtype].itemsize
     head = baseline.head_flops // 2 * itemsize

@@ -60,7 +60,7 @@ def test_each_pass_over_branches_is_one_call_with_the_numbers_of_the_modules(kin
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_any_number_of_threads_gives_the_same_bits(dtype, calls) -> None:
-    # Large enough for as many threads as there are, also for more than the processor runs at a time.
+    # Large enough for any number of threads, also for more than the processor runs at a time.
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=256,
