@@ -6,6 +6,10 @@ Without a scale, the weights have the dtype of x. With one they are int8, quanti
 range for each output: the product is that of the dequantised weights `scale[o] weight[o, d]`, which
 are neither rounded to the dtype of x nor kept.
 
+On a CPU with AMX, bf16 rows meet int8 weights as integers: up to 256 rows of up to 65,536 numbers
+are written in units of 2^-22 of the largest power of two in the row, exactly but for numbers below
+2^-15 of it. A row that holds NaN or an infinity becomes NaN.
+
 Bytes: the weights are read once, `O * D * itemsize`, which is nearly all there is to do for a few
 rows. A row of the result does not depend on the other rows, their number or the threads, bit for
 bit.
