@@ -14,7 +14,7 @@ class Lookahead {
   // Spreads the positions [begin, end) of a segment over `products` multiplied vectors.
   Lookahead(const KeySegment& segment, int64_t head_size, int64_t begin, int64_t end, int64_t products)
       : products_(products) {
-    const int64_t element = segment.type == ElementType::kFloat32 ? 4 : 2;
+    const int64_t element = bytes_of(segment.type);
     row_bytes_ = head_size * element;
     strides_[0] = segment.key_stride * element;
     strides_[1] = segment.value_stride * element;

@@ -19,7 +19,7 @@ const float* rows_as_floats(
     *stride = base_stride;
     return reinterpret_cast<const float*>(base) + begin * base_stride;
   }
-  const int64_t bytes = type == ElementType::kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of(type);
   for (int64_t j = begin; j < end; ++j) {
     widen_padded(base + j * base_stride * bytes, type, head_size, room + (j - begin) * width);
   }
@@ -237,7 +237,7 @@ void attend_block_of_few(
     const QueryTile& tile, const KeySegment* segments, int64_t begin, const ScoreTransform& transform,
     const AttentionScratch& scratch) {
   const int64_t width = padded(tile.head_size);
-  const int64_t element = segments[0].type == ElementType::kFloat32 ? 4 : 2;
+  const int64_t element = bytes_of(segments[0].type);
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
     // Queries of one row are neighbours, so widened keys of one serve the next.

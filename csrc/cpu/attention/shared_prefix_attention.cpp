@@ -118,6 +118,8 @@ bool fits(const AttentionArguments& x) {
 
 }  // namespace
 
+void check_attention(const AttentionArguments& arguments) { require_contract(fits(arguments), kOp); }
+
 Tensor new_attention_output(const Tensor& q) {
   const int64_t size = q.size(3);
   const int64_t token = std::max<int64_t>(q.size(1), 1) * size;
@@ -127,7 +129,7 @@ Tensor new_attention_output(const Tensor& q) {
 }
 
 SharedPrefixAttention::SharedPrefixAttention(const AttentionArguments& x, Tensor& out, Tensor& lse)
-    : prefix_lens_((require_contract(fits(x), kOp), dense(x.prefix_len, ScalarType::Long))),
+    : prefix_lens_(dense(x.prefix_len, ScalarType::Long)),
       branch_lens_(dense(x.branch_len, ScalarType::Long)),
       problem_{
           HeadRows(x.q),
@@ -172,7 +174,7 @@ void SharedPrefixAttention::run() {
 }
 
 std::tuple<Tensor, Tensor> attend(const AttentionArguments& arguments) {
-  require_contract(fits(arguments), kOp);
+  check_attention(arguments);
   const Tensor& q = arguments.q;
   Tensor out = new_attention_output(q);
   Tensor lse = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);

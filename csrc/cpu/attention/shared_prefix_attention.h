@@ -21,6 +21,9 @@ struct AttentionArguments {
   std::optional<Tensor> tree;
 };
 
+// Refuses what breaks the contract.
+void check_attention(const AttentionArguments& arguments);
+
 // out [N, H_q, T, d], uninitialised, which lies in memory as [N, T, H_q, d]: a layer reads it with its heads side
 // by side.
 Tensor new_attention_output(const Tensor& q);
@@ -31,7 +34,7 @@ std::tuple<Tensor, Tensor> attend(const AttentionArguments& arguments);
 // The attention of one layer, for any number of threads that run it together.
 class SharedPrefixAttention {
  public:
-  // Refuses what breaks the contract. out: of new_attention_output, and lse [N, H_q, T], dense, are filled in.
+  // arguments: checked. out: of new_attention_output, and lse [N, H_q, T], dense, are filled in.
   SharedPrefixAttention(const AttentionArguments& arguments, Tensor& out, Tensor& lse);
 
   // The number of threads that pay.

@@ -9,8 +9,6 @@ namespace {
 // With fewer rows than this, another thread does not pay for the work between the library's products.
 constexpr int64_t kRowsPerThread = 32;
 
-int64_t bytes_of(ElementType type) { return type == ElementType::kFloat32 ? 4 : 2; }
-
 const char* at(const void* data, int64_t bytes) { return static_cast<const char*>(data) + bytes; }
 char* at(void* data, int64_t bytes) { return static_cast<char*>(data) + bytes; }
 

@@ -52,6 +52,14 @@ inline void pack_amx(
   }
 }
 
+// Cache lines to come that are fetched in every step of columns while part `part` of the rows meets a panel: as many
+// as the step reads, which the parts share, so that memory is never idle.
+inline int64_t lines_ahead(const FewRowsProduct& product, int64_t part, int64_t parts) {
+  if (product.ahead == nullptr) return 0;
+  const int64_t lines = kOutputsTogether / product.ahead_part;
+  return part_begin(lines, parts, part + 1) - part_begin(lines, parts, part);
+}
+
 // One thread's share of a product, in panels of kOutputsTogether outputs: two tiles of weights, which all
 // tiles of x meet in pairs.
 class AmxShare {
@@ -94,7 +102,7 @@ class AmxShare {
   void add_columns(int64_t first, int64_t last, int64_t tile, const uint16_t* x) const {
     const int64_t whole = last - first == kOutputsTogether ? product_.size_in / kAmxColumns : 0;
     const int64_t stride = product_.weight_stride * static_cast<int64_t>(sizeof(uint16_t));
-    const int64_t lines = lines_ahead(tile);
+    const int64_t lines = lines_ahead(product_, tile / 2, (num_tiles_ + 1) / 2);
     for (int64_t step = 0; step < whole; ++step) {
       const uint16_t* const weights = weight_ + first * product_.weight_stride + step * kAmxColumns;
       if (lines > 0) product_.ahead->advance(lines);
@@ -148,15 +156,6 @@ class AmxShare {
     const int64_t begin = tile * kAmxRows;
     const int64_t end = begin + kAmxRows < product_.rows ? begin + kAmxRows : product_.rows;
     finish_rows<BFloat16>(product_, begin, end, first, last, sums, kOutputsTogether);
-  }
-
-  // Cache lines to come that are fetched in every step of columns: as many as the step reads, which the pairs
-  // of tiles share, so that memory is never idle.
-  int64_t lines_ahead(int64_t tile) const {
-    if (product_.ahead == nullptr) return 0;
-    const int64_t lines = kOutputsTogether / product_.ahead_part;
-    const int64_t pairs = (num_tiles_ + 1) / 2;
-    return part_begin(lines, pairs, tile / 2 + 1) - part_begin(lines, pairs, tile / 2);
   }
 
   const FewRowsProduct& product_;

@@ -8,7 +8,7 @@
 // other rows nor the threads. A row with a number that is not finite becomes NaN.
 #pragma once
 
-#include "cpu/linear/linear_blocks.h"
+#include "cpu/linear/linear_amx.h"
 #include "cpu/simd/amx.h"
 #include "cpu/simd/transpose.h"
 
@@ -143,7 +143,7 @@ class AmxInt8Share {
     const int64_t whole = last - first == kOutputsTogether ? product_.size_in / kInt8Columns : 0;
     const int64_t stride = product_.weight_stride;
     const uint8_t* const x = packing_.group(const_cast<void*>(product_.packed_x), group);
-    const int64_t lines = lines_ahead(group);
+    const int64_t lines = lines_ahead(product_, group, packing_.num_groups);
     amx_clear<0>();
     amx_clear<1>();
     amx_clear<2>();
@@ -212,14 +212,6 @@ class AmxInt8Share {
     }
     const int64_t begin = group * kInt8GroupRows;
     finish_rows<BFloat16>(product_, begin, begin + count, first, last, sums, kOutputsTogether);
-  }
-
-  // Cache lines to come that are fetched in every step of columns: as many as the step reads, which the groups
-  // share.
-  int64_t lines_ahead(int64_t group) const {
-    if (product_.ahead == nullptr) return 0;
-    const int64_t groups = packing_.num_groups;
-    return part_begin(kOutputsTogether, groups, group + 1) - part_begin(kOutputsTogether, groups, group);
   }
 
   const FewRowsProduct& product_;

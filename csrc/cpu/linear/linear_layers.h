@@ -102,7 +102,7 @@ inline bool has_byte_tables() {
 inline void multiply_widened(const FewRowsProduct& product, int64_t begin, int64_t end) {
   if (product.is_int8) return TQ_SELECT_ISA(multiply_few_rows)(product, begin, end);
   thread_local std::vector<char> room;
-  const int64_t size = product.type == ElementType::kFloat32 ? 4 : 2;
+  const int64_t size = bytes_of(product.type);
   const int64_t out_size = product.is_out_float ? 4 : size;
   // Rows that begin a power of two apart would share few sets of the cache.
   const int64_t line = kCacheLine / size;
@@ -155,7 +155,7 @@ class LinearGroup {
       product.scale = data_or_null<float>(layer.scale);
       product.out = outputs[i];
       product.size_out = layer.size_out();
-      weight_bytes_[i] = product.scale != nullptr ? 1 : type == ElementType::kFloat32 ? 4 : 2;
+      weight_bytes_[i] = product.scale != nullptr ? 1 : bytes_of(type);
       num_units_[i] = (product.size_out + unit_ - 1) / unit_;
     }
   }

@@ -163,11 +163,14 @@ Tensor run_on_team(
   int64_t most = std::max(size, q_heads * angles.head_size);
   for (const LayerWeights& layer : layers) most = std::max(most, layer.finish.gate.size_out());
   const LayerRoom room(rows, most, static_cast<int64_t>(hidden.element_size()));
+  const Tensor attended = torch::stable::view(q, {batch, length, q_heads * angles.head_size});
   std::deque<LayerRows> stack;
   int64_t threads = 1;
   for (size_t i = 0; i < layers.size(); ++i) {
-    check_finish(kOp, torch::stable::view(q, {batch, length, q_heads * angles.head_size}), hidden, layers[i].finish);
-    LayerRows& layer = stack.emplace_back(type, layers[i], arguments(i, queries), angles, start, room, pass);
+    check_finish(kOp, attended, hidden, layers[i].finish);
+    const AttentionArguments attention = arguments(i, queries);
+    check_attention(attention);
+    LayerRows& layer = stack.emplace_back(type, layers[i], attention, angles, start, room, pass);
     threads = std::max({threads, layer.bytes() / kLayerBytesPerThread, layer.attention_threads()});
   }
   const void* const first = hidden.const_data_ptr();
