@@ -37,25 +37,13 @@ TQ_INLINE F32x16 exp2_for_bf16(F32x16 x) {
   return (F32x16)_mm512_scalef_ps((__m512)poly, (__m512)x);
 }
 
-// The keys, or the values, that are read next: they are asked for row by row in the course of the work.
-class RowsToCome {
- public:
-  RowsToCome() = default;
-  RowsToCome(const char* rows, int64_t stride, int64_t count, int64_t head_size)
-      : next_(rows), stride_(2 * stride), left_(count), bytes_(2 * head_size) {}
-
-  TQ_ALWAYS_INLINE void ask(int64_t count) {
-    for (; count > 0 && left_ > 0; --count, --left_, next_ += stride_) {
-      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(next_ + i, 0, 2);
-    }
-  }
-
- private:
-  const char* next_ = nullptr;
-  int64_t stride_ = 0;
-  int64_t left_ = 0;
-  int64_t bytes_ = 0;
-};
+// The work on one key, in units that are about as long, through which reading is spread: its value is paired once,
+// the rest is done for each tile of queries. Tiles are loaded while the next cache lines arrive, so that few should
+// be asked for then.
+constexpr int64_t kPairingWork = 2;
+constexpr int64_t kProductWork = 3;  // of the scores, and of the values
+constexpr int64_t kSoftmaxWork = 4;  // of each of the two rounds
+constexpr int64_t kTileWork = 2 * (kProductWork + kSoftmaxWork);
 
 // Which keys of a block the sixteen queries of a tile see, by position.
 struct Sight {
@@ -77,9 +65,11 @@ TQ_INLINE __m512i load_numbers(const char* row, int64_t i, int64_t size) {
 // The rows [count, head_size] of a block of values as [depth / 2, width] words, each of two keys. Sixteen words
 // hold the numbers 0 to 3, 8 to 11, 16 to 19 and 24 to 27 of 32, the next sixteen the others; unpack_amx_queries
 // puts them in order. Zero for the keys from `count` to `depth`.
-void pair_values(const char* values, int64_t stride, int64_t count, int64_t depth, int64_t head_size, float* to) {
+void pair_values(
+    const char* values, int64_t stride, int64_t count, int64_t depth, int64_t head_size, ReadingPace& pace, float* to) {
   const int64_t width = padded_for_amx(head_size);
   for (int64_t key = 0; key < depth; key += 2, to += width) {
+    pace.step(2 * kPairingWork);
     const char* const from = values + key * stride * 2;
     for (int64_t i = 0; i < width; i += kDepth) {
       const __m512i a = key < count ? load_numbers(from, i, head_size) : _mm512_setzero_si512();
@@ -99,17 +89,19 @@ struct TileProducts {
   int64_t tile_stride;
   int64_t step_stride;
   int64_t steps;
-  float* sums;  // tiles, one after the other
+  int64_t work;  // of each product, for the pace
+  float* sums;   // tiles, one after the other
 };
 
 template <int kTile, int kOther, bool kSharesLeft>
-TQ_INLINE void multiply_tile(const char* other, int64_t row_stride) {
-  amx_load<kOther>(other, row_stride);
+TQ_INLINE void multiply_tile(const TileProducts& x, const char* other, ReadingPace& pace) {
+  pace.step(x.work);
+  amx_load<kOther>(other, x.row_stride);
   kSharesLeft ? amx_multiply<kTile, 4, kOther>() : amx_multiply<kTile, kOther, 4>();
 }
 
 template <int kTiles, bool kSharesLeft>
-TQ_INLINE void multiply_tiles(const TileProducts& x) {
+TQ_INLINE void multiply_tiles(const TileProducts& x, ReadingPace& pace) {
   amx_clear<0>();
   amx_clear<1>();
   if (kTiles > 2) amx_clear<2>();
@@ -117,11 +109,11 @@ TQ_INLINE void multiply_tiles(const TileProducts& x) {
   const char* others = x.others;
   for (int64_t step = 0; step < x.steps; ++step, others += x.step_stride) {
     amx_load<4>(x.shared + step * kTileWords, kAmxRowBytes);
-    multiply_tile<0, 5, kSharesLeft>(others, x.row_stride);
-    multiply_tile<1, 6, kSharesLeft>(others + x.tile_stride, x.row_stride);
+    multiply_tile<0, 5, kSharesLeft>(x, others, pace);
+    multiply_tile<1, 6, kSharesLeft>(x, others + x.tile_stride, pace);
     if (kTiles == 2) continue;
-    multiply_tile<2, 7, kSharesLeft>(others + 2 * x.tile_stride, x.row_stride);
-    multiply_tile<3, 5, kSharesLeft>(others + 3 * x.tile_stride, x.row_stride);
+    multiply_tile<2, 7, kSharesLeft>(x, others + 2 * x.tile_stride, pace);
+    multiply_tile<3, 5, kSharesLeft>(x, others + 3 * x.tile_stride, pace);
   }
   amx_store<0>(x.sums, kAmxRowBytes);
   amx_store<1>(x.sums + kTileWords, kAmxRowBytes);
@@ -134,13 +126,14 @@ class AmxSegment {
  public:
   AmxSegment(
       const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, const ScoreTransform& transform,
-      const AmxScratch& scratch)
+      const AmxScratch& scratch, ReadAhead& ahead)
       : queries_(queries),
         first_(first),
         end_(end),
         segment_(segment),
         transform_(transform),
         scratch_(scratch),
+        ahead_(ahead),
         steps_(queries.width / kDepth) {}
 
   void attend() {
@@ -159,13 +152,16 @@ class AmxSegment {
  private:
   void attend_block(int64_t begin, int64_t end) {
     const int64_t count = end - begin;
-    const char* const values = segment_.values + begin * segment_.value_stride * 2;
-    pair_values(values, segment_.value_stride, count, whole(count), queries_.head_size, scratch_.values);
-    copy_keys(begin, count);
     const int64_t first_tile = first_ / kAmxQueries;
     const int64_t end_tile = (end_ + kAmxQueries - 1) / kAmxQueries;
-    look_ahead(end);
-    for (int64_t tile = first_tile; tile < end_tile; ++tile) attend_tile(tile, begin, end);
+    const bool is_read_ahead = segment_.is_dense(queries_.head_size);
+    const int64_t bytes = is_read_ahead ? 2 * count * queries_.head_size * 2 : 0;
+    if (is_read_ahead) ahead_.reach(segment_.keys + begin * segment_.key_stride * 2);
+    ReadingPace pace(ahead_, bytes / kCacheLine, count * (kPairingWork + (end_tile - first_tile) * kTileWork));
+    const char* const values = segment_.values + begin * segment_.value_stride * 2;
+    pair_values(values, segment_.value_stride, count, whole(count), queries_.head_size, pace, scratch_.values);
+    copy_keys(begin, count);
+    for (int64_t tile = first_tile; tile < end_tile; ++tile) attend_tile(tile, begin, end, pace);
   }
 
   // Copies the keys that do not fill a group, with zeros behind them; all, where they do not fill the tiles.
@@ -182,19 +178,8 @@ class AmxSegment {
 
   static int64_t whole(int64_t count) { return (count + kDepth - 1) / kDepth * kDepth; }
 
-  void look_ahead(int64_t end) {
-    const bool is_last = end == segment_.end && segment_.then != nullptr;
-    const KeySegment& next = is_last ? *segment_.then : segment_;
-    const int64_t begin = is_last ? 0 : end;
-    const int64_t count = begin + kAmxKeys < next.end ? kAmxKeys : next.end - begin;
-    const char* const keys = next.keys + 2 * begin * next.key_stride;
-    const char* const values = next.values + 2 * begin * next.value_stride;
-    keys_to_come_ = RowsToCome(keys, next.key_stride, count, queries_.head_size);
-    values_to_come_ = RowsToCome(values, next.value_stride, count, queries_.head_size);
-  }
-
   // The sixteen queries of a tile, of which those outside of [first_, end_) see nothing.
-  void attend_tile(int64_t tile, int64_t begin, int64_t end) {
+  void attend_tile(int64_t tile, int64_t begin, int64_t end, ReadingPace& pace) {
     const int64_t at = tile * kAmxQueries;
     const Sight sight = sight_of(at);
     const __m512i from = _mm512_max_epi32((__m512i)sight.first, _mm512_set1_epi32(static_cast<int32_t>(begin)));
@@ -203,12 +188,12 @@ class AmxSegment {
     if (sees == 0) return;
     const int64_t most = _mm512_mask_reduce_max_epi32(sees, to);
     const int64_t depth = whole(most - begin);
-    score(tile, begin, depth);
+    score(tile, begin, depth, pace);
     const bool sees_all = _mm512_mask_reduce_max_epi32(sees, from) == begin &&
                           _mm512_mask_reduce_min_epi32(sees, to) == begin + depth && sees == 0xffff;
-    const F32x16 shrink =
-        sees_all ? soften<false>(at, begin, depth, sees, sight) : soften<true>(at, begin, depth, sees, sight);
-    add_values(tile, depth, sees, shrink);
+    const F32x16 shrink = sees_all ? soften<false>(at, begin, depth, sees, sight, pace)
+                                   : soften<true>(at, begin, depth, sees, sight, pace);
+    add_values(tile, depth, sees, shrink, pace);
   }
 
   Sight sight_of(int64_t at) const {
@@ -227,7 +212,7 @@ class AmxSegment {
     return {seen(queries_.first_seen), seen(queries_.end_seen)};
   }
 
-  void score(int64_t tile, int64_t begin, int64_t depth) const {
+  void score(int64_t tile, int64_t begin, int64_t depth, ReadingPace& pace) const {
     const float* const q = queries_.q + tile * steps_ * kTileWords;
     for (int64_t key = 0; key < depth; key += kGroup) {
       const bool is_copied = key >= copied_;
@@ -235,15 +220,22 @@ class AmxSegment {
       const char* const keys = is_copied ? reinterpret_cast<const char*>(scratch_.keys) + key * stride
                                          : segment_.keys + (begin + key) * stride;
       const TileProducts products{
-          q, keys, stride, kAmxTileRows * stride, kAmxRowBytes, steps_, scratch_.scores + key * kLanes};
-      depth - key > kDepth ? multiply_tiles<4, false>(products) : multiply_tiles<2, false>(products);
+          q,
+          keys,
+          stride,
+          kAmxTileRows * stride,
+          kAmxRowBytes,
+          steps_,
+          kAmxTileRows * kProductWork / steps_,
+          scratch_.scores + key * kLanes};
+      depth - key > kDepth ? multiply_tiles<4, false>(products, pace) : multiply_tiles<2, false>(products, pace);
     }
   }
 
   // Turns the scores of `depth` keys from `begin` on into weights relative to the new peaks; returns what the
   // outputs so far must be multiplied by.
   template <bool kMasked>
-  F32x16 soften(int64_t at, int64_t begin, int64_t depth, __mmask16 sees, const Sight& sight) {
+  F32x16 soften(int64_t at, int64_t begin, int64_t depth, __mmask16 sees, const Sight& sight, ReadingPace& pace) {
     constexpr int kChains = 4;
     float* const scores = scratch_.scores;
     float scale = transform_.scale;
@@ -261,7 +253,7 @@ class AmxSegment {
         if (kMasked) x = kept(sight.of(begin + key + chain), x, kMinusInfinity);
         best[chain] = max_or_second(x, best[chain]);
       }
-      keys_to_come_.ask(kChains);
+      pace.step(kChains * kSoftmaxWork);
     }
     const F32x16 before = load(queries_.peaks + at);
     const F32x16 peak =
@@ -281,7 +273,7 @@ class AmxSegment {
         }
         store_pair(weights[0], weights[1], scratch_.weights + key / 2 * kLanes);
         store_pair(weights[2], weights[3], scratch_.weights + (key / 2 + 1) * kLanes);
-        values_to_come_.ask(kChains);
+        pace.step(kChains * kSoftmaxWork);
       }
       transpose_16x16_words(reinterpret_cast<const char*>(weights_of_step), kAmxRowBytes, weights_of_step, kLanes);
     }
@@ -308,7 +300,7 @@ class AmxSegment {
   }
 
   // out = out * shrink + P V for the queries that saw something.
-  void add_values(int64_t tile, int64_t depth, __mmask16 sees, F32x16 shrink) const {
+  void add_values(int64_t tile, int64_t depth, __mmask16 sees, F32x16 shrink, ReadingPace& pace) const {
     const int64_t width = queries_.width;
     for (int64_t i = 0; i < width;) {
       const TileProducts products{
@@ -318,9 +310,10 @@ class AmxSegment {
           kAmxRowBytes,
           kAmxTileRows * width * 4,
           depth / kDepth,
+          kDepth * kProductWork * kAmxTileRows / width,
           scratch_.sums + i * kAmxQueries};
       const bool is_four = width - i >= kGroup;
-      is_four ? multiply_tiles<4, true>(products) : multiply_tiles<2, true>(products);
+      is_four ? multiply_tiles<4, true>(products, pace) : multiply_tiles<2, true>(products, pace);
       i += is_four ? kGroup : kDepth;
     }
     alignas(64) float shrinks[kLanes];
@@ -341,9 +334,8 @@ class AmxSegment {
   const KeySegment& segment_;
   const ScoreTransform& transform_;
   const AmxScratch& scratch_;
+  ReadAhead& ahead_;
   int64_t steps_;
-  RowsToCome keys_to_come_;
-  RowsToCome values_to_come_;
   int64_t copied_ = 0;  // keys of the block that are read where they lie; the others are copied
 };
 
@@ -369,8 +361,8 @@ void start_amx_queries(const AmxQueries& queries, const float* q_pairs) {
 
 void attend_amx_segment(
     const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, const ScoreTransform& transform,
-    const AmxScratch& scratch) {
-  AmxSegment(queries, first, end, segment, transform, scratch).attend();
+    const AmxScratch& scratch, ReadAhead& ahead) {
+  AmxSegment(queries, first, end, segment, transform, scratch, ahead).attend();
 }
 
 void unpack_amx_queries(const AmxQueries& queries, const QueryTile& tile) {

@@ -44,7 +44,7 @@ void start_amx_queries(const AmxQueries& queries, const float* q_pairs);
 // Takes the keys of a segment that the queries [first, end) see into them.
 void attend_amx_segment(
     const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, const ScoreTransform& transform,
-    const AmxScratch& scratch);
+    const AmxScratch& scratch, ReadAhead& ahead);
 // Writes what has been gathered into a tile of the same queries.
 void unpack_amx_queries(const AmxQueries& queries, const QueryTile& tile);
 }  // namespace avx512

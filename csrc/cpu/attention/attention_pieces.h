@@ -9,6 +9,7 @@
 #include "cpu/attention/attention_amx_rows.h"
 #include "cpu/attention/attention_rows.h"
 #include "cpu/tensors/tensor_access.h"
+#include "cpu/threads/team.h"
 
 namespace tq {
 
@@ -76,6 +77,8 @@ struct PieceRoom {
   int64_t capacity = -1;
   std::vector<KeySegment> branches;  // of each query
   std::vector<KeySegment> prefixes;  // of each query, where they are short
+  std::vector<int32_t> first_seen;   // by each query, of the segment that is read
+  std::vector<int32_t> end_seen;
 
   void reserve(int64_t count) {
     if (count <= capacity) return;
@@ -98,15 +101,45 @@ class PieceWorker {
         branches_(room.branches),
         prefixes_(room.prefixes) {}
 
-  // `next` is likely to be run after it; null: none is.
-  void run(const Piece& piece, const Piece* next) {
+  // Adds what run(piece) reads, in that order, where it lies dense.
+  void add_runs(const Piece& piece, std::vector<MemoryRun>& runs) {
+    const int64_t block = uses_amx(piece) ? kAmxKeys : kKeysPerBlock;
+    find_segments(piece);
+    read(
+        piece,
+        [&](const std::vector<KeySegment>& segments) {
+          const Range seen = seen_by(0, piece.count());
+          for (int64_t j = first_block(seen, kKeysPerBlock); j < seen.end; j += kKeysPerBlock) {
+            for (size_t m = 0; m < segments.size(); ++m) {
+              if (is_another(segments, m)) add_block_runs(segments[m], {j, j + kKeysPerBlock}, runs);
+            }
+          }
+        },
+        [&](int64_t first, int64_t end, const KeySegment& segment) {
+          const Range seen = seen_by(first, end);
+          for (int64_t j = first_block(seen, block); j < seen.end; j += block) {
+            add_block_runs(segment, {j, j + block}, runs);
+          }
+        });
+  }
+
+  void run(const Piece& piece, ReadAhead& ahead) {
+    find_segments(piece);
     start(piece);
-    if (next != nullptr) prefix_to_come_ = prefix_of(next->tree, head_of(*next), nullptr);
-    find_branches(piece, next != nullptr ? &prefix_to_come_ : nullptr);
-    use_amx_ = problem_.use_amx && !problem_.is_short(piece.tree);
-    use_amx_ ? start_amx() : TQ_SELECT_ISA(start_queries)(tile_);
-    attend_prefix(piece);
-    attend_branches(piece);
+    bool use_amx = uses_amx(piece);
+    use_amx ? start_amx() : TQ_SELECT_ISA(start_queries)(tile_);
+    read(
+        piece,
+        [&](const std::vector<KeySegment>& segments) {
+          if (use_amx) unpack_amx();
+          use_amx = false;
+          attend_few(segments, ahead);
+        },
+        [&](int64_t first, int64_t end, const KeySegment& segment) {
+          use_amx ? attend_amx(first, end, segment, ahead)
+                  : attend_vectors(part_of_tile(tile_, first, end), segment, ahead);
+        });
+    if (use_amx) unpack_amx();
     finish(piece);
   }
 
@@ -123,8 +156,8 @@ class PieceWorker {
   void start(const Piece& piece) {
     const int64_t count = piece.count();
     const int64_t block = kKeysPerBlock * width_;
-    const int64_t scores = 12 * kKeysPerBlock;
-    const int64_t vector_numbers = 2 * count * width_ + count * amx_width_ / 2 + 3 * padded(count + 16) + count * 16 +
+    const int64_t scores = kScoreRows * kKeysPerBlock;
+    const int64_t vector_numbers = 2 * count * width_ + count * amx_width_ / 2 + padded(count + 16) + count * 16 +
                                    2 * block + scores + 16 * width_;
     const int64_t amx_numbers = padded(count) * (3 * amx_width_ / 2 + 2) + kAmxKeys * amx_width_ +
                                 3 * kAmxKeys * kAmxQueries / 2 + amx_width_ * kAmxQueries;
@@ -132,8 +165,6 @@ class PieceWorker {
     room_.reserve(needed);
     used_ = 0;
     q_ = carve<float>(count * width_);
-    first_seen_ = carve<int32_t>(count);
-    end_seen_ = carve<int32_t>(count);
     q_pairs_ = problem_.use_bf16_dot || problem_.use_amx ? carve<float>(count * amx_width_ / 2) : nullptr;
     tile_ = {
         count,
@@ -143,8 +174,8 @@ class PieceWorker {
         carve<float>(count * width_),
         carve<float>(count + 16),
         carve<float>(count * 16),
-        first_seen_,
-        end_seen_};
+        room_.first_seen.data(),
+        room_.end_seen.data()};
     scratch_ = {carve<float>(block), carve<float>(block), carve<float>(scores), carve<float>(16 * width_)};
 
     const auto widen_padded = TQ_SELECT_ISA(widen_padded);
@@ -183,69 +214,83 @@ class PieceWorker {
   int64_t place(int64_t row, int64_t t) const { return problem_.branch_len[row] - problem_.num_queries + t; }
 
   // The first position that the window leaves to a query at `position`.
-  int32_t first_in_window(int64_t position) const {
-    return problem_.window == 0 ? 0 : static_cast<int32_t>(std::max<int64_t>(0, position - problem_.window + 1));
+  int64_t first_in_window(int64_t position) const {
+    return problem_.window == 0 ? 0 : std::max<int64_t>(0, position - problem_.window + 1);
   }
 
-  void attend_prefix(const Piece& piece) {
+  bool uses_amx(const Piece& piece) const { return problem_.use_amx && !problem_.is_short(piece.tree); }
+
+  // Calls few(segments of each query) or segment(first query, end, its segment) for what the piece reads: the
+  // prefix, then the branches. Meanwhile seen_by() tells of it.
+  template <typename Few, typename Segment>
+  void read(const Piece& piece, const Few& few, const Segment& segment) {
     const int64_t length = problem_.prefix_len[piece.tree];
-    prefixes_.clear();
-    for_each_query(piece, [&](int64_t m, int64_t row, int64_t head, int64_t, int64_t t) {
-      if (problem_.is_short(piece.tree)) prefixes_.push_back(prefix_of(piece.tree, head, branches_.data()));
-      first_seen_[m] = first_in_window(length + place(row, t));
-      end_seen_[m] = static_cast<int32_t>(length);
-    });
-    if (!prefixes_.empty()) return attend_few(prefixes_.data());
-    attend(0, tile_.count, prefix_of(piece.tree, head_of(piece), branches_.data()));
+    see(piece, [&](int64_t place) { return Range{first_in_window(length + place), length}; });
+    problem_.is_short(piece.tree) ? few(prefixes_) : segment(0, piece.count(), prefix_of(piece.tree, head_of(piece)));
+    see(piece, [&](int64_t place) { return Range{first_in_window(place), place + 1}; });
+    const int64_t each = problem_.queries_per_row();
+    if (each < kFewQueries) return few(branches_);
+    for (int64_t first = 0; first < piece.count();) {
+      const int64_t end = std::min(piece.count(), first + each - (piece.first + first) % each);
+      segment(first, end, branches_[first]);
+      first = end;
+    }
   }
 
-  KeySegment prefix_of(int64_t tree, int64_t head, const KeySegment* then) const {
+  // A query at place p of its branch sees the keys seen(p).
+  template <typename Seen>
+  void see(const Piece& piece, const Seen& seen) {
+    for_each_query(piece, [&](int64_t m, int64_t row, int64_t, int64_t, int64_t t) {
+      const Range range = seen(place(row, t));
+      room_.first_seen[m] = static_cast<int32_t>(range.begin);
+      room_.end_seen[m] = static_cast<int32_t>(range.end);
+    });
+  }
+
+  // All keys that one of the queries [first, end) sees.
+  Range seen_by(int64_t first, int64_t end) const {
+    const auto least = room_.first_seen.begin(), most = room_.end_seen.begin();
+    return {*std::min_element(least + first, least + end), *std::max_element(most + first, most + end)};
+  }
+
+  // Blocks begin at multiples of their size.
+  static int64_t first_block(Range seen, int64_t block) { return seen.begin / block * block; }
+
+  static bool is_another(const std::vector<KeySegment>& segments, size_t m) {
+    return m == 0 || segments[m].keys != segments[m - 1].keys;
+  }
+
+  void add_block_runs(const KeySegment& segment, Range block, std::vector<MemoryRun>& runs) const {
+    const int64_t count = std::min(block.end, segment.end) - block.begin;
+    if (count <= 0 || !segment.is_dense(problem_.head_size)) return;
+    const int64_t bytes = problem_.head_size * problem_.element_size;
+    for (const char* const side : {segment.keys, segment.values}) {
+      const char* const begin = side + block.begin * bytes;
+      runs.push_back({begin, begin + count * bytes});
+    }
+  }
+
+  KeySegment prefix_of(int64_t tree, int64_t head) const {
     return {
         problem_.prefix_k.at(tree, head, 0),
         problem_.prefix_v.at(tree, head, 0),
         problem_.prefix_k.stride(),
         problem_.prefix_v.stride(),
         problem_.type,
-        problem_.prefix_len[tree],
-        then};
+        problem_.prefix_len[tree]};
   }
 
-  void find_branches(const Piece& piece, const KeySegment* then) {
+  void find_segments(const Piece& piece) {
     branches_.clear();
+    prefixes_.clear();
+    room_.first_seen.resize(piece.count());
+    room_.end_seen.resize(piece.count());
     for_each_query(piece, [&](int64_t, int64_t row, int64_t head, int64_t, int64_t) {
       branches_.push_back(
           {problem_.branch_k.at(row, head, 0), problem_.branch_v.at(row, head, 0), problem_.branch_k.stride(),
-           problem_.branch_v.stride(), problem_.type, problem_.branch_len[row], then});
+           problem_.branch_v.stride(), problem_.type, problem_.branch_len[row]});
+      if (problem_.is_short(piece.tree)) prefixes_.push_back(prefix_of(piece.tree, head));
     });
-    // Queries of one row are neighbours and share its branch.
-    for (size_t m = branches_.size() - 1; m > 0; --m) {
-      const bool is_same = branches_[m - 1].keys == branches_[m].keys;
-      branches_[m - 1].then = is_same ? branches_[m].then : &branches_[m];
-    }
-  }
-
-  void attend_branches(const Piece& piece) {
-    const int64_t each = problem_.queries_per_row();
-    for_each_query(piece, [&](int64_t m, int64_t row, int64_t, int64_t, int64_t t) {
-      first_seen_[m] = first_in_window(place(row, t));
-      end_seen_[m] = static_cast<int32_t>(place(row, t) + 1);
-    });
-    if (each < kFewQueries) {
-      if (use_amx_) unpack_amx();
-      return attend_few(branches_.data());
-    }
-    for (int64_t first = 0; first < piece.count();) {
-      const int64_t end = std::min(piece.count(), first + each - (piece.first + first) % each);
-      attend(first, end, branches_[first]);
-      first = end;
-    }
-    if (use_amx_) unpack_amx();
-  }
-
-  // Takes the keys that they see of a segment into the queries [first, end).
-  void attend(int64_t first, int64_t end, const KeySegment& segment) const {
-    if (use_amx_) return attend_amx(first, end, segment);
-    attend_vectors(part_of_tile(tile_, first, end), segment);
   }
 
   void copy_pairs(const char* from, float* to) const {
@@ -265,45 +310,43 @@ class PieceWorker {
         carve<float>(count * width),
         carve<float>(count),
         carve<float>(count),
-        first_seen_,
-        end_seen_};
+        room_.first_seen.data(),
+        room_.end_seen.data()};
     amx_scratch_ = {
         carve<float>(kAmxKeys * width / 2), carve<float>(kAmxKeys * width / 2), carve<float>(kAmxKeys * kAmxQueries),
         carve<float>(kAmxKeys * kAmxQueries / 2), carve<float>(width * kAmxQueries)};
     avx512::start_amx_queries(amx_, q_pairs_);
   }
-  void attend_amx(int64_t first, int64_t end, const KeySegment& segment) const {
-    avx512::attend_amx_segment(amx_, first, end, segment, problem_.transform, amx_scratch_);
+  void attend_amx(int64_t first, int64_t end, const KeySegment& segment, ReadAhead& ahead) const {
+    avx512::attend_amx_segment(amx_, first, end, segment, problem_.transform, amx_scratch_, ahead);
   }
   void unpack_amx() const { avx512::unpack_amx_queries(amx_, tile_); }
 #else
   // problem_.use_amx is false, so none of these is called.
   void start_amx() {}
-  void attend_amx(int64_t, int64_t, const KeySegment&) const {}
+  void attend_amx(int64_t, int64_t, const KeySegment&, ReadAhead&) const {}
   void unpack_amx() const {}
 #endif
 
-  // Blocks begin at multiples of their size. The leading queries whose keys have ended are left out of the
-  // blocks that follow.
-  void attend_vectors(const QueryTile& tile, const KeySegment& segment) const {
+  // The leading queries whose keys have ended are left out of the blocks that follow.
+  void attend_vectors(const QueryTile& tile, const KeySegment& segment, ReadAhead& ahead) const {
     const auto attend_block = TQ_SELECT_ISA(attend_block);
-    const int64_t least = *std::min_element(tile.first_seen, tile.first_seen + tile.count);
-    const int64_t most = *std::max_element(tile.end_seen, tile.end_seen + tile.count);
+    const int64_t first = tile.first_seen - tile_.first_seen;
+    const Range seen = seen_by(first, first + tile.count);
     int64_t ended = 0;
-    for (int64_t j = least / kKeysPerBlock * kKeysPerBlock; j < most; j += kKeysPerBlock) {
+    for (int64_t j = first_block(seen, kKeysPerBlock); j < seen.end; j += kKeysPerBlock) {
       while (tile.end_seen[ended] <= j) ++ended;
       attend_block(
           part_of_tile(tile, ended, tile.count), segment, j, std::min(j + kKeysPerBlock, segment.end),
-          problem_.transform, scratch_);
+          problem_.transform, scratch_, ahead);
     }
   }
 
-  void attend_few(const KeySegment* segments) const {
+  void attend_few(const std::vector<KeySegment>& segments, ReadAhead& ahead) const {
     const auto attend_block = TQ_SELECT_ISA(attend_block_of_few);
-    const int64_t least = *std::min_element(tile_.first_seen, tile_.first_seen + tile_.count);
-    const int64_t most = *std::max_element(tile_.end_seen, tile_.end_seen + tile_.count);
-    for (int64_t j = least / kKeysPerBlock * kKeysPerBlock; j < most; j += kKeysPerBlock) {
-      attend_block(tile_, segments, j, problem_.transform, scratch_);
+    const Range seen = seen_by(0, tile_.count);
+    for (int64_t j = first_block(seen, kKeysPerBlock); j < seen.end; j += kKeysPerBlock) {
+      attend_block(tile_, segments.data(), j, problem_.transform, scratch_, ahead);
     }
   }
 
@@ -339,14 +382,10 @@ class PieceWorker {
   int64_t used_ = 0;
   float* q_ = nullptr;
   float* q_pairs_ = nullptr;
-  int32_t* first_seen_ = nullptr;
-  int32_t* end_seen_ = nullptr;
   std::vector<KeySegment>& branches_;
   std::vector<KeySegment>& prefixes_;
-  KeySegment prefix_to_come_{};
   QueryTile tile_{};
   AttentionScratch scratch_{};
-  bool use_amx_ = false;
   AmxQueries amx_{};
   AmxScratch amx_scratch_{};
 };

@@ -48,29 +48,16 @@ void transpose_keys(const float* keys, int64_t stride, int64_t count, int64_t he
   }
 }
 
-// The rows that are read next, as many and as long as those at work; they are prefetched in the course of
-// the work.
-struct RowsToCome {
-  const char* first;
-  int64_t stride;  // in bytes
-  int64_t element_size;
-
-  TQ_ALWAYS_INLINE void ask(int64_t row, int64_t column, int64_t columns) const {
-    const char* const at = first + row * stride + column * element_size;
-    for (int64_t i = 0; i < columns * element_size; i += 64) __builtin_prefetch(at + i);
-  }
-};
-
 // Up to this many dot products are added up one by one, in the order in which add_across adds sixteen.
 constexpr int64_t kFewKeys = 4;
 
 // Writes scores [padded(count)] of one query: a dot product for each key.
 void score_few(
-    const float* q, int64_t width, const float* keys, int64_t key_stride, int64_t count, const RowsToCome& to_come,
+    const float* q, int64_t width, const float* keys, int64_t key_stride, int64_t count, ReadingPace& pace,
     float* scores) {
   int64_t j = 0;
   const auto dot = [&](int64_t key) __attribute__((always_inline)) {
-    to_come.ask(key, 0, width);
+    pace.step(1);
     F32x16 sum = {};
     for (int64_t i = 0; i < width; i += kLanes) sum += load(q + i) * load(keys + key * key_stride + i);
     return sum;
@@ -95,15 +82,12 @@ void score_few(
 // so that no addition waits for the one before it.
 template <int kVectors>
 TQ_INLINE void add_values_of_few(
-    const float* weights, float shrink, const float* values, int64_t value_stride, int64_t count,
-    const RowsToCome& to_come, int64_t column, float* out) {
+    const float* weights, float shrink, const float* values, int64_t value_stride, int64_t count, float* out) {
   F32x16 even[kVectors];
   F32x16 odd[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) even[v] = load(out + v * kLanes) * shrink;
   int64_t j = 0;
   for (; j + 2 <= count; j += 2) {
-    to_come.ask(j, column, kVectors * kLanes);
-    to_come.ask(j + 1, column, kVectors * kLanes);
     for (int v = 0; v < kVectors; ++v) {
       even[v] += weights[j] * load(values + j * value_stride + v * kLanes);
       odd[v] += weights[j + 1] * load(values + (j + 1) * value_stride + v * kLanes);
@@ -117,13 +101,13 @@ TQ_INLINE void add_values_of_few(
 
 void add_row_of_values(
     const float* weights, float shrink, const float* values, int64_t value_stride, int64_t count, int64_t width,
-    const RowsToCome& to_come, float* out) {
+    float* out) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
-    add_values_of_few<4>(weights, shrink, values + i, value_stride, count, to_come, i, out + i);
+    add_values_of_few<4>(weights, shrink, values + i, value_stride, count, out + i);
   }
   for (; i < width; i += kLanes) {
-    add_values_of_few<1>(weights, shrink, values + i, value_stride, count, to_come, i, out + i);
+    add_values_of_few<1>(weights, shrink, values + i, value_stride, count, out + i);
   }
 }
 
@@ -131,6 +115,15 @@ void add_row_of_values(
 TQ_INLINE int64_t keys_from(const KeySegment& segment, int64_t begin) {
   const int64_t left = segment.end - begin;
   return left < 0 ? 0 : left < kKeysPerBlock ? left : kKeysPerBlock;
+}
+
+// The lines of `count` keys and their values that are read ahead.
+TQ_INLINE int64_t lines_of_block(const KeySegment& segment, int64_t head_size, int64_t count) {
+  return segment.is_dense(head_size) ? 2 * count * head_size * bytes_of(segment.type) / kCacheLine : 0;
+}
+
+TQ_INLINE void reach_block(ReadAhead& ahead, const KeySegment& segment, int64_t head_size, int64_t begin) {
+  if (segment.is_dense(head_size)) ahead.reach(segment.keys + begin * head_size * bytes_of(segment.type));
 }
 
 // The operands of a block for attend_operands; its transposed keys are in the scratch. Strides and depths
@@ -147,15 +140,11 @@ struct Operands {
 template <typename Words>
 void attend_operands(
     const QueryTile& tile, const KeySegment& segment, const Operands& operands, int64_t begin, int64_t end,
-    const ScoreTransform& transform, const AttentionScratch& scratch) {
+    const ScoreTransform& transform, const AttentionScratch& scratch, ReadAhead& ahead) {
   const int64_t width = padded(tile.head_size);
   const int64_t columns = padded(end - begin);
   const int64_t products = operands.q_depth * columns + operands.value_depth * width;
-  const bool is_last = end == segment.end && segment.then != nullptr;
-  const KeySegment& next = is_last ? *segment.then : segment;
-  const int64_t next_begin = is_last ? 0 : end;
-  Lookahead lookahead(
-      next, tile.head_size, next_begin, next_begin + keys_from(next, next_begin), tile.count * products / kLanes);
+  ReadingPace pace(ahead, lines_of_block(segment, tile.head_size, end - begin), tile.count * products / kLanes);
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
     const Product scored{
@@ -167,13 +156,13 @@ void attend_operands(
         scratch.scores,
         kKeysPerBlock,
         nullptr};
-    multiply<Words, false>(scored, rows, columns, lookahead);
+    multiply<Words, false>(scored, rows, columns, pace);
     float shrinks[kLanes];
     soften_block(tile, m, rows, begin, end - begin, transform, scratch.scores, shrinks);
     for (int64_t row = 0; row < rows; ++row) Words::pack_weights(scratch.scores + row * kKeysPerBlock);
     const Product weighted{scratch.scores,       kKeysPerBlock,        operands.values, operands.value_stride,
                            operands.value_depth, tile.out + m * width, width,           shrinks};
-    multiply<Words, true>(weighted, rows, width, lookahead);
+    multiply<Words, true>(weighted, rows, width, pace);
   }
 }
 
@@ -209,9 +198,10 @@ void start_queries(const QueryTile& tile) {
 
 void attend_block(
     const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end, const ScoreTransform& transform,
-    const AttentionScratch& scratch) {
+    const AttentionScratch& scratch, ReadAhead& ahead) {
   const int64_t width = padded(tile.head_size);
   const int64_t count = end - begin;
+  reach_block(ahead, segment, tile.head_size, begin);
 #if defined(__AVX512F__)
   if (tile.q_pairs != nullptr) {
     const char* const keys = segment.keys + begin * segment.key_stride * 2;
@@ -219,7 +209,7 @@ void attend_block(
     transpose_key_pairs(keys, segment.key_stride, count, tile.head_size, scratch.room, scratch.keys);
     pair_values(values, segment.value_stride, count, tile.head_size, scratch.values);
     const Operands pairs{tile.q_pairs, width / 2, width / 2, scratch.values, width, (count + 1) / 2};
-    return attend_operands<PairWords>(tile, segment, pairs, begin, end, transform, scratch);
+    return attend_operands<PairWords>(tile, segment, pairs, begin, end, transform, scratch, ahead);
   }
 #endif
   int64_t key_stride;
@@ -230,25 +220,17 @@ void attend_block(
   const float* const values = rows_as_floats(
       segment.values, segment.value_stride, segment.type, tile.head_size, begin, end, scratch.values, &value_stride);
   const Operands floats{tile.q, width, tile.head_size, values, value_stride, count};
-  attend_operands<FloatWords>(tile, segment, floats, begin, end, transform, scratch);
+  attend_operands<FloatWords>(tile, segment, floats, begin, end, transform, scratch, ahead);
 }
 
 void attend_block_of_few(
     const QueryTile& tile, const KeySegment* segments, int64_t begin, const ScoreTransform& transform,
-    const AttentionScratch& scratch) {
+    const AttentionScratch& scratch, ReadAhead& ahead) {
   const int64_t width = padded(tile.head_size);
-  const int64_t element = bytes_of(segments[0].type);
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
     // Queries of one row are neighbours, so widened keys of one serve the next.
     const auto is_next = [&](int64_t row) { return row == 0 || segments[m + row].keys != segments[m + row - 1].keys; };
-    const auto keys_of = [&](const KeySegment& segment) {
-      return RowsToCome{segment.keys + begin * segment.key_stride * element, segment.key_stride * element, element};
-    };
-    const auto values_of = [&](const KeySegment& segment) {
-      return RowsToCome{
-          segment.values + begin * segment.value_stride * element, segment.value_stride * element, element};
-    };
     int64_t counts[kScoreRows];
     int64_t most = 0;
     const float* keys = nullptr;
@@ -259,14 +241,16 @@ void attend_block_of_few(
       counts[row] = keys_from(segment, begin);
       if (counts[row] > most) most = counts[row];
       if (counts[row] == 0) continue;
+      const bool is_read = m + row == 0 || segment.keys != segments[m + row - 1].keys;
+      if (is_read) reach_block(ahead, segment, tile.head_size, begin);
       if (is_next(row)) {
         keys = rows_as_floats(
             segment.keys, segment.key_stride, segment.type, tile.head_size, begin, begin + counts[row], scratch.keys,
             &stride);
       }
-      const RowsToCome to_come = row + 1 < rows ? keys_of(segments[m + row + 1]) : values_of(segments[m]);
+      ReadingPace pace(ahead, is_read ? lines_of_block(segment, tile.head_size, counts[row]) : 0, counts[row]);
       score_few(
-          tile.q + (m + row) * width, width, keys, stride, counts[row], to_come, scratch.scores + row * kKeysPerBlock);
+          tile.q + (m + row) * width, width, keys, stride, counts[row], pace, scratch.scores + row * kKeysPerBlock);
     }
     if (most == 0) continue;
     float shrinks[kLanes];
@@ -279,10 +263,8 @@ void attend_block_of_few(
             segment.values, segment.value_stride, segment.type, tile.head_size, begin, begin + counts[row],
             scratch.values, &stride);
       }
-      const RowsToCome to_come = row + 1 < rows ? values_of(segments[m + row + 1])
-                                                : keys_of(segment.then != nullptr ? *segment.then : segment);
       add_row_of_values(
-          scratch.scores + row * kKeysPerBlock, shrinks[row], values, stride, counts[row], width, to_come,
+          scratch.scores + row * kKeysPerBlock, shrinks[row], values, stride, counts[row], width,
           tile.out + (m + row) * width);
     }
   }

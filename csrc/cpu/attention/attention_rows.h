@@ -4,11 +4,14 @@
 #include "common/platform.h"
 #include "cpu/simd/element_type.h"
 #include "cpu/simd/isa.h"
+#include "cpu/threads/read_ahead.h"
 
 namespace tq {
 
 // Keys are taken in blocks of this many, from the first one on, for every query alike.
 constexpr int64_t kKeysPerBlock = 64;
+// Queries whose scores are in the scratch together.
+constexpr int64_t kScoreRows = 12;
 
 // Room for `count` numbers in whole vectors.
 TQ_HOST_DEVICE int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
@@ -34,8 +37,12 @@ struct KeySegment {
   int64_t key_stride;  // in elements, from one position to the next
   int64_t value_stride;
   ElementType type;
-  int64_t end;             // positions, all of them readable
-  const KeySegment* then;  // what is likely to be read after it, or null
+  int64_t end;  // positions, all of them readable
+
+  // Whether keys lie side by side, and values. Only such ones are read ahead: of each block the keys, then the values.
+  inline __attribute__((always_inline)) bool is_dense(int64_t head_size) const {
+    return key_stride == head_size && value_stride == head_size;
+  }
 };
 
 // How a product becomes a score in units of log 2: q . k * scale, then cap * tanh(score / cap) where there
@@ -49,7 +56,7 @@ struct ScoreTransform {
 struct AttentionScratch {
   float* keys;    // [padded(head_size), 64] or [64, padded(head_size)]
   float* values;  // [64, padded(head_size)]
-  float* scores;  // [12, 64]
+  float* scores;  // [kScoreRows, 64]
   float* room;    // [16, padded(head_size)]
 };
 
@@ -59,13 +66,13 @@ struct AttentionScratch {
   /* Takes the keys [begin, end) of the segment, at most kKeysPerBlock of them, into every query. */                 \
   void attend_block(                                                                                                 \
       const QueryTile& tile, const KeySegment& segment, int64_t begin, int64_t end, const ScoreTransform& transform, \
-      const AttentionScratch& scratch);                                                                              \
+      const AttentionScratch& scratch, ReadAhead& ahead);                                                            \
   /* Takes the keys [begin, begin + kKeysPerBlock) of segments[m], what there is of them, into query    \
      m: by dot products, where there are too few queries to pay for transposing the keys; rounds         \
      differently. */            \
   void attend_block_of_few(                                                                                          \
       const QueryTile& tile, const KeySegment* segments, int64_t begin, const ScoreTransform& transform,             \
-      const AttentionScratch& scratch);                                                                              \
+      const AttentionScratch& scratch, ReadAhead& ahead);                                                            \
   /* out[m] = the mean of the values in `type`; lse[m] = log of the mass. */                                         \
   void finish_query(const QueryTile& tile, int64_t m, ElementType type, void* out, float* lse);                      \
   /* One query of `size` numbers as floats, padded with zeros. */                                                    \

@@ -9,9 +9,7 @@
 namespace tq {
 namespace TQ_ISA {
 
-// Queries whose scores are in the scratch together; their peaks are one vector.
-constexpr int64_t kScoreRows = 12;
-static_assert(kScoreRows <= kLanes, "one lane a query");
+static_assert(kScoreRows <= kLanes, "the peaks of queries whose scores are in the scratch are one vector");
 
 // cap * tanh(score * scale) for scores [rows, 64], of which 16 * kVectors are there.
 template <int kVectors>

@@ -2,7 +2,6 @@
 // only by attention_rows.cpp.
 #pragma once
 
-#include "cpu/attention/attention_lookahead.h"
 #include "cpu/attention/attention_rows.h"
 #include "cpu/simd/floats.h"
 #include "cpu/simd/transpose.h"
@@ -65,7 +64,7 @@ struct Product {
 };
 
 template <typename Words, int kRows, int kVectors, bool kAccumulate>
-TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column, Lookahead& lookahead) {
+TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column, ReadingPace& pace) {
   const float* const a = x.a + row * x.a_stride;
   const float* const b = x.b + column;
   float* const c = x.c + row * x.c_stride + column;
@@ -74,7 +73,7 @@ TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column, Look
     for (int v = 0; v < kVectors; ++v) sums[r][v] = load(c + r * x.c_stride + v * kLanes) * x.shrinks[row + r];
   }
   for (int64_t i = 0; i < x.depth; ++i) {
-    lookahead.step(kRows * kVectors);
+    pace.step(kRows * kVectors);
     F32x16 right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = load(b + i * x.b_stride + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
@@ -88,24 +87,24 @@ TQ_INLINE void multiply_tile(const Product& x, int64_t row, int64_t column, Look
 }
 
 template <typename Words, int kVectors, bool kAccumulate>
-static void multiply_columns(const Product& x, int64_t rows, int64_t column, Lookahead& lookahead) {
+static void multiply_columns(const Product& x, int64_t rows, int64_t column, ReadingPace& pace) {
   int64_t row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) {
-    multiply_tile<Words, kTileRows, kVectors, kAccumulate>(x, row, column, lookahead);
+    multiply_tile<Words, kTileRows, kVectors, kAccumulate>(x, row, column, pace);
   }
-  for (; row + 4 <= rows; row += 4) multiply_tile<Words, 4, kVectors, kAccumulate>(x, row, column, lookahead);
-  for (; row + 2 <= rows; row += 2) multiply_tile<Words, 2, kVectors, kAccumulate>(x, row, column, lookahead);
-  if (row < rows) multiply_tile<Words, 1, kVectors, kAccumulate>(x, row, column, lookahead);
+  for (; row + 4 <= rows; row += 4) multiply_tile<Words, 4, kVectors, kAccumulate>(x, row, column, pace);
+  for (; row + 2 <= rows; row += 2) multiply_tile<Words, 2, kVectors, kAccumulate>(x, row, column, pace);
+  if (row < rows) multiply_tile<Words, 1, kVectors, kAccumulate>(x, row, column, pace);
 }
 
 // `width` is a multiple of 16.
 template <typename Words, bool kAccumulate>
-static void multiply(const Product& x, int64_t rows, int64_t width, Lookahead& lookahead) {
+static void multiply(const Product& x, int64_t rows, int64_t width, ReadingPace& pace) {
   int64_t column = 0;
   for (; column + kTileVectors * kLanes <= width; column += kTileVectors * kLanes) {
-    multiply_columns<Words, kTileVectors, kAccumulate>(x, rows, column, lookahead);
+    multiply_columns<Words, kTileVectors, kAccumulate>(x, rows, column, pace);
   }
-  for (; column < width; column += kLanes) multiply_columns<Words, 1, kAccumulate>(x, rows, column, lookahead);
+  for (; column < width; column += kLanes) multiply_columns<Words, 1, kAccumulate>(x, rows, column, pace);
 }
 
 #if defined(__AVX512F__)

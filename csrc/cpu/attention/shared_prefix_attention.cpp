@@ -5,7 +5,6 @@
 // the prefix is short; each query takes the same blocks of keys in the same order however it is cut, so
 // its result depends on neither threads nor other rows.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -59,6 +58,30 @@ std::vector<Piece> cut_into_pieces(
     row = end;
   }
   return pieces;
+}
+
+// How long a piece takes, in units of a key that is multiplied by one query. Keys must be read, too, which
+// takes as long as some queries.
+double work_of(const Problem& problem, const Piece& piece) {
+  constexpr double kQueriesOfReading = 16.0;
+  const auto seen = [&](int64_t keys) {
+    return static_cast<double>(problem.window == 0 ? keys : std::min(keys, problem.window));
+  };
+  const int64_t each = problem.queries_per_row();
+  double of_branches = 0.0;
+  for (int64_t query = piece.first; query < piece.end; ++query) {
+    const int64_t row = piece.tree_row + query / each % piece.num_rows;
+    of_branches += seen(problem.branch_len[row] - problem.num_queries + query % each / problem.group() + 1);
+  }
+  const double of_prefix =
+      seen(problem.prefix_len[piece.tree]) * (kQueriesOfReading + static_cast<double>(piece.count()));
+  return of_prefix + of_branches * (1.0 + kQueriesOfReading / static_cast<double>(each));
+}
+
+PieceRoom& room_of_thread() {
+  // It is made once a thread: allocating it takes as long as a small piece.
+  static thread_local PieceRoom room;
+  return room;
 }
 
 // Whether q [N, H_q, T, d], the prefixes [G, H_kv, P, d] and the branches [N, H_kv, S, d] fit and are of
@@ -161,16 +184,32 @@ SharedPrefixAttention::SharedPrefixAttention(const AttentionArguments& x, Tensor
   threads_ = std::clamp<int64_t>(
       std::max(products / kProductsPerThread, bytes / kBytesPerThread), 1, torch::stable::get_num_threads());
   pieces_ = cut_into_pieces(problem_, rows, trees, dense(x.tree, ScalarType::Long), threads_);
+  for (const Piece& piece : pieces_) {
+    const double work = work_of(problem_, piece);
+    middles_.push_back(work_ + work / 2);
+    work_ += work;
+  }
 }
 
-void SharedPrefixAttention::run() {
-  // The room is made once a thread: allocating it takes as long as a small piece.
-  static thread_local PieceRoom room;
-  PieceWorker worker(problem_, room);
-  for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < pieces_.size();) {
-    const size_t then = next_.load(std::memory_order_relaxed);
-    worker.run(pieces_[i], then < pieces_.size() ? &pieces_[then] : nullptr);
-  }
+Range SharedPrefixAttention::pieces_of(const Member& member) const {
+  // A piece belongs to the thread in whose share of the work its middle lies.
+  const auto first_of = [&](int64_t number) {
+    const double before = work_ * static_cast<double>(number) / static_cast<double>(member.size());
+    return std::lower_bound(middles_.begin(), middles_.end(), before) - middles_.begin();
+  };
+  return {first_of(member.number()), first_of(member.number() + 1)};
+}
+
+void SharedPrefixAttention::add_runs(const Member& member, std::vector<MemoryRun>& runs) const {
+  PieceWorker worker(problem_, room_of_thread());
+  const Range own = pieces_of(member);
+  for (int64_t i = own.begin; i < own.end; ++i) worker.add_runs(pieces_[i], runs);
+}
+
+void SharedPrefixAttention::run(const Member& member, ReadAhead& ahead) const {
+  PieceWorker worker(problem_, room_of_thread());
+  const Range own = pieces_of(member);
+  for (int64_t i = own.begin; i < own.end; ++i) worker.run(pieces_[i], ahead);
 }
 
 std::tuple<Tensor, Tensor> attend(const AttentionArguments& arguments) {
@@ -179,7 +218,12 @@ std::tuple<Tensor, Tensor> attend(const AttentionArguments& arguments) {
   Tensor out = new_attention_output(q);
   Tensor lse = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   SharedPrefixAttention attention(arguments, out, lse);
-  torch::stable::parallel_for(0, attention.threads(), 1, [&](int64_t, int64_t) { attention.run(); });
+  run_as_team(attention.threads(), [&](const Member& member) {
+    std::vector<MemoryRun> runs;
+    attention.add_runs(member, runs);
+    ReadAhead ahead(runs.data(), static_cast<int64_t>(runs.size()));
+    attention.run(member, ahead);
+  });
   return {out, lse};
 }
 

@@ -1,7 +1,6 @@
 // The attention of a forest on CPU, for callers in C++.
 #pragma once
 
-#include <atomic>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -40,17 +39,22 @@ class SharedPrefixAttention {
   // The number of threads that pay.
   int64_t threads() const { return threads_; }
 
-  // Takes pieces of the work until none is left; all are done when every thread has returned.
-  void run();
+  // Adds what a thread reads, in order.
+  void add_runs(const Member& member, std::vector<MemoryRun>& runs) const;
+
+  // Does a thread's pieces of the work; all are done when every thread of the team has returned.
+  void run(const Member& member, ReadAhead& ahead) const;
 
  private:
+  Range pieces_of(const Member& member) const;
+
   Tensor prefix_lens_;
   Tensor branch_lens_;
   Problem problem_;
   int64_t threads_ = 1;
   std::vector<Piece> pieces_;
-  // Pieces differ in size, so each thread that is free takes the next one.
-  std::atomic<size_t> next_{0};
+  double work_ = 0.0;            // of all pieces
+  std::vector<double> middles_;  // of each piece: the work before it and half of its own
 };
 
 }  // namespace tq

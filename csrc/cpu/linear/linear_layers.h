@@ -212,7 +212,6 @@ class LinearGroup {
       FewRowsProduct product = products_[i];
       product.ahead = &ahead;
       ahead.reach(weights(i, range.begin));
-      ahead.fetch(INT64_MAX);
       if (product.scale != nullptr) {
         multiply_widened(product, range.begin, range.end);
       } else {

@@ -2,7 +2,7 @@
 // weights, or many. One copy for each ISA.
 #pragma once
 
-#include "cpu/linear/read_ahead.h"
+#include "cpu/threads/read_ahead.h"
 #include "cpu/simd/element_type.h"
 #include "cpu/simd/isa.h"
 

@@ -93,6 +93,7 @@ class LayerRows {
   int64_t attention_threads() const { return attention_.threads(); }
   void add_runs(const Member& member, std::vector<MemoryRun>& runs) const {
     qkv_.add_runs(member, runs);
+    attention_.add_runs(member, runs);
     finish_.add_runs(member, runs);
   }
 
@@ -106,7 +107,7 @@ class LayerRows {
     key_place_.store(k_, own);
     value_place_.store(v_, own);
     thread.wait();
-    attention_.run();
+    attention_.run(thread.member, thread.ahead);
     thread.wait();
     finish_.run(thread, attended_, x, hidden_);
     thread.wait();
