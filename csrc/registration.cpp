@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY(tq_fast, m) {
       " Tensor? down_scale) -> Tensor");
   m.def(
       "run_decoder_layers(Tensor hidden, Tensor[] weights, Tensor?[] biases, Tensor?[] weight_scales, float[] eps,"
-      " Tensor cos, Tensor sin,"
+      " Tensor? last_norm, float last_eps, Tensor cos, Tensor sin,"
       " Tensor[] prefix_k, Tensor[] prefix_v, Tensor(a!)[] branch_k, Tensor(b!)[] branch_v, Tensor prefix_len,"
       " Tensor branch_len, Tensor tree, int start, float[] scales, int[] windows) -> Tensor");
   m.def(

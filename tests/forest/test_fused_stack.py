@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     class Counted:
         @staticmethod
         def default(*args: object) -> torch.Tensor:
-            made.append(len(args[7]))  # type: ignore[arg-type]
+            made.append(len(args[9]))  # type: ignore[arg-type]
             return op.default(*args)
 
     monkeypatch.setattr(torch.ops.tq_fast, "run_decoder_layers", Counted)
@@ -169,6 +169,26 @@ def test_a_hook_on_a_layer_that_comes_later_is_called(calls) -> None:
     assert len(calls) == before + 1
 
 
+@torch.inference_mode()
+def test_a_hook_on_the_last_norm_that_comes_later_is_called_after_the_one_call(calls) -> None:
+    model = model_of("llama")
+    nn.init.normal_(model.model.norm.weight)
+    forest = LanguageForest(
+        model, num_trees=1, num_rows=2, prefix_capacity=4, branch_capacity=2, backend=None
+    )
+    forest.prefill(0, [1, 2, 3])
+    tree = torch.zeros(2, dtype=torch.int64)
+    expected = forest.forward_rows(torch.tensor([4, 5]), start=0, tree=tree)
+    before = len(calls)
+    handle = model.model.norm.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+    result = forest.forward_rows(torch.tensor([4, 5]), start=0, tree=tree)
+    torch.testing.assert_close(result, 2.0 * expected)
+    handle.remove()
+    again = forest.forward_rows(torch.tensor([4, 5]), start=0, tree=tree)
+    assert torch.equal(again, expected)
+    assert len(calls) == before + 2
+
+
 class _Scaled(LlamaModel):
     """Scales its embeddings, as some models do."""
 
@@ -216,9 +236,15 @@ def test_lists_of_other_lengths_and_small_buffers_are_refused() -> None:
     square = [torch.zeros(4), *[torch.zeros(4, 4)] * 4, torch.zeros(4), *[torch.zeros(4, 4)] * 3]
     run = torch.ops.tq_fast.run_decoder_layers.default
 
-    def call(weights: list[torch.Tensor], start: int) -> torch.Tensor:
+    def call(
+        weights: list[torch.Tensor],
+        start: int,
+        biases: list[torch.Tensor | None] | None = None,
+        norm: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        biases = [] if biases is None else biases
         return run(
-            *(x, weights, [None] * 7, [None] * 7, [1e-5] * 2, angles, angles),
+            *(x, weights, biases, [], [1e-5] * 2, norm, 1e-5, angles, angles),
             *([kv], [kv], [kv.clone()], [kv.clone()], one, one + start + 1, one),
             *(start, [1.0], [0]),
         )
@@ -226,5 +252,9 @@ def test_lists_of_other_lengths_and_small_buffers_are_refused() -> None:
     assert call(square, 1).shape == x.shape
     with pytest.raises(RuntimeError, match="the parts of as many layers"):
         call(square[:8], 0)
+    with pytest.raises(RuntimeError, match="the parts of as many layers"):
+        call(square, 0, biases=[None] * 6)
+    with pytest.raises(RuntimeError, match="last_norm must have a number for each column"):
+        call(square, 0, norm=torch.zeros(3))
     with pytest.raises(RuntimeError, match="does not hold the new tokens"):
         call(square, 2)

@@ -2,8 +2,9 @@
 
 Between two layers lies Python of transformers' and of the forest's. Where every layer of a backbone
 runs fused (`fused_layers`), a pass over branches is one call of `run_decoder_layers`: the same
-kernels in the same order, hence the same numbers. What the backbone does around its layers
-(embedding, rotary angles, last norm) is tried: both ways must agree on a few tokens. Prompts, and
+kernels in the same order, hence the same numbers, the last norm included where it is of the layers'
+kind and nobody watches it. What the backbone does around its layers (embedding, rotary angles, last
+norm) is tried: both ways must agree on a few tokens. Prompts, and
 backbones that disagree, go layer by layer.
 """
 
@@ -71,6 +72,8 @@ class FusedStack:
         ]
         self._is_linear = [name not in _NORMS for _ in parts for name in _WEIGHTS]
         norms = [layer.get_submodule(name) for layer in self._layers for name in _NORMS]
+        # A last norm of the layers' kind is part of the call.
+        self._last_norm = base.norm if type(base.norm) is type(norms[0]) else None
         self._eps = [float(norm.variance_epsilon) for norm in norms]
         self._scales = [float(layer.self_attn.scaling) for layer in self._layers]
 
@@ -104,12 +107,20 @@ class FusedStack:
         cos, sin = self.base.rotary_emb(hidden, position_ids)
         operands = [read() for read in self._operands]
         linears = list(itertools.compress(operands, self._is_linear))
+        biases = [bias for _, bias, _ in linears]
+        scales = [scale for _, _, scale in linears]
+        norm = self._last_norm
+        if norm is not None and is_watched(norm):
+            norm = None
         hidden = torch.ops.tq_fast.run_decoder_layers.default(
             hidden,
             [weight for weight, _, _ in operands],
-            [bias for _, bias, _ in linears],
-            [scale for _, _, scale in linears],
+            # Each list that crosses to C++ takes time.
+            biases if any(bias is not None for bias in biases) else [],
+            scales if any(scale is not None for scale in scales) else [],
             self._eps,
+            None if norm is None else norm._parameters["weight"],
+            0.0 if norm is None else norm.variance_epsilon,
             cos,
             sin,
             *kept.views(now),
@@ -120,9 +131,9 @@ class FusedStack:
             self._scales,
             self._windows,
         )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.base.norm(hidden), **{_CACHE_OF_OUTPUTS: kept}
-        )
+        if norm is None:
+            hidden = self.base.norm(hidden)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE_OF_OUTPUTS: kept})
 
 
 def _norm_operands(norm: nn.Module) -> Callable[[], Operands]:

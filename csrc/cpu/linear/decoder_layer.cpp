@@ -12,14 +12,6 @@ constexpr int64_t kRowsPerThread = 32;
 const char* at(const void* data, int64_t bytes) { return static_cast<const char*>(data) + bytes; }
 char* at(void* data, int64_t bytes) { return static_cast<char*>(data) + bytes; }
 
-// to = weight * x / sqrt(mean(x^2) + eps) for the rows [begin, end) of x [rows, size], dense.
-void norm_rows(ElementType type, const void* x, const void* weight, float eps, int64_t size, void* to, Range rows) {
-  const int64_t row_bytes = size * bytes_of(type);
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    TQ_SELECT_ISA(rms_norm_row)(type, at(x, row * row_bytes), weight, eps, size, at(to, row * row_bytes));
-  }
-}
-
 // Calls run(rows) on threads.
 template <typename Run>
 void for_rows(int64_t rows, const Run& run) {
@@ -178,6 +170,13 @@ void FinishRows::run(LayerThread& thread, const void* attended, const void* resi
   thread.wait();
   down_.multiply(member, thread.ahead);
   add_own_columns(thread, down_, out, out);
+}
+
+void norm_rows(ElementType type, const void* x, const void* weight, float eps, int64_t size, void* to, Range rows) {
+  const int64_t row_bytes = size * bytes_of(type);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    TQ_SELECT_ISA(rms_norm_row)(type, at(x, row * row_bytes), weight, eps, size, at(to, row * row_bytes));
+  }
 }
 
 void rotate(ElementType type, void* x, int64_t heads, const Angles& angles, Range rows) {

@@ -119,6 +119,9 @@ class FinishRows {
   LinearGroup<1> down_;
 };
 
+// to = weight * x / sqrt(mean(x^2) + eps) for rows of x [rows, size], dense; `to` may be x.
+void norm_rows(ElementType type, const void* x, const void* weight, float eps, int64_t size, void* to, Range rows);
+
 // Rotates the heads of rows [begin, end) of x [rows, heads, d] in place.
 void rotate(ElementType type, void* x, int64_t heads, const Angles& angles, Range rows);
 

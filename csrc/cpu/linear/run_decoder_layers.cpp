@@ -62,6 +62,12 @@ struct LayerWeights {
   FinishWeights finish;
 };
 
+// The norm behind the last layer.
+struct LastNorm {
+  Tensor weight;
+  float eps;
+};
+
 // What the layers share on their way: rows of the residual stream, of q, k and v, and of attention's output.
 struct PassRoom {
   Tensor hidden, q, k, v, attended, lse;
@@ -142,11 +148,16 @@ bool are_for_library(ElementType type, int64_t rows, const std::vector<LayerWeig
   return false;
 }
 
-// hidden through all layers by one team, which starts once. arguments(i, q) are those of attention in layer i.
+void norm_own_rows(ElementType type, Tensor& hidden, const LastNorm& norm, Range rows) {
+  void* const data = hidden.mutable_data_ptr();
+  norm_rows(type, data, norm.weight.const_data_ptr(), norm.eps, hidden.size(2), data, rows);
+}
+
+// hidden through all layers, and the norm, by one team, which starts once. arguments(i, q) are those of attention in layer i.
 template <typename Arguments>
 Tensor run_on_team(
     ElementType type, const Tensor& hidden, const std::vector<LayerWeights>& layers, const Angles& angles,
-    const Arguments& arguments, int64_t start) {
+    const Arguments& arguments, int64_t start, const std::optional<LastNorm>& norm) {
   const int64_t batch = hidden.size(0), length = hidden.size(1), size = hidden.size(2), rows = batch * length;
   const ScalarType dtype = hidden.scalar_type();
   const int64_t q_heads = layers[0].qkv.q.size_out() / angles.head_size;
@@ -183,6 +194,7 @@ Tensor run_on_team(
     ReadAhead ahead(runs.data(), static_cast<int64_t>(runs.size()));
     LayerThread thread{member, ahead};
     for (LayerRows& layer : stack) layer.run(thread, &layer == &stack.front() ? first : later);
+    if (norm.has_value()) norm_own_rows(type, pass.hidden, *norm, member.share(rows));
   });
   return pass.hidden;
 }
@@ -190,8 +202,8 @@ Tensor run_on_team(
 // The same, each product, or each half of a layer, by itself.
 template <typename Arguments>
 Tensor run_one_by_one(
-    const Tensor& hidden, const std::vector<LayerWeights>& layers, const Tensor& cos, const Tensor& sin,
-    const Arguments& arguments, int64_t start) {
+    ElementType type, const Tensor& hidden, const std::vector<LayerWeights>& layers, const Tensor& cos,
+    const Tensor& sin, const Arguments& arguments, int64_t start, const std::optional<LastNorm>& norm) {
   Tensor now = hidden;
   for (size_t i = 0; i < layers.size(); ++i) {
     const QueriesKeysValues made = project(kOp, now, layers[i].qkv, cos, sin);
@@ -204,6 +216,7 @@ Tensor run_one_by_one(
         kOp, torch::stable::view(attended, {hidden.size(0), hidden.size(1), made.q.size(2) * made.q.size(3)}), now,
         layers[i].finish);
   }
+  if (norm.has_value()) norm_own_rows(type, now, *norm, {0, hidden.size(0) * hidden.size(1)});
   return now;
 }
 
@@ -211,19 +224,19 @@ Tensor run_one_by_one(
 
 Tensor run_decoder_layers_cpu(
     const Tensor& hidden_in, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
-    const std::vector<std::optional<Tensor>>& weight_scales, const std::vector<double>& eps, const Tensor& cos_in,
-    const Tensor& sin_in, const std::vector<Tensor>& prefix_k, const std::vector<Tensor>& prefix_v,
-    const std::vector<Tensor>& branch_k, const std::vector<Tensor>& branch_v, const Tensor& prefix_len,
-    const Tensor& branch_len, const Tensor& tree, int64_t start, const std::vector<double>& scales,
-    const std::vector<int64_t>& windows) {
+    const std::vector<std::optional<Tensor>>& weight_scales, const std::vector<double>& eps,
+    const std::optional<Tensor>& last_norm, double last_eps, const Tensor& cos_in, const Tensor& sin_in,
+    const std::vector<Tensor>& prefix_k, const std::vector<Tensor>& prefix_v, const std::vector<Tensor>& branch_k,
+    const std::vector<Tensor>& branch_v, const Tensor& prefix_len, const Tensor& branch_len, const Tensor& tree,
+    int64_t start, const std::vector<double>& scales, const std::vector<int64_t>& windows) {
   const auto count = static_cast<int64_t>(prefix_k.size());
   const auto has = [count](const auto& list, int64_t each) {
     return static_cast<int64_t>(list.size()) == each * count;
   };
   STD_TORCH_CHECK(
-      has(weights, kWeights) && has(biases, kBiases) && has(weight_scales, kBiases) && has(eps, 2) &&
-          has(prefix_v, 1) && has(branch_k, 1) && has(branch_v, 1) && has(scales, 1) && has(windows, 1) &&
-          hidden_in.dim() == 3,
+      count > 0 && has(weights, kWeights) && (biases.empty() || has(biases, kBiases)) &&
+          (weight_scales.empty() || has(weight_scales, kBiases)) && has(eps, 2) && has(prefix_v, 1) &&
+          has(branch_k, 1) && has(branch_v, 1) && has(scales, 1) && has(windows, 1) && hidden_in.dim() == 3,
       kOp, ": the lists must have the parts of as many layers");
   const Tensor hidden = torch::stable::contiguous(hidden_in);
   const ScalarType dtype = hidden.scalar_type();
@@ -235,10 +248,11 @@ Tensor run_decoder_layers_cpu(
   layers.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
     const Tensor* const weight = &weights[i * kWeights];
-    const std::optional<Tensor>* const bias = &biases[i * kBiases];
-    const std::optional<Tensor>* const scale = &weight_scales[i * kBiases];
     const auto layer = [&](int64_t w, int64_t b, int64_t size_in) {
-      return LinearLayer(weight[w], bias[b], scale[b], size_in, dtype, kOp);
+      const std::optional<Tensor> none;
+      const auto& bias = biases.empty() ? none : biases[i * kBiases + b];
+      const auto& scale = weight_scales.empty() ? none : weight_scales[i * kBiases + b];
+      return LinearLayer(weight[w], bias, scale, size_in, dtype, kOp);
     };
     QkvWeights qkv(weight[0], eps[2 * i], layer(1, 0, size), layer(2, 1, size), layer(3, 2, size));
     const LinearLayer gate = layer(6, 4, size);
@@ -261,10 +275,15 @@ Tensor run_decoder_layers_cpu(
                               windows[i] > 0 ? std::optional<int64_t>(windows[i]) : std::nullopt,
                               tree};
   };
-  if (count == 0 || hidden.numel() == 0) return hidden;
+  std::optional<LastNorm> norm;
+  if (last_norm.has_value()) norm = {dense(*last_norm, dtype), static_cast<float>(last_eps)};
+  STD_TORCH_CHECK(
+      !norm.has_value() || norm->weight.numel() == size, kOp,
+      ": last_norm must have a number for each column of hidden");
+  if (hidden.numel() == 0) return hidden;
   return are_alike(layers) && !are_for_library(type, batch * length, layers)
-             ? run_on_team(type, hidden, layers, Angles(cos, sin), arguments, start)
-             : run_one_by_one(hidden, layers, cos, sin, arguments, start);
+             ? run_on_team(type, hidden, layers, Angles(cos, sin), arguments, start, norm)
+             : run_one_by_one(type, hidden, layers, cos, sin, arguments, start, norm);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tq_fast, CPU, m) { m.impl("run_decoder_layers", TORCH_BOX(&run_decoder_layers_cpu)); }
