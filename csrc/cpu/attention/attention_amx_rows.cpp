@@ -22,8 +22,8 @@ namespace {
 // A tile holds 32 numbers in each of its rows.
 constexpr int64_t kDepth = 32;
 constexpr int64_t kTileWords = kAmxTileRows * kLanes;
-// Keys that are scored together: their sums are in four tile registers.
-constexpr int64_t kGroup = 4 * kAmxTileRows;
+// A block of keys is scored at once: the sums are in four tile registers.
+static_assert(kKeysPerBlock == 4 * kAmxTileRows, "four tiles of keys");
 
 // 2^x for x <= 0, 0 for -inf, within 4e-6 of itself: weights are rounded to bf16 after it. 2^(x - floor(x)) is a
 // polynomial that is exact at both ends. NaN stays NaN.
@@ -80,8 +80,8 @@ void pair_values(
   }
 }
 
-// Several products of tiles that share a factor, summed over `steps`. The strides are in bytes: from one row of
-// the other factors to the next, from one of them to the next, and from one step to the next.
+// Several products of tiles that share a factor, summed over `steps`. The strides are in bytes: from one row to the
+// next, from one tile to the next, and from one step to the next.
 struct TileProducts {
   const float* shared;  // tiles, one after the other
   const char* others;
@@ -90,7 +90,9 @@ struct TileProducts {
   int64_t step_stride;
   int64_t steps;
   int64_t work;  // of each product, for the pace
-  float* sums;   // tiles, one after the other
+  char* sums;
+  int64_t sums_row_stride;
+  int64_t sums_tile_stride;
 };
 
 template <int kTile, int kOther, bool kSharesLeft>
@@ -100,12 +102,23 @@ TQ_INLINE void multiply_tile(const TileProducts& x, const char* other, ReadingPa
   kSharesLeft ? amx_multiply<kTile, 4, kOther>() : amx_multiply<kTile, kOther, 4>();
 }
 
-template <int kTiles, bool kSharesLeft>
+template <int kTile, bool kAdds>
+TQ_INLINE void start_sums(const TileProducts& x) {
+  kAdds ? amx_load<kTile>(x.sums + kTile * x.sums_tile_stride, x.sums_row_stride) : amx_clear<kTile>();
+}
+
+template <int kTile>
+TQ_INLINE void store_sums(const TileProducts& x) {
+  amx_store<kTile>(x.sums + kTile * x.sums_tile_stride, x.sums_row_stride);
+}
+
+// kAdds: to the sums that are there.
+template <int kTiles, bool kSharesLeft, bool kAdds>
 TQ_INLINE void multiply_tiles(const TileProducts& x, ReadingPace& pace) {
-  amx_clear<0>();
-  amx_clear<1>();
-  if (kTiles > 2) amx_clear<2>();
-  if (kTiles > 2) amx_clear<3>();
+  start_sums<0, kAdds>(x);
+  start_sums<1, kAdds>(x);
+  if (kTiles > 2) start_sums<2, kAdds>(x);
+  if (kTiles > 2) start_sums<3, kAdds>(x);
   const char* others = x.others;
   for (int64_t step = 0; step < x.steps; ++step, others += x.step_stride) {
     amx_load<4>(x.shared + step * kTileWords, kAmxRowBytes);
@@ -115,10 +128,10 @@ TQ_INLINE void multiply_tiles(const TileProducts& x, ReadingPace& pace) {
     multiply_tile<2, 7, kSharesLeft>(x, others + 2 * x.tile_stride, pace);
     multiply_tile<3, 5, kSharesLeft>(x, others + 3 * x.tile_stride, pace);
   }
-  amx_store<0>(x.sums, kAmxRowBytes);
-  amx_store<1>(x.sums + kTileWords, kAmxRowBytes);
-  if (kTiles > 2) amx_store<2>(x.sums + 2 * kTileWords, kAmxRowBytes);
-  if (kTiles > 2) amx_store<3>(x.sums + 3 * kTileWords, kAmxRowBytes);
+  store_sums<0>(x);
+  store_sums<1>(x);
+  if (kTiles > 2) store_sums<2>(x);
+  if (kTiles > 2) store_sums<3>(x);
 }
 
 // Takes one segment into some queries, block by block.
@@ -144,8 +157,8 @@ class AmxSegment {
       if (queries_.end_seen[m] > most) most = queries_.end_seen[m];
     }
     const AmxRegisters registers;
-    for (int64_t begin = least / kAmxKeys * kAmxKeys; begin < most; begin += kAmxKeys) {
-      attend_block(begin, begin + kAmxKeys < most ? begin + kAmxKeys : most);
+    for (int64_t begin = least / kKeysPerBlock * kKeysPerBlock; begin < most; begin += kKeysPerBlock) {
+      attend_block(begin, begin + kKeysPerBlock < most ? begin + kKeysPerBlock : most);
     }
   }
 
@@ -164,10 +177,10 @@ class AmxSegment {
     for (int64_t tile = first_tile; tile < end_tile; ++tile) attend_tile(tile, begin, end, pace);
   }
 
-  // Copies the keys that do not fill a group, with zeros behind them; all, where they do not fill the tiles.
+  // Copies keys that do not fill the tiles, with zeros around them.
   void copy_keys(int64_t begin, int64_t count) {
-    copied_ = queries_.width == queries_.head_size ? count / kGroup * kGroup : 0;
-    for (int64_t key = copied_; key < whole(count); ++key) {
+    is_copied_ = count < kKeysPerBlock || queries_.width != queries_.head_size;
+    for (int64_t key = 0; is_copied_ && key < whole(count); ++key) {
       const char* const from = segment_.keys + (begin + key) * segment_.key_stride * 2;
       for (int64_t i = 0; i < queries_.width; i += kDepth) {
         const __m512i numbers = key < count ? load_numbers(from, i, queries_.head_size) : _mm512_setzero_si512();
@@ -213,23 +226,19 @@ class AmxSegment {
   }
 
   void score(int64_t tile, int64_t begin, int64_t depth, ReadingPace& pace) const {
-    const float* const q = queries_.q + tile * steps_ * kTileWords;
-    for (int64_t key = 0; key < depth; key += kGroup) {
-      const bool is_copied = key >= copied_;
-      const int64_t stride = 2 * (is_copied ? queries_.width : segment_.key_stride);
-      const char* const keys = is_copied ? reinterpret_cast<const char*>(scratch_.keys) + key * stride
-                                         : segment_.keys + (begin + key) * stride;
-      const TileProducts products{
-          q,
-          keys,
-          stride,
-          kAmxTileRows * stride,
-          kAmxRowBytes,
-          steps_,
-          kAmxTileRows * kProductWork / steps_,
-          scratch_.scores + key * kLanes};
-      depth - key > kDepth ? multiply_tiles<4, false>(products, pace) : multiply_tiles<2, false>(products, pace);
-    }
+    const int64_t stride = 2 * (is_copied_ ? queries_.width : segment_.key_stride);
+    const TileProducts products{
+        queries_.q + tile * steps_ * kTileWords,
+        is_copied_ ? reinterpret_cast<const char*>(scratch_.keys) : segment_.keys + begin * stride,
+        stride,
+        kAmxTileRows * stride,
+        kAmxRowBytes,
+        steps_,
+        kAmxTileRows * kProductWork / steps_,
+        reinterpret_cast<char*>(scratch_.scores),
+        kAmxRowBytes,
+        kAmxTileRows * kAmxRowBytes};
+    depth > kDepth ? multiply_tiles<4, false, false>(products, pace) : multiply_tiles<2, false, false>(products, pace);
   }
 
   // Turns the scores of `depth` keys from `begin` on into weights relative to the new peaks; returns what the
@@ -302,29 +311,50 @@ class AmxSegment {
   // out = out * shrink + P V for the queries that saw something.
   void add_values(int64_t tile, int64_t depth, __mmask16 sees, F32x16 shrink, ReadingPace& pace) const {
     const int64_t width = queries_.width;
+    float* const out = queries_.out + tile * kAmxQueries * width;
+    alignas(64) float shrinks[kLanes];
+    store(shrinks, shrink);
+    // A product with 1 is left out, which most are.
+    const __mmask16 shrinks_it = _mm512_mask_cmp_ps_mask(sees, (__m512)shrink, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ);
+    for (int64_t query = 0; query < kAmxQueries; ++query) {
+      if (!(shrinks_it >> query & 1)) continue;
+      for (int64_t i = query * width; i < (query + 1) * width; i += kLanes) {
+        store(out + i, load(out + i) * shrinks[query]);
+      }
+    }
+    if (sees == 0xffff) return add_products(depth, out, pace);
+    copy_queries(0xffff, out, scratch_.out);
+    add_products(depth, scratch_.out, pace);
+    copy_queries(sees, scratch_.out, out);
+  }
+
+  // to [16, width] = from, for some of the queries of a tile.
+  void copy_queries(__mmask16 some, const float* from, float* to) const {
+    for (int64_t query = 0; query < kAmxQueries; ++query, from += queries_.width, to += queries_.width) {
+      if (!(some >> query & 1)) continue;
+      for (int64_t i = 0; i < queries_.width; i += kLanes) store(to + i, load(from + i));
+    }
+  }
+
+  // out [16, width] += P V
+  void add_products(int64_t depth, float* out, ReadingPace& pace) const {
+    const int64_t width = queries_.width;
+    const int64_t row_bytes = width * 4;
     for (int64_t i = 0; i < width;) {
       const TileProducts products{
           scratch_.weights,
           reinterpret_cast<const char*>(scratch_.values + i),
-          width * 4,
+          row_bytes,
           kAmxRowBytes,
-          kAmxTileRows * width * 4,
+          kAmxTileRows * row_bytes,
           depth / kDepth,
           kDepth * kProductWork * kAmxTileRows / width,
-          scratch_.sums + i * kAmxQueries};
-      const bool is_four = width - i >= kGroup;
-      is_four ? multiply_tiles<4, true>(products, pace) : multiply_tiles<2, true>(products, pace);
-      i += is_four ? kGroup : kDepth;
-    }
-    alignas(64) float shrinks[kLanes];
-    store(shrinks, shrink);
-    float* out = queries_.out + tile * kAmxQueries * width;
-    for (int64_t query = 0; query < kAmxQueries; ++query, out += width) {
-      if (!(sees >> query & 1)) continue;
-      for (int64_t i = 0; i < width; i += kLanes) {
-        const F32x16 sum = load(scratch_.sums + i * kAmxQueries + query * kLanes);
-        store(out + i, load(out + i) * shrinks[query] + sum);
-      }
+          reinterpret_cast<char*>(out + i),
+          row_bytes,
+          kAmxRowBytes};
+      const bool is_four = width - i >= 4 * kLanes;
+      is_four ? multiply_tiles<4, true, true>(products, pace) : multiply_tiles<2, true, true>(products, pace);
+      i += is_four ? 4 * kLanes : 2 * kLanes;
     }
   }
 
@@ -336,7 +366,7 @@ class AmxSegment {
   const AmxScratch& scratch_;
   ReadAhead& ahead_;
   int64_t steps_;
-  int64_t copied_ = 0;  // keys of the block that are read where they lie; the others are copied
+  bool is_copied_ = false;  // the keys of the block are
 };
 
 }  // namespace

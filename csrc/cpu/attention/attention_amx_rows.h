@@ -6,8 +6,6 @@
 
 namespace tq {
 
-// Keys are taken in blocks of this many, from the first one on, for every query alike.
-constexpr int64_t kAmxKeys = 128;
 constexpr int64_t kAmxQueries = 16;
 
 // Room for `count` bf16 numbers in whole rows of a tile.
@@ -28,13 +26,15 @@ struct AmxQueries {
   const int32_t* end_seen;
 };
 
-// Room for one block of keys and values, and for one tile of queries.
+// Room for one block of keys and values, and for one tile of queries. It is small, so that it stays in the first
+// cache beside the keys and values that stream through: where it does not, each of its lines waits behind those that
+// come from memory.
 struct AmxScratch {
-  float* keys;     // [kAmxKeys, width / 2], two bf16 numbers a word
-  float* values;   // [kAmxKeys / 2, width], two bf16 numbers a word
-  float* scores;   // [kAmxKeys, 16]
-  float* weights;  // [kAmxKeys / 32, 16, 16], two bf16 numbers a word
-  float* sums;     // [width / 16, 16, 16]
+  float* keys;     // [kKeysPerBlock, width / 2], two bf16 numbers a word
+  float* values;   // [kKeysPerBlock / 2, width], two bf16 numbers a word
+  float* scores;   // [kKeysPerBlock, 16]
+  float* weights;  // [kKeysPerBlock / 32, 16, 16], two bf16 numbers a word
+  float* out;      // [16, width]
 };
 
 #if TQ_HAS_X86_VARIANTS

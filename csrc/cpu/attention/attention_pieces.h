@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -70,6 +71,34 @@ struct Piece {
   int64_t count() const { return end - first; }
 };
 
+// Queries [first, end) of a piece that are of one row and key-value head. The first is at `first_place` of the
+// branch, the last at `last_place`.
+struct RowOfPiece {
+  int64_t row;
+  int64_t head;
+  int64_t first;
+  int64_t end;
+  int64_t first_place;
+  int64_t last_place;
+};
+
+template <typename Visit>
+void for_each_row(const Problem& problem, const Piece& piece, const Visit& visit) {
+  const int64_t each = problem.queries_per_row();
+  for (int64_t first = 0; first < piece.count();) {
+    const int64_t rows_before = (piece.first + first) / each;
+    const int64_t in_row = (piece.first + first) % each;
+    const int64_t end = std::min(piece.count(), first + each - in_row);
+    const int64_t row = piece.tree_row + rows_before % piece.num_rows;
+    const int64_t start = problem.branch_len[row] - problem.num_queries;
+    visit(
+        RowOfPiece{
+            row, rows_before / piece.num_rows, first, end, start + in_row / problem.group(),
+            start + (in_row + end - first - 1) / problem.group()});
+    first = end;
+  }
+}
+
 // Memory of one thread, sized for its largest piece so far and used again for the next.
 struct PieceRoom {
   std::unique_ptr<float[]> storage;
@@ -103,41 +132,34 @@ class PieceWorker {
 
   // Adds what run(piece) reads, in that order, where it lies dense.
   void add_runs(const Piece& piece, std::vector<MemoryRun>& runs) {
-    const int64_t block = uses_amx(piece) ? kAmxKeys : kKeysPerBlock;
-    find_segments(piece);
     read(
-        piece,
-        [&](const std::vector<KeySegment>& segments) {
-          const Range seen = seen_by(0, piece.count());
-          for (int64_t j = first_block(seen, kKeysPerBlock); j < seen.end; j += kKeysPerBlock) {
+        piece, [](const auto&) {},
+        [&](const std::vector<KeySegment>& segments, Range seen) {
+          for (int64_t j = first_block(seen); j < seen.end; j += kKeysPerBlock) {
             for (size_t m = 0; m < segments.size(); ++m) {
-              if (is_another(segments, m)) add_block_runs(segments[m], {j, j + kKeysPerBlock}, runs);
+              if (is_another(segments, m)) add_block_runs(segments[m], j, runs);
             }
           }
         },
-        [&](int64_t first, int64_t end, const KeySegment& segment) {
-          const Range seen = seen_by(first, end);
-          for (int64_t j = first_block(seen, block); j < seen.end; j += block) {
-            add_block_runs(segment, {j, j + block}, runs);
-          }
+        [&](int64_t, int64_t, const KeySegment& segment, Range seen) {
+          for (int64_t j = first_block(seen); j < seen.end; j += kKeysPerBlock) add_block_runs(segment, j, runs);
         });
   }
 
   void run(const Piece& piece, ReadAhead& ahead) {
-    find_segments(piece);
     start(piece);
-    bool use_amx = uses_amx(piece);
+    bool use_amx = problem_.use_amx && !problem_.is_short(piece.tree);
     use_amx ? start_amx() : TQ_SELECT_ISA(start_queries)(tile_);
     read(
-        piece,
-        [&](const std::vector<KeySegment>& segments) {
+        piece, [&](const auto& seen) { see(piece, seen); },
+        [&](const std::vector<KeySegment>& segments, Range seen) {
           if (use_amx) unpack_amx();
           use_amx = false;
-          attend_few(segments, ahead);
+          attend_few(segments, seen, ahead);
         },
-        [&](int64_t first, int64_t end, const KeySegment& segment) {
+        [&](int64_t first, int64_t end, const KeySegment& segment, Range seen) {
           use_amx ? attend_amx(first, end, segment, ahead)
-                  : attend_vectors(part_of_tile(tile_, first, end), segment, ahead);
+                  : attend_vectors(part_of_tile(tile_, first, end), segment, seen, ahead);
         });
     if (use_amx) unpack_amx();
     finish(piece);
@@ -159,11 +181,13 @@ class PieceWorker {
     const int64_t scores = kScoreRows * kKeysPerBlock;
     const int64_t vector_numbers = 2 * count * width_ + count * amx_width_ / 2 + padded(count + 16) + count * 16 +
                                    2 * block + scores + 16 * width_;
-    const int64_t amx_numbers = padded(count) * (3 * amx_width_ / 2 + 2) + kAmxKeys * amx_width_ +
-                                3 * kAmxKeys * kAmxQueries / 2 + amx_width_ * kAmxQueries;
+    const int64_t amx_numbers = padded(count) * (3 * amx_width_ / 2 + 2) + kKeysPerBlock * amx_width_ +
+                                3 * kKeysPerBlock * kAmxQueries / 2 + amx_width_ * kAmxQueries;
     const int64_t needed = vector_numbers + (problem_.use_amx ? amx_numbers : 0);
     room_.reserve(needed);
     used_ = 0;
+    room_.first_seen.resize(count);
+    room_.end_seen.resize(count);
     q_ = carve<float>(count * width_);
     q_pairs_ = problem_.use_bf16_dot || problem_.use_amx ? carve<float>(count * amx_width_ / 2) : nullptr;
     tile_ = {
@@ -210,62 +234,61 @@ class PieceWorker {
   // The key-value head of the first query.
   int64_t head_of(const Piece& piece) const { return piece.first / (piece.num_rows * problem_.queries_per_row()); }
 
-  // The place of query t of a row in its own branch.
-  int64_t place(int64_t row, int64_t t) const { return problem_.branch_len[row] - problem_.num_queries + t; }
-
   // The first position that the window leaves to a query at `position`.
   int64_t first_in_window(int64_t position) const {
     return problem_.window == 0 ? 0 : std::max<int64_t>(0, position - problem_.window + 1);
   }
 
-  bool uses_amx(const Piece& piece) const { return problem_.use_amx && !problem_.is_short(piece.tree); }
-
-  // Calls few(segments of each query) or segment(first query, end, its segment) for what the piece reads: the
-  // prefix, then the branches. Meanwhile seen_by() tells of it.
-  template <typename Few, typename Segment>
-  void read(const Piece& piece, const Few& few, const Segment& segment) {
+  // Visits what the piece reads: the prefix, then the branches, either the segments of all queries together, by
+  // few(segments, what one of them sees), or one segment of some queries, by segment(first, end, segment, what one of
+  // them sees). Before it, see() is given the function from the place of a query to what that one sees.
+  template <typename See, typename Few, typename Segment>
+  void read(const Piece& piece, const See& see, const Few& few, const Segment& segment) {
+    const bool are_few = problem_.queries_per_row() < kFewQueries;
+    if (are_few) find_segments(piece);
+    int64_t least = std::numeric_limits<int64_t>::max();
+    int64_t most = 0;
+    for_each_row(problem_, piece, [&](const RowOfPiece& part) {
+      least = std::min(least, part.first_place);
+      most = std::max(most, part.last_place);
+    });
     const int64_t length = problem_.prefix_len[piece.tree];
-    see(piece, [&](int64_t place) { return Range{first_in_window(length + place), length}; });
-    problem_.is_short(piece.tree) ? few(prefixes_) : segment(0, piece.count(), prefix_of(piece.tree, head_of(piece)));
-    see(piece, [&](int64_t place) { return Range{first_in_window(place), place + 1}; });
-    const int64_t each = problem_.queries_per_row();
-    if (each < kFewQueries) return few(branches_);
-    for (int64_t first = 0; first < piece.count();) {
-      const int64_t end = std::min(piece.count(), first + each - (piece.first + first) % each);
-      segment(first, end, branches_[first]);
-      first = end;
-    }
+    const auto of_prefix = [&](int64_t place) { return Range{first_in_window(length + place), length}; };
+    const auto of_branch = [&](int64_t place) { return Range{first_in_window(place), place + 1}; };
+
+    see(of_prefix);
+    problem_.is_short(piece.tree) ? few(prefixes_, of_prefix(least))
+                                  : segment(0, piece.count(), prefix_of(piece.tree, head_of(piece)), of_prefix(least));
+    see(of_branch);
+    if (are_few) return few(branches_, Range{of_branch(least).begin, of_branch(most).end});
+    for_each_row(problem_, piece, [&](const RowOfPiece& part) {
+      const Range seen{of_branch(part.first_place).begin, of_branch(part.last_place).end};
+      segment(part.first, part.end, branch_of(part.row, part.head), seen);
+    });
   }
 
-  // A query at place p of its branch sees the keys seen(p).
   template <typename Seen>
   void see(const Piece& piece, const Seen& seen) {
     for_each_query(piece, [&](int64_t m, int64_t row, int64_t, int64_t, int64_t t) {
-      const Range range = seen(place(row, t));
+      const Range range = seen(problem_.branch_len[row] - problem_.num_queries + t);
       room_.first_seen[m] = static_cast<int32_t>(range.begin);
       room_.end_seen[m] = static_cast<int32_t>(range.end);
     });
   }
 
-  // All keys that one of the queries [first, end) sees.
-  Range seen_by(int64_t first, int64_t end) const {
-    const auto least = room_.first_seen.begin(), most = room_.end_seen.begin();
-    return {*std::min_element(least + first, least + end), *std::max_element(most + first, most + end)};
-  }
-
   // Blocks begin at multiples of their size.
-  static int64_t first_block(Range seen, int64_t block) { return seen.begin / block * block; }
+  static int64_t first_block(Range seen) { return seen.begin / kKeysPerBlock * kKeysPerBlock; }
 
   static bool is_another(const std::vector<KeySegment>& segments, size_t m) {
     return m == 0 || segments[m].keys != segments[m - 1].keys;
   }
 
-  void add_block_runs(const KeySegment& segment, Range block, std::vector<MemoryRun>& runs) const {
-    const int64_t count = std::min(block.end, segment.end) - block.begin;
+  void add_block_runs(const KeySegment& segment, int64_t first, std::vector<MemoryRun>& runs) const {
+    const int64_t count = std::min(first + kKeysPerBlock, segment.end) - first;
     if (count <= 0 || !segment.is_dense(problem_.head_size)) return;
     const int64_t bytes = problem_.head_size * problem_.element_size;
     for (const char* const side : {segment.keys, segment.values}) {
-      const char* const begin = side + block.begin * bytes;
+      const char* const begin = side + first * bytes;
       runs.push_back({begin, begin + count * bytes});
     }
   }
@@ -280,16 +303,23 @@ class PieceWorker {
         problem_.prefix_len[tree]};
   }
 
+  KeySegment branch_of(int64_t row, int64_t head) const {
+    return {
+        problem_.branch_k.at(row, head, 0),
+        problem_.branch_v.at(row, head, 0),
+        problem_.branch_k.stride(),
+        problem_.branch_v.stride(),
+        problem_.type,
+        problem_.branch_len[row]};
+  }
+
   void find_segments(const Piece& piece) {
     branches_.clear();
     prefixes_.clear();
-    room_.first_seen.resize(piece.count());
-    room_.end_seen.resize(piece.count());
-    for_each_query(piece, [&](int64_t, int64_t row, int64_t head, int64_t, int64_t) {
-      branches_.push_back(
-          {problem_.branch_k.at(row, head, 0), problem_.branch_v.at(row, head, 0), problem_.branch_k.stride(),
-           problem_.branch_v.stride(), problem_.type, problem_.branch_len[row]});
-      if (problem_.is_short(piece.tree)) prefixes_.push_back(prefix_of(piece.tree, head));
+    for_each_row(problem_, piece, [&](const RowOfPiece& part) {
+      branches_.insert(branches_.end(), part.end - part.first, branch_of(part.row, part.head));
+      if (!problem_.is_short(piece.tree)) return;
+      prefixes_.insert(prefixes_.end(), part.end - part.first, prefix_of(piece.tree, part.head));
     });
   }
 
@@ -313,8 +343,9 @@ class PieceWorker {
         room_.first_seen.data(),
         room_.end_seen.data()};
     amx_scratch_ = {
-        carve<float>(kAmxKeys * width / 2), carve<float>(kAmxKeys * width / 2), carve<float>(kAmxKeys * kAmxQueries),
-        carve<float>(kAmxKeys * kAmxQueries / 2), carve<float>(width * kAmxQueries)};
+        carve<float>(kKeysPerBlock * width / 2), carve<float>(kKeysPerBlock * width / 2),
+        carve<float>(kKeysPerBlock * kAmxQueries), carve<float>(kKeysPerBlock * kAmxQueries / 2),
+        carve<float>(width * kAmxQueries)};
     avx512::start_amx_queries(amx_, q_pairs_);
   }
   void attend_amx(int64_t first, int64_t end, const KeySegment& segment, ReadAhead& ahead) const {
@@ -329,12 +360,10 @@ class PieceWorker {
 #endif
 
   // The leading queries whose keys have ended are left out of the blocks that follow.
-  void attend_vectors(const QueryTile& tile, const KeySegment& segment, ReadAhead& ahead) const {
+  void attend_vectors(const QueryTile& tile, const KeySegment& segment, Range seen, ReadAhead& ahead) const {
     const auto attend_block = TQ_SELECT_ISA(attend_block);
-    const int64_t first = tile.first_seen - tile_.first_seen;
-    const Range seen = seen_by(first, first + tile.count);
     int64_t ended = 0;
-    for (int64_t j = first_block(seen, kKeysPerBlock); j < seen.end; j += kKeysPerBlock) {
+    for (int64_t j = first_block(seen); j < seen.end; j += kKeysPerBlock) {
       while (tile.end_seen[ended] <= j) ++ended;
       attend_block(
           part_of_tile(tile, ended, tile.count), segment, j, std::min(j + kKeysPerBlock, segment.end),
@@ -342,10 +371,9 @@ class PieceWorker {
     }
   }
 
-  void attend_few(const std::vector<KeySegment>& segments, ReadAhead& ahead) const {
+  void attend_few(const std::vector<KeySegment>& segments, Range seen, ReadAhead& ahead) const {
     const auto attend_block = TQ_SELECT_ISA(attend_block_of_few);
-    const Range seen = seen_by(0, tile_.count);
-    for (int64_t j = first_block(seen, kKeysPerBlock); j < seen.end; j += kKeysPerBlock) {
+    for (int64_t j = first_block(seen); j < seen.end; j += kKeysPerBlock) {
       attend_block(tile_, segments.data(), j, problem_.transform, scratch_, ahead);
     }
   }

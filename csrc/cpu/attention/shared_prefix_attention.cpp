@@ -63,19 +63,14 @@ std::vector<Piece> cut_into_pieces(
 // How long a piece takes, in units of a key that is multiplied by one query. Keys must be read, too, which
 // takes as long as some queries.
 double work_of(const Problem& problem, const Piece& piece) {
-  constexpr double kQueriesOfReading = 16.0;
-  const auto seen = [&](int64_t keys) {
-    return static_cast<double>(problem.window == 0 ? keys : std::min(keys, problem.window));
-  };
-  const int64_t each = problem.queries_per_row();
-  double of_branches = 0.0;
-  for (int64_t query = piece.first; query < piece.end; ++query) {
-    const int64_t row = piece.tree_row + query / each % piece.num_rows;
-    of_branches += seen(problem.branch_len[row] - problem.num_queries + query % each / problem.group() + 1);
-  }
-  const double of_prefix =
-      seen(problem.prefix_len[piece.tree]) * (kQueriesOfReading + static_cast<double>(piece.count()));
-  return of_prefix + of_branches * (1.0 + kQueriesOfReading / static_cast<double>(each));
+  constexpr int64_t kQueriesOfReading = 16;
+  const auto seen = [&](int64_t keys) { return problem.window == 0 ? keys : std::min(keys, problem.window); };
+  int64_t work = seen(problem.prefix_len[piece.tree]) * (kQueriesOfReading + piece.count());
+  for_each_row(problem, piece, [&](const RowOfPiece& part) {
+    const int64_t keys_of_each = (seen(part.first_place + 1) + seen(part.last_place + 1)) / 2;
+    work += keys_of_each * (part.end - part.first) + seen(part.last_place + 1) * kQueriesOfReading;
+  });
+  return static_cast<double>(work);
 }
 
 PieceRoom& room_of_thread() {

@@ -100,6 +100,7 @@ class ReadingPace {
 
   inline __attribute__((always_inline)) void step(int64_t work) {
     due_ += work * lines_a_unit_;
+    if (due_ < int64_t{1} << kShift) return;
     ahead_.advance(due_ >> kShift);
     due_ &= (int64_t{1} << kShift) - 1;
   }
