@@ -38,6 +38,11 @@ TQ_ALWAYS_INLINE F32x16 rounded<Float32>(F32x16 value) {
   return value;
 }
 
+template <>
+TQ_ALWAYS_INLINE F32x16 rounded<BFloat16>(F32x16 value) {
+  return (F32x16)(BFloat16::rounded_bits(value) << 16);
+}
+
 template <typename Element>
 void add_typed(
     const typename Element::Stored* a, const typename Element::Stored* b, int64_t size, typename Element::Stored* to) {

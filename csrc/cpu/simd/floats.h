@@ -215,13 +215,17 @@ struct Float32 {
 struct BFloat16 {
   using Stored = uint16_t;
   TQ_INLINE uint16_t rounded(float value) { return bfloat16_from(value); }
-  TQ_INLINE void store_rounded(uint16_t* to, const F32x16& value) {
+  // The bits of the nearest bf16 numbers.
+  TQ_INLINE U32x16 rounded_bits(const F32x16& value) {
     const U32x16 bits = (U32x16)value;
     const U32x16 high = bits >> 16;
     const U32x16 up = (bits + 0x7fffu + (high & 1u)) >> 16;
     const U32x16 is_number = (U32x16)(value == value);
-    const U32x16 kept = (up & is_number) | ((high | 0x40u) & ~is_number);
-    for_each_piece(kept, [&](const PieceBits& piece, int i) TQ_INLINED {
+    return (up & is_number) | ((high | 0x40u) & ~is_number);
+  }
+  TQ_INLINE void store_rounded(uint16_t* to, const F32x16& value) {
+    const U32x16 bits = rounded_bits(value);
+    for_each_piece(bits, [&](const PieceBits& piece, int i) TQ_INLINED {
       reinterpret_cast<PieceShortsU*>(to)[i] = __builtin_convertvector(piece, PieceShorts);
     });
   }
