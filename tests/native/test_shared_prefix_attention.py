@@ -99,6 +99,17 @@ def test_trees_of_unequal_numbers_of_rows(function, num_threads):
     check(function, inputs, tree=torch.tensor([0, 0, 0, 0, 2, 2, 2]))
 
 
+@pytest.mark.parametrize("queries", [1, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_see_nothing_are_written_on_any_number_of_threads(queries, dtype, num_threads):
+    inputs = problem((4, 8, 4, 2, 32, 40, 300, queries), dtype, False)
+    for lengths in ([300, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 300]):
+        inputs[3] = torch.tensor(lengths)
+        # Queries before their branch see no key of it; there is no work in their pieces.
+        inputs[6] = torch.tensor([40 if length > 0 else 0 for length in lengths for _ in range(2)])
+        check(shared_prefix_attention_cpu, inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [1, 9])
 @pytest.mark.parametrize("prefix", [16, 131])

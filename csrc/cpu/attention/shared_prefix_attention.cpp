@@ -6,6 +6,7 @@
 // its result depends on neither threads nor other rows.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -60,12 +61,15 @@ std::vector<Piece> cut_into_pieces(
   return pieces;
 }
 
-// How long a piece takes, in units of a key that is multiplied by one query. Keys must be read, too, which
-// takes as long as some queries.
+// How long a piece takes, in units of a key that is multiplied by one query; more than 0. Keys must be read, too,
+// which takes as long as some queries.
 double work_of(const Problem& problem, const Piece& piece) {
   constexpr int64_t kQueriesOfReading = 16;
-  const auto seen = [&](int64_t keys) { return problem.window == 0 ? keys : std::min(keys, problem.window); };
-  int64_t work = seen(problem.prefix_len[piece.tree]) * (kQueriesOfReading + piece.count());
+  // A query that stands before its branch sees none of its keys.
+  const auto seen = [&](int64_t keys) {
+    return std::clamp<int64_t>(keys, 0, problem.window == 0 ? std::numeric_limits<int64_t>::max() : problem.window);
+  };
+  int64_t work = piece.count() + seen(problem.prefix_len[piece.tree]) * (kQueriesOfReading + piece.count());
   for_each_row(problem, piece, [&](const RowOfPiece& part) {
     const int64_t keys_of_each = (seen(part.first_place + 1) + seen(part.last_place + 1)) / 2;
     work += keys_of_each * (part.end - part.first) + seen(part.last_place + 1) * kQueriesOfReading;
@@ -188,7 +192,8 @@ SharedPrefixAttention::SharedPrefixAttention(const AttentionArguments& x, Tensor
 
 Range SharedPrefixAttention::pieces_of(const Member& member) const {
   // A piece belongs to the thread in whose share of the work its middle lies.
-  const auto first_of = [&](int64_t number) {
+  const auto first_of = [&](int64_t number) -> int64_t {
+    if (number == member.size()) return static_cast<int64_t>(pieces_.size());
     const double before = work_ * static_cast<double>(number) / static_cast<double>(member.size());
     return std::lower_bound(middles_.begin(), middles_.end(), before) - middles_.begin();
   };
