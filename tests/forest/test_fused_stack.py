@@ -189,6 +189,31 @@ def test_a_hook_on_the_last_norm_that_comes_later_is_called_after_the_one_call(c
     assert len(calls) == before + 2
 
 
+@torch.inference_mode()
+def test_a_last_norm_of_another_dtype_gives_states_of_that_dtype(calls) -> None:
+    model = model_of("llama", torch.bfloat16)
+    model.model.norm.float()
+
+    def states(**options: object) -> torch.Tensor:
+        forest = StateForest(
+            model,
+            num_trees=1,
+            num_rows=2,
+            prefix_capacity=4,
+            branch_capacity=2,
+            backend=None,
+            **options,
+        )
+        tree = torch.zeros(2, dtype=torch.int64)
+        # Nothing is encoded: the prefix of the tree is empty.
+        return forest.forward_rows(torch.tensor([[4, 7], [5, 6]]), start=0, tree=tree)
+
+    expected = states(cpu_layers=False)
+    result = states()
+    assert calls and result.dtype is expected.dtype is torch.float32
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+
+
 class _Scaled(LlamaModel):
     """Scales its embeddings, as some models do."""
 

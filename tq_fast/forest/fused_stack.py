@@ -72,8 +72,10 @@ class FusedStack:
         ]
         self._is_linear = [name not in _NORMS for _ in parts for name in _WEIGHTS]
         norms = [layer.get_submodule(name) for layer in self._layers for name in _NORMS]
-        # A last norm of the layers' kind is part of the call.
-        self._last_norm = base.norm if type(base.norm) is type(norms[0]) else None
+        # A last norm of the layers' kind is part of the call, unless it gives another dtype.
+        is_alike = type(base.norm) is type(norms[0])
+        has_dtype = is_alike and base.norm.weight.dtype is norms[0].weight.dtype
+        self._last_norm = base.norm if has_dtype else None
         self._eps = [float(norm.variance_epsilon) for norm in norms]
         self._scales = [float(layer.self_attn.scaling) for layer in self._layers]
 
