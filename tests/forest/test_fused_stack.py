@@ -204,8 +204,8 @@ def test_a_last_norm_of_another_dtype_gives_states_of_that_dtype(calls) -> None:
             backend=None,
             **options,
         )
+        forest.prefill(0, [3, 1, 4])
         tree = torch.zeros(2, dtype=torch.int64)
-        # Nothing is encoded: the prefix of the tree is empty.
         return forest.forward_rows(torch.tensor([[4, 7], [5, 6]]), start=0, tree=tree)
 
     expected = states(cpu_layers=False)
