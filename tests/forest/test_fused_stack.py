@@ -37,6 +37,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
+def state_forest(model: PreTrainedModel, *, num_trees: int, **options: object) -> StateForest:
+    return StateForest(
+        model,
+        num_trees=num_trees,
+        num_rows=5,
+        prefix_capacity=6,
+        branch_capacity=4,
+        backend=None,
+        **options,
+    )
+
+
 def scrambled(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -123,15 +135,7 @@ def test_several_tokens_a_row_and_several_trees_over_a_backbone(calls) -> None:
     model = scrambled(model_of("llama"))
 
     def states(**options: object) -> torch.Tensor:
-        forest = StateForest(
-            model,
-            num_trees=2,
-            num_rows=5,
-            prefix_capacity=6,
-            branch_capacity=4,
-            backend=None,
-            **options,
-        )
+        forest = state_forest(model, num_trees=2, **options)
         forest.prefill(0, [3, 1, 4])
         forest.prefill(1, [2, 7, 1, 8, 2, 8])
         tree = torch.tensor([0, 0, 1])
@@ -195,15 +199,7 @@ def test_a_last_norm_of_another_dtype_gives_states_of_that_dtype(calls) -> None:
     model.model.norm.float()
 
     def states(**options: object) -> torch.Tensor:
-        forest = StateForest(
-            model,
-            num_trees=1,
-            num_rows=2,
-            prefix_capacity=4,
-            branch_capacity=2,
-            backend=None,
-            **options,
-        )
+        forest = state_forest(model, num_trees=1, **options)
         forest.prefill(0, [3, 1, 4])
         tree = torch.zeros(2, dtype=torch.int64)
         return forest.forward_rows(torch.tensor([[4, 7], [5, 6]]), start=0, tree=tree)

@@ -38,8 +38,7 @@ TQ_INLINE F32x16 exp2_for_bf16(F32x16 x) {
 }
 
 // The work on one key, in units that are about as long, through which reading is spread: its value is paired once,
-// the rest is done for each tile of queries. Tiles are loaded while the next cache lines arrive, so that few should
-// be asked for then.
+// the rest is done for each tile of queries.
 constexpr int64_t kPairingWork = 2;
 constexpr int64_t kProductWork = 3;  // of the scores, and of the values
 constexpr int64_t kSoftmaxWork = 4;  // of each of the two rounds
@@ -149,16 +148,10 @@ class AmxSegment {
         ahead_(ahead),
         steps_(queries.width / kDepth) {}
 
-  void attend() {
-    int64_t least = segment_.end;
-    int64_t most = 0;
-    for (int64_t m = first_; m < end_; ++m) {
-      if (queries_.first_seen[m] < least) least = queries_.first_seen[m];
-      if (queries_.end_seen[m] > most) most = queries_.end_seen[m];
-    }
+  void attend(int64_t first_key, int64_t end_key) {
     const AmxRegisters registers;
-    for (int64_t begin = least / kKeysPerBlock * kKeysPerBlock; begin < most; begin += kKeysPerBlock) {
-      attend_block(begin, begin + kKeysPerBlock < most ? begin + kKeysPerBlock : most);
+    for (int64_t begin = first_key; begin < end_key; begin += kKeysPerBlock) {
+      attend_block(begin, begin + kKeysPerBlock < end_key ? begin + kKeysPerBlock : end_key);
     }
   }
 
@@ -167,10 +160,10 @@ class AmxSegment {
     const int64_t count = end - begin;
     const int64_t first_tile = first_ / kAmxQueries;
     const int64_t end_tile = (end_ + kAmxQueries - 1) / kAmxQueries;
-    const bool is_read_ahead = segment_.is_dense(queries_.head_size);
-    const int64_t bytes = is_read_ahead ? 2 * count * queries_.head_size * 2 : 0;
-    if (is_read_ahead) ahead_.reach(segment_.keys + begin * segment_.key_stride * 2);
-    ReadingPace pace(ahead_, bytes / kCacheLine, count * (kPairingWork + (end_tile - first_tile) * kTileWork));
+    segment_.reach(ahead_, queries_.head_size, begin);
+    ReadingPace pace(
+        ahead_, segment_.lines(queries_.head_size, count),
+        count * (kPairingWork + (end_tile - first_tile) * kTileWork));
     const char* const values = segment_.values + begin * segment_.value_stride * 2;
     pair_values(values, segment_.value_stride, count, whole(count), queries_.head_size, pace, scratch_.values);
     copy_keys(begin, count);
@@ -390,9 +383,9 @@ void start_amx_queries(const AmxQueries& queries, const float* q_pairs) {
 }
 
 void attend_amx_segment(
-    const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, const ScoreTransform& transform,
-    const AmxScratch& scratch, ReadAhead& ahead) {
-  AmxSegment(queries, first, end, segment, transform, scratch, ahead).attend();
+    const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, int64_t first_key,
+    int64_t end_key, const ScoreTransform& transform, const AmxScratch& scratch, ReadAhead& ahead) {
+  AmxSegment(queries, first, end, segment, transform, scratch, ahead).attend(first_key, end_key);
 }
 
 void unpack_amx_queries(const AmxQueries& queries, const QueryTile& tile) {

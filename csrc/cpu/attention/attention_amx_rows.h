@@ -41,10 +41,11 @@ struct AmxScratch {
 namespace avx512 {
 // Packs bf16 queries [count, width / 2], two numbers a word; nothing has been gathered for them.
 void start_amx_queries(const AmxQueries& queries, const float* q_pairs);
-// Takes the keys of a segment that the queries [first, end) see into them.
+// Takes the keys [first_key, end_key) of a segment into the queries [first, end), each those that it sees. The first
+// key is the first of a block.
 void attend_amx_segment(
-    const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, const ScoreTransform& transform,
-    const AmxScratch& scratch, ReadAhead& ahead);
+    const AmxQueries& queries, int64_t first, int64_t end, const KeySegment& segment, int64_t first_key,
+    int64_t end_key, const ScoreTransform& transform, const AmxScratch& scratch, ReadAhead& ahead);
 // Writes what has been gathered into a tile of the same queries.
 void unpack_amx_queries(const AmxQueries& queries, const QueryTile& tile);
 }  // namespace avx512

@@ -158,7 +158,7 @@ class PieceWorker {
           attend_few(segments, seen, ahead);
         },
         [&](int64_t first, int64_t end, const KeySegment& segment, Range seen) {
-          use_amx ? attend_amx(first, end, segment, ahead)
+          use_amx ? attend_amx(first, end, segment, seen, ahead)
                   : attend_vectors(part_of_tile(tile_, first, end), segment, seen, ahead);
         });
     if (use_amx) unpack_amx();
@@ -293,24 +293,14 @@ class PieceWorker {
     }
   }
 
-  KeySegment prefix_of(int64_t tree, int64_t head) const {
-    return {
-        problem_.prefix_k.at(tree, head, 0),
-        problem_.prefix_v.at(tree, head, 0),
-        problem_.prefix_k.stride(),
-        problem_.prefix_v.stride(),
-        problem_.type,
-        problem_.prefix_len[tree]};
+  KeySegment segment_of(const HeadRows& keys, const HeadRows& values, int64_t i, int64_t head, int64_t end) const {
+    return {keys.at(i, head, 0), values.at(i, head, 0), keys.stride(), values.stride(), problem_.type, end};
   }
-
+  KeySegment prefix_of(int64_t tree, int64_t head) const {
+    return segment_of(problem_.prefix_k, problem_.prefix_v, tree, head, problem_.prefix_len[tree]);
+  }
   KeySegment branch_of(int64_t row, int64_t head) const {
-    return {
-        problem_.branch_k.at(row, head, 0),
-        problem_.branch_v.at(row, head, 0),
-        problem_.branch_k.stride(),
-        problem_.branch_v.stride(),
-        problem_.type,
-        problem_.branch_len[row]};
+    return segment_of(problem_.branch_k, problem_.branch_v, row, head, problem_.branch_len[row]);
   }
 
   void find_segments(const Piece& piece) {
@@ -348,14 +338,15 @@ class PieceWorker {
         carve<float>(width * kAmxQueries)};
     avx512::start_amx_queries(amx_, q_pairs_);
   }
-  void attend_amx(int64_t first, int64_t end, const KeySegment& segment, ReadAhead& ahead) const {
-    avx512::attend_amx_segment(amx_, first, end, segment, problem_.transform, amx_scratch_, ahead);
+  void attend_amx(int64_t first, int64_t end, const KeySegment& segment, Range seen, ReadAhead& ahead) const {
+    avx512::attend_amx_segment(
+        amx_, first, end, segment, first_block(seen), seen.end, problem_.transform, amx_scratch_, ahead);
   }
   void unpack_amx() const { avx512::unpack_amx_queries(amx_, tile_); }
 #else
   // problem_.use_amx is false, so none of these is called.
   void start_amx() {}
-  void attend_amx(int64_t, int64_t, const KeySegment&, ReadAhead&) const {}
+  void attend_amx(int64_t, int64_t, const KeySegment&, Range, ReadAhead&) const {}
   void unpack_amx() const {}
 #endif
 

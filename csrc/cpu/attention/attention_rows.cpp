@@ -117,15 +117,6 @@ TQ_INLINE int64_t keys_from(const KeySegment& segment, int64_t begin) {
   return left < 0 ? 0 : left < kKeysPerBlock ? left : kKeysPerBlock;
 }
 
-// The lines of `count` keys and their values that are read ahead.
-TQ_INLINE int64_t lines_of_block(const KeySegment& segment, int64_t head_size, int64_t count) {
-  return segment.is_dense(head_size) ? 2 * count * head_size * bytes_of(segment.type) / kCacheLine : 0;
-}
-
-TQ_INLINE void reach_block(ReadAhead& ahead, const KeySegment& segment, int64_t head_size, int64_t begin) {
-  if (segment.is_dense(head_size)) ahead.reach(segment.keys + begin * head_size * bytes_of(segment.type));
-}
-
 // The operands of a block for attend_operands; its transposed keys are in the scratch. Strides and depths
 // in words.
 struct Operands {
@@ -144,7 +135,7 @@ void attend_operands(
   const int64_t width = padded(tile.head_size);
   const int64_t columns = padded(end - begin);
   const int64_t products = operands.q_depth * columns + operands.value_depth * width;
-  ReadingPace pace(ahead, lines_of_block(segment, tile.head_size, end - begin), tile.count * products / kLanes);
+  ReadingPace pace(ahead, segment.lines(tile.head_size, end - begin), tile.count * products / kLanes);
   for (int64_t m = 0; m < tile.count; m += kScoreRows) {
     const int64_t rows = tile.count - m < kScoreRows ? tile.count - m : kScoreRows;
     const Product scored{
@@ -201,7 +192,7 @@ void attend_block(
     const AttentionScratch& scratch, ReadAhead& ahead) {
   const int64_t width = padded(tile.head_size);
   const int64_t count = end - begin;
-  reach_block(ahead, segment, tile.head_size, begin);
+  segment.reach(ahead, tile.head_size, begin);
 #if defined(__AVX512F__)
   if (tile.q_pairs != nullptr) {
     const char* const keys = segment.keys + begin * segment.key_stride * 2;
@@ -242,13 +233,13 @@ void attend_block_of_few(
       if (counts[row] > most) most = counts[row];
       if (counts[row] == 0) continue;
       const bool is_read = m + row == 0 || segment.keys != segments[m + row - 1].keys;
-      if (is_read) reach_block(ahead, segment, tile.head_size, begin);
+      if (is_read) segment.reach(ahead, tile.head_size, begin);
       if (is_next(row)) {
         keys = rows_as_floats(
             segment.keys, segment.key_stride, segment.type, tile.head_size, begin, begin + counts[row], scratch.keys,
             &stride);
       }
-      ReadingPace pace(ahead, is_read ? lines_of_block(segment, tile.head_size, counts[row]) : 0, counts[row]);
+      ReadingPace pace(ahead, is_read ? segment.lines(tile.head_size, counts[row]) : 0, counts[row]);
       score_few(
           tile.q + (m + row) * width, width, keys, stride, counts[row], pace, scratch.scores + row * kKeysPerBlock);
     }

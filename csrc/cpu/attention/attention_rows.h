@@ -43,6 +43,14 @@ struct KeySegment {
   inline __attribute__((always_inline)) bool is_dense(int64_t head_size) const {
     return key_stride == head_size && value_stride == head_size;
   }
+  // Cache lines of `count` keys and their values that are read ahead.
+  inline __attribute__((always_inline)) int64_t lines(int64_t head_size, int64_t count) const {
+    return is_dense(head_size) ? 2 * count * head_size * bytes_of(type) / kCacheLine : 0;
+  }
+  // The block of keys from `begin` on is read now.
+  inline __attribute__((always_inline)) void reach(ReadAhead& ahead, int64_t head_size, int64_t begin) const {
+    if (is_dense(head_size)) ahead.reach(keys + begin * head_size * bytes_of(type));
+  }
 };
 
 // How a product becomes a score in units of log 2: q . k * scale, then cap * tanh(score / cap) where there

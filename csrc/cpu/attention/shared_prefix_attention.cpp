@@ -218,12 +218,9 @@ std::tuple<Tensor, Tensor> attend(const AttentionArguments& arguments) {
   Tensor out = new_attention_output(q);
   Tensor lse = new_tensor({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   SharedPrefixAttention attention(arguments, out, lse);
-  run_as_team(attention.threads(), [&](const Member& member) {
-    std::vector<MemoryRun> runs;
-    attention.add_runs(member, runs);
-    ReadAhead ahead(runs.data(), static_cast<int64_t>(runs.size()));
-    attention.run(member, ahead);
-  });
+  run_as_reading_team(
+      attention.threads(), [&](const Member& member, auto& runs) { attention.add_runs(member, runs); },
+      [&](const Member& member, ReadAhead& ahead) { attention.run(member, ahead); });
   return {out, lse};
 }
 

@@ -81,13 +81,11 @@ Tensor finish_by_library(
 template <typename AddRuns, typename Run>
 void run_on_threads(int64_t bytes, const AddRuns& add_runs, const Run& run) {
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  run_as_team(std::clamp<int64_t>(bytes / kLinearBytesPerThread, 1, threads), [&](Member& member) {
-    std::vector<MemoryRun> runs;
-    add_runs(member, runs);
-    ReadAhead ahead(runs.data(), static_cast<int64_t>(runs.size()));
-    LayerThread thread{member, ahead};
-    run(thread);
-  });
+  run_as_reading_team(
+      std::clamp<int64_t>(bytes / kLinearBytesPerThread, 1, threads), add_runs, [&](Member& member, ReadAhead& ahead) {
+        LayerThread thread{member, ahead};
+        run(thread);
+      });
 }
 
 }  // namespace

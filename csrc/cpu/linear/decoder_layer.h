@@ -46,7 +46,7 @@ struct Angles {
         head_size(cos_in.size(2)) {}
 };
 
-// A thread of a team that runs through layers together, and the weights that it will read.
+// A thread of a team that runs through layers together, and what it will read.
 struct LayerThread {
   Member& member;
   ReadAhead& ahead;

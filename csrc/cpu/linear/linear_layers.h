@@ -249,14 +249,14 @@ inline void multiply_by_us(
   if (rows == 0 || layer.size_out() == 0) return;
   const LinearGroup<1> group(type, rows, {&layer}, false, packing_room(rows, size_in), {out});
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  run_as_team(std::clamp<int64_t>(group.bytes() / kLinearBytesPerThread, 1, threads), [&](Member& member) {
-    std::vector<MemoryRun> runs;
-    group.add_runs(member, runs);
-    ReadAhead ahead(runs.data(), static_cast<int64_t>(runs.size()));
-    group.pack(member, x, stride);
-    member.wait([&] { return ahead.fetch(kLinesWhileWaiting); });
-    group.multiply(member, ahead);
-  });
+  run_as_reading_team(
+      std::clamp<int64_t>(group.bytes() / kLinearBytesPerThread, 1, threads),
+      [&](const Member& member, auto& runs) { group.add_runs(member, runs); },
+      [&](Member& member, ReadAhead& ahead) {
+        group.pack(member, x, stride);
+        member.wait([&] { return ahead.fetch(kLinesWhileWaiting); });
+        group.multiply(member, ahead);
+      });
 }
 
 // x [rows, size_in] through a linear layer by the library's product.

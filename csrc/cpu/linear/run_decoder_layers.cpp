@@ -188,10 +188,10 @@ Tensor run_on_team(
   const void* const first = hidden.const_data_ptr();
   const void* const later = pass.hidden.const_data_ptr();
   threads = std::min<int64_t>(threads, torch::stable::get_num_threads());
-  run_as_team(threads, [&](Member& member) {
-    std::vector<MemoryRun> runs;
+  const auto add_runs = [&](const Member& member, std::vector<MemoryRun>& runs) {
     for (const LayerRows& layer : stack) layer.add_runs(member, runs);
-    ReadAhead ahead(runs.data(), static_cast<int64_t>(runs.size()));
+  };
+  run_as_reading_team(threads, add_runs, [&](Member& member, ReadAhead& ahead) {
     LayerThread thread{member, ahead};
     for (LayerRows& layer : stack) layer.run(thread, &layer == &stack.front() ? first : later);
     if (norm.has_value()) norm_own_rows(type, pass.hidden, *norm, member.share(rows));

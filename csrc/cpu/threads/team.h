@@ -6,7 +6,9 @@
 #include <chrono>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
+#include "cpu/threads/read_ahead.h"
 #include "stable_tensor.h"
 
 namespace tq {
@@ -104,6 +106,17 @@ void run_as_team(int64_t most, const Run& run) {
     if (number < 0) return;
     Member member(team, number);
     run(member);
+  });
+}
+
+// The same; add_runs(member, runs) adds what a thread reads, in order, and run(member, ahead) fetches it ahead.
+template <typename AddRuns, typename Run>
+void run_as_reading_team(int64_t most, const AddRuns& add_runs, const Run& run) {
+  run_as_team(most, [&](Member& member) {
+    std::vector<MemoryRun> runs;
+    add_runs(member, runs);
+    ReadAhead ahead(runs.data(), static_cast<int64_t>(runs.size()));
+    run(member, ahead);
   });
 }
 
